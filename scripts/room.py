@@ -1,0 +1,280 @@
+"""How a room is filled: all or nothing, manifest last. A room is a directory under build/; see README, "Rooms"."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional
+
+from scripts import errors
+
+MANIFEST = "manifest.json"
+ARGS = "args"
+# Inside a .partial folder only: what the interrupted try was asked, and which of its files are whole.
+FINISHED = "finished.json"
+MANIFEST_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of one file."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass
+class Filling:
+    """A room while it is being filled; `path` is its .partial folder.
+
+    `kept` holds the files that an interrupted try with the same question had finished: they need not be made again.
+    """
+
+    room: Path
+    path: Path
+    question: Dict[str, Any]
+    kept: Dict[str, FileRecord] = field(default_factory=dict)
+    files: Dict[str, FileRecord] = field(default_factory=dict)
+    facts: Dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, record: FileRecord) -> None:
+        """Take a finished file into the room. It must lie whole and synced at `path / name`; its hash comes from writing it."""
+        self.files[name] = record
+        finished = {"question": self.question, "files": {name: vars(record) for name, record in self.files.items()}}
+        write_synced(self.path / FINISHED, json.dumps(finished).encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file whole and take it in."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(target, data)
+        self.add(name, FileRecord(len(data), hashlib.sha256(data).hexdigest()))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write `value` as upstream writes its configs: indent 4, no newline at the end."""
+        self.write(name, json.dumps(value, indent=4, ensure_ascii=False).encode())
+
+    def link(self, name: str, source: Path, record: FileRecord) -> None:
+        """Take in a file of another room (or of the user) without copying its bytes.
+
+        A hard link where the file system allows it, else a symbolic one: gigabytes are never copied.
+        """
+        target = self.path / name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            target.symlink_to(source.resolve())
+        self.add(name, record)
+
+
+def say(room: str, text: str) -> None:
+    """One plain line of a room's story."""
+    print(f"{room:<11} {text}", flush=True)
+
+
+def human_bytes(size_bytes: float) -> str:
+    """9491528 -> '9.5 MB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Give `path` its content in one step: the final name appears when the bytes are on the disk."""
+    writing = path.with_name(path.name + ".writing")
+    with open(writing, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(writing, path)
+
+
+def sha256_of(path: Path) -> FileRecord:
+    """Size and sha256 of a file that was not written by us (so that it must be read once)."""
+    digest, size_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size_bytes += len(block)
+    return FileRecord(size_bytes, digest.hexdigest())
+
+
+def manifest_sha256(room: Path) -> str:
+    """The one number that names everything in a room, and through `reads` everything before it."""
+    return hashlib.sha256(_manifest_bytes(room)).hexdigest()
+
+
+def read_manifest(room: Path) -> Dict[str, Any]:
+    """A finished room's manifest; a Problem if the room is missing, damaged, or a file has not the size that was written."""
+    try:
+        manifest = json.loads(_manifest_bytes(room))
+        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
+    for name, record in files.items():
+        path = room / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != record.size_bytes:
+            seen = "no such file" if actual is None else f"{actual} bytes"
+            raise errors.room_damaged(room, name, f"{record.size_bytes} bytes", seen)
+    return dict(manifest)
+
+
+def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:
+    """What a manifest says of one of its files."""
+    return FileRecord(**manifest["files"][name])
+
+
+@contextmanager
+def filling(room: Path, reads: Optional[Mapping[str, Path]] = None, arguments: Optional[Mapping[str, Any]] = None,
+            tools: Optional[Mapping[str, str]] = None) -> Iterator[Filling]:
+    """Fill `room` from the rooms it `reads`.
+
+    The body writes into `filling.path`; when it returns, the manifest is written last and the folder takes the room's name.
+    When it fails or is killed, the room is as it was and the evidence stays in the .partial folder until the next try.
+    arguments: what the room was made with (no path, no time, no user name: two trees give one digest). tools: name -> version.
+    A second make that wants the same room waits, and finds it made (raises Finished).
+    """
+    room = room.absolute()
+    partial, old = room.with_name(room.name + ".partial"), room.with_name(room.name + ".old")
+    room.parent.mkdir(parents=True, exist_ok=True)
+    before = _identity(room / MANIFEST)
+    partial_lock, waited = _lock_partial(partial)
+    read_locks = [_lock(path, fcntl.LOCK_SH) for path in (reads or {}).values()]
+    try:
+        started = time.monotonic()
+        asked = os.environ.get("ROOM_ARGS", "")
+        reads_sha256 = {name: manifest_sha256(path) for name, path in (reads or {}).items()}
+        question = {"asked": asked, "arguments": dict(arguments or {}), "reads": reads_sha256}
+        if old.is_dir() and not room.exists():  # killed between the two renames below
+            os.rename(old, room)
+        if waited and before != _identity(room / MANIFEST) and _answers(room, asked, reads_sha256):
+            shutil.rmtree(partial)
+            raise errors.Finished(f"{room.name:<11} made by another make in this tree meanwhile")
+        for path in (reads or {}).values():
+            read_manifest(path)
+        filling_room = Filling(room, partial, question, kept=_keep_finished(partial, question))
+        yield filling_room
+        manifest = {
+            "room": room.name,
+            "arguments": question["arguments"],
+            "reads": reads_sha256,
+            "tools": {"python": platform.python_version(), **(tools or {})},
+            "facts": filling_room.facts,
+            "files": {name: vars(filling_room.files[name]) for name in sorted(filling_room.files)},
+        }
+        (partial / FINISHED).unlink(missing_ok=True)
+        write_synced(partial / ARGS, asked.encode())
+        write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        _publish(partial, room, old)
+        size_bytes = sum(record.size_bytes for record in filling_room.files.values())
+        say(room.name, f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
+                       f"{time.monotonic() - started:.1f} s")
+    finally:
+        for lock in [partial_lock, *read_locks]:
+            os.close(lock)
+
+
+def _manifest_bytes(room: Path) -> bytes:
+    try:
+        with open(room / MANIFEST, "rb") as file:
+            return file.read(MANIFEST_MAX_BYTES)
+    except OSError:
+        raise errors.room_missing(room) from None
+
+
+def _identity(path: Path) -> Optional[tuple[int, int]]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _lock(folder: Path, how: int) -> int:
+    """Lock a directory itself: no lock file is left behind, and the lock ends with the process, however it ends."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        raise errors.room_missing(folder) from None
+    fcntl.flock(fd, how)
+    return fd
+
+
+def _lock_partial(partial: Path) -> tuple[int, bool]:
+    """The right to fill: an exclusive lock on the .partial folder. Returns (fd, whether somebody else held it first)."""
+    waited = False
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            waited = True
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = True
+            say(partial.stem, "another make is filling this room; waiting for it")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        # The other make may have renamed the folder that we waited for to its final name.
+        if partial.exists() and os.path.samestat(os.fstat(fd), partial.stat()):
+            return fd, waited
+        os.close(fd)
+
+
+def _answers(room: Path, asked: str, reads_sha256: Mapping[str, str]) -> bool:
+    manifest = read_manifest(room)
+    return (room / ARGS).read_text() == asked and manifest["reads"] == reads_sha256
+
+
+def _keep_finished(partial: Path, question: Mapping[str, Any]) -> Dict[str, FileRecord]:
+    """Empty the .partial folder but for files that an interrupted try with the same question finished."""
+    try:
+        finished = json.loads((partial / FINISHED).read_bytes())
+        kept = {name: FileRecord(**record) for name, record in finished["files"].items()} \
+            if finished["question"] == question else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {}
+    kept = {name: record for name, record in kept.items()
+            if (partial / name).is_file() and (partial / name).stat().st_size == record.size_bytes}
+    for path in sorted(partial.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif str(path.relative_to(partial)) not in {*kept, FINISHED}:
+            path.unlink()
+    return kept
+
+
+def _publish(partial: Path, room: Path, old: Path) -> None:
+    """Give the whole folder its final name. os.replace cannot overwrite a non-empty directory, so the old room moves aside first."""
+    if old.exists():
+        shutil.rmtree(old)
+    if room.exists():
+        reader_lock = _lock(room, fcntl.LOCK_EX)  # waits for scripts that still read the old room
+        os.rename(room, old)
+        os.close(reader_lock)
+    os.rename(partial, room)
+    parent = os.open(room.parent, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(parent)
+    os.close(parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def progress(total_bytes: int, room: str) -> Any:
+    """A progress bar in bytes where a terminal watches; silent otherwise (the two plain lines of the room are enough)."""
+    from tqdm import tqdm
+
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"{room:<11}", leave=False, disable=not sys.stderr.isatty())
