@@ -136,8 +136,12 @@ def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:
 
 
 @contextmanager
-def filling(room: Path, reads: Optional[Mapping[str, Path]] = None, arguments: Optional[Mapping[str, Any]] = None,
-            tools: Optional[Mapping[str, str]] = None) -> Iterator[Filling]:
+def filling(
+    room: Path,
+    reads: Optional[Mapping[str, Path]] = None,
+    arguments: Optional[Mapping[str, Any]] = None,
+    tools: Optional[Mapping[str, str]] = None,
+) -> Iterator[Filling]:
     """Fill `room` from the rooms it `reads`.
 
     The body writes into `filling.path`; when it returns, the manifest is written last and the folder takes the room's name.
@@ -178,8 +182,11 @@ def filling(room: Path, reads: Optional[Mapping[str, Path]] = None, arguments: O
         write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         _publish(partial, room, old)
         size_bytes = sum(record.size_bytes for record in filling_room.files.values())
-        say(room.name, f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
-                       f"{time.monotonic() - started:.1f} s")
+        say(
+            room.name,
+            f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
+            f"{time.monotonic() - started:.1f} s",
+        )
     finally:
         for lock in [partial_lock, *read_locks]:
             os.close(lock)
@@ -242,12 +249,18 @@ def _keep_finished(partial: Path, question: Mapping[str, Any]) -> Dict[str, File
     """Empty the .partial folder but for files that an interrupted try with the same question finished."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
-        kept = {name: FileRecord(**record) for name, record in finished["files"].items()} \
-            if finished["question"] == question else {}
+        kept = (
+            {name: FileRecord(**record) for name, record in finished["files"].items()}
+            if finished["question"] == question
+            else {}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
-    kept = {name: record for name, record in kept.items()
-            if (partial / name).is_file() and (partial / name).stat().st_size == record.size_bytes}
+    kept = {
+        name: record
+        for name, record in kept.items()
+        if (partial / name).is_file() and (partial / name).stat().st_size == record.size_bytes
+    }
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
@@ -277,4 +290,6 @@ def progress(total_bytes: int, room: str) -> Any:
     """A progress bar in bytes where a terminal watches; silent otherwise (the two plain lines of the room are enough)."""
     from tqdm import tqdm
 
-    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"{room:<11}", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(
+        total=total_bytes, unit="B", unit_scale=True, desc=f"{room:<11}", leave=False, disable=not sys.stderr.isatty()
+    )

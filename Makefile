@@ -1,0 +1,171 @@
+# trtllm-bake: a Llama 2 from Meta's weights to a serving Triton, one room after another.
+# A room is a directory under build/; its manifest.json is written last and is what make looks at (README, "Rooms").
+
+## trtllm-bake: Meta's Llama 2 weights -> Hugging Face -> TensorRT-LLM checkpoint -> engines -> Triton, one room after another.
+##
+##   make demo                     the bundled model, served by two ranks, asked, stopped
+##   make serve MODEL=llama-2-7b   a preset of models/, or MODEL=/path/to/a/folder; stays until Ctrl-C
+##
+
+MAKEFLAGS += --no-builtin-rules --warn-undefined-variables --no-print-directory
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+.DEFAULT_GOAL := help
+
+# --- settings: from the command line, else the model's preset in models/, else these. The environment never decides. ---
+
+MODEL          = stories
+ENGINE         = torch
+TP             = 2
+# float16, bfloat16 or float32; empty: the dtype of the weights themselves
+DTYPE          =
+TOOLCHAIN      = 0.8.0
+WEIGHTS        =
+# positions the model was trained on; empty: what the weights say
+CONTEXT        =
+MAX_BATCH_SIZE = 8
+# tokens of a prompt, of prompt and answer together, and of one engine step; empty: from CONTEXT (scripts/build_engines.py)
+MAX_INPUT_LEN  =
+MAX_SEQ_LEN    =
+MAX_NUM_TOKENS =
+HOST           = 127.0.0.1
+HTTP_PORT      = 8000
+GRPC_PORT      = 8001
+METRICS_PORT   = 8002
+OPENAI_PORT    = 9000
+PROMPT         = Once upon a time
+MAX_TOKENS     = 48
+# an interpreter that has requirements/run.txt and torch.txt; empty: .venv, made when missing or when the lock changed
+PYTHON         =
+ASSUME_GPU     =
+
+SETTINGS = MODEL ENGINE TP DTYPE TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
+           HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT PYTHON ASSUME_GPU
+# $(value ...): a $ in what was typed is a $, not a variable
+given = $(strip $(value $1))
+# what the user typed, for reports that end in a command
+export BAKE_SETTINGS := $(foreach v,$(SETTINGS),$(if $(filter command,$(origin $v)),$v=$(call given,$v)))
+# free text reaches the scripts through the environment: no quoting can break it
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+# A model is a preset's name, or a folder (then it has a slash). What cannot be a path in a makefile is refused below.
+REFUSED := $(strip $(foreach c,$$ \# % : ' " ` ;,$(findstring $c,$(value MODEL)$(value WEIGHTS))) \
+             $(word 2,$(value MODEL)) $(word 2,$(value WEIGHTS)))
+ifneq ($(REFUSED),)
+  NAME := refused
+else ifneq ($(findstring /,$(MODEL)),)
+  WEIGHTS = $(MODEL)
+  FOLDER := $(or $(realpath $(MODEL)),$(abspath $(MODEL)))
+  NAME   := $(notdir $(FOLDER))-$(shell printf %s '$(FOLDER)' | sha256sum | cut -c1-8)
+else
+  NAME := $(MODEL)
+  -include models/$(MODEL).mk
+  REFUSED += $(if $(wildcard models/$(MODEL).mk),,MODEL)
+endif
+REFUSED += $(filter-out torch tensorrt,$(ENGINE)) $(filter-out float16 bfloat16 float32,$(DTYPE)) \
+           $(if $(shell grep -s '^    "$(TOOLCHAIN)":' docker/toolchains.json),,TOOLCHAIN)
+
+# --- where things are ---
+
+VENV    := .venv
+PY       = $(or $(PYTHON),$(VENV)/bin/python)
+# what has to be installed before a script runs; nothing, when an interpreter was given
+HAS     := $(if $(PYTHON),,$(VENV)/locks/)
+HF      := build/$(NAME)/hf
+VARIANT := build/$(NAME)/$(ENGINE)-$(TOOLCHAIN)-tp$(TP)-$(or $(DTYPE),source)
+LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-12)
+# weights are not ours: their names, sizes and times stand for their content
+weights_stat = $(shell cd '$(WEIGHTS)' 2>/dev/null && stat -Lc '%n %s %Y' -- * ../tokenizer.model 2>/dev/null)
+
+# --- what each room is asked to be; the room keeps it in its file `args`, written by room.py from ROOM_ARGS ---
+
+hf_ARGS         = --weights $(WEIGHTS) --max-position-embeddings=$(CONTEXT)
+checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN)
+engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) \
+                  --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
+                  --max-num-tokens=$(MAX_NUM_TOKENS)
+verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
+model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN)
+
+# hf depends on the model alone; the rooms after it also on the pinned packages that made them
+asked   = $(if $(filter hf,$1),$(weights_stat),lock=$(LOCK)) $($1_ARGS)
+changed = $(if $(subst x$(file <$2/args),,x$(call asked,$1))$(subst x$(call asked,$1),,x$(file <$2/args)),FORCE)
+
+# --- the journey ---
+
+help: ## this page
+	@awk '/^## ?/ {sub(/^## ?/, ""); print} /^[a-z_-]+:.*## / {split($$0, a, /:.*## /); printf "  %-12s %s\n", a[1], a[2]}' Makefile
+
+doctor: ## what this machine has and lacks for the journey
+	@python3 -m scripts.doctor --weights "$(WEIGHTS)" --venv "$(PY)" $(ADDRESS)
+
+hf: $(HF)/manifest.json ## weights -> one Hugging Face model
+checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank
+engines: $(VARIANT)/engines/manifest.json ## -> one engine per rank
+verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face's model says: a report
+model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
+
+serve: model_repo ## serve it; Ctrl-C ends
+	@exec $(PY) -m scripts.serve --root $(VARIANT) $(ADDRESS)
+
+ask: | $(addsuffix run.txt,$(HAS)) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
+	@$(PY) -m scripts.ask --host $(HOST) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
+
+demo: model_repo ## serve, ask, stop
+	@$(PY) -m scripts.demo --root $(VARIANT) $(ADDRESS) --max-tokens $(MAX_TOKENS)
+
+ADDRESS = --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+# Who reads whom.
+$(VARIANT)/checkpoint/manifest.json: $(HF)/manifest.json
+$(VARIANT)/engines/manifest.json:    $(VARIANT)/checkpoint/manifest.json
+$(VARIANT)/verified/manifest.json:   $(VARIANT)/engines/manifest.json $(HF)/manifest.json
+$(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/manifest.json
+
+# Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
+hf_CODE         = scripts/build_hf.py scripts/room.py scripts/meta_weights.py scripts/safetensors_file.py scripts/tokenizer.py
+checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/safetensors_file.py $(TABLES)
+engines_CODE    = scripts/build_engines.py scripts/room.py $(TABLES)
+verified_CODE   = scripts/build_verified.py scripts/room.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
+model_repo_CODE = scripts/build_model_repo.py scripts/room.py $(TABLES) $(TEMPLATES)
+TABLES          = docker/toolchains.json $(wildcard docker/contracts/*/*.json)
+TEMPLATES       = $(shell find model_repo_template -type f -not -name '*.pyc')
+
+# How any room is filled.
+build/$(NAME)/hf/manifest.json $(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$(notdir $(@D)))
+build/$(NAME)/hf/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(addsuffix run.txt,$(HAS)) $(if $(REFUSED),refuse)
+	@$(PY) -m scripts.build_hf $(hf_ARGS) --output $(@D)
+$(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(addsuffix run.txt,$(HAS))
+	@$(PY) -m scripts.build_$* $($*_ARGS) --output $(@D)
+$(VARIANT)/verified/manifest.json: | $(addsuffix verify.txt,$(HAS))
+
+refuse:
+	@MODEL='$(subst ','\'',$(value MODEL))' WEIGHTS='$(subst ','\'',$(value WEIGHTS))' ENGINE='$(ENGINE)' DTYPE='$(DTYPE)' TOOLCHAIN='$(TOOLCHAIN)' \
+	  python3 -m scripts.settings
+
+# --- the packages, pinned by hash (README, "Packages") ---
+
+$(VENV)/locks/run.txt: requirements/run.txt requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh
+	@scripts/make_venv.sh $(VENV)
+$(VENV)/locks/%.txt: requirements/%.txt | $(VENV)/locks/run.txt
+	@$(VENV)/bin/python -m pip install --quiet --no-deps --require-hashes -r $< && cp $< $@
+
+##
+## Development:
+
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt)) ## every test that this machine can run
+	@$(PY) -m pytest -q $(TESTS)
+lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
+	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile
+lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in
+	@scripts/lock.sh $(PY)
+clean: ## remove every room; fetched weights stay
+	rm -rf build
+
+TESTS =
+
+.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test lint lock clean refuse FORCE

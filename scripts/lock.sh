@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Writes requirements/*.txt anew from requirements/*.in, with the hash of every wheel.
+set -euo pipefail
+python=$1
+cd requirements
+lock() { "$python" -m uv pip compile --quiet --generate-hashes --no-annotate --no-header \
+    --python-version 3.11 --python-platform x86_64-manylinux_2_35 "$@"; }
+
+lock --no-deps run.in -o run.txt
+# torch.txt is kept by hand: it lists the wheels of two indexes, the CPU and the CUDA one, for both interpreters.
+torch=$(grep -m1 '^torch==' torch.txt | cut -d' ' -f1)
+lock --no-emit-package torch -c torch.txt -o torch-cuda.txt - <<<"$torch"
+mapfile -t cuda < <(grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' torch-cuda.txt)
+lock "${cuda[@]/#/--no-emit-package=}" --no-emit-package torch verify.in -o verify.txt
+lock test.in -o test.txt
+lock dev.in -o dev.txt
