@@ -1,0 +1,196 @@
+"""The Llama network of one tensor-parallel rank: its weights, its key/value cache and one packed forward step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from engine_config import EngineConfig
+from ranks import Ranks
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one request: a piece of its prompt, or the one token that was generated last."""
+
+    slot: int  # row of the key/value cache that belongs to the request
+    start: int  # position of the first token in its sequence
+    token_ids: tuple[int, ...]
+    n_logits: int  # how many of the last positions need logits: none inside a prompt, one at its end
+
+
+def tensor_shapes(config: EngineConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of one rank's file (TensorRT-LLM v0.8.0's names, the same in later versions)."""
+    hidden, inner = config.hidden_size, config.intermediate_size // config.tp_size
+    q_rows, kv_rows = config.heads_per_rank * config.head_size, config.kv_heads_per_rank * config.head_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.vocab_embedding.weight": (config.vocab_size, hidden),
+        "transformer.ln_f.weight": (hidden,),
+        "lm_head.weight": (config.padded_vocab_size // config.tp_size, hidden),
+    }
+    for index in range(config.num_hidden_layers):
+        layer = f"transformer.layers.{index}."
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        shapes[layer + "attention.qkv.weight"] = (q_rows + 2 * kv_rows, hidden)
+        shapes[layer + "attention.dense.weight"] = (hidden, q_rows)
+        shapes[layer + "post_layernorm.weight"] = (hidden,)
+        # Upstream's names are crossed: fc is Hugging Face's gate_proj, gate is its up_proj.
+        shapes[layer + "mlp.fc.weight"] = (inner, hidden)
+        shapes[layer + "mlp.gate.weight"] = (inner, hidden)
+        shapes[layer + "mlp.proj.weight"] = (hidden, inner)
+    return shapes
+
+
+def load_weights(path: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of rankN.safetensors on `device`. Raises ValueError when one is missing or has another shape.
+
+    Tensors that are not asked for are left alone: TensorRT-LLM 0.10 and later add rotary tables to the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"no weights for this rank: {path} does not exist")
+    weights = {}
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        for name, shape in tensor_shapes(config).items():
+            if name not in stored:
+                raise ValueError(f"{path} has no tensor {name}; config.json promises it with shape {list(shape)}")
+            tensor = file.get_tensor(name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json promises {list(shape)}")
+            weights[name] = tensor.to(device=device, dtype=dtype)
+    return weights
+
+
+def rotary_frequencies(config: EngineConfig) -> Tensor:
+    """Angle per position of each rotary pair, float32 (head_size / 2). Raises ValueError for an unknown scaling.
+
+    Conventions of Hugging Face's modeling_rope_utils ("linear" and "llama3").
+    """
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    frequencies: Tensor = 1.0 / config.rotary_base**exponents
+    scaling = config.rotary_scaling
+    if not scaling:
+        return frequencies
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("default", None):
+        return frequencies
+    if kind == "linear":
+        return frequencies / float(scaling["factor"])
+    if kind == "llama3":
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pairs, wholly scaled; 1: fast pairs, as they were
+        return frequencies * (keep + (1 - keep) / float(scaling["factor"]))
+    raise ValueError(f"the torch engine does not support rotary_scaling {kind!r}, only linear and llama3")
+
+
+class Packing:
+    """Where each token of a step lies: its rows in the packed tensors, its slots and positions in the cache."""
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+        def index(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        ends = list(accumulate(len(c.token_ids) for c in chunks))
+        placed = [(c, end - len(c.token_ids), end) for c, end in zip(chunks, ends, strict=True)]
+        self.token_ids = index([token for c in chunks for token in c.token_ids])
+        self.slots = index([c.slot for c in chunks for _ in c.token_ids])
+        self.positions = index([c.start + i for c in chunks for i in range(len(c.token_ids))])
+        self.logit_rows = index([row for c, _, end in placed for row in range(end - c.n_logits, end)])
+        self.prompts = [(c, begin, end) for c, begin, end in placed if end - begin > 1]
+        # Single tokens attend all together, in the order of their slots: neighbouring slots are a view of the cache.
+        singles = sorted((c.slot, c.start, begin) for c, begin, end in placed if end - begin == 1)
+        self.single_rows = index([row for _, _, row in singles])
+        if singles:
+            first, last = singles[0][0], singles[-1][0]
+            adjacent = last - first + 1 == len(singles)
+            self.single_slots = slice(first, last + 1) if adjacent else index([slot for slot, _, _ in singles])
+            starts = index([start for _, start, _ in singles])
+            self.single_length = max(start for _, start, _ in singles) + 1
+            visible = torch.arange(self.single_length, device=device) <= starts[:, None]
+            self.single_mask = visible[:, None, None, :]  # (singles, 1, 1, single_length)
+
+
+class Llama:
+    """One rank's share of the network. All ranks call `step` with the same chunks; rank 0 gets the logits."""
+
+    def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks) -> None:
+        self.config, self.weights, self.ranks = config, weights, ranks
+        embedding = weights["transformer.vocab_embedding.weight"]
+        self.device, self.dtype = embedding.device, embedding.dtype
+        angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (max_seq_len, 1, head_size): the same for all heads
+        self.cos = angles.cos().to(self.device, self.dtype)
+        self.sin = angles.sin().to(self.device, self.dtype)
+        cache = (config.max_batch_size, config.kv_heads_per_rank, config.max_seq_len, config.head_size)
+        self.keys = [torch.zeros(cache, device=self.device, dtype=self.dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    @torch.inference_mode()
+    def step(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Runs all chunks through the network at once and remembers their keys and values.
+
+        Returns float32 logits (sum of n_logits, vocab_size) on the CPU of rank 0, in the order of the chunks; None on
+        other ranks, or when no chunk asks for logits.
+        """
+        config, weights, packing = self.config, self.weights, Packing(chunks, self.device)
+        x = weights["transformer.vocab_embedding.weight"][packing.token_ids]  # (tokens, hidden)
+        for index in range(config.num_hidden_layers):
+            layer = f"transformer.layers.{index}."
+            hidden = self._norm(x, layer + "input_layernorm.weight")
+            x = x + self._attention(hidden, index, packing)
+            hidden = self._norm(x, layer + "post_layernorm.weight")
+            inner = F.silu(F.linear(hidden, weights[layer + "mlp.fc.weight"]))
+            inner = inner * F.linear(hidden, weights[layer + "mlp.gate.weight"])  # (tokens, intermediate / ranks)
+            x = x + self.ranks.all_reduce(F.linear(inner, weights[layer + "mlp.proj.weight"]))
+        if not len(packing.logit_rows):
+            return None
+        last = self._norm(x[packing.logit_rows], "transformer.ln_f.weight")
+        logits = self.ranks.gather(F.linear(last, weights["lm_head.weight"]).float())
+        return None if logits is None else logits[:, : config.vocab_size].cpu()
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, (self.config.hidden_size,), self.weights[name], self.config.norm_epsilon)
+
+    def _attention(self, hidden: Tensor, index: int, packing: Packing) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden), summed over the ranks."""
+        heads, kv_heads, size = self.config.heads_per_rank, self.config.kv_heads_per_rank, self.config.head_size
+        layer = f"transformer.layers.{index}.attention."
+        qkv = F.linear(hidden, self.weights[layer + "qkv.weight"]).view(-1, heads + 2 * kv_heads, size)
+        rotated, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        # Hugging Face's rotation: the two halves of a head are the pairs. The checkpoint has q and k in that order.
+        low, high = rotated.chunk(2, dim=-1)
+        turned = torch.cat((-high, low), dim=-1)
+        rotated = rotated * self.cos[packing.positions] + turned * self.sin[packing.positions]
+        q, k = rotated[:, :heads], rotated[:, heads:]  # (tokens, heads, size), (tokens, kv_heads, size)
+
+        keys, values = self.keys[index], self.values[index]  # (slots, kv_heads, max_seq_len, size)
+        keys[packing.slots, :, packing.positions] = k
+        values[packing.slots, :, packing.positions] = v
+        out = torch.empty_like(q)
+        if len(packing.single_rows):
+            length = packing.single_length
+            # The heads that share a KV head are the rows of one query: no key is repeated, and nothing is causal here.
+            grouped = q[packing.single_rows].view(-1, kv_heads, heads // kv_heads, size)
+            seen_k = keys[:, :, :length][packing.single_slots]
+            seen_v = values[:, :, :length][packing.single_slots]
+            mixed = F.scaled_dot_product_attention(grouped, seen_k, seen_v, attn_mask=packing.single_mask)
+            out[packing.single_rows] = mixed.reshape(-1, heads, size)
+        for chunk, begin, end in packing.prompts:
+            length = chunk.start + end - begin
+            causal = torch.ones(end - begin, length, dtype=torch.bool, device=self.device).tril(chunk.start)
+            mixed = F.scaled_dot_product_attention(
+                q[begin:end].transpose(0, 1)[None],
+                keys[chunk.slot, :, :length][None],
+                values[chunk.slot, :, :length][None],
+                attn_mask=causal,
+                enable_gqa=True,
+            )  # (1, heads, tokens of the chunk, size)
+            out[begin:end] = mixed[0].transpose(0, 1)
+        return self.ranks.all_reduce(F.linear(out.flatten(1), self.weights[layer + "dense.weight"]))

@@ -1,0 +1,135 @@
+"""From logits to the next token: pure functions that follow TensorRT-LLM v0.8.0's rules for sampling and stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+Words = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request chooses its tokens, under upstream's names; the defaults are greedy and change nothing."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: not given
+    top_p: float = 0.0  # 0: not given
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    random_seed: int = 0
+    min_length: int = 0  # generated tokens before end_id is allowed
+    end_id: int = -1  # -1: none
+    embedding_bias: Tensor | None = None  # (vocab_size,), added to the logits
+    bad_words: Words = ()
+    stop_words: Words = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Neither top_k nor top_p: greedy whatever the temperature, as upstream's runtime arguments have it."""
+        return self.top_k == 1 or (self.top_k == 0 and self.top_p == 0.0)
+
+
+def refusal(sampling: Sampling, vocab_size: int) -> str | None:
+    """Why these settings cannot be used, with the value and the limit; None when they can."""
+    for field in fields(sampling):
+        value = getattr(sampling, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{field.name} is {value}; it must be a finite number"
+    for name in ("temperature", "repetition_penalty"):
+        if getattr(sampling, name) <= 0:
+            return f"{name} is {getattr(sampling, name):g}; it must be greater than 0"
+    if not 0 <= sampling.top_p <= 1:
+        return f"top_p is {sampling.top_p:g}; it must be between 0 and 1"
+    for name in ("top_k", "min_length", "random_seed"):
+        if getattr(sampling, name) < 0:
+            return f"{name} is {getattr(sampling, name)}; it must not be negative"
+    if not -1 <= sampling.end_id < vocab_size:
+        return f"end_id is {sampling.end_id}; the vocabulary has ids 0 to {vocab_size - 1} (-1: no end)"
+    if (bias := sampling.embedding_bias) is not None:
+        if bias.shape != (vocab_size,):
+            return f"embedding_bias has shape {list(bias.shape)}; the vocabulary has {vocab_size} ids"
+        if not bool(bias.isfinite().all()):
+            return "embedding_bias holds a value that is not a finite number"
+    for name in ("bad_words", "stop_words"):
+        for token in (token for word in getattr(sampling, name) for token in word):
+            if not 0 <= token < vocab_size:
+                return f"{name}_list holds the id {token}; the vocabulary has ids 0 to {vocab_size - 1}"
+    return None
+
+
+def word_list(flat: Sequence[int], ends: Sequence[int]) -> Words:
+    """Upstream's INT32 [2, n] form as tuples: all ids in a row, and where each word ends, padded with -1.
+
+    `([5, 6, 7, 0], [2, 3, -1, -1])` is the words (5, 6) and (7,). Raises ValueError when the ends do not rise or lie
+    outside.
+    """
+    words, begin = [], 0
+    for index, end in enumerate(ends):
+        if end == -1:
+            if any(later != -1 for later in ends[index:]):
+                raise ValueError(f"an end offset follows the -1 at index {index}")
+            break
+        if not begin < end <= len(flat):
+            raise ValueError(f"end offset {end} at index {index}; it must lie between {begin + 1} and {len(flat)}")
+        words.append(tuple(flat[begin:end]))
+        begin = end
+    return tuple(words)
+
+
+def ends_with(tokens: Sequence[int], words: Words) -> bool:
+    """Whether the sequence (prompt and generated tokens, as upstream compares) ends with one of the words."""
+    return any(tuple(tokens[-len(word) :]) == word for word in words)
+
+
+def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt: int) -> Tensor:
+    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and what was generated.
+
+    Order and rules of v0.8.0's batchApplyPenalty and ban_bad_words: bias, temperature, repetition penalty
+    (multiplicative), presence, frequency, min_length, bad words. All three penalties count the prompt's tokens too.
+    """
+    logits = logits.clone()
+    if sampling.embedding_bias is not None:
+        logits += sampling.embedding_bias
+    logits /= sampling.temperature
+    if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
+        counts = torch.bincount(torch.tensor(tokens), minlength=len(logits))
+        penalty = sampling.repetition_penalty
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        penalised -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        logits = torch.where(counts > 0, penalised, logits)
+    if sampling.end_id >= 0 and len(tokens) - n_prompt < sampling.min_length:
+        logits[sampling.end_id] = -math.inf
+    for word in sampling.bad_words:
+        if len(word) == 1 or ends_with(tokens, (word[:-1],)):
+            logits[word[-1]] = -math.inf
+    return logits
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token out of adjusted logits (vocab_size,). Raises ValueError when every token is banned.
+
+    top_k first, then the smallest nucleus of what is left whose probability reaches top_p.
+    """
+    if not math.isfinite(logits.max()):
+        raise ValueError("no token is left to choose: bad_words_list and min_length ban every one")
+    if sampling.greedy:
+        return int(logits.argmax())
+    ordered, ids = logits.sort(descending=True, stable=True)
+    if sampling.top_k:
+        ordered = ordered[: sampling.top_k]
+    probabilities = ordered.softmax(dim=-1)
+    if sampling.top_p:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.where(before < sampling.top_p, 0.0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def log_prob(logits: Tensor, token: int) -> float:
+    """Log probability of a token under the model itself: log_softmax of its logits (vocab_size,), unadjusted."""
+    return float(logits[token] - logits.logsumexp(dim=-1))

@@ -1,0 +1,83 @@
+"""Runs one rank of the torch engine without Triton: rank 0 answers requests from a JSON file, the others follow.
+
+mpirun -n 2 python drive_engine.py ENGINE_DIR REQUESTS.json ANSWERS.pt
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION_DIR = Path(__file__).resolve().parents[1] / "model_repo_template" / "tensorrt_llm" / "1"
+sys.path.insert(0, str(VERSION_DIR))
+
+from engine import Engine, Piece, Request, open_engine  # noqa: E402
+from sampling import Sampling  # noqa: E402
+
+ANSWER_SECONDS = 60
+
+
+class Answer:
+    """Collects what the engine says about one request."""
+
+    def __init__(self, engine: Engine, prompt: list[int], max_new_tokens: int, **options: Any) -> None:
+        flags = {name: options.pop(name, False) for name in ("log_probs", "context_logits", "generation_logits")}
+        self.pieces: list[Piece] = []
+        self._queue: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self.request = Request(tuple(prompt), max_new_tokens, self._queue.put, Sampling(**options), **flags)
+        self._engine = engine
+        engine.submit(self.request)
+
+    def next_piece(self) -> Piece:
+        """Waits for the next piece."""
+        self.pieces.append(self._queue.get(timeout=ANSWER_SECONDS))
+        return self.pieces[-1]
+
+    def wait(self) -> Answer:
+        """Waits for the last piece."""
+        while not self.pieces or not self.pieces[-1].final:
+            self.next_piece()
+        return self
+
+    def cancel(self) -> None:
+        self._engine.cancel(self.request)
+
+    @property
+    def error(self) -> str | None:
+        return self.pieces[-1].error
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for piece in self.pieces for token in piece.tokens]
+
+    @property
+    def log_probs(self) -> list[float]:
+        return [value for piece in self.pieces for value in piece.log_probs]
+
+    def logits(self, kind: str) -> torch.Tensor:
+        """`context_logits` or `generation_logits`, all pieces together."""
+        return torch.cat([part for piece in self.pieces if (part := getattr(piece, kind)) is not None])
+
+
+def main(engine_dir: str, requests: str, answers: str) -> None:
+    engine = open_engine(Path(engine_dir))
+    if not isinstance(engine, Engine):
+        engine.follow()
+        return
+    asked = [Answer(engine, **request) for request in json.loads(Path(requests).read_text())]
+    answered = []
+    for answer in asked:
+        answer.wait()
+        logits = answer.logits("context_logits") if answer.request.context_logits else None
+        answered.append({"tokens": answer.tokens, "error": answer.error, "context_logits": logits})
+    torch.save({"answers": answered, "steps": engine.steps}, answers)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
