@@ -65,27 +65,35 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
     }
 
 
-def engine_config(golden: Mapping[str, Any], version: str, checkpoint: Mapping[str, Any], sizes: Mapping[str, int]) -> Dict[str, Any]:
+def engine_config(
+    golden: Mapping[str, Any], version: str, checkpoint: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Dict[str, Any]:
     """config.json of an engine: the version's golden file, key for key, with this model's values.
 
     golden: docker/contracts/engine-config; checkpoint: the checkpoint's config.json. Up to 0.10 the schema has max_output_len
     (new tokens) and no max_seq_len (all tokens): upstream derives the one from the other by a sum.
     """
     dtype = checkpoint["dtype"]
-    pretrained = _with_values(golden["pretrained_config"], {
-        "head_size": checkpoint["hidden_size"] // checkpoint["num_attention_heads"],
-        "kv_dtype": dtype,
-        **checkpoint,
-    })
-    build = _with_values(golden["build_config"], {
-        **sizes,
-        "max_output_len": sizes["max_seq_len"] - sizes["max_input_len"],
-        "opt_num_tokens": sizes["max_batch_size"],
-    })
+    pretrained = _with_values(
+        golden["pretrained_config"],
+        {
+            "head_size": checkpoint["hidden_size"] // checkpoint["num_attention_heads"],
+            "kv_dtype": dtype,
+            **checkpoint,
+        },
+    )
+    build = _with_values(
+        golden["build_config"],
+        {
+            **sizes,
+            "max_output_len": sizes["max_seq_len"] - sizes["max_input_len"],
+            "opt_num_tokens": sizes["max_batch_size"],
+        },
+    )
     plugins = build["plugin_config"]
-    build["plugin_config"] = _with_values(plugins, {
-        name: dtype for name, value in plugins.items() if value == golden["pretrained_config"]["dtype"]
-    })
+    build["plugin_config"] = _with_values(
+        plugins, {name: dtype for name, value in plugins.items() if value == golden["pretrained_config"]["dtype"]}
+    )
     return {"version": version, "pretrained_config": pretrained, "build_config": build}
 
 
@@ -106,7 +114,10 @@ def build_engines(settings: Settings) -> None:
     world_size = config["mapping"]["world_size"]
     golden = contracts.table("engine-config", settings.trtllm_version)
     arguments = {"engine": settings.engine, "trtllm_version": settings.trtllm_version, **sizes}
-    room.say("engines", f"{settings.engine}: {world_size} ranks, {config['dtype']}, " + ", ".join(f"{k} {v}" for k, v in sizes.items()))
+    room.say(
+        "engines",
+        f"{settings.engine}: {world_size} ranks, {config['dtype']}, " + ", ".join(f"{k} {v}" for k, v in sizes.items()),
+    )
     with room.filling(settings.output, reads={"checkpoint": settings.checkpoint}, arguments=arguments) as filling:
         for rank in range(world_size):
             name = f"rank{rank}.safetensors"
@@ -136,10 +147,18 @@ def main() -> None:
     max_batch_size = tokens("MAX_BATCH_SIZE", args.max_batch_size)
     if max_batch_size is None:
         raise errors.not_a_number("MAX_BATCH_SIZE", "")
-    build_engines(Settings(
-        args.checkpoint, args.output, args.engine, args.trtllm_version, max_batch_size,
-        tokens("MAX_INPUT_LEN", args.max_input_len), tokens("MAX_SEQ_LEN", args.max_seq_len), tokens("MAX_NUM_TOKENS", args.max_num_tokens),
-    ))
+    build_engines(
+        Settings(
+            args.checkpoint,
+            args.output,
+            args.engine,
+            args.trtllm_version,
+            max_batch_size,
+            tokens("MAX_INPUT_LEN", args.max_input_len),
+            tokens("MAX_SEQ_LEN", args.max_seq_len),
+            tokens("MAX_NUM_TOKENS", args.max_num_tokens),
+        )
+    )
 
 
 if __name__ == "__main__":

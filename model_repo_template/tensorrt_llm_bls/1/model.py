@@ -1,0 +1,5 @@
+"""The model `tensorrt_llm_bls`: text in, text out, over the model tensorrt_llm."""
+
+from text_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

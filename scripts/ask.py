@@ -1,0 +1,72 @@
+"""Asks a running server and streams the answer to the terminal, as it comes and unwrapped; the prompt is in the variable PROMPT."""
+
+import argparse
+import os
+import queue
+import sys
+from typing import Any
+
+import numpy as np
+
+from scripts import errors
+
+
+def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
+    """Stream the answer of the model `ensemble` to standard output; a Problem when there is none."""
+    import tritonclient.grpc as triton
+    from tritonclient.utils import InferenceServerException
+
+    inputs = []
+    for name, datatype, value in (
+        ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
+        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
+        ("stream", "BOOL", np.array([[True]])),
+    ):
+        tensor = triton.InferInput(name, list(value.shape), datatype)
+        tensor.set_data_from_numpy(value)
+        inputs.append(tensor)
+    answers: "queue.Queue[Any]" = queue.Queue()
+    with triton.InferenceServerClient(address) as client:
+        try:
+            if not client.is_server_ready(client_timeout=10):
+                raise errors.server_not_there(address, "it is there but not ready")
+            client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
+            client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
+            while True:
+                answer = answers.get(timeout=timeout_seconds)
+                if isinstance(answer, InferenceServerException):
+                    raise answer
+                text = answer.as_numpy("text_output")
+                if text is not None:
+                    sys.stdout.write(b"".join(text.reshape(-1)).decode("utf-8"))
+                    sys.stdout.flush()
+                final = answer.get_response().parameters.get("triton_final_response")
+                if final is not None and final.bool_param:
+                    break
+            client.stop_stream()
+        except InferenceServerException as error:
+            client.stop_stream(cancel_requests=True)
+            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                raise errors.server_not_there(address, (error.message() or "").split("\n")[0]) from None
+            raise errors.request_refused(error.message() or str(error)) from None
+    sys.stdout.write("\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--grpc-port", default="8001")
+    parser.add_argument("--max-tokens", default="48")
+    args = parser.parse_args()
+    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+    try:
+        max_tokens = int(args.max_tokens)
+    except ValueError:
+        raise errors.bad_setting(
+            "MAX_TOKENS", args.max_tokens, "a whole number", errors.make("ask", MAX_TOKENS=48)
+        ) from None
+    ask(f"{host}:{args.grpc_port}", os.environ.get("PROMPT", "Once upon a time"), max_tokens)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,68 @@
+"""What the kernel knows of the processes of a running server: who is there, who is stopped, whom to end."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Set, Tuple
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process. (pid, started) names it for good: pids are used again. rank: its MPI rank, None outside any."""
+
+    pid: int
+    started: int
+    parent: int
+    session: int
+    state: str
+    name: str
+    rank: Optional[int]
+
+    @property
+    def identity(self) -> Tuple[int, int]:
+        return self.pid, self.started
+
+
+def of_session(session: int) -> Dict[Tuple[int, int], Process]:
+    """Every living process of a session (what was started by one setsid and its children), by identity."""
+    found = (_read(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
+    return {p.identity: p for p in found if p is not None and p.session == session and p.state not in "ZX"}
+
+
+def end_session(session: int, timeout_seconds: float) -> Set[int]:
+    """Kill every process of a session; returns the pids that are left after the timeout (none, unless the kernel holds them)."""
+    deadline = time.monotonic() + timeout_seconds
+    while left := of_session(session):
+        for process in left.values():
+            send(process, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return {process.pid for process in left.values()}
+
+
+def send(process: Process, number: signal.Signals) -> None:
+    """Signal a process, if it is still the same one."""
+    try:
+        if (again := _read(process.pid)) and again.identity == process.identity:
+            os.kill(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _read(pid: int) -> Optional[Process]:
+    """/proc/PID/stat (proc(5)) and the rank that mpirun wrote into the environment."""
+    try:
+        stat = (PROC / str(pid) / "stat").read_text()
+        name = stat[stat.index("(") + 1 : stat.rindex(")")]
+        fields = stat[stat.rindex(")") + 2 :].split()
+        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    ranks: List[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
+    rank = int(ranks[0]) if ranks and ranks[0].isdigit() else None
+    return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0], name, rank)

