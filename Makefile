@@ -126,8 +126,10 @@ $(VARIANT)/verified/manifest.json:   $(VARIANT)/engines/manifest.json $(HF)/mani
 $(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/manifest.json
 
 # Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
-hf_CODE         = scripts/build_hf.py scripts/room.py scripts/meta_weights.py scripts/safetensors_file.py scripts/tokenizer.py
-checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/safetensors_file.py $(TABLES)
+hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/meta_weights.py \
+                  scripts/safetensors_file.py scripts/tokenizer.py
+checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
+                  scripts/safetensors_file.py $(TABLES)
 engines_CODE    = scripts/build_engines.py scripts/room.py $(TABLES)
 verified_CODE   = scripts/build_verified.py scripts/room.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py $(TABLES) $(TEMPLATES)

@@ -1,0 +1,348 @@
+"""Reads a Llama model in Meta's form: params.json, consolidated.NN.pth (one per model-parallel shard) and where its bytes lie.
+
+Nothing of a .pth is run: torch reads its directory with weights_only=True, the weights themselves are read by rows and checked
+against the checksums that the file carries.
+"""
+
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+
+import numpy as np
+
+from scripts import errors
+from scripts.hf_model import check_tensors, number, positive, read_json
+from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape
+from scripts.safetensors_file import DTYPE_NAMES, DTYPES, Raw, StoredTensor, row_blocks
+
+# A .pth's directory (data.pkl) has some 100 bytes per tensor: 64 MB is far beyond any model, and what a hostile file can make us hold.
+DIRECTORY_MAX_BYTES = 64 << 20
+
+# How the shards of a tensor make the whole: rows and columns are laid side by side, the same is in every shard.
+ROWS, COLUMNS, SAME = "rows", "columns", "same"
+# Meta's name -> Hugging Face's name, how it was split (Meta's model.py: ColumnParallelLinear splits the output, RowParallelLinear the
+# input, ParallelEmbedding the columns). wq and wk are permuted on the way, see pairs_to_halves.
+GLOBAL = {
+    "tok_embeddings.weight": (EMBEDDING, COLUMNS),
+    "norm.weight": (LAST_NORM, SAME),
+    "output.weight": (HEAD, ROWS),
+}
+LAYER = {
+    "attention.wq.weight": ("self_attn.q_proj.weight", ROWS),
+    "attention.wk.weight": ("self_attn.k_proj.weight", ROWS),
+    "attention.wv.weight": ("self_attn.v_proj.weight", ROWS),
+    "attention.wo.weight": ("self_attn.o_proj.weight", COLUMNS),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", ROWS),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", COLUMNS),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", ROWS),
+    "attention_norm.weight": ("input_layernorm.weight", SAME),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", SAME),
+}
+# the rotary frequencies, computed again by whoever runs the model
+DROPPED = "rope.freqs"
+
+
+@dataclass(frozen=True)
+class Params:
+    """params.json. The defaults of what may be absent are those of Meta's ModelArgs (llama/model.py)."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: Optional[int]  # None where the file says -1: as many as the tokenizer has
+    multiple_of: int
+    ffn_dim_multiplier: Optional[float]
+    norm_eps: float
+    rope_theta: float
+    max_seq_len: Optional[int]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Meta's rule: 2/3 of 4 * dim, times ffn_dim_multiplier, up to the next multiple_of (llama/model.py, FeedForward)."""
+        size = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            size = int(self.ffn_dim_multiplier * size)
+        return self.multiple_of * -(-size // self.multiple_of)
+
+
+@dataclass(frozen=True)
+class ShardTensor:
+    """One tensor of one .pth: where it lies, and the CRC-32 that the file carries for it (None: for more than this tensor)."""
+
+    stored: StoredTensor
+    crc32: Optional[int]
+
+    def blocks(self, multiple: int = 1, other_row_bytes: int = 0) -> Iterator[Raw]:
+        """All rows in order, some at a time (a multiple of `multiple`); a Problem at the end where the checksum does not fit.
+
+        other_row_bytes: what lies beside each row in the other shards, so that joined blocks stay small.
+        """
+        crc = 0
+        for first, end in row_blocks(0, self.stored.shape[0], self.stored.row_bytes + other_row_bytes, multiple):
+            block = self.stored.rows(first, end)
+            crc = zlib.crc32(block.data.cast("B"), crc)
+            yield block
+        if self.crc32 is not None and crc != self.crc32:
+            raise errors.tensor_damaged(self.stored.path, self.stored.name, f"{self.crc32:08x}", f"{crc:08x}")
+
+
+Shard = Mapping[str, ShardTensor]
+
+
+def read_params(path: Path) -> Params:
+    """params.json -> Params; a Problem for values that cannot be."""
+    params = read_json(path)
+    n_heads = positive(params, "n_heads", path)
+    kv_heads = positive(params, "n_kv_heads", path, n_heads)
+    dim = positive(params, "dim", path)
+    if dim % n_heads or dim // n_heads % 2 or n_heads % kv_heads:
+        raise errors.weights_contradict(
+            path,
+            "n_heads",
+            "the heads must divide dim into even parts, the key/value heads the heads",
+            f"dim is {dim}, n_heads {n_heads}, n_kv_heads {kv_heads}",
+        )
+    if params.get("use_scaled_rope"):
+        raise errors.model_unfit(
+            path, "use_scaled_rope is true (Llama 3.1 and later)", "false; its Hugging Face form can be used"
+        )
+    vocab_size = None if params.get("vocab_size", -1) == -1 else positive(params, "vocab_size", path)
+    max_seq_len = None if params.get("max_seq_len") is None else positive(params, "max_seq_len", path)
+    multiplier = params.get("ffn_dim_multiplier")
+    return Params(
+        dim=dim,
+        n_layers=positive(params, "n_layers", path),
+        n_heads=n_heads,
+        n_kv_heads=kv_heads,
+        vocab_size=vocab_size,
+        multiple_of=positive(params, "multiple_of", path, 256),
+        ffn_dim_multiplier=None if multiplier is None else number(params, "ffn_dim_multiplier", path, 1.0),
+        norm_eps=number(params, "norm_eps", path, 1e-5),
+        rope_theta=number(params, "rope_theta", path, 10000.0),
+        max_seq_len=max_seq_len,
+    )
+
+
+def shard_paths(folder: Path) -> List[Path]:
+    """consolidated.00.pth and its followers; a Problem for a gap in the numbers or for a .pth that does not belong there."""
+    names = sorted(path.name for path in folder.glob("*.pth"))
+    expected = [f"consolidated.{index:02d}.pth" for index in range(len(names))]
+    numbered = [name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)]
+    extra = sorted(set(names) - set(numbered))
+    if extra:
+        raise errors.weights_extra_file(folder, extra, "consolidated.NN.pth")
+    missing = sorted(set(expected) - set(names))
+    if missing or not names:
+        raise errors.weights_file_missing(folder, missing[0] if missing else "consolidated.00.pth", names)
+    return [folder / name for name in names]
+
+
+def read_shard(path: Path) -> Shard:
+    """The tensors of one .pth; only its directory is read. A Problem where it is damaged, cut off, no torch file or not only weights."""
+    records = _zip_records(path)
+    # here and not at the top: takes 1.5 s, and a Hugging Face folder needs none of it
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises whatever the broken byte leads to
+        raise errors.weights_unreadable(path, f"torch refuses it: {_first_sentence(error)}") from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
+        raise errors.weights_unreadable(path, "it holds something else than named tensors")
+    names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+    tensors = {name: value for name, value in loaded.items() if name != DROPPED}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.dim() or not tensor.numel():
+            raise errors.weights_unreadable(path, f"{name} is not stored whole, row after row")
+    # torch does not tell where a storage lies in the file; it maps the file once, so all addresses are file offsets plus one number
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in loaded.values()}
+    base = min(storages, default=0) - min(records, default=0)
+    if {(address - base, size) for address, size in storages.items()} != {
+        (offset, size) for offset, (size, _) in records.items()
+    }:
+        raise errors.weights_unreadable(path, "its tensors are not the pieces that lie in the file")
+    shard = {}
+    for name, tensor in tensors.items():
+        start = tensor.data_ptr() - base
+        size_bytes, crc32 = records[tensor.untyped_storage().data_ptr() - base]
+        stored = StoredTensor(path, name, DTYPES[names[tensor.dtype]], tuple(tensor.shape), start)
+        shard[name] = ShardTensor(stored, crc32 if stored.size_bytes == size_bytes else None)
+    return shard
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """All shards of a model, checked against params.json; gives Hugging Face's tensors by blocks of rows."""
+
+    shape: LlamaShape
+    dtype: str  # float16, bfloat16, float32
+    shards: Tuple[Shard, ...]
+    # Hugging Face's tensor name -> (Meta's name, how its shards are laid together)
+    names: Mapping[str, Tuple[str, str]]
+
+    def blocks(self, hf_name: str) -> Iterator[Raw]:
+        """The rows of Hugging Face's tensor, in order: arrays of (rows, columns) or (rows,)."""
+        name, how = self.names[hf_name]
+        parts = [shard[name] for shard in self.shards]
+        if how == SAME:
+            same = [np.concatenate(list(part.blocks())) for part in parts]  # norms: a few kB
+            for part, values in zip(parts, same, strict=True):
+                if not np.array_equal(values, same[0]):
+                    raise errors.weights_contradict(
+                        part.stored.path,
+                        name,
+                        "it must be the same in all shards",
+                        f"it differs from the one in {parts[0].stored.path.name}",
+                    )
+            yield same[0]
+        elif how == COLUMNS:
+            row_bytes = sum(part.stored.row_bytes for part in parts)
+            for blocks in zip(*(part.blocks(1, row_bytes) for part in parts), strict=True):
+                yield np.concatenate(blocks, axis=1)
+        else:
+            permuted = name.endswith(("wq.weight", "wk.weight"))
+            for part in parts:
+                for block in part.blocks(self.shape.head_size if permuted else 1):
+                    yield pairs_to_halves(block, self.shape.head_size) if permuted else block
+
+
+def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Path, vocab_size: int) -> MetaModel:
+    """All tensors of all shards against params.json and the tokenizer's vocab_size; a Problem for the first that does not fit."""
+    layers = {match.group(1) for name in shards[0] if (match := re.match(r"layers\.(\d+)\.", name))}
+    if layers and len(layers) != params.n_layers:
+        raise errors.weights_contradict(
+            folder, "n_layers", f"params.json says {params.n_layers}", f"the tensors have {len(layers)}"
+        )
+    shape = LlamaShape(
+        params.dim, params.intermediate_size, params.n_layers, params.n_heads, params.n_kv_heads, vocab_size
+    )
+    found = [{name: tensor.stored.shape for name, tensor in shard.items()} for shard in shards]
+    _check_feed_forward(folder / "consolidated.00.pth", params, shape, len(shards), found[0])
+    model_vocab_size = found[0].get("output.weight", (0,))[0] * len(shards)
+    if model_vocab_size not in (0, vocab_size):
+        raise errors.vocabulary_differs(tokenizer_path, vocab_size, model_vocab_size)
+    for name, size in (
+        ("n_heads", shape.n_heads),
+        ("n_kv_heads", shape.n_kv_heads),
+        ("vocab_size", vocab_size),
+        ("dim", params.dim),
+    ):
+        if size % len(shards):
+            raise errors.weights_contradict(
+                folder, name, f"it is {size}", f"{len(shards)} shards cannot share it evenly"
+            )
+    names = _names(shape, shards)
+    expected = _shard_shapes(shape, len(shards), names)
+    for index, shapes in enumerate(found):
+        check_tensors(folder / f"consolidated.{index:02d}.pth", "params.json", expected, shapes)
+    dtypes = {tensor.stored.dtype: tensor.stored for shard in shards for tensor in shard.values()}
+    if len(dtypes) > 1:
+        one, other = list(dtypes.values())[:2]
+        raise errors.weights_contradict(
+            folder,
+            "the type of the weights",
+            f"{one.name} in {one.path.name} is {one.dtype}",
+            f"{other.name} in {other.path.name} is {other.dtype}",
+        )
+    return MetaModel(shape, DTYPE_NAMES[next(iter(dtypes))], tuple(shards), names)
+
+
+def pairs_to_halves(rows: Raw, head_size: int) -> Raw:
+    """Re-order the rows of wq or wk within each head: (heads * head_size, columns) -> the same shape.
+
+    Meta rotates neighbours (x0 with x1, x2 with x3), Hugging Face and TensorRT-LLM rotate halves (x0 with x[d/2]): rows 0, 2, 4, ... of
+    a head come first, then 1, 3, 5, ... Source: transformers' convert_llama_weights_to_hf.py, `permute`.
+    """
+    columns = rows.shape[1]
+    return rows.reshape(-1, head_size // 2, 2, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def halves_to_pairs(rows: Raw, head_size: int) -> Raw:
+    """The way back: halves_to_pairs(pairs_to_halves(x)) == x."""
+    columns = rows.shape[1]
+    return rows.reshape(-1, 2, head_size // 2, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def _names(shape: LlamaShape, shards: List[Shard]) -> Dict[str, Tuple[str, str]]:
+    names = {hf: (meta, how) for meta, (hf, how) in GLOBAL.items()}
+    for index in range(shape.n_layers):
+        names.update(
+            {f"model.layers.{index}.{hf}": (f"layers.{index}.{meta}", how) for meta, (hf, how) in LAYER.items()}
+        )
+    # Llama 2 splits the embedding by columns, some Llama 3 files by rows: the shape tells
+    meta_embedding = names[EMBEDDING][0]
+    if meta_embedding in shards[0] and shards[0][meta_embedding].stored.shape[0] * len(shards) == shape.vocab_size:
+        names[EMBEDDING] = (meta_embedding, ROWS)
+    return names
+
+
+def _shard_shapes(shape: LlamaShape, n_shards: int, names: Mapping[str, Tuple[str, str]]) -> Dict[str, Tuple[int, ...]]:
+    """Meta's names -> the shape that each shard's part must have."""
+    shapes = {}
+    for hf_name, whole in shape.hf_tensors().items():
+        name, how = names[hf_name]
+        split = {ROWS: 0, COLUMNS: 1, SAME: None}[how]
+        shapes[name] = tuple(size // n_shards if axis == split else size for axis, size in enumerate(whole))
+    return shapes
+
+
+def _check_feed_forward(
+    path: Path, params: Params, shape: LlamaShape, n_shards: int, found: Mapping[str, Tuple[int, ...]]
+) -> None:
+    """The first matrix tells in Meta's terms what is wrong: too few shards, or another multiple_of or ffn_dim_multiplier."""
+    rows, columns = (*found.get("layers.0.feed_forward.w1.weight", ()), 0, 0)[:2]
+    expected = shape.intermediate_size
+    if rows * n_shards == expected or columns != shape.hidden_size:
+        return
+    if rows and expected % rows == 0 and expected // rows > n_shards:
+        raise errors.shards_missing(path.parent, n_shards, expected // rows)
+    raise errors.weights_contradict(
+        path,
+        "feed-forward size",
+        f"params.json (dim {params.dim}, multiple_of {params.multiple_of}, ffn_dim_multiplier "
+        f"{params.ffn_dim_multiplier}) gives {expected}",
+        f"the tensors of {n_shards} shard(s) have {rows * n_shards}",
+    )
+
+
+def _zip_records(path: Path) -> Dict[int, Tuple[int, int]]:
+    """Where a .pth's storages lie, from its zip directory: file offset -> (bytes, CRC-32)."""
+    records: Dict[int, Tuple[int, int]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise errors.weights_unreadable(
+                        path, f"its part {info.filename} is compressed, torch stores plainly"
+                    )
+                if info.filename.endswith("/data.pkl") and info.file_size > DIRECTORY_MAX_BYTES:
+                    raise errors.weights_unreadable(
+                        path, f"its directory has {info.file_size} bytes, {DIRECTORY_MAX_BYTES} are the limit"
+                    )
+                if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+                    raise errors.weights_unreadable(path, "its numbers are big-endian")
+                if "/data/" in info.filename:
+                    # the local header repeats name and extra field with lengths of its own (APPNOTE.TXT 4.3.7)
+                    file.seek(info.header_offset + 26)
+                    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+                    records[info.header_offset + 30 + name_bytes + extra_bytes] = (info.file_size, info.CRC)
+    except (OSError, zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError) as error:
+        size_bytes = path.stat().st_size if path.is_file() else 0
+        raise errors.weights_unreadable(
+            path, f"it is cut off, damaged or no torch file of version 1.6 or later ({size_bytes} bytes; {error})"
+        ) from None
+    return records
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].split(". ")[0]
+    return f"{type(error).__name__}: {text[:200]}"
