@@ -137,8 +137,9 @@ TABLES          = docker/toolchains.json $(wildcard docker/contracts/*/*.json)
 TEMPLATES       = $(shell find model_repo_template -type f -not -name '*.pyc')
 
 # How any room is filled.
-build/$(NAME)/hf/manifest.json $(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$(notdir $(@D)))
-build/$(NAME)/hf/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(addsuffix run.txt,$(HAS)) $(if $(REFUSED),refuse)
+$(HF)/manifest.json: export ROOM_ARGS = $(call asked,hf)
+$(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$*)
+$(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(addsuffix run.txt,$(HAS)) $(if $(strip $(REFUSED)),refuse)
 	@$(PY) -m scripts.build_hf $(hf_ARGS) --output $(@D)
 $(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(addsuffix run.txt,$(HAS))
 	@$(PY) -m scripts.build_$* $($*_ARGS) --output $(@D)

@@ -131,7 +131,6 @@ def server_environment(
     # All ranks are on this host: shared memory only, no probing of networks.
     environment["OMPI_MCA_pml"] = "ob1"
     environment["OMPI_MCA_btl"] = "self,sm"
-    environment["PRTE_MCA_prte_if_include"] = environment["PMIX_MCA_ptl_tcp_if_include"] = "lo"
     if world_size > cores:
         # A rank that waits for another must give the core away, or the other never gets it.
         environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
