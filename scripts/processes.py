@@ -1,5 +1,6 @@
 """What the kernel knows of the processes of a running server: who is there, who is stopped, whom to end."""
 
+import ctypes
 import os
 import signal
 import time
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Set, Tuple
 
 PROC = Path("/proc")
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,25 @@ def send(process: Process, number: signal.Signals) -> None:
         if (again := _read(process.pid)) and again.identity == process.identity:
             os.kill(process.pid, number)
     except (ProcessLookupError, PermissionError):
+        pass
+
+
+def end_with_parent() -> None:
+    """In a child before it starts its program: when its parent is killed it gets SIGTERM (mpirun then ends its ranks)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent dies, as process 1 of a container is, so that none stays as a zombie."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_orphans() -> None:
+    """Take note of every child that has ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
         pass
 
 

@@ -8,7 +8,6 @@ running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import os
@@ -242,7 +241,7 @@ class Ranks:
     ) -> None:
         self.mpirun = subprocess.Popen(
             command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_end_with_parent, text=True, errors="replace",
+            start_new_session=True, preexec_fn=processes.end_with_parent, text=True, errors="replace",
         )  # fmt: skip
         self.session = self.mpirun.pid
         self.last_lines: Dict[int, Deque[str]] = {}
@@ -325,13 +324,8 @@ class Ranks:
         """End everything at once; nothing is left behind."""
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
+        processes.reap_orphans()
         self.reader.join(timeout=2)
-
-
-def _end_with_parent() -> None:
-    """Runs in mpirun before it starts: when the supervisor is killed, mpirun gets SIGTERM and ends its ranks (prctl(2))."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def http_ok(url: str, body: Optional[Mapping[str, object]], timeout_seconds: float) -> bool:
@@ -357,6 +351,7 @@ class Supervisor:
         """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.asked_to_end.set())
+        processes.adopt_orphans()
         started = time.monotonic()
         world_size = check_rooms(self.settings.root)
         check_mpirun()
