@@ -31,18 +31,20 @@ class Process:
         return self.pid, self.started
 
 
-def of_session(session: int) -> Dict[Tuple[int, int], Process]:
-    """Every living process of a session (what was started by one setsid and its children), by identity."""
+def of_session(session: int, dead: bool = False) -> Dict[Tuple[int, int], Process]:
+    """Every process of a session (what was started by one setsid and its children), by identity; dead: zombies too."""
     found = (_read(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
-    return {p.identity: p for p in found if p is not None and p.session == session and p.state not in "ZX"}
+    return {p.identity: p for p in found if p is not None and p.session == session and (dead or p.state not in "ZX")}
 
 
 def end_session(session: int, timeout_seconds: float) -> Set[int]:
-    """Kill every process of a session; returns the pids that are left after the timeout (none, unless the kernel holds them)."""
+    """Kill every process of a session and take note of their ends; returns the pids that are left after the timeout (none,
+    unless the kernel holds them). Only orphans that we adopted can be taken note of: see adopt_orphans."""
     deadline = time.monotonic() + timeout_seconds
-    while left := of_session(session):
+    while left := of_session(session, dead=True):
         for process in left.values():
             send(process, signal.SIGKILL)
+        reap_orphans()
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)

@@ -324,7 +324,6 @@ class Ranks:
         """End everything at once; nothing is left behind."""
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
-        processes.reap_orphans()
         self.reader.join(timeout=2)
 
 
