@@ -85,9 +85,12 @@ def _read(pid: int) -> Optional[Process]:
         stat = (PROC / str(pid) / "stat").read_text()
         name = stat[stat.index("(") + 1 : stat.rindex(")")]
         fields = stat[stat.rindex(")") + 2 :].split()
-        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
+    try:
+        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:  # a zombie has none any more
+        environment = []
     ranks: List[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
     rank = int(ranks[0]) if ranks and ranks[0].isdigit() else None
     return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0], name, rank)
