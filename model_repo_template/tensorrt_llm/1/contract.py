@@ -1,0 +1,154 @@
+"""NVIDIA's tensor contract for the model tensorrt_llm, both ways: named arrays to a request, tokens to named arrays.
+
+Names and shapes of the C++ backend at v0.8.0; later names of the same inputs are accepted too. Every array has the
+batch dimension in front, and the batch is always 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from engine import Piece, Refused
+from numpy.typing import NDArray
+from sampling import Sampling, Words, word_list
+
+Array = NDArray[Any]
+
+SAMPLING = {  # input: (our name, type)
+    "end_id": ("end_id", int),
+    "temperature": ("temperature", float),
+    "runtime_top_k": ("top_k", int),
+    "runtime_top_p": ("top_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "presence_penalty": ("presence_penalty", float),
+    "frequency_penalty": ("frequency_penalty", float),
+    "min_length": ("min_length", int),
+    "min_tokens": ("min_length", int),  # since 0.20
+    "random_seed": ("random_seed", int),
+    "seed": ("random_seed", int),  # since 0.20
+}
+FLAGS = {
+    "streaming": "streaming",
+    "return_log_probs": "log_probs",
+    "return_context_logits": "context_logits",
+    "return_generation_logits": "generation_logits",
+    "exclude_input_in_output": "exclude_input",  # since 0.17; before that only a parameter of the model
+}
+READ_APART = {
+    "input_ids",
+    "input_lengths",
+    "request_output_len",
+    "stop_words_list",
+    "bad_words_list",
+    "embedding_bias",
+    "stop",
+}
+MEANINGLESS = {"pad_id", "len_penalty", "early_stopping"}  # they steer padding and beams, and there are none here
+ONLY = {  # what this engine does not do may still be asked not to be done
+    "beam_width": 1,
+    "num_return_sequences": 1,
+    "beam_search_diversity_rate": 0,
+    "prompt_vocab_size": 0,
+    "return_perf_metrics": 0,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One inference request as the client meant it."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    streaming: bool = False
+    log_probs: bool = False
+    context_logits: bool = False
+    generation_logits: bool = False
+    exclude_input: bool = False
+
+
+def understood(inputs: Mapping[str, Array], exclude_input: bool) -> Asked:
+    """What these inputs ask for; `exclude_input` holds where they do not say. Raises Refused, naming the input."""
+    for name, array in inputs.items():
+        if name in ONLY:
+            if scalar(name, array) != ONLY[name]:
+                raise Refused(f"{name} is {scalar(name, array)}; this engine supports only {ONLY[name]}")
+        elif name not in SAMPLING and name not in FLAGS and name not in READ_APART | MEANINGLESS and array.size:
+            raise Refused(f"{name} is not supported by this engine (it came with shape {list(array.shape)})")
+    for name in ("input_ids", "input_lengths", "request_output_len"):
+        if name not in inputs:
+            raise Refused(f"the input {name} is missing")
+    ids, length = inputs["input_ids"], int(scalar("input_lengths", inputs["input_lengths"]))
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise Refused(f"input_ids has shape {list(ids.shape)}; this engine takes one prompt a request, [1, tokens]")
+    if not 0 <= length <= ids.shape[1]:
+        raise Refused(f"input_lengths is {length}; input_ids has {ids.shape[1]} tokens")
+    sampling: dict[str, Any] = {
+        ours: kind(scalar(name, inputs[name])) for name, (ours, kind) in SAMPLING.items() if name in inputs
+    }
+    bias = inputs.get("embedding_bias")
+    if bias is not None and bias.size:
+        sampling["embedding_bias"] = torch.from_numpy(bias.reshape(-1).astype(np.float32))
+    flags = {ours: bool(scalar(name, inputs[name])) for name, ours in FLAGS.items() if name in inputs}
+    return Asked(
+        prompt=tuple(ids[0, :length].tolist()),
+        max_new_tokens=int(scalar("request_output_len", inputs["request_output_len"])),
+        sampling=Sampling(
+            **sampling,
+            bad_words=words("bad_words_list", inputs),
+            stop_words=words("stop_words_list", inputs),
+        ),
+        **{"exclude_input": exclude_input, **flags},
+    )
+
+
+def scalar(name: str, array: Array) -> Any:
+    """The one value of an input. Raises Refused."""
+    if array.size != 1:
+        raise Refused(f"{name} has shape {list(array.shape)}; it must hold one value")
+    return array.reshape(-1)[0].item()
+
+
+def words(name: str, inputs: Mapping[str, Array]) -> Words:
+    """The words of an INT32 [1, 2, n] list. Raises Refused when it is malformed."""
+    array = inputs.get(name)
+    if array is None or not array.size:
+        return ()
+    if array.ndim != 3 or array.shape[:2] != (1, 2):
+        raise Refused(f"{name} has shape {list(array.shape)}; it must be [1, 2, n]")
+    try:
+        return word_list(*array[0].tolist())
+    except ValueError as problem:
+        raise Refused(f"{name} is malformed: {problem}") from None
+
+
+def outputs(asked: Asked, pieces: Sequence[Piece], cum_log_prob: float) -> dict[str, Array]:
+    """The tensors of one response that carries `pieces`; `cum_log_prob` counts all tokens up to here.
+
+    What was not asked for is there all the same, as zeros of the smallest shape: v0.8.0 always sends all six.
+    """
+    new = [token for piece in pieces for token in piece.tokens]
+    with_input = not asked.streaming and not asked.exclude_input
+    shown = [*asked.prompt, *new] if with_input else new
+    log_probs = [value for piece in pieces for value in piece.log_probs] if asked.log_probs else [0.0] * len(new)
+    context = [piece.context_logits for piece in pieces if piece.context_logits is not None]
+    generation = [piece.generation_logits for piece in pieces if piece.generation_logits is not None]
+    return {
+        "output_ids": np.array(shown, dtype=np.int32).reshape(1, 1, -1),
+        "sequence_length": np.array([[len(shown)]], dtype=np.int32),
+        "cum_log_probs": np.array([[cum_log_prob]], dtype=np.float32),
+        "output_log_probs": np.array(log_probs, dtype=np.float32).reshape(1, 1, -1),
+        "context_logits": torch.cat(context)[None].numpy() if context else np.zeros((1, 1, 1), np.float32),
+        "generation_logits": torch.cat(generation)[None, None].numpy()
+        if generation
+        else np.zeros((1, 1, 1, 1), np.float32),
+        # declared since 0.17 and 0.20: there is one sequence, and how long it is
+        "batch_index": np.zeros((1, 1), np.int32),
+        "sequence_index": np.zeros((1, 1), np.int32),
+        "num_input_tokens": np.array([[len(asked.prompt)]], np.int32),
+        "num_output_tokens": np.array([[len(new)]], np.int32),
+    }

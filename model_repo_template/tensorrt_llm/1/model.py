@@ -1,0 +1,202 @@
+"""Triton's Python backend serving the torch engine as the model tensorrt_llm: one process per rank, rank 0 answers.
+
+Nothing here blocks Triton: execute() checks a request, queues it and returns; a sender thread sends what the engine has
+produced, so that a response carries every token that is ready and a slow reader gets longer pieces, never later ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from contract import Asked, outputs, understood
+from engine import Engine, Follower, Piece, Refused, Request, open_engine
+from ranks import RankLost
+
+log = logging.getLogger("torch engine")
+
+POLL_SECONDS = 0.1  # asking Triton whether a client has gone costs a round trip between processes: not at every step
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class Reply:
+    """One request on its way: the pieces that the engine has produced and Triton has not been given yet."""
+
+    def __init__(self, asked: Asked, request_id: str, sender: Any, ready: threading.Condition) -> None:
+        self.asked, self.request_id, self.sender = asked, request_id, sender
+        self.pieces: list[Piece] = []
+        self.cum_log_prob = 0.0
+        self._ready = ready
+        self.request = Request(
+            prompt=asked.prompt,
+            max_new_tokens=asked.max_new_tokens,
+            receive=self.receive,
+            sampling=asked.sampling,
+            log_probs=asked.log_probs,
+            context_logits=asked.context_logits,
+            generation_logits=asked.generation_logits,
+        )
+
+    def receive(self, piece: Piece) -> None:
+        with self._ready:
+            self.pieces.append(piece)
+            self._ready.notify()
+
+    def take(self) -> list[Piece]:
+        """The pieces to send now: for a request that does not stream, all or none. Called with `ready` held."""
+        if not self.pieces or not (self.asked.streaming or self.pieces[-1].final):
+            return []
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+
+class TritonPythonModel:
+    """Triton's hooks."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads this rank; returns when all ranks have. Ranks above 0 follow in a thread and get no request."""
+        logging.basicConfig(format="%(name)s: %(message)s")
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
+        self._outputs = {output["name"] for output in config["output"]}
+        try:
+            engine = open_engine(Path(parameters["gpt_model_path"]))
+        except (ValueError, RankLost) as problem:
+            raise pb_utils.TritonModelException(str(problem)) from None
+        self._engine = engine
+        self._live: list[Reply] = []
+        self._ready = threading.Condition()
+        self._closing = False
+        if isinstance(engine, Engine):
+            self._metrics = Metrics(args["model_name"], args["model_version"], engine)
+            self._thread = threading.Thread(target=self._send_all, args=(engine,), name="sender", daemon=True)
+        else:
+            self._thread = threading.Thread(target=follow_or_die, args=(engine,), name="follower", daemon=True)
+        self._thread.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queues each request, or answers at once why it cannot be served."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except Refused as refusal:
+                error = pb_utils.TritonError(str(refusal), pb_utils.TritonError.INVALID_ARG)
+                sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+
+    def finalize(self) -> None:
+        """Triton has drained the requests; on a rank above 0 this waits until rank 0 has ended."""
+        if isinstance(self._engine, Engine):
+            self._engine.close()
+            with self._ready:
+                self._closing = True
+                self._ready.notify()
+        self._thread.join()
+
+    def _accept(self, request: Any, sender: Any) -> None:
+        """Raises Refused."""
+        if not isinstance(self._engine, Engine):
+            raise Refused("this rank answers no requests; rank 0 does")
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        if "stop" in inputs and inputs["stop"].any():
+            self._stop(request.request_id(), self._engine)
+            sender.send(flags=FINAL)
+            return
+        reply = Reply(understood(inputs, self._exclude_input), request.request_id(), sender, self._ready)
+        with self._ready:
+            self._live.append(reply)
+            self._ready.notify()
+        try:
+            self._engine.submit(reply.request)
+        except Refused:
+            with self._ready:
+                self._live.remove(reply)
+            raise
+
+    def _stop(self, request_id: str, engine: Engine) -> None:
+        """The contract's way to end a running request: a second one with its id and stop=true."""
+        if not request_id:
+            raise Refused("stop needs the request id of the request that is to end")
+        with self._ready:
+            meant = [reply for reply in self._live if reply.request_id == request_id]
+        for reply in meant:
+            engine.cancel(reply.request)
+
+    def _send_all(self, engine: Engine) -> None:
+        next_poll = 0.0
+        while True:
+            with self._ready:
+                batch = [(reply, pieces) for reply in self._live if (pieces := reply.take())]
+                if not batch and self._closing:
+                    return
+                if not batch:
+                    self._ready.wait(timeout=POLL_SECONDS if self._live else None)
+                ended = [reply for reply, pieces in batch if pieces[-1].final]
+                self._live = [reply for reply in self._live if reply not in ended]
+                live = list(self._live)
+            for reply, pieces in batch:
+                try:
+                    self._send(reply, pieces)
+                except Exception:
+                    log.exception("sending failed")
+                    engine.cancel(reply.request)
+            if time.monotonic() >= next_poll or not live:
+                next_poll = time.monotonic() + POLL_SECONDS
+                self._metrics.update()
+                for reply in live:
+                    if reply.sender.is_cancelled():
+                        engine.cancel(reply.request)
+
+    def _send(self, reply: Reply, pieces: list[Piece]) -> None:
+        last = pieces[-1]
+        if last.error is not None:
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(last.error))
+        else:
+            reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
+            arrays = outputs(reply.asked, pieces, reply.cum_log_prob)
+            tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items() if name in self._outputs]
+            response = pb_utils.InferenceResponse(output_tensors=tensors)
+        reply.sender.send(response, flags=FINAL if last.final else 0)
+
+
+class Metrics:
+    """The engine's counters on Triton's metrics page, under the names of NVIDIA's backend."""
+
+    def __init__(self, model: str, version: str, engine: Engine) -> None:
+        self._engine, self._steps = engine, 0
+        family = pb_utils.MetricFamily(
+            name="nv_trt_llm_request_metrics", description="Requests of the engine", kind=pb_utils.MetricFamily.GAUGE
+        )
+        counter = pb_utils.MetricFamily(
+            name="torch_engine_steps", description="Forward steps taken", kind=pb_utils.MetricFamily.COUNTER
+        )
+        labels = {"model": model, "version": version}
+        self._families = (family, counter)  # a metric lives as long as its family
+        self._gauges = {
+            kind: family.Metric(labels={**labels, "request_type": kind}) for kind in ("active", "waiting", "max")
+        }
+        self._counter = counter.Metric(labels=labels)
+        self._gauges["max"].set(engine.config.max_batch_size)
+
+    def update(self) -> None:
+        self._gauges["active"].set(self._engine.running)
+        self._gauges["waiting"].set(self._engine.waiting)
+        steps = self._engine.steps
+        self._counter.increment(steps - self._steps)
+        self._steps = steps
+
+
+def follow_or_die(follower: Follower) -> None:
+    """A rank that cannot follow must end: rank 0 sees its socket close and says so."""
+    try:
+        follower.follow()
+    except Exception:
+        log.exception("this rank cannot follow rank 0 any more; it ends")
+        os._exit(1)
