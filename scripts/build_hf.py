@@ -108,7 +108,7 @@ def hf_config(
     }
 
 
-def file_plan(tensors: Mapping[str, Tuple[str, Shape]], max_bytes: int = FILE_MAX_BYTES) -> Dict[str, List[str]]:
+def file_plan(tensors: Mapping[str, Tuple[str, Shape]], max_bytes: int) -> Dict[str, List[str]]:
     """File name -> its tensors: one file if all fit, else files of at most max_bytes, filled in stored order (one tensor at least)."""
     sizes = {name: math.prod(shape) * safetensors_file.ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
     groups: List[List[str]] = [[]]
@@ -240,7 +240,7 @@ def _small_file(path: Path) -> bytes:
 
 def _write_weights(room: Filling, model: MetaModel) -> List[str]:
     tensors = {name: (safetensors_file.DTYPES[model.dtype], shape) for name, shape in model.shape.hf_tensors().items()}
-    plan = file_plan(tensors)
+    plan = file_plan(tensors, FILE_MAX_BYTES)
     total_bytes = sum(math.prod(shape) * safetensors_file.ITEM_BYTES[dtype] for dtype, shape in tensors.values())
     with progress(total_bytes, "hf") as bar:
         for file, names in plan.items():
