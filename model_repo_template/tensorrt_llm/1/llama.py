@@ -73,20 +73,18 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
     Conventions of Hugging Face's modeling_rope_utils ("linear" and "llama3").
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
-    frequencies: Tensor = 1.0 / config.rotary_base**exponents
-    scaling = config.rotary_scaling
-    if not scaling:
-        return frequencies
+    frequencies = torch.pow(config.rotary_base, exponents).reciprocal()
+    scaling = config.rotary_scaling or {"type": "default"}
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("default", None):
+    if kind == "default":
         return frequencies
     if kind == "linear":
         return frequencies / float(scaling["factor"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
         turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pairs, wholly scaled; 1: fast pairs, as they were
-        return frequencies * (keep + (1 - keep) / float(scaling["factor"]))
+        # pairs that turn slowly are scaled, fast ones stay, those between are mixed
+        return torch.lerp(frequencies / scaling["factor"], frequencies, ((turns - low) / (high - low)).clamp(0, 1))
     raise ValueError(f"the torch engine does not support rotary_scaling {kind!r}, only linear and llama3")
 
 

@@ -6,6 +6,7 @@ produced, so that a response carries every token that is ready and a slow reader
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -74,9 +75,12 @@ class TritonPythonModel:
         self._live: list[Reply] = []
         self._ready = threading.Condition()
         self._closing = False
+        self._metrics: Metrics | None = None
         if isinstance(engine, Engine):
             self._metrics = Metrics(args["model_name"], args["model_version"], engine)
-            self._thread = threading.Thread(target=self._send_all, args=(engine,), name="sender", daemon=True)
+            self._thread = threading.Thread(
+                target=self._send_all, args=(engine, self._metrics), name="sender", daemon=True
+            )
         else:
             self._thread = threading.Thread(target=follow_or_die, args=(engine,), name="follower", daemon=True)
         self._thread.start()
@@ -99,6 +103,10 @@ class TritonPythonModel:
                 self._closing = True
                 self._ready.notify()
         self._thread.join()
+        # A metric or a response sender that outlives finalize() takes the stub down with a segmentation fault when it is
+        # deleted after the stub's queues (seen with Triton 2.51).
+        self._metrics = None
+        gc.collect()
 
     def _accept(self, request: Any, sender: Any) -> None:
         """Raises Refused."""
@@ -129,7 +137,7 @@ class TritonPythonModel:
         for reply in meant:
             engine.cancel(reply.request)
 
-    def _send_all(self, engine: Engine) -> None:
+    def _send_all(self, engine: Engine, metrics: Metrics) -> None:
         next_poll = 0.0
         while True:
             with self._ready:
@@ -149,7 +157,7 @@ class TritonPythonModel:
                     engine.cancel(reply.request)
             if time.monotonic() >= next_poll or not live:
                 next_poll = time.monotonic() + POLL_SECONDS
-                self._metrics.update()
+                metrics.update()
                 for reply in live:
                     if reply.sender.is_cancelled():
                         engine.cancel(reply.request)

@@ -111,23 +111,28 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt
     return logits
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token out of adjusted logits (vocab_size,). Raises ValueError when every token is banned.
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a request that is not greedy draws from, out of adjusted logits (vocab_size,).
 
     top_k first, then the smallest nucleus of what is left whose probability reaches top_p.
     """
+    ordered, ids = logits.sort(descending=True, stable=True)
+    if sampling.top_k:
+        ordered, ids = ordered[: sampling.top_k], ids[: sampling.top_k]
+    kept = ordered.softmax(dim=-1)
+    if sampling.top_p:
+        before = kept.cumsum(dim=-1) - kept
+        kept = kept.where(before < sampling.top_p, 0.0)
+    return torch.zeros_like(logits).scatter(0, ids, kept / kept.sum())
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token out of adjusted logits (vocab_size,). Raises ValueError when every token is banned."""
     if not math.isfinite(logits.max()):
         raise ValueError("no token is left to choose: bad_words_list and min_length ban every one")
     if sampling.greedy:
         return int(logits.argmax())
-    ordered, ids = logits.sort(descending=True, stable=True)
-    if sampling.top_k:
-        ordered = ordered[: sampling.top_k]
-    probabilities = ordered.softmax(dim=-1)
-    if sampling.top_p:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.where(before < sampling.top_p, 0.0)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
 
 
 def log_prob(logits: Tensor, token: int) -> float:
