@@ -1,8 +1,14 @@
-"""What the kernel knows of the processes of a running server: who is there, who is stopped, whom to end."""
+"""What the kernel knows of the processes of a running server: who is there, who is stopped, whom to end.
+
+Run as a program it is the supervisor's guard: it waits until the supervisor's end of a pipe closes, however that comes about, and
+ends what is left. (mpirun, when told to end by SIGTERM alone, was seen to leave its ranks behind.)
+"""
 
 import ctypes
 import os
+import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +16,6 @@ from typing import Dict, List, Optional, Set, Tuple
 
 PROC = Path("/proc")
 # prctl(2)
-PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -60,11 +65,6 @@ def send(process: Process, number: signal.Signals) -> None:
         pass
 
 
-def end_with_parent() -> None:
-    """In a child before it starts its program: when its parent is killed it gets SIGTERM (mpirun then ends its ranks)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent dies, as process 1 of a container is, so that none stays as a zombie."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -94,3 +94,15 @@ def _read(pid: int) -> Optional[Process]:
     ranks: List[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
     rank = int(ranks[0]) if ranks and ranks[0].isdigit() else None
     return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0], name, rank)
+
+
+def guard(session: int, folder: str) -> None:
+    """Wait for the end of standard input, then end a session and remove its folder for temporary files."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.read()
+    end_session(session, timeout_seconds=5)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    guard(int(sys.argv[1]), sys.argv[2])

@@ -30,6 +30,7 @@ from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import errors, processes, room
 
+PROJECT = Path(__file__).parent.parent
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
 STARTUP_SECONDS = 900
 DRAIN_SECONDS = 20
@@ -41,8 +42,12 @@ SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
 PROBE = {"text_input": "Hello", "max_tokens": 1}
 LOG_LINES = 15
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
+# What Triton's core writes when the last running request of a server that was told to end is done
+REQUESTS_DONE = "All models are stopped"
+# From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
+UNLOAD_SECONDS = 3.0
 # What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
-LOST_RANK = re.compile(r"rank (\d+) is gone")
+LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ def check_shared_memory(world_size: int) -> None:
 
 def check_rooms(root: Path) -> int:
     """engines and model_repo are whole and belong together. Returns the world size (ranks)."""
-    engines, model_repo = room.read_manifest(root / "engines"), room.read_manifest(root / "model_repo")
+    room.read_manifest(root / "engines")
+    model_repo = room.read_manifest(root / "model_repo")
     actual = room.manifest_sha256(root / "engines")
     if model_repo["reads"]["engines"] != actual:
         raise errors.room_damaged(
@@ -237,15 +243,18 @@ class Ranks:
     """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], root: Path, log: Optional[IO[str]]
+        self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Optional[IO[str]]
     ) -> None:
         self.mpirun = subprocess.Popen(
             command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=processes.end_with_parent, text=True, errors="replace",
+            start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self.session = self.mpirun.pid
+        guard = [sys.executable, "-m", "scripts.processes", str(self.session), str(run_dir)]
+        self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
         self.last_lines: Dict[int, Deque[str]] = {}
         self.lost_rank: Optional[int] = None
+        self.requests_done_at: Optional[float] = None
         self.expected: Dict[Tuple[int, int], processes.Process] = {}
         self.stopped_since: Dict[Tuple[int, int], float] = {}
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
@@ -263,6 +272,8 @@ class Ranks:
                 self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
                 if lost := LOST_RANK.search(text):
                     self.lost_rank = int(lost[1])
+                if rank == 0 and REQUESTS_DONE in text:
+                    self.requests_done_at = time.monotonic()
                 print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
 
     def tail(self, rank: int) -> List[str]:
@@ -296,27 +307,18 @@ class Ranks:
     def drain(self, timeout_seconds: float) -> bool:
         """Let rank 0 finish its requests; True when none was cut off.
 
-        tritonserver refuses new work on SIGTERM, finishes the running requests and unloads its models. A gRPC stream that a client
-        merely holds open then keeps it from ever exiting (Triton 2.51): once its models are gone it has nothing left to do.
+        tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
+        a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
         """
-
-        def of_leader() -> List[processes.Process]:
-            return [p for p in processes.of_session(self.session).values() if p.rank == 0]
-
-        servers = [p for p in of_leader() if p.name == "tritonserver"]
+        servers = [p for p in processes.of_session(self.session).values() if p.rank == 0 and p.name == "tritonserver"]
         for server in servers:
             processes.send(server, signal.SIGTERM)
-        deadline, models_gone = time.monotonic() + timeout_seconds, None
+        deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
-            left = of_leader()
-            if not any(p.identity in {s.identity for s in servers} for p in left):
+            if not {server.identity for server in servers} & set(processes.of_session(self.session)):
                 return True
-            if len(left) > len(servers):
-                models_gone = None
-            else:
-                models_gone = models_gone or time.monotonic()
-                if time.monotonic() - models_gone > 1.5:  # the last answers are on their way to the client
-                    return True
+            if self.requests_done_at is not None and time.monotonic() - self.requests_done_at > UNLOAD_SECONDS:
+                return True
             time.sleep(0.05)
         return False
 
@@ -324,6 +326,7 @@ class Ranks:
         """End everything at once; nothing is left behind."""
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
+        self.guard.communicate()
         self.reader.join(timeout=2)
 
 
@@ -366,7 +369,9 @@ class Supervisor:
                     + (f"; their log: {errors.shown(self.settings.log)}" if self.settings.log else ""),
                 )
                 command = mpirun_command(world_size, toolbox, self.settings)
-                ranks = Ranks(command, environment, self.settings.root, log if self.settings.log else None)
+                ranks = Ranks(
+                    command, environment, self.settings.root, Path(folder), log if self.settings.log else None
+                )
                 try:
                     self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():

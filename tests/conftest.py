@@ -38,7 +38,15 @@ def copy_of_project(target: Path) -> Path:
 def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Type make with the interpreter that runs the tests."""
     command = ["make", f"PYTHON={sys.executable}", *words]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, check=False)
+    return subprocess.run(
+        command,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
 
 
 def free_ports(count: int) -> List[int]:
@@ -89,15 +97,24 @@ class Served:
 
     def stream(self, model: str, **body: Any) -> List[Dict[str, Any]]:
         """The events of one request over generate_stream."""
-        request = urllib.request.Request(f"{self.http}/v2/models/{model}/generate_stream", data=json.dumps(body).encode())
+        request = urllib.request.Request(
+            f"{self.http}/v2/models/{model}/generate_stream", data=json.dumps(body).encode()
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return [json.loads(line[6:]) for line in answer.read().decode().splitlines() if line.startswith("data: ")]
 
-    def metric(self, start: str) -> float:
-        """The value of the first metric line that starts so."""
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of the first metric of that name with these labels; 0 before there is one."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        found = (line for line in lines if line.startswith(name) and all(label in line for label in wanted))
+        return float(next(found, "0").rsplit(" ", 1)[-1])
+
+    @property
+    def active(self) -> float:
+        """How many requests the engine works on."""
+        return self.metric("nv_trt_llm_request_metrics", request_type="active")
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -119,7 +136,9 @@ def serve(tree: Path, *words: str, wait: bool = True) -> Served:
     http_port, grpc_port, metrics_port = free_ports(3)
     command = ["make", f"PYTHON={sys.executable}", "serve", *words]
     command += [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
-    process = subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     served = Served(tree, process, http_port, grpc_port, metrics_port)
     threading.Thread(target=served._read, daemon=True).start()
     if wait and (not served.ready.wait(120) or process.poll() is not None):

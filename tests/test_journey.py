@@ -27,19 +27,30 @@ def test_a_second_make_does_nothing(tree: Path, served: Served) -> None:
     before = {path: path.stat().st_mtime_ns for path in rooms}
     done = make(tree, "model_repo")
     assert (done.returncode, done.stdout.strip()) in [(0, ""), (0, "make: Nothing to be done for 'model_repo'.")]
-    assert {path: path.stat().st_mtime_ns for path in rooms if path.name != "serve.log"} == {p: t for p, t in before.items() if p.name != "serve.log"}
+    assert {path: path.stat().st_mtime_ns for path in rooms if path.name != "serve.log"} == {
+        p: t for p, t in before.items() if p.name != "serve.log"
+    }
     assert make(tree, "-q", "model_repo").returncode == 0
 
 
 def test_ask_streams_the_answer_unwrapped(served: Served) -> None:
     done = make(served.tree, "ask", f"GRPC_PORT={served.grpc_port}", "PROMPT=Once upon a time", "MAX_TOKENS=20")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily. She\n"
+    assert (
+        done.stdout
+        == ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily. She\n"
+    )
 
 
 def test_ask_takes_any_prompt_as_it_is(served: Served) -> None:
     """Quotes, dollars and hashes reach the model, not the shell or make."""
-    done = make(served.tree, "ask", f"GRPC_PORT={served.grpc_port}", """PROMPT=She said "it's $5 #1 `now`" and""", "MAX_TOKENS=4")
+    done = make(
+        served.tree,
+        "ask",
+        f"GRPC_PORT={served.grpc_port}",
+        """PROMPT=She said "it's $5 #1 `now`" and""",
+        "MAX_TOKENS=4",
+    )
     assert done.returncode == 0, done.stderr
     direct = served.post("ensemble", text_input="""She said "it's $5 #1 `now`" and""", max_tokens=4)
     assert done.stdout == direct["text_output"] + "\n"

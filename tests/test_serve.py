@@ -1,0 +1,242 @@
+"""The supervisor: ready means ready, a fault of one rank ends all and is named, SIGTERM lets requests finish, nothing stays behind."""
+
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Set, Tuple
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
+
+from scripts import errors
+from scripts.serve import Settings, Toolbox, mpirun_command, server_environment
+
+LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
+
+
+@pytest.fixture
+def server(tree: Path) -> Iterator[Served]:
+    """A server of the test's own, to be broken."""
+    running = serve(tree)
+    below = {**processes_below(running.process.pid), running.process.pid: "make"}
+    yield running
+    end_tree_of(running.process.pid)
+    for pid in below:
+        if Path(f"/proc/{pid}").exists() and not Path(f"/proc/{pid}/stat").read_text().split(") ")[1].startswith("Z"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def process_of(running: Served, rank: int, model: str = "") -> int:
+    """The pid of a rank's tritonserver, or of the Python process of one of its models."""
+    for pid, name in processes_below(running.process.pid).items():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        of_rank = f"OMPI_COMM_WORLD_RANK={rank}".encode() in environment
+        if of_rank and (f"/{model}/" in command and "stub" in command if model else name == "tritonserver"):
+            return pid
+    raise AssertionError(f"no process of rank {rank} {model}")
+
+
+@pytest.mark.parametrize(
+    ("rank", "model", "number", "seen"),
+    [
+        (1, "", signal.SIGKILL, "ended"),
+        (1, "tensorrt_llm", signal.SIGKILL, "ended"),
+        (0, "tensorrt_llm", signal.SIGKILL, "ended"),
+        (1, "tensorrt_llm", signal.SIGSTOP, "stopped|no longer answers"),
+        (0, "", signal.SIGSTOP, "stopped"),
+    ],
+)
+def test_a_rank_that_dies_or_stops_ends_everything_and_is_named(
+    server: Served, rank: int, model: str, number: signal.Signals, seen: str
+) -> None:
+    below = processes_below(server.process.pid)
+    answers: List[str] = []
+    # in the middle of a request, where the other ranks wait for the one that is gone
+    client = threading.Thread(target=lambda: answers.append(str(_post_quietly(server))), daemon=True)
+    client.start()
+    while server.active < 1:
+        pass
+    os.kill(process_of(server, rank, model), number)
+    began = time.monotonic()
+    status = server.process.wait(30)
+    seconds = time.monotonic() - began
+    text = "".join(server.lines)
+    assert status != 0
+    assert re.search(rf"RANK {rank} FAILED WHILE SERVING", text), text
+    assert re.search(seen, text) and f"The last lines of rank {rank}" in text, text
+    assert text.rstrip().splitlines()[-2].startswith("    make serve") or "    make serve" in text
+    assert seconds < 10
+    assert {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()} == {}
+
+
+def _post_quietly(server: Served) -> object:
+    try:
+        return server.post("ensemble", **LONG)
+    except OSError as error:
+        return error
+
+
+def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
+    events: List[Dict[str, Any]] = []
+    client = threading.Thread(target=lambda: events.extend(server.stream("ensemble", **LONG, stream=True)))
+    client.start()
+    while server.active < 1:
+        pass
+    below = processes_below(server.process.pid)
+    environment = Path(f"/proc/{process_of(server, 0)}/environ").read_bytes().decode().split("\0")
+    folders = [entry.rsplit("/", 1)[1] for entry in environment if entry.startswith("TMPDIR=/dev/shm/")]
+    assert len(folders) == 1 and (Path("/dev/shm") / folders[0]).is_dir()
+    assert server.end() == 0
+    client.join(20)
+    assert len("".join(event["text_output"] for event in events)) > 1000
+    assert "error" not in events[-1]
+    assert {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()} == {}
+    # mpirun's and the Python backend's shared memory carries the name of its folder or of its process
+    left = [name for name in os.listdir("/dev/shm") if name in folders or any(str(pid) in name for pid in below)]
+    assert left == []
+
+
+def test_ctrl_c_with_a_client_that_only_holds_a_stream_open(server: Served) -> None:
+    """Such a client keeps Triton 2.51 from ever exiting."""
+    answers: queue.Queue[Tuple[Any, Any]] = queue.Queue()
+    with triton.InferenceServerClient(server.grpc) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        inputs = []
+        for name, kind, value in (
+            ("text_input", "BYTES", np.array([[b"Once"]], dtype=object)),
+            ("max_tokens", "INT32", np.array([[3]], dtype=np.int32)),
+        ):
+            inputs.append(triton.InferInput(name, [1, 1], kind))
+            inputs[-1].set_data_from_numpy(value)
+        client.async_stream_infer("ensemble", inputs)
+        assert answers.get(timeout=30)[1] is None
+        # the stream stays open, as a client library leaves it
+        assert server.end(signal.SIGINT, timeout=19) == 0
+
+
+def test_a_killed_supervisor_takes_its_ranks_with_it(server: Served) -> None:
+    below = {pid: name for pid, name in processes_below(server.process.pid).items() if name != "make"}
+    os.kill(server.supervisor, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while left := {pid for pid in below if _runs(pid)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_an_occupied_port_is_reported_before_anything_is_loaded(tree: Path, served: Served) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        http, metrics = free_ports(2)
+        done = make(tree, "serve", f"HTTP_PORT={http}", f"GRPC_PORT={port}", f"METRICS_PORT={metrics}")
+    assert done.returncode != 0
+    assert f"PORT {port} CANNOT BE USED" in done.stderr and "Address already in use" in done.stderr
+    assert "starting" not in done.stdout
+    assert done.stderr.rstrip().splitlines()[-2].strip() == "" or "make serve" in done.stderr
+
+
+def test_it_listens_on_loopback_only(served: Served) -> None:
+    """tritonserver's ports; mpirun's own control channel is Open MPI's (README, "What listens where")."""
+    inodes: Set[str] = set()
+    for pid, name in processes_below(served.process.pid).items():
+        if name in ("tritonserver", "triton_python_b"):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                try:
+                    target = os.readlink(fd)
+                except OSError:
+                    continue
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                listening.append(fields[1])
+    loopback = ("0100007F:", "0000000000000000FFFF00000100007F:")
+    assert len(listening) == 3
+    assert all(address.startswith(loopback) for address in listening), listening
+
+
+def test_a_start_that_takes_too_long_explains_itself(tree: Path, served: Served) -> None:
+    [variant] = [path.parent for path in (tree / "build/stories").glob("*-tp2-*/model_repo")]
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, "-m", "scripts.serve", "--root", str(variant), "--startup-seconds", "0.3", "--log", "-"]
+    ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    done = subprocess.run([*command, *ports], cwd=tree, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "THE SERVER DID NOT BECOME READY" in done.stderr and "make doctor" in done.stderr
+
+
+def test_a_room_that_was_changed_is_not_served(own_tree: Path) -> None:
+    assert make(own_tree, "model_repo").returncode == 0
+    [rank1] = (own_tree / "build/stories").glob("*/engines/rank1.safetensors")
+    data = rank1.read_bytes()
+    rank1.unlink()
+    rank1.write_bytes(data[:-8])
+    done = make(own_tree, "serve")
+    assert done.returncode != 0
+    assert (
+        "ENGINES WAS CHANGED" in done.stderr
+        and f"{len(data)} bytes" in done.stderr
+        and f"{len(data) - 8} bytes" in done.stderr
+    )
+
+
+TOOLBOX = Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [])
+
+
+def test_the_mpirun_line_is_nvidias_leader_mode() -> None:
+    """tensorrtllm_backend v0.8.0, scripts/launch_triton_server.py, for --world_size 2."""
+    command = " ".join(mpirun_command(2, TOOLBOX, Settings(Path("."), "127.0.0.1", 8000, 8001, 8002)))
+    leader, follower = command.split(" : ")
+    assert leader.startswith("mpirun --allow-run-as-root")
+    for part in (
+        "-n 1 /opt/tritonserver/bin/tritonserver --model-repository=model_repo",
+        "--disable-auto-complete-config",
+    ):
+        assert part in leader and part in follower
+    assert "--http-port=8000" in leader and "--grpc-port=8001" in leader and "--metrics-port=8002" in leader
+    assert "--backend-config=python,shm-region-prefix-name=prefix0_" in leader
+    assert "--backend-config=python,shm-region-prefix-name=prefix1_" in follower
+    assert "--model-control-mode=explicit --load-model=tensorrt_llm" in follower and "--load-model" not in leader
+    assert all(f"--allow-{port}=false" in follower for port in ("http", "grpc", "metrics"))
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_one_server_per_rank(world_size: int) -> None:
+    command = mpirun_command(world_size, TOOLBOX, Settings(Path("."), "127.0.0.1", 8000, 8001, 8002))
+    assert command.count("-n") == world_size and command.count(":") == world_size - 1
+
+
+def test_ranks_yield_only_when_there_are_more_of_them_than_cores() -> None:
+    def environment(ranks: int, cores: int) -> Dict[str, str]:
+        return server_environment({}, TOOLBOX, Path("/tmp/x"), ranks, cores)
+
+    assert environment(4, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert "OMPI_MCA_mpi_yield_when_idle" not in environment(2, 2)
+
+
+def test_ports_must_differ_and_be_ports() -> None:
+    with pytest.raises(errors.Problem, match="two ports are the same"):
+        Settings(Path("."), "127.0.0.1", 8000, 8000, 8002)
+    with pytest.raises(errors.Problem, match="HTTP_PORT cannot be 70000"):
+        Settings(Path("."), "127.0.0.1", 70000, 8001, 8002)
