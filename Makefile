@@ -100,7 +100,7 @@ help: ## this page
 	@awk '/^## ?/ {sub(/^## ?/, ""); print} /^[a-z_-]+:.*## / {split($$0, a, /:.*## /); printf "  %-12s %s\n", a[1], a[2]}' Makefile
 
 doctor: ## what this machine has and lacks for the journey
-	@python3 -m scripts.doctor --weights "$(WEIGHTS)" --venv "$(PY)" $(ADDRESS)
+	@$(if $(wildcard $(PY)),$(PY),python3) -m scripts.doctor --weights "$(WEIGHTS)" --python "$(PY)" $(ADDRESS)
 
 hf: $(HF)/manifest.json ## weights -> one Hugging Face model
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank
@@ -166,9 +166,15 @@ lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, s
 	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in
 	@scripts/lock.sh $(PY)
+bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
+	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
+bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ratios from one run
+	@$(PY) -m scripts.bench_convert $(BENCH)
 clean: ## remove every room; fetched weights stay
 	rm -rf build
 
+# which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
 TESTS =
+BENCH =
 
-.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test lint lock clean refuse FORCE
+.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test lint lock bench-serve bench-convert clean refuse FORCE

@@ -37,6 +37,17 @@ class Problem(Exception):
         return json.dumps({key: getattr(self, key) for key in ("title", "where", "seen", "advice", "command")})
 
 
+class Reported(Problem):
+    """A report that another program has already put into words, ending in a command as ours do."""
+
+    def __init__(self, report: str) -> None:
+        title = next((line.strip("- ") for line in report.splitlines() if line.startswith("-- ")), "see below")
+        super().__init__(title, "", report, "", "")
+
+    def report(self) -> str:
+        return self.seen.strip()
+
+
 class Finished(Exception):
     """Nothing is left to do: what was asked is already there. Not a failure."""
 

@@ -1,0 +1,138 @@
+"""`make bench-serve`: how the served model behaves, as ratios from one run on this machine.
+
+ready         seconds from `serve` to the first token through all ranks, everything made before
+nothing to do seconds of a `make model_repo` that finds nothing to do
+streams       wall time of 8 streams at once against one alone, over gRPC, the same tokens each
+"""
+
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+
+from scripts import errors, serve
+
+PROMPT = "Once upon a time"
+
+
+def stream(address: str, max_tokens: int) -> float:
+    """Seconds until the last token of one streamed answer of exactly `max_tokens` tokens."""
+    import tritonclient.grpc as triton
+
+    done = threading.Event()
+    failures: List[object] = []
+
+    def receive(result: Any, error: Any) -> None:
+        if error is not None:
+            failures.append(error)
+            done.set()
+        elif result.get_response().parameters["triton_final_response"].bool_param:
+            done.set()
+
+    with triton.InferenceServerClient(address) as client:
+        inputs = []
+        for name, datatype, value in (
+            ("text_input", "BYTES", np.array([[PROMPT.encode()]], dtype=object)),
+            ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
+            ("end_id", "INT32", np.array([[-1]], dtype=np.int32)),
+            ("stream", "BOOL", np.array([[True]])),
+        ):
+            inputs.append(triton.InferInput(name, [1, 1], datatype))
+            inputs[-1].set_data_from_numpy(value)
+        client.start_stream(receive)
+        began = time.monotonic()
+        client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
+        done.wait(600)
+        seconds = time.monotonic() - began
+        client.stop_stream()
+    if failures:
+        raise errors.request_refused(str(failures[0]))
+    return seconds
+
+
+def together(address: str, count: int, max_tokens: int) -> float:
+    """Wall seconds of `count` streams started at once."""
+    threads = [threading.Thread(target=stream, args=(address, max_tokens)) for _ in range(count)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.monotonic() - began
+
+
+def measure(settings: serve.Settings, streams: int, max_tokens: int) -> Dict[str, float]:
+    """Serve, measure, end."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
+    ports = ("http_port", "grpc_port", "metrics_port")
+    command += [word for port in ports for word in (f"--{port.replace('_', '-')}", str(getattr(settings, port)))]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        if not any("ready after" in line for line in server.stdout):
+            raise errors.server_not_there(settings.url, "it did not become ready")
+        ready = time.monotonic() - began
+        address = f"{settings.host}:{settings.grpc_port}"
+        stream(address, max_tokens)  # warm
+        alone = min(together(address, 1, max_tokens) for _ in range(3))
+        at_once = min(together(address, streams, max_tokens) for _ in range(3))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    return {
+        "ready_seconds": ready,
+        "one_stream_seconds": alone,
+        f"{streams}_streams_seconds": at_once,
+        "ratio": at_once / alone,
+    }
+
+
+def idle_make_seconds() -> float:
+    """The best of three runs of make that find nothing to do."""
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run(
+            ["make", "model_repo", *os.environ.get("BAKE_SETTINGS", "").split()], check=True, capture_output=True
+        )
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
+
+
+def main() -> None:
+    parser = serve.settings_parser()
+    parser.description = __doc__
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=200)
+    args = parser.parse_args()
+    result: Dict[str, object] = {
+        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "python": platform.python_version(),
+    }
+    result["idle_make_seconds"] = round(idle_make_seconds(), 2)
+    result.update(
+        {key: round(value, 2) for key, value in measure(serve.settings_from(args), args.streams, args.tokens).items()}
+    )
+    Path("build").mkdir(exist_ok=True)
+    (Path("build") / "bench-serve.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, value in result.items():
+        print(f"{key:<20} {value}")
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
+if __name__ == "__main__":
+    errors.run(main)
