@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import queue
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,15 +25,30 @@ ANSWER_SECONDS = 60
 
 
 class Answer:
-    """Collects what the engine says about one request."""
+    """Collects what the engine says about one request.
 
-    def __init__(self, engine: Engine, prompt: list[int], max_new_tokens: int, **options: Any) -> None:
+    `on_piece[n]` is called with the n-th piece from inside the engine's step, so that a test knows which step it is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        max_new_tokens: int,
+        on_piece: Mapping[int, Callable[[], object]] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
         flags = {name: options.pop(name, False) for name in ("log_probs", "context_logits", "generation_logits")}
         self.pieces: list[Piece] = []
         self._queue: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        self.request = Request(tuple(prompt), max_new_tokens, self._queue.put, Sampling(**options), **flags)
-        self._engine = engine
+        self.request = Request(tuple(prompt), max_new_tokens, self._receive, Sampling(**options), **flags)
+        self._engine, self._on_piece, self._received = engine, on_piece, 0
         engine.submit(self.request)
+
+    def _receive(self, piece: Piece) -> None:
+        self._queue.put(piece)
+        self._received += 1
+        self._on_piece.get(self._received, int)()
 
     def next_piece(self) -> Piece:
         """Waits for the next piece."""
@@ -75,7 +92,7 @@ def main(engine_dir: str, requests: str, answers: str) -> None:
         answer.wait()
         logits = answer.logits("context_logits") if answer.request.context_logits else None
         answered.append({"tokens": answer.tokens, "error": answer.error, "context_logits": logits})
-    torch.save({"answers": answered, "steps": engine.steps}, answers)
+    torch.save(answered, answers)
     engine.close()
 
 

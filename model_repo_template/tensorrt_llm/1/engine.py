@@ -182,7 +182,7 @@ class Engine:
         return refusal(request.sampling, config.vocab_size)
 
     def _rank_lost(self, rank: int, why: str) -> None:
-        log.error("rank %d %s; every request fails from now on", rank, why)
+        log.error("rank %d %s; every request fails from now on", rank, why)  # the supervisor reads this line
         self.fail(f"rank {rank} of the engine {why}")
 
     def _end(self, requests: Sequence[Request], piece: Piece) -> None:

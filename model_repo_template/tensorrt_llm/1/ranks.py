@@ -179,7 +179,7 @@ class Pulse(threading.Thread):
                 if now >= next_beat:
                     self._send(BEAT)
                     next_beat = now + BEAT_SECONDS
-                lost = {r: "is silent" for r, heard in self._heard.items() if now - heard > SILENCE_SECONDS}
+                lost = {rank: "is silent" for rank, heard in self._heard.items() if now - heard > SILENCE_SECONDS}
                 for key, _ in readable.select(max(0.0, next_beat - now)):
                     said = receive(self._peers[key.data])
                     self._heard[key.data] = time.monotonic()
