@@ -134,7 +134,7 @@ engines_CODE    = scripts/build_engines.py scripts/room.py $(TABLES)
 verified_CODE   = scripts/build_verified.py scripts/room.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py $(TABLES) $(TEMPLATES)
 TABLES          = docker/toolchains.json $(wildcard docker/contracts/*/*.json)
-TEMPLATES       = $(shell find model_repo_template -type f -not -name '*.pyc')
+TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
 # How any room is filled.
 $(HF)/manifest.json: export ROOM_ARGS = $(call asked,hf)

@@ -129,6 +129,8 @@ def server_environment(
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
     libraries = [str(path) for path in toolbox.libraries]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [inherited.get("LD_LIBRARY_PATH")])])
+    # A room is never written into after it is made, not even with compiled Python.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Everything temporary lies in one folder that goes when we go.
     environment["TMPDIR"] = str(run_dir)
     environment["OMPI_MCA_btl_sm_backing_directory"] = str(run_dir)
