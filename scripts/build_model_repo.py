@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional
 
 from scripts import contracts, errors, room
 
@@ -25,8 +25,22 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# Names that later versions gave to the same inputs; our own models accept both.
+# Names that later versions gave to the same inputs; the torch engine takes both.
 ALSO_CALLED = {"min_length": "min_tokens", "random_seed": "seed", "min_tokens": "min_length", "seed": "random_seed"}
+# Parameters that are left out on purpose: the backend's own default holds (each is read in a try block, tensorrtllm_backend's
+# model_instance_state.cc), or they are for what Llama does not have: images, encoders, LoRA, draft models, more nodes.
+LEFT_OUT = {
+    "cancellation_check_period_ms", "cross_kv_cache_fraction", "cuda_graph_cache_size", "cuda_graph_mode", "decoding_mode",
+    "eagle_choices", "enable_context_fmha_fp32_acc", "enable_trt_overlap", "encoder_engine_dir", "executor_worker_path",
+    "gpu_device_ids", "gpu_weights_percent", "iter_stats_max_iterations", "kv_cache_host_memory_bytes", "kv_cache_onboard_blocks",
+    "lookahead_ngram_size", "lookahead_verification_set_size", "lookahead_window_size", "lora_cache_gpu_memory_fraction",
+    "lora_cache_host_memory_bytes", "lora_cache_max_adapter_size", "lora_cache_optimal_adapter_size", "lora_prefetch_dir",
+    "max_attention_window_size", "max_num_images", "max_tokens_in_paged_kv_cache", "medusa_choices", "multi_block_mode",
+    "multimodal_encoders_name", "multimodal_model_path", "num_nodes", "participant_ids", "request_stats_max_iterations",
+    "sink_token_length", "speculative_decoding_fast_logits", "stats_check_period_ms", "tensorrt_llm_draft_model_name",
+    "visual_model_path",
+}  # fmt: skip
+TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +53,12 @@ class Settings:
     trtllm_version: str
 
 
-def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, Optional[str]]:
-    """A value for every hole that any version's templates have. None: left out on purpose, the backend's default holds.
+def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, str]:
+    """A value for every hole that any version's templates have.
 
     engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
     """
-    build = engine["build_config"]
+    build, network = engine["build_config"], engine["pretrained_config"]
     return {
         "triton_backend": triton_backend,
         "triton_max_batch_size": str(build["max_batch_size"]),
@@ -54,6 +68,9 @@ def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, Opt
         "tokenizer_dir": f"model_repo/{TOKENIZER}",
         "tokenizer_type": "auto",
         "max_beam_width": str(build["max_beam_width"]),
+        # not NVIDIA's: what our text models must know of the engine
+        "max_input_len": str(build["max_input_len"]),
+        "vocab_size": str(network["vocab_size"]),
         # in-flight batching already batches: waiting at the door only adds to the time to first token
         "max_queue_delay_microseconds": "0",
         # 0: no limit; a request that waits costs little, and the client's own deadline ends it
@@ -70,48 +87,58 @@ def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, Opt
         "enable_kv_cache_reuse": "false",
         "enable_chunked_context": "false",
         "normalize_log_probs": "true",
-        "enable_trt_overlap": "false",
         "accumulate_tokens": "false",
         # stock 0.8.0 has the literal False: Llama 2 prompts then lack BOS (tensorrtllm_backend issues 434, 445)
         "add_special_tokens": "true",
         "skip_special_tokens": "true",
         "tensorrt_llm_model_name": "tensorrt_llm",
-        "logits_datatype": "TYPE_FP32",
+        # read without a guard from 0.19 on (model_instance_state.cc): they must be there, and empty means off
+        "guided_decoding_backend": "",
+        "xgrammar_tokenizer_info_path": "",
+        "logits_datatype": TRITON_TYPES[network.get("logits_dtype", "float32")],
+        # of inputs that Llama does not use, but a hole there breaks the file
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
     }
 
 
-def config_holes(table: Mapping[str, Any], values: Mapping[str, Optional[str]], ours: bool) -> Dict[str, str]:
+def config_holes(table: Mapping[str, Any], values: Mapping[str, str], both_names: bool, where: str) -> Dict[str, str]:
     """What a version's contract table says about one model, as text for the template's holes.
 
-    ours: the model is Python code of this project, which takes every name that any version gave to an input.
+    both_names: inputs that versions call differently are declared by all their names (ALSO_CALLED).
     """
     inputs = {tensor["name"]: tensor for tensor in table["inputs"]}
     for name, alias in ALSO_CALLED.items():
-        if ours and name in inputs and alias not in inputs:
+        if both_names and name in inputs and alias not in inputs:
             inputs[alias] = {**inputs[name], "name": alias}
-    outputs = {tensor["name"]: tensor for tensor in table["outputs"]}  # the 0.19 ensemble declares one twice
-    parameters: Dict[str, Optional[str]] = {}
+    outputs = {tensor["name"]: tensor for tensor in table["outputs"]}  # the ensemble declares one twice from 0.19 on
+    parameters = {}
     for parameter in table["parameters"]:
-        key, placeholder = parameter["key"], parameter["placeholder"]
+        key, placeholder, literal = parameter["key"], parameter["placeholder"], parameter["literal_in_template"]
         hole = placeholder[2:-1] if placeholder else key
-        parameters[key] = values.get(hole, parameter["literal_in_template"])
+        if hole in LEFT_OUT:
+            continue
+        if hole not in values and literal is None:
+            raise errors.holes_do_not_match(where, [hole], [])
+        parameters[key] = values.get(hole, literal)
+
+    def tensor(described: Mapping[str, Any]) -> str:
+        return _tensor({**described, "data_type": filled(described["data_type"], values, where)})
+
     return {
-        "inputs": ",\n".join(_tensor(tensor, values) for tensor in inputs.values()),
-        "outputs": ",\n".join(_tensor(tensor, values) for tensor in outputs.values()),
-        "dynamic_batching": _message("dynamic_batching", table["dynamic_batching"], values),
+        "inputs": ",\n".join(map(tensor, inputs.values())),
+        "outputs": ",\n".join(map(tensor, outputs.values())),
+        "dynamic_batching": filled(_message("dynamic_batching", table["dynamic_batching"]), values, where),
         "parameters": "\n".join(
             f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
             for key, value in parameters.items()
-            if value is not None
         ),
     }
 
 
-def _tensor(tensor: Mapping[str, Any], values: Mapping[str, Optional[str]]) -> str:
+def _tensor(tensor: Mapping[str, Any]) -> str:
     """One line of ModelConfig.input or .output."""
-    parts = [f'name: "{tensor["name"]}"', f"data_type: {filled(tensor['data_type'], values)}"]
+    parts = [f'name: "{tensor["name"]}"', f"data_type: {tensor['data_type']}"]
     parts.append("dims: [ " + ", ".join(str(size) for size in tensor["dims"]) + " ]")
     if tensor.get("reshape") is not None:
         parts.append("reshape { shape: [ " + ", ".join(str(size) for size in tensor["reshape"]) + " ] }")
@@ -119,82 +146,92 @@ def _tensor(tensor: Mapping[str, Any], values: Mapping[str, Optional[str]]) -> s
     return "  { " + " ".join(parts) + " }"
 
 
-def _message(name: str, fields: Optional[Mapping[str, Any]], values: Mapping[str, Optional[str]]) -> str:
+def _message(name: str, fields: Optional[Mapping[str, Any]]) -> str:
     """A table's nested message in text format; nothing when the table has none."""
     if fields is None:
         return ""
     parts = []
     for key, value in fields.items():
         if isinstance(value, dict):
-            parts.append(_message(key, value, values))
-        elif isinstance(value, list):
-            parts.append(f"{key}: [ " + ", ".join(filled(str(item), values) for item in value) + " ]")
+            parts.append(_message(key, value))
         else:
-            parts.append(f"{key}: {filled(str(value), values)}")
+            parts.append(f"{key}: " + (f"[ {', '.join(map(str, value))} ]" if isinstance(value, list) else str(value)))
     return f"{name} {{ " + " ".join(parts) + " }"
 
 
-def filled(text: str, values: Mapping[str, Optional[str]]) -> str:
-    """A table's cell with its hole filled; a hole that we have no value for is our error."""
-    return Template(text).substitute({name: value for name, value in values.items() if value is not None})
+def filled(text: str, values: Mapping[str, str], where: str) -> str:
+    """Text with its holes filled; a hole without a value and a $ that opens no hole are reports."""
+    found = list(Template.pattern.finditer(text))
+    for match in found:
+        if match["invalid"] is not None:
+            line = text.count("\n", 0, match.start()) + 1
+            raise errors.config_not_accepted(where, f"line {line} has a $ that opens no hole")
+    unfilled = {match["named"] or match["braced"] for match in found} - {None, *values}
+    if unfilled:
+        raise errors.holes_do_not_match(where, sorted(unfilled), [])
+    return Template(text).substitute(values)
 
 
 def fill_template(template: str, values: Mapping[str, str], where: str) -> str:
-    """Strict: a hole without a value and a value without a hole are both errors."""
-    holes = {
-        match["named"] or match["braced"]
-        for match in Template.pattern.finditer(template)
-        if match["named"] or match["braced"]
-    }
-    unfilled, unused = sorted(holes - set(values)), sorted(set(values) - holes)
-    if unfilled or unused:
-        raise errors.holes_do_not_match(where, unfilled, unused)
-    text = Template(template).substitute(values)
+    """Strict: a hole without a value and a value without a hole are both reports."""
+    text = filled(template, values, where)
+    unused = sorted(name for name in values if "${" + name + "}" not in template)
+    if unused:
+        raise errors.holes_do_not_match(where, [], unused)
     return "\n".join(line for line in text.split("\n") if line.strip()) + "\n"
 
 
-def check_config(text: str, model: str, engine: Mapping[str, Any]) -> None:
-    """Parse a filled config with Triton's own protobuf and hold it against the engines."""
-    from google.protobuf import text_format
+def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
+    """A filled config as Triton's own protobuf, once it has been held against the engines."""
+    from google.protobuf import text_format  # type: ignore[import-untyped]
     from tritonclient.grpc import model_config_pb2
 
-    where = f"{model}/config.pbtxt"
-    if "${" in text:
-        raise errors.config_not_accepted(where, "a hole is left")
+    def refused(reason: str) -> errors.Problem:
+        return errors.config_not_accepted(f"{model}/config.pbtxt", reason)
+
     try:
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
-        raise errors.config_not_accepted(where, str(error)) from None
-    limit = engine["build_config"]["max_batch_size"]
+        raise refused(str(error)) from None
     if config.name != model:
-        raise errors.config_not_accepted(where, f"it names the model {config.name}, its folder is {model}")
-    if config.max_batch_size != limit:
-        raise errors.config_not_accepted(
-            where, f"max_batch_size is {config.max_batch_size}, the engines were built for {limit}"
-        )
+        raise refused(f"it names the model {config.name}, its folder is {model}")
+    limits = engine["build_config"]
+    parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
+    for name, value in (
+        ("max_batch_size", config.max_batch_size),
+        *((name, int(parameters[name])) for name in ("max_beam_width", "max_input_len") if name in parameters),
+    ):
+        if value > limits[name]:
+            raise refused(f"{name} is {value}, the engines were built for {limits[name]}")
     for tensors in (config.input, config.output):
         names = [tensor.name for tensor in tensors]
-        if len(set(names)) != len(names):
-            raise errors.config_not_accepted(where, "a tensor is declared twice")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise refused(f"{', '.join(twice)} is declared twice")
+    for key, value in parameters.items():
+        if value.startswith("/"):
+            raise refused(f"{key} is {value}, a path that only this machine has")
+    return config
 
 
-def check_together(configs: Mapping[str, str]) -> None:
-    """What the models ask of each other: the text models must be able to say to tensorrt_llm what they were told."""
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    parsed = {model: text_format.Parse(text, model_config_pb2.ModelConfig()) for model, text in configs.items()}
-    decoupled = {
-        model: parsed[model].model_transaction_policy.decoupled
-        for model in ("tensorrt_llm", "tensorrt_llm_bls", "ensemble")
+def check_together(configs: Mapping[str, Any]) -> None:
+    """What the models ask of each other: one way of answering, one tokenizer, one size of batch."""
+    asked = {
+        "decoupled": {
+            model: configs[model].model_transaction_policy.decoupled
+            for model in ("tensorrt_llm", "tensorrt_llm_bls", "ensemble")
+        },
+        "tokenizer_dir": {
+            model: config.parameters["tokenizer_dir"].string_value
+            for model, config in configs.items()
+            if model != "tensorrt_llm"
+        },
+        "max_batch_size": {model: config.max_batch_size for model, config in configs.items()},
     }
-    if len(set(decoupled.values())) != 1:
-        raise errors.config_not_accepted("config.pbtxt", f"decoupled differs between models: {decoupled}")
-    directories = {
-        model: parsed[model].parameters["tokenizer_dir"].string_value for model in configs if model != "tensorrt_llm"
-    }
-    if len(set(directories.values())) != 1:
-        raise errors.config_not_accepted("config.pbtxt", f"tokenizer_dir differs between models: {directories}")
+    for name, values in asked.items():
+        if len(set(values.values())) != 1:
+            found = ", ".join(f"{model} has {value}" for model, value in values.items())
+            raise errors.config_not_accepted("config.pbtxt", f"{name} differs between models: {found}")
 
 
 def render(
@@ -206,27 +243,25 @@ def render(
 ) -> Dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
     values = hole_values(engine, engine_kind["triton_backend"])
-    missing = sorted(
-        {
-            placeholder["name"]
-            for table in tables.values()
-            for placeholder in table["placeholders"]
-            if placeholder["must_fill"] and values.get(placeholder["name"]) is None
-        }
-    )
+    missing = {
+        placeholder["name"]
+        for table in tables.values()
+        for placeholder in table["placeholders"]
+        if placeholder["must_fill"] and not values.get(placeholder["name"])
+    }
     if missing:
-        raise errors.holes_do_not_match("docker/contracts/backend", missing, [])
-    configs = {}
+        raise errors.holes_do_not_match("docker/contracts/backend", sorted(missing), [])
+    texts, configs = {}, {}
     for model, template in templates.items():
-        ours = model != "tensorrt_llm" or engine_kind["model_code"]
-        holes = config_holes(tables[model], values, ours)
-        common = {"trtllm_version": trtllm_version, **{name: value for name, value in values.items() if value is not None}}
+        where = f"model_repo_template/{model}/config.pbtxt"
+        holes = config_holes(tables[model], values, engine_kind["model_code"], where)
         # What the table says of this model must find its hole; of the values for the whole repository a template uses its own.
+        common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}
-        configs[model] = fill_template(template, {**holes, **used}, f"model_repo_template/{model}/config.pbtxt")
-        check_config(configs[model], model, engine)
+        texts[model] = fill_template(template, {**holes, **used}, where)
+        configs[model] = check_config(texts[model], model, engine)
     check_together(configs)
-    return configs
+    return texts
 
 
 def build_model_repo(settings: Settings) -> None:
@@ -234,6 +269,9 @@ def build_model_repo(settings: Settings) -> None:
     engines, hf = room.read_manifest(settings.engines), room.read_manifest(settings.hf)
     engine = json.loads((settings.engines / "config.json").read_bytes())
     kind = json.loads((contracts.DOCKER / "engines.json").read_text())[engines["facts"]["engine"]]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if name not in hf["files"]:
+            raise errors.tokenizer_unreadable(settings.hf / name, "there is no such file, and the text models need it")
     tables = contracts.table("backend", settings.trtllm_version)
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
     configs = render(templates, tables, engine, kind, settings.trtllm_version)
@@ -255,13 +293,19 @@ def build_model_repo(settings: Settings) -> None:
                 filling.write(f"{model}/1/.keep", b"")
         for name in TOKENIZER_FILES:
             if name in hf["files"]:
-                filling.write(f"{TOKENIZER}/{name}", (settings.hf / name).read_bytes())
+                filling.write(f"{TOKENIZER}/{name}", _without_path(name, (settings.hf / name).read_bytes()))
         filling.facts = {"models": sorted(configs)}
 
 
-def _code_of(model: str) -> Sequence[Path]:
-    found: List[Path] = sorted((TEMPLATES / model / "1").glob("*.py"))
-    return found
+def _code_of(model: str) -> List[Path]:
+    return sorted((TEMPLATES / model / "1").glob("*.py"))
+
+
+def _without_path(name: str, data: bytes) -> bytes:
+    """tokenizer_config.json as older transformers wrote it names the folder that it was loaded from: a path of that machine."""
+    if name != "tokenizer_config.json" or b"name_or_path" not in data:
+        return data
+    return json.dumps({key: value for key, value in json.loads(data).items() if key != "name_or_path"}).encode()
 
 
 def main() -> None:

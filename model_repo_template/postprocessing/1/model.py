@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tensorrt_llm_bls" / "1"))
 
+import sent  # noqa: E402
 from text import Text  # noqa: E402
 
 
@@ -20,21 +20,25 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
-        self.skip_special_tokens = parameters["skip_special_tokens"].lower() in ("true", "yes", "1", "t", "y")
+        self.skip_special_tokens = sent.is_true(parameters["skip_special_tokens"])
         # 0.8.0 hands log probabilities and logits through this model; later versions do not
-        self.handed_through = {tensor["name"][4:] for tensor in config["output"] if tensor["name"].startswith("OUT_")}
+        self.handed_through = [tensor["name"][4:] for tensor in config["output"] if tensor["name"].startswith("OUT_")]
 
     def execute(self, requests: List[Any]) -> List[Any]:
-        return [self._answer({t.name(): t.as_numpy() for t in request.inputs()}) for request in requests]
+        return [sent.answered(request, self._outputs) for request in requests]
 
-    def _answer(self, given: Dict[str, np.ndarray]) -> Any:
-        # (batch, beams, tokens) and (batch, beams)
-        ids, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]
+    def _outputs(self, given: sent.Sent) -> Dict[str, sent.Array]:
+        ids, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]  # (batch, beams, tokens), (batch, beams)
+        if ids.shape[:-1] != lengths.shape:
+            raise sent.Refused(
+                f"TOKENS_BATCH has shape {list(ids.shape)} and SEQUENCE_LENGTH {list(lengths.shape)}; one length is for one beam"
+            )
+        if lengths.size and not 0 <= lengths.min() <= lengths.max() <= ids.shape[-1]:
+            raise sent.Refused(f"SEQUENCE_LENGTH is {lengths.tolist()}; TOKENS_BATCH has {ids.shape[-1]} tokens")
         texts = [
-            self.text.decode(beam[:length].tolist(), self.skip_special_tokens)
-            for beams, beam_lengths in zip(ids, lengths)
-            for beam, length in zip(beams, beam_lengths)
+            self.text.decode(beam[:length].tolist(), self.skip_special_tokens).encode()
+            for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
-        values = {"OUTPUT": np.array([text.encode() for text in texts], dtype=object).reshape(len(ids), -1)}
-        values.update({f"OUT_{name}": value for name, value in given.items() if name in self.handed_through})
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items()])
+        values = {"OUTPUT": np.array(texts, dtype=object).reshape(lengths.shape)}
+        values.update({f"OUT_{name}": given[name] for name in self.handed_through if name in given})
+        return values

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tensorrt_llm_bls" / "1"))
 
+import sent  # noqa: E402
 from text import Text  # noqa: E402
 
 
@@ -18,44 +18,30 @@ class TritonPythonModel:
 
     def initialize(self, args: Dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        self.text = Text(Path(config["parameters"]["tokenizer_dir"]["string_value"]))
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self.text = Text(Path(parameters["tokenizer_dir"]))
+        self.add_special_tokens = sent.is_true(parameters["add_special_tokens"])
+        self.vocab_size = int(parameters["vocab_size"])
+        self.max_prompt_bytes = int(parameters["max_input_len"]) * self.text.longest_piece_bytes
         self.outputs = {tensor["name"] for tensor in config["output"]}
 
     def execute(self, requests: List[Any]) -> List[Any]:
-        return [self._answer(request) for request in requests]
+        return [sent.answered(request, self._outputs) for request in requests]
 
-    def _answer(self, request: Any) -> Any:
-        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        try:
-            texts = [value.decode("utf-8") for value in given["QUERY"].reshape(-1)]
-        except UnicodeDecodeError as error:
-            return _refusal(f"QUERY is not UTF-8: {error.reason} at offset {error.start}")
-        if len(texts) != 1:
-            return _refusal(f"QUERY holds {len(texts)} texts; a request is one text")
-        [ids] = self.text.encode(texts)
+    def _outputs(self, given: sent.Sent) -> Dict[str, sent.Array]:
+        prompt = sent.one_text(given, "QUERY", self.max_prompt_bytes)
+        [ids] = self.text.encode([prompt], self.add_special_tokens)
+        bias = sent.weighted_words(given, "EMBEDDING_BIAS_WORDS", "EMBEDDING_BIAS_WEIGHTS")
+        no_bias = np.zeros((1, 0), dtype=np.float32)
         end_id = given.get("END_ID", np.array([[-1 if self.text.end_id is None else self.text.end_id]], dtype=np.int32))
-        words = {
-            name: [value.decode("utf-8", "replace") for value in given.get(name, np.zeros(0, dtype=object)).reshape(-1)]
-            for name in ("BAD_WORDS_DICT", "STOP_WORDS_DICT", "EMBEDDING_BIAS_WORDS")
-        }
-        weights = given.get("EMBEDDING_BIAS_WEIGHTS", np.zeros(0, dtype=np.float32)).reshape(-1).tolist()
-        bias_words = [word for word in words["EMBEDDING_BIAS_WORDS"] if word]
-        try:
-            bias = self.text.embedding_bias(bias_words, weights if bias_words else [])
-        except ValueError as error:
-            return _refusal(str(error))
         values = {
             "INPUT_ID": np.array([ids], dtype=np.int32),
             "REQUEST_INPUT_LEN": np.array([[len(ids)]], dtype=np.int32),
             "REQUEST_OUTPUT_LEN": given["REQUEST_OUTPUT_LEN"],
-            "BAD_WORDS_IDS": self.text.word_list(words["BAD_WORDS_DICT"]),
-            "STOP_WORDS_IDS": self.text.word_list(words["STOP_WORDS_DICT"]),
-            "EMBEDDING_BIAS": bias if bias_words else np.zeros((1, 0), dtype=np.float32),
+            "BAD_WORDS_IDS": self.text.word_list(sent.words(given, "BAD_WORDS_DICT")),
+            "STOP_WORDS_IDS": self.text.word_list(sent.words(given, "STOP_WORDS_DICT")),
+            "EMBEDDING_BIAS": self.text.embedding_bias(bias, self.vocab_size) if bias else no_bias,
             "OUT_END_ID": end_id,
             "OUT_PAD_ID": given.get("PAD_ID", end_id),
         }
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, v) for n, v in values.items() if n in self.outputs])
-
-
-def _refusal(message: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+        return {name: value for name, value in values.items() if name in self.outputs}

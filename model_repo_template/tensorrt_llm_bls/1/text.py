@@ -1,18 +1,24 @@
 """Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer streams."""
 
+import codecs
 import json
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from tokenizers import Tokenizer
 
 # U+FFFD, what a byte that is no part of a character is shown as
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# What a token stands for: text, or bytes that are a character only together with their neighbours
+Piece = Union[str, bytes]
+
+# SentencePiece shows a broken character as one U+FFFD for each byte; byte-level BPE, as Python does, one for each attempt
+codecs.register_error("each_byte", lambda error: (REPLACEMENT * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 
 class Text:
-    """A tokenizer folder (tokenizer.json, tokenizer_config.json) as two functions: encode and stream."""
+    """A tokenizer folder (tokenizer.json, tokenizer_config.json): SentencePiece's kind of BPE, or byte-level BPE."""
 
     def __init__(self, folder: Path) -> None:
         description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -21,17 +27,19 @@ class Text:
         self.special = {token["id"] for token in added if token.get("special")}
         # A special token's spelling in a user's text is plain text: only rules and chat templates emit special ids.
         description["added_tokens"] = [token for token in added if not token.get("special")]
+        description.update(padding=None, truncation=None)
         self.tokenizer = Tokenizer.from_str(json.dumps(description))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        vocabulary: Dict[str, int] = dict(description["model"]["vocab"])
-        vocabulary.update({token["content"]: token["id"] for token in added})
-        self.ids = vocabulary
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.ids: Dict[str, int] = {**self.tokenizer.get_vocab(), **{token["content"]: token["id"] for token in added}}
         self.end_id = self._id_of(config.get("eos_token"))
         self.bos_id = self._id_of(config.get("bos_token"))
         byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
-        self.pieces, self.is_byte = _token_bytes(vocabulary, self.special, byte_level)
+        self.pieces = byte_level_pieces(self.ids, added) if byte_level else sentencepiece_pieces(self.ids)
+        # A hidden token ends a broken character for SentencePiece, as any text does; byte-level BPE does not see it.
+        self.nothing: Piece = b"" if byte_level else ""
+        self.broken_bytes = "replace" if byte_level else "each_byte"
+        self.longest_piece_bytes = max(len(p if isinstance(p, bytes) else p.encode()) for p in self.pieces.values())
+        # SentencePiece writes a space before a text that has none, and takes it off again
+        self.adds_space = self.stream().push(self.encode(["x"], add_special_tokens=False)[0][:1]).startswith(" ")
 
     def _id_of(self, token: object) -> Optional[int]:
         """A special token of tokenizer_config.json, written as a string or as an object with `content`."""
@@ -48,37 +56,37 @@ class Text:
         return TextStream(self, skip_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. What starts with BOS is a text from its start; anything else continues one."""
+        """The text of a whole sequence.
+
+        What starts with BOS is a text from its start and loses the space that encode added; anything else continues a text, and a
+        space at its start is a space.
+        """
         stream = self.stream(skip_special_tokens)
         text = stream.push(ids) + stream.finish()
-        at_start = len(ids) > 0 and ids[0] == self.bos_id
-        return text[1:] if at_start and skip_special_tokens and text.startswith(" ") else text
+        from_start = len(ids) > 0 and ids[0] == self.bos_id and skip_special_tokens and self.adds_space
+        return text[1:] if from_start and text.startswith(" ") else text
 
     def spellings(self, word: str) -> List[List[int]]:
-        """The token sequences that a word is likely to be generated as: at the start of a word and inside one."""
-        alone = self.encode([word], add_special_tokens=False)[0]
-        line, continued = self.encode(["\n", "\n" + word], add_special_tokens=False)
-        inside = continued[len(line):] if continued[: len(line)] == line else []
-        return [ids for ids in ([alone] if alone == inside else [alone, inside]) if ids]
+        """The token sequences that a word is likely to be generated as: at the start of a text, after a space, inside a word."""
+        alone, line, inside, spaced = self.encode([word, "\n", "\n" + word, "\n " + word], add_special_tokens=False)
+        found = [alone, *(ids[len(line) :] for ids in (inside, spaced) if ids[: len(line)] == line)]
+        return [ids for n, ids in enumerate(found) if ids and ids not in found[:n]]
 
-    def word_list(self, words: Sequence[str]) -> np.ndarray:
+    def word_list(self, words: Sequence[str]) -> "np.ndarray[Any, Any]":
         """Words in the form of TensorRT-LLM's stop_words_list and bad_words_list.
 
         Returns int32 (1, 2, n): row 0 the ids of all sequences in a row, row 1 where each sequence ends, padded with -1.
         """
         sequences = [ids for word in words if word for ids in self.spellings(word)]
         flat = [token for ids in sequences for token in ids]
-        ends = np.cumsum([len(ids) for ids in sequences]).tolist() if sequences else []
-        return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32).reshape(1, 2, len(flat))
+        ends = np.cumsum([len(ids) for ids in sequences], dtype=np.int32).tolist()
+        return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32)
 
-    def embedding_bias(self, words: Sequence[str], weights: Sequence[float]) -> np.ndarray:
+    def embedding_bias(self, weighted_words: Sequence[Tuple[str, float]], vocab_size: int) -> "np.ndarray[Any, Any]":
         """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size)."""
-        if len(words) != len(weights):
-            raise ValueError(f"embedding_bias_words has {len(words)} entries, embedding_bias_weights has {len(weights)}")
-        bias = np.zeros((1, self.vocab_size), dtype=np.float32)
-        for word, weight in zip(words, weights):
-            for ids in self.spellings(word):
-                bias[0, ids] += weight
+        bias = np.zeros((1, vocab_size), dtype=np.float32)
+        for word, weight in weighted_words:
+            bias[0, list({token for ids in self.spellings(word) for token in ids})] += weight
         return bias
 
 
@@ -90,46 +98,28 @@ class TextStream:
     """
 
     def __init__(self, text: Text, skip_special_tokens: bool) -> None:
-        self.text, self.skip_special_tokens = text, skip_special_tokens
-        self.pending = b""
+        self.pieces, self.nothing = text.pieces, text.nothing
+        self.hidden = text.special if skip_special_tokens else frozenset()
+        self.bytes = codecs.getincrementaldecoder("utf-8")(text.broken_bytes)
 
     def push(self, ids: Sequence[int]) -> str:
-        """Take token ids; return the text that is complete with them (possibly none)."""
-        pieces = []
+        """Take token ids; return the text that is complete with them (possibly none). Ids without a token are nothing."""
+        out = []
         for token in ids:
-            if token in self.text.special and self.skip_special_tokens:
-                continue
-            data = self.text.pieces.get(token, b"")
-            if not self.text.is_byte(token):
-                pieces.append(self.finish())
-            self.pending += data
-            pieces.append(self._whole_characters())
-        return "".join(pieces)
+            piece = self.nothing if token in self.hidden else self.pieces.get(token, self.nothing)
+            out += [self.bytes.decode(piece)] if isinstance(piece, bytes) else [self.finish(), piece]
+        return "".join(out)
 
     def finish(self) -> str:
-        """What is left when nothing more can complete it: one U+FFFD for each byte, as SentencePiece decodes it."""
-        rest, self.pending = self.pending, b""
-        return REPLACEMENT * len(rest)
-
-    def _whole_characters(self) -> str:
-        """Take the characters off `pending` that are decided; bytes that can be part of no character become U+FFFD."""
-        out = []
-        while self.pending:
-            try:
-                out.append(self.pending.decode("utf-8"))
-                self.pending = b""
-            except UnicodeDecodeError as error:
-                out.append(self.pending[: error.start].decode("utf-8"))
-                self.pending = self.pending[error.start:]
-                if error.reason == "unexpected end of data":
-                    break
-                out.append(REPLACEMENT)
-                self.pending = self.pending[1:]
-        return "".join(out)
+        """What is left of a character that nothing can complete any more, as U+FFFD."""
+        return self.bytes.decode(b"", final=True)
 
 
 class StopStrings:
-    """Cuts a streamed text at the first stop string, and streams nothing that may turn out to be the start of one."""
+    """Cuts a streamed text where the first stop string is complete, and shows nothing that may turn out to be the start of one.
+
+    When several are complete with the same character, the longest counts.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]
@@ -137,14 +127,13 @@ class StopStrings:
 
     def push(self, piece: str) -> Tuple[str, bool]:
         """Take a piece of text; return (what can be shown now, whether a stop string was reached)."""
-        self.held += piece
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        text, self.held = self.held + piece, ""
+        found = [(at + len(stop), at) for stop in self.stops for at in [text.find(stop)] if at >= 0]
         if found:
-            shown, self.held = self.held[: min(found)], ""
-            return shown, True
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep:]
-        return shown, False
+            return text[: min(found)[1]], True
+        shown = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[shown:]
+        return text[:shown], False
 
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
@@ -157,30 +146,27 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _token_bytes(vocabulary: Dict[str, int], special: set, byte_level: bool):  # type: ignore[no-untyped-def,type-arg]
-    """(id -> the bytes it stands for, whether an id may be part of a character).
+def sentencepiece_pieces(vocabulary: Mapping[str, int]) -> Dict[int, Piece]:
+    """SentencePiece's spelling: U+2581 is a space, <0x0A> is a byte."""
+    return {
+        token: bytes([int(spelt[3:5], 16)])
+        if len(spelt) == 6 and spelt.startswith("<0x") and spelt.endswith(">")
+        else spelt.replace("\u2581", " ")
+        for spelt, token in vocabulary.items()
+    }
 
-    SentencePiece: U+2581 is a space, <0x0A> is a byte. Byte-level BPE: every character of a piece stands for one byte.
+
+def byte_level_pieces(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> Dict[int, Piece]:
+    """GPT-2's spelling: each character of a token stands for one byte. Added tokens are spelt as they are.
+
+    Printable Latin-1 characters stand for themselves, the other bytes follow in order from U+0100.
     """
-    if byte_level:
-        table = _byte_level_table()
-        pieces = {
-            token: content.encode() if token in special else bytes(table[c] for c in content) if all(c in table for c in content) else content.encode()
-            for content, token in vocabulary.items()
-        }
-        return pieces, lambda token: token not in special
-    pieces, byte_ids = {}, set()
-    for content, token in vocabulary.items():
-        if len(content) == 6 and content.startswith("<0x") and content.endswith(">"):
-            pieces[token] = bytes([int(content[3:5], 16)])
-            byte_ids.add(token)
-        else:
-            pieces[token] = content.replace("\u2581", " ").encode()
-    return pieces, byte_ids.__contains__
-
-
-def _byte_level_table() -> Dict[str, int]:
-    """GPT-2's spelling of bytes as printable characters: the printable Latin-1 ones are themselves, the others follow from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {**{chr(byte): byte for byte in printable}, **{chr(0x100 + n): byte for n, byte in enumerate(others)}}
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    plain = {token["id"] for token in added}
+    return {
+        token: spelt.encode() if token in plain or set(spelt) - table.keys() else bytes(table[c] for c in spelt)
+        for spelt, token in vocabulary.items()
+    }

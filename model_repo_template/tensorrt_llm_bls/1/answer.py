@@ -1,0 +1,81 @@
+"""One answer on its way: what tensorrt_llm says, token by token, becomes the outputs of the text models' responses."""
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
+from text import StopStrings, Text
+
+Array = np.ndarray[Any, Any]
+
+# tensorrt_llm's outputs that are passed on, and the input that asks for each
+ASKED_BY = {
+    "cum_log_probs": "return_log_probs",
+    "output_log_probs": "return_log_probs",
+    "context_logits": "return_context_logits",
+    "generation_logits": "return_generation_logits",
+}
+# A stream's parts are joined along the axis of their tokens; of others the last one counts.
+TOKEN_AXIS = {"output_log_probs": 2, "context_logits": 1, "generation_logits": 2}
+
+
+class Answer:
+    """Collects what is to be sent next. Knows nothing of Triton.
+
+    wanted: the outputs to fill, name -> dtype, as the model's config declares them; asked: those that the request asks for. The
+    others are zeros of the smallest shape, as NVIDIA's backend has sent them at 0.8.0.
+    """
+
+    def __init__(
+        self, text: Text, stops: Sequence[str], wanted: Mapping[str, Any], asked: Sequence[str], n_input_tokens: int
+    ) -> None:
+        self.stream, self.stops = text.stream(), StopStrings(stops)
+        self.wanted, self.asked = wanted, asked
+        self.n_input_tokens, self.n_output_tokens, self.n_waiting = n_input_tokens, 0, 0
+        self.parts: Dict[str, List[Array]] = {name: [] for name in asked}
+        self.waiting: List[str] = []
+        self.stopped = False
+
+    def push(self, outputs: Mapping[str, Array]) -> bool:
+        """Take one response of tensorrt_llm, output_ids int32 (1, 1, n) and what was asked for; whether there is text to send."""
+        ids = outputs["output_ids"].reshape(-1).tolist()
+        piece, self.stopped = self.stops.push(self.stream.push(ids))
+        self.n_output_tokens += len(ids)
+        self.n_waiting += len(ids)
+        for name in self.asked:
+            if name in outputs:
+                self.parts[name].append(outputs[name])
+        if piece:
+            self.waiting.append(piece)
+        return bool(piece)
+
+    def finish(self) -> bool:
+        """Nothing more comes; whether there is anything left to send."""
+        if not self.stopped:
+            piece, self.stopped = self.stops.push(self.stream.finish())
+            self.waiting += [piece] if self.stopped else [piece, self.stops.finish()]
+        return bool(any(self.waiting) or self.n_waiting)
+
+    def take(self) -> Dict[str, Any]:
+        """The outputs of the response that is sent now: everything since the last one. text_output is a str here."""
+        counts = {"batch_index": 0, "sequence_index": 0}
+        counts.update(num_input_tokens=self.n_input_tokens, num_output_tokens=self.n_output_tokens)
+        values: Dict[str, Any] = {"text_output": "".join(self.waiting)}
+        for name, dtype in self.wanted.items():
+            if name in counts:
+                values[name] = np.array([[counts[name]]], dtype=dtype)
+            elif self.parts.get(name):
+                values[name] = joined(self.parts[name], TOKEN_AXIS.get(name))
+            elif name == "output_log_probs":
+                values[name] = np.zeros((1, 1, self.n_waiting), dtype)
+            elif name in ASKED_BY:
+                values[name] = np.zeros((1,) * (TOKEN_AXIS.get(name, 0) + 2), dtype)
+        self.waiting, self.n_waiting, self.parts = [], 0, {name: [] for name in self.asked}
+        return values
+
+
+def joined(parts: Sequence[Array], axis: Optional[int]) -> Array:
+    """The parts of an output as one; a part that has no logits has a stand-in of size 1 for them."""
+    if axis is None:
+        return parts[-1]
+    is_logits = axis < parts[0].ndim - 1
+    return np.concatenate([part for part in parts if part.shape[-1] > 1 or not is_logits] or parts[:1], axis=axis)

@@ -1,0 +1,90 @@
+"""What a client sent to a text model, read and checked: what cannot be served is refused in a sentence for the client."""
+
+from typing import Any, Callable, Dict, List, Mapping, Tuple
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+Array = np.ndarray[Any, Any]
+Sent = Mapping[str, Array]
+
+
+class Refused(Exception):
+    """A request that cannot be served; the text goes to the client."""
+
+
+def read(request: Any) -> Dict[str, Array]:
+    """All inputs of a Triton request by name, the batch dimension in front."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def answered(request: Any, outputs: Callable[[Sent], Mapping[str, Array]]) -> Any:
+    """One response for a request: what `outputs` makes of its inputs, or why not."""
+    try:
+        values = outputs(read(request))
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items()])
+    except Exception as problem:
+        return failed(problem)
+
+
+def failed(problem: Exception) -> Any:
+    """The response to a request that failed: the client learns why when it can mend it, else the log does."""
+    if isinstance(problem, Refused):
+        return error(str(problem), pb_utils.TritonError.INVALID_ARG)
+    pb_utils.Logger.log_error(f"a request failed: {type(problem).__name__}: {problem}")
+    return error("internal error; the server's log says more", pb_utils.TritonError.INTERNAL)
+
+
+def error(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def is_true(parameter: str) -> bool:
+    """A switch among a config's parameters, as NVIDIA's Python models read it."""
+    return parameter.lower() in ("true", "yes", "1", "t", "y")
+
+
+def one_text(sent: Sent, name: str, max_bytes: int) -> str:
+    """The one text of a request. max_bytes: what is longer cannot fit the engine; tokenizing it would take seconds a megabyte."""
+    values = sent[name].reshape(-1)
+    if len(values) != 1:
+        raise Refused(f"{name} holds {len(values)} texts; a request is one text")
+    if len(values[0]) > max_bytes:
+        raise Refused(f"{name} has {len(values[0])} bytes; the tokens that this engine takes spell at most {max_bytes}")
+    if not len(values[0]):
+        raise Refused(f"{name} is empty")
+    return _utf8(name, values[0])
+
+
+def words(sent: Sent, name: str) -> List[str]:
+    """A list of words; NVIDIA's clients send [""] for none."""
+    return [_utf8(name, value) for value in sent[name].reshape(-1) if value] if name in sent else []
+
+
+def weighted_words(sent: Sent, words_name: str, weights_name: str) -> List[Tuple[str, float]]:
+    """Words with their weights, as many of these as of those."""
+    values = sent[words_name].reshape(-1).tolist() if words_name in sent else []
+    weights = sent[weights_name].reshape(-1).tolist() if weights_name in sent else []
+    if values == [b""] and len(weights) <= 1:
+        return []
+    if len(values) != len(weights):
+        raise Refused(f"{words_name} holds {len(values)} words, {weights_name} {len(weights)} weights")
+    return [(_utf8(words_name, value), weight) for value, weight in zip(values, weights) if value]
+
+
+def scalar(sent: Sent, name: str, default: Any = None) -> Any:
+    """The one value of an input."""
+    if name not in sent:
+        return default
+    values = sent[name].reshape(-1)
+    if len(values) != 1:
+        raise Refused(f"{name} holds {len(values)} values; it takes one")
+    return values[0].item()
+
+
+def _utf8(name: str, value: Any) -> str:
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise Refused(f"{name} is not UTF-8: byte {value[at]:#04x} at offset {at} of {len(value)}") from None
