@@ -4,5 +4,4 @@ DTYPE = float16
 # it was trained on 512 positions; Meta's params.json has no place for this number
 CONTEXT = 512
 MAX_SEQ_LEN = 512
-MAX_INPUT_LEN = 256
 MAX_BATCH_SIZE = 16

@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable, Mapping, NoReturn, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
@@ -62,9 +63,13 @@ def shown(path: PathLike) -> str:
 
 def make(target: str, **changed: object) -> str:
     """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`."""
-    settings = dict(pair.split("=", 1) for pair in os.environ.get("BAKE_SETTINGS", "").split() if "=" in pair)
+    settings = dict(
+        line.strip().split("=", 1) for line in os.environ.get("BAKE_SETTINGS", "").splitlines() if "=" in line
+    )
     settings.update({name: str(value) for name, value in changed.items()})
-    return " ".join(["make", target, *(f"{name}={value}" for name, value in settings.items())])
+    return " ".join(
+        ["make", target, *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items())]
+    )
 
 
 def run(main: Callable[[], Optional[int]]) -> NoReturn:
@@ -78,10 +83,18 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
     except Finished as finished:
         print(finished, flush=True)
         sys.exit(0)
+    except BrokenPipeError:  # whoever read our lines has gone (make hf | head): nothing to tell, nobody to tell it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or Path.cwd()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            report = disk_full(where, error.strerror).report()
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            report = not_allowed(where, error.strerror).report()
+        else:
             raise
-        print(f"\n{disk_full(error.filename or Path.cwd()).report()}\n", file=sys.stderr, flush=True)
+        print(f"\n{report}\n", file=sys.stderr, flush=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "scripts":
@@ -106,18 +119,27 @@ def package_missing(module: str) -> Problem:
 # --- rooms -----------------------------------------------------------------------------------------------------------
 
 
-def disk_full(where: PathLike) -> Problem:
-    folder = Path(where) if Path(where).is_dir() else Path(where).parent
-    folder = folder if folder.is_dir() else Path.cwd()
+def disk_full(where: PathLike, reason: Optional[str] = None) -> Problem:
+    folder = next(path for path in [Path(where), *Path(where).absolute().parents] if path.is_dir())
     stat = os.statvfs(folder)
     free_bytes = stat.f_bavail * stat.f_frsize
     return Problem(
         "disk is full",
         where,
-        f"Writing stopped: {free_bytes / 1e6:.1f} MB are free on the file system that holds {shown(folder)}. "
-        "What was finished is kept in the .partial folder; nothing half-written carries a final name.",
-        "Look at what takes the space, make room, and type your make command again; it goes on where it stopped:",
-        f"df -h {folder} && du -sh build/*",
+        f"Writing stopped: {reason or os.strerror(errno.ENOSPC)}. {free_bytes / 1e6:.1f} MB are free on the file system that holds "
+        f"{shown(folder)}. What was finished is kept in the .partial folder; nothing half-written carries a final name.",
+        "Look at what takes the space and at your limits, make room, and type your make command again; it goes on where it stopped:",
+        f"df -h {shlex.quote(shown(folder))}; ulimit -f; du -sh build/*",
+    )
+
+
+def not_allowed(where: PathLike, reason: Optional[str]) -> Problem:
+    return Problem(
+        "the system does not allow it",
+        where,
+        f"{shown(where)}: {reason or os.strerror(errno.EACCES)}. Rooms are written below build/; everything else is only read.",
+        "Look at whose it is and what may be done with it:",
+        f"id -un; ls -ld {shlex.quote(shown(where))} {shlex.quote(shown(Path(where).parent))}",
     )
 
 
@@ -155,7 +177,7 @@ def manifest_unreadable(room: PathLike, reason: str) -> Problem:
 
 def bad_setting(name: str, value: object, allowed: str, command: str) -> Problem:
     return Problem(
-        f"{name} cannot be {value}",
+        f"{name} cannot be {value if str(value) else 'empty'}",
         "Makefile",
         f"{name} is {str(value)!r}; it must be {allowed}.",
         "For instance:",
@@ -168,10 +190,51 @@ def path_not_for_make(name: str, value: str, characters: Sequence[str]) -> Probl
     return Problem(
         f"{name} is a path that make cannot take",
         value,
-        f"The path holds {listed}; a makefile gives such characters another meaning. Paths with spaces, quotes or any of "
-        "$ # % : ; cannot be used.",
+        f"The path holds {listed}. To make and to the shell such characters are not part of a name: a path with a space, a quote or any "
+        "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ cannot be used.",
         "Make a link with a plain name and use that:",
-        f"ln -s {shlex.quote(value)} /tmp/llama && make serve {name}=/tmp/llama",
+        f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make('serve', **{name: '/tmp/linked'})}",
+    )
+
+
+def no_such_setting(name: str, settings: Sequence[str], near: str) -> Problem:
+    return Problem(
+        f"no setting named {name}",
+        "Makefile",
+        f"{name} was typed; the settings are: {', '.join(settings)}.",
+        "The nearest one is:",
+        f"make help    # then: make serve {near}=...",
+    )
+
+
+def weights_named_twice(model: str, weights: str) -> Problem:
+    return Problem(
+        "two places for the weights",
+        "Makefile",
+        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for a preset; which folder is meant cannot be told.",
+        "Say one of them:",
+        f"make serve MODEL={weights if '/' in weights else './' + weights}",
+    )
+
+
+def weights_not_there(name: str, folder: PathLike) -> Problem:
+    return Problem(
+        "no such folder",
+        folder,
+        f"{name} is {folder}: no folder is there. It should hold the model as Meta's download leaves it (params.json, consolidated.NN.pth) "
+        "or in Hugging Face's form (config.json, .safetensors).",
+        "Get the model (https://www.llama.com/llama-downloads), put it or a link to it there, or say where it is:",
+        make("serve", **{name: "/path/to/folder"}),
+    )
+
+
+def interpreter_missing(value: str) -> Problem:
+    return Problem(
+        "no such interpreter",
+        value,
+        f"PYTHON is {value}: no program is there. It has to be a CPython that has what requirements/run.txt and torch.txt pin.",
+        "Leave PYTHON away, and make installs one into .venv:",
+        make("serve", PYTHON=""),
     )
 
 
@@ -182,7 +245,7 @@ def no_such_model(model: str, presets: Sequence[str]) -> Problem:
         f"MODEL is {model!r}; the presets are: {', '.join(presets)}.\n\n"
         "A folder with weights is named with a slash in it, so that it is not taken for a preset.",
         "For instance:",
-        f"make serve MODEL={presets[0]}    # or MODEL=./{model}",
+        make("serve", MODEL="stories"),
     )
 
 
@@ -440,6 +503,75 @@ def cast_overflows(
     )
 
 
+# --- verified --------------------------------------------------------------------------------------------------------
+
+
+def verify_package_missing(module: str) -> Problem:
+    return Problem(
+        f"no package {module}",
+        sys.executable,
+        f"The interpreter {sys.executable} lacks the module {module}, with which Hugging Face's side of `make verified` is asked; "
+        "requirements/verify.txt pins it.",
+        "Install it there, or leave PYTHON unset so that make installs it into .venv:",
+        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/verify.txt",
+    )
+
+
+def side_failed(side: str, status: int, last_lines: Sequence[str]) -> Problem:
+    how = "status" if status > 0 else "signal"
+    memory = " The kernel ends a process so when memory runs out." if status in (-9, 137) else ""
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"{side} gave no answers",
+        "verified",
+        f"It ended with {how} {abs(status)} before every prompt was answered.{memory}\n\nIts last lines:\n\n{lines}",
+        "When the cause is mended:",
+        make("verified"),
+    )
+
+
+def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem:
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"{side} does not answer",
+        "verified",
+        f"No answer came for {seconds:.0f} s, which is enough to load a model of 140 GB from a slow disk. It was ended."
+        f"\n\nIts last lines:\n\n{lines}",
+        "See what this machine lacks:",
+        make("doctor"),
+    )
+
+
+def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike) -> Problem:
+    """`report`: report.json of the room verified."""
+
+    def shown_value(value: Optional[float]) -> str:
+        return "no number" if value is None else f"{value:g}"
+
+    failed = "; ".join(
+        f"{check['name']}: {shown_value(check['measured'])}, must be at {'least' if check['at_least'] else 'most'} {check['limit']:g}"
+        for check in report["checks"]
+        if not check["passed"]
+    )
+    one = report["prompts"][0]
+    worst = one.get("worst")
+    values = (
+        f" At position {worst['position']} the log probability of {worst['token']!r} is {shown_value(worst['hugging_face'])} for Hugging "
+        f"Face's model and {shown_value(worst['engine'])} for the engine."
+        if worst
+        else ""
+    )
+    checkpoint = Path(engines).with_name("checkpoint")
+    return Problem(
+        "the engine says something else",
+        page,
+        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model goes on {one['hugging_face']!r}, the engine "
+        f"{one['engine']!r}.\n\nThe whole report is the page named above. The room verified was not made, nor will be what needs it.",
+        "Make the engines anew from the weights, and ask again:",
+        f"rm -r {shown(checkpoint)} {shown(engines)} && {make('verified')}",
+    )
+
+
 # --- serve -----------------------------------------------------------------------------------------------------------
 
 
@@ -527,5 +659,5 @@ def request_refused(reason: str) -> Problem:
         "ask",
         f"It says: {reason}",
         "Ask again, for instance with:",
-        make("ask", PROMPT='"Once upon a time"', MAX_TOKENS=48),
+        make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
     )

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
+# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt.
 set -euo pipefail
-venv=$1
+venv=$1 name=$2
+# There while an installation runs: pip, killed half-way, may leave a package that it takes for whole.
+unfinished=$venv/unfinished
 
 report() { # title, what was seen, what to do, command
-    { printf '\n-- %s ----------------------------------------\n\n%s\n\n%s\n\n' "$1" "$2" "$3"; sed 's/^/    /' <<<"$4"; echo; } >&2
+    printf '\n-- %s ----------------------------------------\n\n%s\n\n%s\n\n    %s\n\n' "$@" >&2
     exit 1
 }
 
@@ -19,31 +22,33 @@ sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or platform.python_imple
     done
 }
 
-system="$(uname -s) $(uname -m)"
-[ "$system" = "Linux x86_64" ] || report "THIS SYSTEM CANNOT RUN IT" \
-    "This is $system; Triton's wheel and the pinned packages are for Linux x86_64." \
-    "On such a machine, or in a container on it, type:" "make serve"
+make_venv() {
+    local system libc base version
+    system="$(uname -s) $(uname -m)"
+    [ "$system" = "Linux x86_64" ] || report "THIS SYSTEM CANNOT RUN IT" \
+        "This is $system; Triton's wheel and the pinned packages are for Linux x86_64." \
+        "On such a machine, or in a container on it, type:" "make serve"
 
-libc=$(getconf GNU_LIBC_VERSION 2>/dev/null || echo "no glibc")
-printf '%s\nglibc 2.35\n' "$libc" | sort -V -C -r || report "THE C LIBRARY IS TOO OLD" \
-    "This system has $libc; Triton's wheel needs glibc 2.35 or later (Ubuntu 22.04, Debian 12)." \
-    "On a newer system, or in a container of one, type:" "make serve"
+    libc=$(getconf GNU_LIBC_VERSION 2>/dev/null || echo "another C library")
+    [ "$(printf 'glibc 2.35\n%s\n' "$libc" | sort -V | head -1)" = "glibc 2.35" ] || report "THE C LIBRARY IS TOO OLD" \
+        "This system has $libc; Triton's wheel needs glibc 2.35 or later (Ubuntu 22.04, Debian 12)." \
+        "On a newer system, or in a container of one, type:" "make serve"
 
-base=$(pick_python)
-[ -n "$base" ] || report "NO PYTHON 3.11 OR 3.12" \
-    "python3 is $(python3 --version 2>&1 || echo missing); CPython 3.11 or 3.12 is needed." \
-    "Install one (Debian 12, Ubuntu 24.04), or name yours with PYTHON=:" \
-    "sudo apt-get install python3 python3-venv libpython3-stdlib && make serve"
+    base=$(pick_python)
+    [ -n "$base" ] || report "NO PYTHON 3.11 OR 3.12" \
+        "python3 is $(python3 --version 2>&1 || echo missing); CPython 3.11 or 3.12 is needed." \
+        "Install one (Ubuntu 24.04 has 3.12, Debian 12 and Ubuntu 22.04 have 3.11), for instance:" \
+        "sudo apt-get install python3.11-venv libpython3.11 && make serve"
 
-version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-"$base" -c 'import ensurepip, venv' 2>/dev/null || report "PYTHON HAS NO VENV MODULE" \
-    "$base ($version) lacks the module venv or ensurepip." \
-    "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install python$version-venv && make serve"
+    version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    "$base" -c 'import ensurepip, venv' 2>/dev/null || report "PYTHON HAS NO VENV MODULE" \
+        "$base ($version) lacks the module venv or ensurepip." \
+        "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install python$version-venv && make serve"
 
-# Triton's Python backend links the interpreter as a library.
-"$base" - <<'PY' || report "NO SHARED LIBPYTHON" \
-    "Triton's Python backend needs libpython$version.so.1.0; neither $base nor the system has it." \
-    "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install libpython$version && make serve"
+    # Triton's Python backend links the interpreter as a library.
+    "$base" - <<'PY' || report "NO SHARED LIBPYTHON" \
+        "Triton's Python backend needs libpython$version.so.1.0; neither $base nor the system has it." \
+        "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install libpython$version && make serve"
 import ctypes, os, sys, sysconfig
 name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
 if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR") or "", name)):
@@ -53,25 +58,45 @@ if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR") or "", nam
         sys.exit(1)
 PY
 
+    echo "venv        $base ($version) -> $venv"
+    rm -rf "$venv"
+    mkdir "$venv"
+    touch "$unfinished"
+    "$base" -m venv "$venv" || failed "Python could not make $venv; its own message stands above."
+}
+
+failed() {
+    rm -f "$unfinished"
+    report "PACKAGES COULD NOT BE INSTALLED" "$1" "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
+}
+
+install() {
+    echo "venv        installing requirements/$1.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "requirements/$1.txt" \
+        || failed "pip's own message stands above. What was installed stays."
+}
+
 exec 9<requirements
 flock 9 # one make at a time installs
+trap 'exit 130' INT TERM # and leave the mark
 
-install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$1"; }
-
-if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-    echo "venv        $base ($version) -> $venv"
-    "$base" -m venv --clear "$venv"
-fi
-echo "venv        installing the pinned packages (the first time: some minutes)"
-failed() {
-    report "PACKAGES COULD NOT BE INSTALLED" "pip's own message stands above. What was installed stays." \
-        "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
-}
-install requirements/run.txt || failed
-install requirements/torch.txt || failed
-# The CUDA wheel carries no local version in its name; it needs NVIDIA's libraries, the CPU wheel does not.
-if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(not m.version("torch").endswith("+cpu"))'; then
-    install requirements/torch-cuda.txt || failed
+if [ -e "$unfinished" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+    make_venv
 fi
 mkdir -p "$venv/locks"
-cp requirements/run.txt "$venv/locks/run.txt"
+touch "$unfinished"
+if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
+    echo "venv        the pinned packages; the first time takes some minutes"
+    install run
+    install torch
+    # The CUDA wheel carries no local version in its name; it needs NVIDIA's libraries, the CPU wheel does not.
+    if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(not m.version("torch").endswith("+cpu"))'; then
+        install torch-cuda
+    fi
+    cp requirements/run.txt "$venv/locks/run.txt"
+fi
+if [ "$name" != run ]; then
+    install "$name"
+    cp "requirements/$name.txt" "$venv/locks/$name.txt"
+fi
+rm "$unfinished"

@@ -147,24 +147,31 @@ def filling(
     The body writes into `filling.path`; when it returns, the manifest is written last and the folder takes the room's name.
     When it fails or is killed, the room is as it was and the evidence stays in the .partial folder until the next try.
     arguments: what the room was made with (no path, no time, no user name: two trees give one digest). tools: name -> version.
-    A second make that wants the same room waits, and finds it made (raises Finished).
+    A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
+    name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
+    made from) come from the Makefile. `args` may hold a path of this machine: it is the question, not part of the answer.
     """
     room = room.absolute()
     partial, old = room.with_name(room.name + ".partial"), room.with_name(room.name + ".old")
     room.parent.mkdir(parents=True, exist_ok=True)
-    before = _identity(room / MANIFEST)
-    partial_lock, waited = _lock_partial(partial)
-    read_locks = [_lock(path, fcntl.LOCK_SH) for path in (reads or {}).values()]
+    asked = os.environ.get("ROOM_ARGS", "")
+    partial_lock = _lock_partial(partial)
+    read_locks = []
     try:
-        started = time.monotonic()
-        asked = os.environ.get("ROOM_ARGS", "")
-        reads_sha256 = {name: manifest_sha256(path) for name, path in (reads or {}).items()}
-        question = {"asked": asked, "arguments": dict(arguments or {}), "reads": reads_sha256}
-        if old.is_dir() and not room.exists():  # killed between the two renames below
-            os.rename(old, room)
-        if waited and before != _identity(room / MANIFEST) and _answers(room, asked, reads_sha256):
+        if _answers(room, asked):
             shutil.rmtree(partial)
             raise errors.Finished(f"{room.name:<11} made by another make in this tree meanwhile")
+        if _answers(partial, asked):
+            _publish(partial, room, old)
+            raise errors.Finished(
+                f"{room.name:<11} -> {errors.shown(room)}: it was whole already, and has its name now"
+            )
+        if old.is_dir() and not room.exists():  # killed between the two renames of _publish
+            os.rename(old, room)
+        read_locks = [_lock_for_reading(path) for path in (reads or {}).values()]
+        started = time.monotonic()
+        reads_sha256 = {name: manifest_sha256(path) for name, path in (reads or {}).items()}
+        question = {"asked": asked, "arguments": dict(arguments or {}), "reads": reads_sha256}
         for path in (reads or {}).values():
             read_manifest(path)
         filling_room = Filling(room, partial, question, kept=_keep_finished(partial, question))
@@ -177,7 +184,6 @@ def filling(
             "facts": filling_room.facts,
             "files": {name: vars(filling_room.files[name]) for name in sorted(filling_room.files)},
         }
-        (partial / FINISHED).unlink(missing_ok=True)
         write_synced(partial / ARGS, asked.encode())
         write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         _publish(partial, room, old)
@@ -187,6 +193,9 @@ def filling(
             f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
             f"{time.monotonic() - started:.1f} s",
         )
+    except OSError as error:
+        error.filename = error.filename or str(partial)  # a failed write does not say where
+        raise
     finally:
         for lock in [partial_lock, *read_locks]:
             os.close(lock)
@@ -200,60 +209,64 @@ def _manifest_bytes(room: Path) -> bytes:
         raise errors.room_missing(room) from None
 
 
-def _identity(path: Path) -> Optional[tuple[int, int]]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns
-
-
-def _lock(folder: Path, how: int) -> int:
+def _lock(folder: Path, how: int, waiting: str) -> int:
     """Lock a directory itself: no lock file is left behind, and the lock ends with the process, however it ends."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        raise errors.room_missing(folder) from None
-    fcntl.flock(fd, how)
-    return fd
-
-
-def _lock_partial(partial: Path) -> tuple[int, bool]:
-    """The right to fill: an exclusive lock on the .partial folder. Returns (fd, whether somebody else held it first)."""
-    waited = False
     while True:
-        partial.mkdir(exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            waited = True
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            waited = True
-            say(partial.stem, "another make is filling this room; waiting for it")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        # The other make may have renamed the folder that we waited for to its final name.
-        if partial.exists() and os.path.samestat(os.fstat(fd), partial.stat()):
-            return fd, waited
+            say(folder.stem, waiting)
+            fcntl.flock(fd, how)
+        # Another make may have given the folder that we waited for another name.
+        if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
+            return fd
         os.close(fd)
 
 
-def _answers(room: Path, asked: str, reads_sha256: Mapping[str, str]) -> bool:
-    manifest = read_manifest(room)
-    return (room / ARGS).read_text() == asked and manifest["reads"] == reads_sha256
+def _lock_for_reading(room: Path) -> int:
+    try:
+        return _lock(room, fcntl.LOCK_SH, "is being replaced; waiting for it")
+    except FileNotFoundError:
+        raise errors.room_missing(room) from None
+
+
+def _lock_partial(partial: Path) -> int:
+    """The right to fill: an exclusive lock on the .partial folder."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            return _lock(partial, fcntl.LOCK_EX, "another make is filling this room; waiting for it")
+        except FileNotFoundError:  # between our two lines the other make gave it its final name
+            continue
+
+
+def _answers(folder: Path, asked: str) -> bool:
+    """Make's own question, asked again under the lock: is this room whole, and right for what is asked now?"""
+    try:
+        return (
+            _newer_than_needs(folder / MANIFEST)
+            and (folder / ARGS).read_text() == asked
+            and bool(read_manifest(folder))
+        )
+    except (OSError, errors.Problem):
+        return False
+
+
+def _newer_than_needs(path: Path) -> bool:
+    """Whether no file that the room is made from is newer; False where make did not say which these are, or was told -B."""
+    needs = os.environ.get("ROOM_NEEDS", "").split()
+    return bool(needs) and path.stat().st_mtime_ns >= max(os.stat(need).st_mtime_ns for need in needs)
 
 
 def _keep_finished(partial: Path, question: Mapping[str, Any]) -> Dict[str, FileRecord]:
-    """Empty the .partial folder but for files that an interrupted try with the same question finished."""
+    """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
-        kept = (
-            {name: FileRecord(**record) for name, record in finished["files"].items()}
-            if finished["question"] == question
-            else {}
+        same = finished["question"] == question and (
+            "ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED)
         )
+        kept = {name: FileRecord(**record) for name, record in finished["files"].items()} if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     kept = {
@@ -272,10 +285,11 @@ def _keep_finished(partial: Path, question: Mapping[str, Any]) -> Dict[str, File
 
 def _publish(partial: Path, room: Path, old: Path) -> None:
     """Give the whole folder its final name. os.replace cannot overwrite a non-empty directory, so the old room moves aside first."""
+    (partial / FINISHED).unlink(missing_ok=True)
     if old.exists():
         shutil.rmtree(old)
     if room.exists():
-        reader_lock = _lock(room, fcntl.LOCK_EX)  # waits for scripts that still read the old room
+        reader_lock = _lock(room, fcntl.LOCK_EX, "is still read by another make; waiting for it")
         os.rename(room, old)
         os.close(reader_lock)
     os.rename(partial, room)

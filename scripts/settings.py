@@ -1,41 +1,73 @@
-"""What make cannot take as a setting: says which one, and what it may be. Run by make when it sees such a setting."""
+"""What make cannot take as a setting: says which one, and what it may be. Run by make when it sees such a setting.
 
+It may be run by any Python 3 that a machine has, before the right one is installed: nothing newer than 3.7 here and in errors.py.
+"""
+
+import difflib
+import json
 import os
 from pathlib import Path
+from typing import Dict, List, Sequence
 
 from scripts import errors
 
-# Characters that a makefile, or the shell in its recipes, would not take as part of a path.
-NOT_IN_PATHS = " \t$#%:;'\"`"
+# Characters that a makefile, or the shell in its recipes, would not take as part of a word.
+NOT_IN_WORDS = " \t\n$#%;'\"`&|<>()[]{}*?!~\\"
+DTYPES = ("float16", "bfloat16", "float32")
+# name -> a value that would do; the second group may also be empty (then it is derived)
+NUMBERS = {
+    "TP": 2,
+    "MAX_BATCH_SIZE": 8,
+    "MAX_TOKENS": 48,
+    "HTTP_PORT": 8000,
+    "GRPC_PORT": 8001,
+    "METRICS_PORT": 8002,
+    "OPENAI_PORT": 9000,
+}
+NUMBERS_OR_EMPTY = {"CONTEXT": 4096, "MAX_INPUT_LEN": 2048, "MAX_SEQ_LEN": 4096, "MAX_NUM_TOKENS": 8192}
 
 
-def check(
-    model: str, weights: str, engine: str, dtype: str, toolchain: str, presets: list[str], toolchains: list[str]
-) -> None:
-    """Raise the Problem of the first setting that cannot be right."""
-    for name, value in (("MODEL", model), ("WEIGHTS", weights)):
-        if bad := sorted({character for character in value if character in NOT_IN_PATHS}):
-            raise errors.path_not_for_make(name, value, bad)
-    if "/" not in model and model not in presets:
-        raise errors.no_such_model(model, presets)
-    if engine not in ("torch", "tensorrt"):
-        raise errors.bad_setting("ENGINE", engine, "torch or tensorrt", errors.make("serve", ENGINE="torch"))
-    if dtype not in ("", "float16", "bfloat16", "float32"):
-        raise errors.bad_setting("DTYPE", dtype, "float16, bfloat16 or float32", errors.make("serve", DTYPE="float16"))
-    if toolchain not in toolchains:
-        known = ", ".join(toolchains)
-        raise errors.bad_setting(
-            "TOOLCHAIN", toolchain, f"one of {known}", errors.make("serve", TOOLCHAIN=toolchains[0])
+def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolchains: Sequence[str]) -> errors.Problem:
+    """Why make refuses the setting `name`. settings: all that make knows, name -> value as typed."""
+    if name not in settings:
+        near = difflib.get_close_matches(name.upper(), settings, 1, 0)
+        return errors.no_such_setting(name, sorted(settings), near[0] if near else "MODEL")
+    value = settings[name]
+    bad = sorted(
+        {character for character in value if character in NOT_IN_WORDS or (character == ":" and name != "HOST")}
+    )
+    if name in ("MODEL", "WEIGHTS", "PYTHON") and bad:
+        return errors.path_not_for_make(name, value, bad)
+    if name == "MODEL":
+        return errors.no_such_model(value, presets)
+    if name == "WEIGHTS":
+        if "/" in settings["MODEL"] and value != settings["MODEL"]:
+            return errors.weights_named_twice(settings["MODEL"], value)
+        return errors.weights_not_there("MODEL" if value == settings["MODEL"] else "WEIGHTS", value)
+    if name == "PYTHON":
+        return errors.interpreter_missing(value)
+    if name == "TOOLCHAIN":
+        return errors.bad_setting(
+            name, value, "one of " + ", ".join(toolchains), errors.make("serve", TOOLCHAIN=toolchains[0])
         )
+    allowed, example = {
+        "ENGINE": ("torch or tensorrt", "torch"),
+        "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
+        "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
+        "ASSUME_GPU": ("one word", ""),
+        **{number: ("a whole number of at least 1", str(fit)) for number, fit in NUMBERS.items()},
+        **{number: ("a whole number of at least 1, or empty", str(fit)) for number, fit in NUMBERS_OR_EMPTY.items()},
+    }[name]
+    return errors.bad_setting(name, value, allowed, errors.make("serve", **{name: example}))
 
 
 def main() -> None:
-    import json
-
     root = Path(__file__).parent.parent
-    given = {name.lower(): os.environ[name].strip() for name in ("MODEL", "WEIGHTS", "ENGINE", "DTYPE", "TOOLCHAIN")}
+    names: List[str] = os.environ["REFUSED_NAMES"].split()
+    lines = os.environ["REFUSED_SETTINGS"].splitlines()
+    settings = dict(line.strip().split("=", 1) for line in lines if "=" in line)
     presets = sorted(path.stem for path in (root / "models").glob("*.mk"))
-    check(**given, presets=presets, toolchains=list(json.loads((root / "docker/toolchains.json").read_text())))
+    raise problem(names[0], settings, presets, list(json.loads((root / "docker/toolchains.json").read_text())))
 
 
 if __name__ == "__main__":
