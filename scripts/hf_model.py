@@ -138,6 +138,9 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
             f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {head_size}",
             "heads * head_dim = hidden_size, an even head_dim, and key/value heads that divide the heads",
         )
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise errors.weights_contradict(path, name, "it must be null or an object", f"it is {config[name]!r}")
     kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3"):
         raise errors.model_unfit(path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3")

@@ -6,6 +6,7 @@ against the checksums that the file carries.
 
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -149,7 +150,11 @@ def read_shard(path: Path) -> Shard:
     import torch
 
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with (
+            warnings.catch_warnings()
+        ):  # about what a damaged directory seems to ask for; the report says it in one sentence
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises whatever the broken byte leads to
         raise errors.weights_unreadable(path, f"torch refuses it: {_first_sentence(error)}") from None
     if not isinstance(loaded, dict) or not all(
@@ -335,7 +340,7 @@ def _zip_records(path: Path) -> Dict[int, Tuple[int, int]]:
                     file.seek(info.header_offset + 26)
                     name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
                     records[info.header_offset + 30 + name_bytes + extra_bytes] = (info.file_size, info.CRC)
-    except (OSError, zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
         size_bytes = path.stat().st_size if path.is_file() else 0
         raise errors.weights_unreadable(
             path, f"it is cut off, damaged or no torch file of version 1.6 or later ({size_bytes} bytes; {error})"

@@ -1,0 +1,416 @@
+"""The room checkpoint: rank files byte for byte as TensorRT-LLM v0.8.0's converter writes them, for any split that can be."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import GROUPED, PADDED, PLAIN, Dims, Tensors, write_model
+
+from scripts import build_checkpoint, build_hf, contracts, errors, safetensors_file
+from scripts.llama_shape import LlamaShape
+from scripts.room import read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3 kB, so that these small tensors go by several blocks, as large ones do."""
+    monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 3000)
+
+
+def hf_room(folder: Path, dims: Dims = GROUPED, dtype: str = "float16") -> Path:
+    build_hf.build_hf(build_hf.Settings(write_model(folder / "meta", dims, TYPES[dtype]), folder / "hf"))
+    return folder / "hf"
+
+
+def build(hf: Path, room: Path, tp_size: int, dtype: Any = None, version: str = "0.8.0") -> Path:
+    build_checkpoint.build_checkpoint(build_checkpoint.Settings(hf, room, tp_size, version, dtype))
+    return room
+
+
+def upstream_rank(hf: Tensors, dims: Dims, tp_size: int, rank: int, dtype: torch.dtype) -> Tensors:
+    """The rules of v0.8.0's convert_checkpoint.py, restated with whole tensors."""
+    hf = {name: tensor.to(dtype) for name, tensor in hf.items()}
+
+    def cut(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor.chunk(tp_size, dim)[rank].contiguous()
+
+    def key_value(tensor: torch.Tensor) -> torch.Tensor:
+        if tp_size > dims.n_kv_heads:
+            heads = tensor.view(dims.n_kv_heads, dims.head_size, dims.dim).repeat_interleave(
+                tp_size // dims.n_kv_heads, 0
+            )
+            tensor = heads.reshape(-1, dims.dim)
+        return cut(tensor, 0)
+
+    head = hf["lm_head.weight"]
+    head = torch.nn.functional.pad(head, (0, 0, 0, -len(head) % tp_size))
+    ours = {
+        "transformer.vocab_embedding.weight": hf["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": hf["model.norm.weight"],
+        "lm_head.weight": cut(head, 0),
+    }
+    for layer in range(dims.n_layers):
+        here, there = f"transformer.layers.{layer}.", f"model.layers.{layer}."
+        q, k, v = (hf[f"{there}self_attn.{name}_proj.weight"] for name in "qkv")
+        ours[here + "attention.qkv.weight"] = torch.cat([cut(q, 0), key_value(k), key_value(v)])
+        ours[here + "attention.dense.weight"] = cut(hf[there + "self_attn.o_proj.weight"], 1)
+        ours[here + "mlp.fc.weight"] = cut(hf[there + "mlp.gate_proj.weight"], 0)
+        ours[here + "mlp.gate.weight"] = cut(hf[there + "mlp.up_proj.weight"], 0)
+        ours[here + "mlp.proj.weight"] = cut(hf[there + "mlp.down_proj.weight"], 1)
+        ours[here + "input_layernorm.weight"] = hf[there + "input_layernorm.weight"]
+        ours[here + "post_layernorm.weight"] = hf[there + "post_attention_layernorm.weight"]
+    return ours
+
+
+def assert_as_upstream(room: Path, hf: Path, dims: Dims, tp_size: int, dtype: str, scratch: Path) -> None:
+    source = safetensors.torch.load_file(hf / "model.safetensors")
+    for rank in range(tp_size):
+        safetensors.torch.save_file(upstream_rank(source, dims, tp_size, rank, TYPES[dtype]), scratch / "expected")
+        assert (room / f"rank{rank}.safetensors").read_bytes() == (scratch / "expected").read_bytes(), f"rank {rank}"
+
+
+# Key/value heads shared out, repeated 2 and 8 times, one per head; vocabularies padded; 11 layers: layers.10 lies before layers.2
+MANY_LAYERS = Dims(n_layers=11)
+SPLITS = [
+    (GROUPED, 1),
+    (GROUPED, 2),
+    (GROUPED, 4),
+    (GROUPED, 8),
+    (Dims(n_kv_heads=2), 4),
+    (Dims(n_kv_heads=1), 8),
+    (PLAIN, 8),
+]
+SPLITS += [(PADDED, 2), (PADDED, 4), (PADDED, 8), (Dims(n_kv_heads=4, vocab_size=307), 8), (MANY_LAYERS, 2)]
+
+
+@pytest.mark.parametrize(
+    ("dims", "tp_size"), SPLITS, ids=lambda value: str(value) if isinstance(value, int) else f"kv{value.n_kv_heads}"
+)
+def test_rank_files_are_upstreams_byte_for_byte(dims: Dims, tp_size: int, tmp_path: Path) -> None:
+    hf = hf_room(tmp_path, dims)
+    assert_as_upstream(build(hf, tmp_path / "checkpoint", tp_size), hf, dims, tp_size, "float16", tmp_path)
+
+
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("source", TYPES)
+def test_every_type_becomes_every_type_as_upstream_rounds(source: str, target: str, tmp_path: Path) -> None:
+    dims = Dims(n_kv_heads=2, vocab_size=307, n_layers=1)
+    hf = hf_room(tmp_path, dims, source)
+    assert_as_upstream(build(hf, tmp_path / "checkpoint", 4, target), hf, dims, 4, target, tmp_path)
+
+
+def test_without_a_type_the_sources_own_is_kept(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path, dtype="bfloat16")
+    room = build(hf, tmp_path / "checkpoint", 2)
+    assert_as_upstream(room, hf, GROUPED, 2, "bfloat16", tmp_path)
+    assert json.loads((room / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("source", TYPES)
+def test_each_16_bit_pattern_and_the_borders_of_rounding_are_cast_as_torch_casts(source: str, target: str) -> None:
+    if source == "float32":
+        high = np.arange(1 << 16, dtype=np.uint32) << 16
+        low = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+        raw = (high[:, None] | low).reshape(-1)
+        tensor = torch.from_numpy(raw.view(np.float32))
+    else:
+        raw = np.arange(1 << 16, dtype=np.uint16)
+        tensor = torch.from_numpy(raw.view(np.int16)).view(TYPES[source])
+    tensor = tensor.to(TYPES[target])
+    expected = tensor.view(torch.int32 if target == "float32" else torch.int16).numpy()
+    number = ~tensor.isnan().numpy()
+    ours = build_checkpoint.cast(raw, safetensors_file.DTYPES[source], safetensors_file.DTYPES[target])
+    assert np.array_equal(ours.view(expected.dtype)[number], expected[number])
+
+
+# --- round trips: the ranks joined are the unsplit tensor -------------------------------------------------------------------
+
+SHAPES = st.builds(
+    lambda head, kv, group, layers, intermediate, vocab: LlamaShape(2 * head * kv * group, intermediate, layers, kv * group, kv, vocab),
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 2), st.integers(1, 40), st.integers(1, 50),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=SHAPES, tp_size=st.integers(1, 12))
+def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: int) -> None:
+    if build_checkpoint.why_impossible(shape, tp_size):
+        assert tp_size not in build_checkpoint.possible_tp_sizes(shape)
+        return
+    hf = {name: np.arange(math.prod(size)).reshape(size) + 1 for name, size in shape.hf_tensors().items()}
+
+    def made(rank: int) -> Dict[str, Any]:
+        tensors = {}
+        for name, tensor in build_checkpoint.rank_tensors(shape, tp_size, rank).items():
+            parts: List[Any] = []
+            for cut in tensor.cuts:
+                rows = slice(*cut.rows)
+                zeros = np.zeros((cut.rows[1], *tensor.shape[1:]), int)
+                parts.append(
+                    zeros if cut.source is None else hf[cut.source][rows][..., slice(*(cut.columns or (None, None)))]
+                )
+            tensors[name] = np.concatenate(parts)
+            assert tensors[name].shape == tensor.shape
+        return tensors
+
+    ranks = [made(rank) for rank in range(tp_size)]
+    q_rows = shape.hidden_size // tp_size
+    repeats = max(1, tp_size // shape.n_kv_heads)
+    for layer in range(shape.n_layers):
+        ours, theirs = f"transformer.layers.{layer}.", f"model.layers.{layer}."
+        qkv = [rank[ours + "attention.qkv.weight"] for rank in ranks]
+        kv_rows = (len(qkv[0]) - q_rows) // 2
+        joined = {
+            "self_attn.q_proj": np.concatenate([part[:q_rows] for part in qkv]),
+            "self_attn.k_proj": np.concatenate([part[q_rows : q_rows + kv_rows] for part in qkv[::repeats]]),
+            "self_attn.v_proj": np.concatenate([part[q_rows + kv_rows :] for part in qkv[::repeats]]),
+            "self_attn.o_proj": np.concatenate([rank[ours + "attention.dense.weight"] for rank in ranks], 1),
+            "mlp.gate_proj": np.concatenate([rank[ours + "mlp.fc.weight"] for rank in ranks]),
+            "mlp.up_proj": np.concatenate([rank[ours + "mlp.gate.weight"] for rank in ranks]),
+            "mlp.down_proj": np.concatenate([rank[ours + "mlp.proj.weight"] for rank in ranks], 1),
+        }
+        for name, tensor in joined.items():
+            assert np.array_equal(tensor, hf[f"{theirs}{name}.weight"]), name
+        assert all(np.array_equal(qkv[rank][q_rows:], qkv[rank - rank % repeats][q_rows:]) for rank in range(tp_size))
+    head = np.concatenate([rank["lm_head.weight"] for rank in ranks])
+    assert np.array_equal(head[: shape.vocab_size], hf["lm_head.weight"])
+    assert not head[shape.vocab_size :].any() and len(head) == -(-shape.vocab_size // tp_size) * tp_size
+
+
+# --- tables: what is known of the real models --------------------------------------------------------------------------------
+
+
+RANK_TENSORS = json.loads((contracts.DOCKER / "contracts" / "rank-tensors" / "v0.8.0.json").read_text())
+
+
+@pytest.mark.parametrize("expected", RANK_TENSORS, ids=lambda table: str(table["model"]))
+def test_the_plan_for_the_real_models_is_upstreams_table(expected: Dict[str, Any]) -> None:
+    shape = LlamaShape(
+        expected["hidden"],
+        expected["intermediate"],
+        expected["layers"],
+        expected["heads"],
+        expected["kv_heads"],
+        expected["vocab"],
+    )
+    names = dict(expected["global_tensors"])
+    for layer in range(expected["layers"]):
+        per_layer = expected["per_layer_tensors_under_transformer_layers_N"]
+        names.update({f"transformer.layers.{layer}.{name}": size for name, size in per_layer.items()})
+    for rank in range(expected["tp"]):
+        plan = build_checkpoint.rank_tensors(shape, expected["tp"], rank)
+        assert {name: list(tensor.shape) for name, tensor in plan.items()} == names
+        assert len(plan) == expected["tensor_count"]
+        assert sum(2 * math.prod(tensor.shape) for tensor in plan.values()) == expected["payload_bytes_fp16"]
+
+
+@pytest.mark.parametrize("version", contracts.versions())
+def test_config_has_the_keys_of_the_version_in_order_with_this_models_values(version: str, tmp_path: Path) -> None:
+    hf = hf_room(tmp_path, PADDED)
+    config = json.loads((build(hf, tmp_path / "checkpoint", 4, "float32", version) / "config.json").read_text())
+    golden = contracts.table("checkpoint-config", version)
+    assert list(config) == list(golden) and list(config["mapping"]) == list(golden["mapping"])
+    assert {key: value for key, value in config.items() if value != golden[key]} == {
+        key: value
+        for key, value in {
+            "dtype": "float32", "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 96,
+            "intermediate_size": 280, "vocab_size": 313, "norm_epsilon": 1e-4, "head_size": 6, "rotary_embedding_dim": 6,
+            "mapping": config["mapping"],
+        }.items()
+        if key in golden
+    }  # fmt: skip
+    assert {key: value for key, value in config["mapping"].items() if value != golden["mapping"][key]} == {
+        key: 4 for key in ("world_size", "tp_size", "moe_tp_size") if key in golden["mapping"]
+    }
+
+
+def test_rope_settings_reach_the_config(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path)
+    edit_config(hf, rope_theta=1e6, rope_scaling={"type": "linear", "factor": 2.0})
+    config = json.loads((build(hf, tmp_path / "old", 1) / "config.json").read_text())
+    assert (config["rotary_base"], config["rotary_scaling"]) == (1e6, {"type": "linear", "factor": 2.0})
+    edit_config(hf, rope_theta=None, rope_scaling=None, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    config = json.loads((build(hf, tmp_path / "new", 1) / "config.json").read_text())
+    assert (config["rotary_base"], config["rotary_scaling"]) == (5e5, None)
+
+
+# --- sources as Hugging Face has them ----------------------------------------------------------------------------------------
+
+
+def edit_config(hf: Path, **changed: Any) -> None:
+    """Change config.json of a room as if it had been made so."""
+    edit(hf, "config.json", json.dumps({**json.loads((hf / "config.json").read_text()), **changed}).encode())
+
+
+def edit_tensors(hf: Path, tensors: Tensors) -> None:
+    edit(hf, "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def edit(hf: Path, name: str, data: bytes) -> None:
+    (hf / name).unlink()  # and not written over: tensors that were loaded are maps of the old file
+    (hf / name).write_bytes(data)
+    manifest = json.loads((hf / "manifest.json").read_text())
+    manifest["files"][name]["size_bytes"] = len(data)
+    (hf / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_tied_embeddings_are_written_twice_as_upstream_does(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path)
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    del tensors["lm_head.weight"]
+    edit_tensors(hf, tensors)
+    edit_config(hf, tie_word_embeddings=True)
+    room = build(hf, tmp_path / "checkpoint", 2)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    for rank in range(2):
+        written = safetensors.torch.load_file(room / f"rank{rank}.safetensors")
+        expected = upstream_rank(tensors, GROUPED, 2, rank, torch.float16)
+        assert torch.equal(written["lm_head.weight"], expected["lm_head.weight"])
+
+
+def test_a_source_of_mixed_types_becomes_the_type_that_its_config_names(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path)
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    edit_tensors(hf, tensors)
+    assert_as_upstream(build(hf, tmp_path / "checkpoint", 2), hf, GROUPED, 2, "float16", tmp_path)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------------
+
+
+def refused(hf: Path, room: Path, tp_size: int, dtype: Any = None, version: str = "0.8.0") -> errors.Problem:
+    with pytest.raises(errors.Problem) as caught:
+        build(hf, room, tp_size, dtype, version)
+    assert not room.exists()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("dims", "tp_size", "says", "fitting"),
+    [
+        (GROUPED, 3, "TP is 3, the number of heads is 16", 2),
+        (GROUPED, 16, "TP is 16, the feed-forward size is 280", 8),
+        (Dims(n_heads=12, n_kv_heads=6), 4, "TP is 4, the number of key/value heads is 6", 2),
+    ],
+)
+def test_an_impossible_split_names_both_values_and_one_that_works(
+    dims: Dims, tp_size: int, says: str, fitting: int, tmp_path: Path
+) -> None:
+    hf = hf_room(tmp_path, dims)
+    problem = refused(hf, tmp_path / "checkpoint", tp_size)
+    assert says in problem.seen and f"TP={fitting}" in problem.command
+    build(hf, tmp_path / "checkpoint", fitting)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("bfloat16", "70144"), ("float32", "65520")])
+def test_values_too_large_for_the_type_are_counted_and_named(dtype: str, largest: str, tmp_path: Path) -> None:
+    hf = hf_room(tmp_path, dtype=dtype)
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][100:103, 5] = -float(largest)
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 7] = 65504 if dtype == "float32" else 65280  # these still fit
+    edit_tensors(hf, tensors)
+    problem = refused(hf, tmp_path / "checkpoint", 2, "float16")
+    assert (
+        f"3 of the 26880 values of model.layers.1.mlp.up_proj.weight are too large for float16: the largest is {largest}"
+        in problem.seen
+    )
+    assert "DTYPE=bfloat16" in problem.command
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_nan_and_infinity_in_the_source_are_counted_and_named(value: float, dtype: Any, tmp_path: Path) -> None:
+    hf = hf_room(tmp_path)
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.weight"][3, 4:6] = value
+    edit_tensors(hf, tensors)
+    problem = refused(hf, tmp_path / "checkpoint", 2, dtype)
+    assert "2 of the 9216 values of model.layers.2.self_attn.o_proj.weight are NaN or infinite" in problem.seen
+
+
+def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path)
+    room = tmp_path / "checkpoint"
+    assert "0.7.0" in refused(hf, room, 2, version="0.7.0").seen
+    assert "'int8'" in refused(hf, room, 2, "int8").seen
+    assert "TP is '0'" in refused(hf, room, 0).seen
+    assert "hf has no manifest.json" in refused(tmp_path / "nowhere" / "hf", room, 2).seen
+    edit_config(hf, rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    assert "with TensorRT-LLM 0.8.0" in refused(hf, room, 2).seen
+    (hf / "model.safetensors").unlink()
+    assert "no such file" in refused(hf, room, 2).seen
+
+
+# --- faults ------------------------------------------------------------------------------------------------------------------
+
+
+def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
+    """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
+    imports = "import os, sys, errno\nfrom scripts import build_checkpoint, errors, safetensors_file as s"
+    script = f"{imports}\n{code}\nerrors.run(build_checkpoint.main)"
+    words = ["--hf", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
+    return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+# in the middle of the third rank file
+BREAK_IN_RANK_2 = """
+s.BLOCK_BYTES = 3000
+plain = s._write_all
+def broken(fd, data):
+    plain(fd, data)
+    path = os.readlink(f"/proc/self/fd/{{fd}}")
+    if path.endswith("rank2.safetensors") and os.path.getsize(path) > 100_000:
+        {}
+s._write_all = broken
+"""
+
+
+@pytest.mark.parametrize("blow", ["os.kill(os.getpid(), 9)", "raise OSError(errno.ENOSPC, 'No space left on device')"])
+def test_after_a_pulled_plug_or_a_full_disk_finished_ranks_are_kept_and_the_bytes_are_the_same(
+    blow: str, tmp_path: Path
+) -> None:
+    hf, room = hf_room(tmp_path), tmp_path / "checkpoint"
+    broken = run(BREAK_IN_RANK_2.format(blow), hf, room)
+    assert broken.returncode != 0 and not room.exists() and "Traceback" not in broken.stderr
+    assert ("DISK IS FULL" in broken.stderr) == ("ENOSPC" in blow)
+    finished = {rank: (tmp_path / "checkpoint.partial" / f"rank{rank}.safetensors").stat().st_ino for rank in (0, 1)}
+    again = run("", hf, room)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("was finished before") == 2
+    assert finished == {rank: (room / f"rank{rank}.safetensors").stat().st_ino for rank in (0, 1)}
+    assert_as_upstream(room, hf, GROUPED, 4, "float16", tmp_path)
+    undisturbed = build(hf, tmp_path / "undisturbed" / "checkpoint", 4)
+    assert read_manifest(room) == read_manifest(undisturbed)
+
+
+def test_without_a_change_of_type_torch_is_not_loaded(tmp_path: Path) -> None:
+    """It takes 1.5 seconds, more than converting a small model."""
+    code = "import atexit\natexit.register(lambda: print('torch' in sys.modules))"
+    result = run(code, hf_room(tmp_path), tmp_path / "checkpoint")
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
+def test_others_may_read_the_files_and_no_metadata_is_written(tmp_path: Path) -> None:
+    room = build(hf_room(tmp_path), tmp_path / "checkpoint", 2)
+    for rank in range(2):
+        path = room / f"rank{rank}.safetensors"
+        assert path.stat().st_mode & 0o777 == 0o644
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        assert "__metadata__" not in header
+    assert os.listdir(room.parent).count("checkpoint.partial") == 0
