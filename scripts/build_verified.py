@@ -1,0 +1,227 @@
+"""Room `verified`: the accuracy gate. The engines and Hugging Face's weights are asked the same prompts, and must say the same.
+
+Reads   the rooms engines and hf, models/prompts.txt
+Writes  report.json, report.html: greedy tokens, log probabilities and perplexity of both sides against stated thresholds
+Needs   torch, transformers, accelerate; mpirun. Memory of one side at a time: each is asked in processes of its own.
+
+An engine that fails is not published: there is no manifest, the report stays in the .partial folder, and the status is 1.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
+
+from scripts import compare, errors, processes, room, serve, verified_report
+from scripts.hf_model import read_hf_model
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ROOT / "models" / "prompts.txt"
+ANSWER_TOKENS = 16
+TOP_K = 10
+# Loading is the longest silence; as long as a server may take for it.
+SILENT_SECONDS = serve.STARTUP_SECONDS
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is held against what."""
+
+    engines: Path
+    hf: Path
+    output: Path
+    prompts: Path = PROMPTS
+
+
+# --- core ---
+
+
+def prompts_of(text: str) -> List[str]:
+    """The prompts of prompts.txt: one a line, comments and empty lines left out."""
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
+
+
+def questions(prompts: Sequence[Sequence[int]], max_input_len: int, max_seq_len: int) -> Dict[str, Any]:
+    """What both sides are asked: token ids, cut to what the engine takes (limits in tokens, as its config.json has them)."""
+    answer_tokens = min(ANSWER_TOKENS, max_seq_len - 1)
+    longest = min(max_input_len, max_seq_len - answer_tokens)
+    return {"prompts": [list(ids[:longest]) for ids in prompts], "answer_tokens": answer_tokens, "top_k": TOP_K}
+
+
+def hf_command(hf: Path, folder: Path) -> List[str]:
+    """Hugging Face's side: questions.json -> references.json, in `folder`."""
+    ask = [sys.executable, "-m", "scripts.answers", "hf"]
+    return [*ask, str(hf.absolute()), str(folder / "questions.json"), str(folder / "references.json")]
+
+
+def torch_command(engines: Path, world_size: int, folder: Path) -> List[str]:
+    """The torch engine's side: references.json -> answers.json. The options of mpirun are those of serve.mpirun_command."""
+    mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
+    ask = [sys.executable, "-m", "scripts.answers", "engine"]
+    return [*mpirun, *ask, str(engines.absolute()), str(folder / "references.json"), str(folder / "answers.json")]
+
+
+def environment_of_sides(inherited: Mapping[str, str], folder: Path, world_size: int, cores: int) -> Dict[str, str]:
+    """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
+
+    Nobody waits for a single answer here, and on a busy machine spinning is what takes the time. Measured on two cores beside other
+    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
+    time when MPI yields.
+    """
+    toolbox = serve.Toolbox(Path("tritonserver"), None, [Path(sys.prefix) / "lib"])
+    server = serve.server_environment(inherited, toolbox, folder, world_size, cores)
+    patience = {"OMP_WAIT_POLICY": "passive", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    return {**server, **patience, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def judged(
+    about: Mapping[str, Any],
+    texts: Sequence[str],
+    references: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+) -> Dict[str, Any]:
+    """report.json from what both sides wrote (scripts/answers.py); `about` says who they are."""
+    precision = compare.coarsest(about["stored_dtype"], about["engine"]["dtype"], on_gpu=about["device"] == "cuda")
+    limits = compare.thresholds(precision)
+    pairs = [(compare.Reference(**ours), compare.Answer(**theirs)) for ours, theirs in zip(references, answers)]
+    found = [compare.compare_answer(*pair, limits) for pair in pairs]
+    verdict = compare.verdict(pairs, found, limits)
+    return verified_report.report({**about, "precision": precision}, texts, pairs, found, verdict, limits, tokenizer)
+
+
+ENGINE_COMMANDS: Dict[str, Callable[[Path, int, Path], List[str]]] = {"torch": torch_command}
+
+
+# --- shell ---
+
+
+def check_packages() -> None:
+    """What only this room needs must be installed."""
+    for module in ("transformers", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise errors.verify_package_missing(module)
+
+
+def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folder: Path, done: Any) -> None:
+    """Run one side to its end; a Problem when it fails or says nothing for SILENT_SECONDS. Nothing is left behind."""
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, text=True, errors="replace",
+    )  # fmt: skip
+    guard = [sys.executable, "-m", "scripts.processes", str(child.pid), str(folder)]
+    guarding = subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+    lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(child, lines), daemon=True).start()
+    last_lines: Deque[str] = deque(maxlen=LAST_LINES)
+    status: Optional[int] = None
+    try:
+        while (line := lines.get(timeout=SILENT_SECONDS)) is not None:
+            if line.startswith("asked "):
+                done.update(int(line.split()[1]))
+            elif line.strip():
+                last_lines.append(line.rstrip())
+        status = child.wait()
+    except queue.Empty:
+        raise errors.side_silent(side, SILENT_SECONDS, last_lines) from None
+    finally:
+        processes.end_session(child.pid, timeout_seconds=5)
+        child.wait()
+        guarding.kill()
+        guarding.communicate()
+    if status != 0:
+        raise errors.side_failed(side, status, last_lines)
+
+
+def _read(child: "subprocess.Popen[str]", lines: "queue.SimpleQueue[Optional[str]]") -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def bar(size: Mapping[str, int]) -> Any:
+    """A progress bar over both sides' answers where a terminal watches; silent otherwise."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=2 * size["prompts"], unit=" answers", desc="verified   ", leave=False, disable=not sys.stderr.isatty()
+    )
+
+
+def build_verified(settings: Settings) -> None:
+    """Fill the room `verified`, or raise the Problem that says how the engine differs."""
+    from tokenizers import Tokenizer
+
+    check_packages()
+    serve.check_mpirun()
+    engine = room.read_manifest(settings.engines)["facts"]
+    room.read_manifest(settings.hf)
+    if engine["engine"] not in ENGINE_COMMANDS:
+        raise errors.engine_kind_missing(engine["engine"])
+    world_size = engine["world_size"]
+    serve.check_shared_memory(world_size)
+    config = json.loads((settings.engines / "config.json").read_bytes())
+    build, dtype = config["build_config"], config["pretrained_config"]["dtype"]
+    stored = read_hf_model(settings.hf).dtype
+    tokenizer = Tokenizer.from_file(str(settings.hf / "tokenizer.json"))
+    texts = prompts_of(settings.prompts.read_text(encoding="utf-8"))
+    asked = questions(
+        [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        build["max_input_len"],
+        # up to 0.10 the schema has max_output_len instead (scripts/build_engines.py)
+        build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"],
+    )
+    size = {"prompts": len(texts), "answer_tokens": asked["answer_tokens"], "top_k": asked["top_k"]}
+    room.say(
+        "verified",
+        f"{len(texts)} prompts, {asked['answer_tokens']} tokens of answer each: Hugging Face's weights ({stored}) and {world_size} "
+        f"ranks of {engine['engine']} ({dtype})",
+    )
+    reads = {"engines": settings.engines, "hf": settings.hf}
+    arguments = {**size, "prompts_sha256": room.sha256_of(settings.prompts).sha256}
+    tools = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    with room.filling(settings.output, reads=reads, arguments=arguments, tools=tools) as filling:
+        with (
+            tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as name,
+            bar(size) as done,
+        ):
+            folder = Path(name)
+            environment = environment_of_sides(os.environ, folder, world_size, os.cpu_count() or 1)
+            (folder / "questions.json").write_text(json.dumps(asked))
+            ask("Hugging Face's model", hf_command(settings.hf, folder), environment, folder, done)
+            command = ENGINE_COMMANDS[engine["engine"]](settings.engines, world_size, folder)
+            ask("the engine", command, environment, folder, done)
+            said = json.loads((folder / "references.json").read_bytes())
+            answers = json.loads((folder / "answers.json").read_bytes())["answers"]
+        about = {"engine": {**engine, "dtype": dtype}, "stored_dtype": stored, "device": said["device"], "asked": size}
+        report = judged(about, texts, said["references"], answers, tokenizer)
+        filling.write_json("report.json", report)
+        filling.write("report.html", verified_report.page(report).encode())
+        if not report["passed"]:
+            raise errors.engine_differs(filling.path / "report.html", report, settings.engines)
+        filling.facts = {name: report[name] for name in ("passed", "precision", "device", "positions")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--engines", "--hf", "--output"):
+        parser.add_argument(flag, type=Path, required=True, metavar="ROOM")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE")
+    processes.adopt_orphans()
+    build_verified(Settings(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    errors.run(main)
