@@ -1,7 +1,7 @@
 """One rank of the torch engine in a run that loses a rank in the middle of a request; rank 0 says what it noticed.
 
-mpirun -n 2 sh -c '"$0" "$@" || true' python lose_rank.py ENGINE_DIR FOLDER HOW, with HOW one of kill, stop, leader. The
-shell stands for the tritonserver above each rank: mpirun sees no rank fail and ends nothing.
+mpirun -n 2 sh -c '"$0" "$@" || true' python lose_rank.py ENGINE_DIR FOLDER HOW, with HOW one of kill, stop,
+break, leader. The shell stands for the tritonserver above each rank: mpirun sees no rank fail and ends nothing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ def main(engine_dir: str, folder: str, how: str) -> None:
     if how == "leader":
         os._exit(0)
     follower = int(pids.read_text())
-    os.kill(follower, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    if how == "break":
+        engine._model.step = None  # calling it raises
+    else:
+        os.kill(follower, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     said = [answer.wait().error]
     try:
         Answer(engine, prompt=[5, 6, 7], max_new_tokens=1)
     except Refused as refusal:
         said.append(str(refusal))
     (Path(folder) / "said.json").write_text(json.dumps(said))
-    os.kill(follower, signal.SIGKILL)
+    if how == "stop":
+        os.kill(follower, signal.SIGKILL)
     os._exit(0)
 
 

@@ -121,7 +121,7 @@ def story_answers(stories: Arrays) -> list[tuple[list[int], list[int]]]:
     tokenizer = SentencePieceProcessor(model_file=str(STORIES / "tokenizer.model"))
     model = oracle(STORIES_NETWORK, stories)
     prompts = [tokenizer.encode(text, add_bos=True) for text in STORY_PROMPTS]
-    return [(prompt, greedy(model, prompt, 16 + index % 9, end_id=2)) for index, prompt in enumerate(prompts)]
+    return [(prompt, greedy(model, prompt, 8 + index % 7, end_id=2)) for index, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_bundled_model_tells_transformers_stories(stories, story_answers, tp_siz
     assert len(story_answers) >= 20
     folder = write_engine(tmp_path / "engine", stories, STORIES_NETWORK, tp_size, **STORIES_BUILD)
     requests = [
-        {"prompt": p, "max_new_tokens": 16 + index % 9, "end_id": 2} for index, (p, _) in enumerate(story_answers)
+        {"prompt": p, "max_new_tokens": 8 + index % 7, "end_id": 2} for index, (p, _) in enumerate(story_answers)
     ]
     answers = run_ranks(folder, requests, tp_size, tmp_path)
     assert [answer["tokens"] for answer in answers] == [expected for _, expected in story_answers]
@@ -355,6 +355,14 @@ def test_a_lost_rank_fails_every_request_and_is_named(tiny, tmp_path, how, seen)
     done = lose_rank(tiny, tmp_path, how)
     assert json.loads((tmp_path / "said.json").read_text()) == [seen, seen], done.stderr
     assert f"rank 1 {seen.split('engine ')[1]}; every request fails from now on" in done.stderr
+
+
+def test_a_failed_step_of_rank_0_ends_the_other_ranks(tiny, tmp_path):
+    """They wait inside that step for ever otherwise; their end is what the supervisor sees."""
+    done = lose_rank(tiny, tmp_path, "break")
+    seen = "the engine has failed; the server's log says why"
+    assert json.loads((tmp_path / "said.json").read_text()) == [seen, seen], done.stderr
+    assert "TypeError" in done.stderr and "rank 1: rank 0 has ended; this rank ends" in done.stderr
 
 
 def test_a_rank_that_loses_rank_0_ends(tiny, tmp_path):

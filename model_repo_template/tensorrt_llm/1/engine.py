@@ -156,10 +156,11 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine's thread and the other ranks; requests that are still there get an error."""
-        lost = self._failure is not None
+        if self._failure is not None:
+            return  # closed already, or nobody is left to end together with
         self.fail("the engine is shutting down")
         self._thread.join(timeout=CLOSE_SECONDS)
-        if not lost and not self._thread.is_alive():
+        if not self._thread.is_alive():
             self._link.end()
             self._ranks.close()
 
@@ -218,8 +219,9 @@ class Engine:
                 self._step(batch)
             except Exception:
                 log.exception("a step failed")
-                if self._ranks.size > 1:  # the ranks no longer agree on where they are
+                if self._ranks.size > 1:  # the others are somewhere inside that step and will not come back from it
                     self.fail("the engine has failed; the server's log says why")
+                    self._link.abandon()
                 with self._changed:
                     failed = Piece(final=True, error="a step of the engine failed; the server's log says why")
                     self._end([one.request for one, _ in batch], failed)

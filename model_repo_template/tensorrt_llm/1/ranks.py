@@ -247,6 +247,12 @@ class LeaderLink:
         if self._pulse:
             self._pulse.end()
 
+    def abandon(self) -> None:
+        """Leaves the other ranks without a word: they end their processes, and the supervisor sees that."""
+        for link in (*self._plans.values(), *self._pulses.values()):
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
 
 class FollowerLink:
     """The socket of a rank above 0: waits for plans without using the processor."""
