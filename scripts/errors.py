@@ -572,6 +572,96 @@ def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike)
     )
 
 
+# --- NVIDIA's GPUs and trtllm-build ----------------------------------------------------------------------------------
+
+
+def gpu_not_known(text: str, known: Sequence[str], matching: Sequence[str]) -> Problem:
+    meant = f"More than one begins so: {', '.join(matching)}." if matching else f"Known are: {', '.join(known)}."
+    return Problem(
+        "no such GPU",
+        "docker/gpus.json",
+        f"ASSUME_GPU is {text!r}; it must be a number and the name of a GPU. {meant}",
+        "For instance:",
+        make("plan", ASSUME_GPU="4x V100-SXM2-16GB"),
+    )
+
+
+def nvidia_smi_failed(command: Sequence[str], reason: str) -> Problem:
+    return Problem(
+        "nvidia-smi does not answer",
+        command[0],
+        f"What GPUs are here is not known: {reason or 'it failed without a word'}",
+        "See for yourself; a driver that was updated without a restart, or one too old for this question, shows here too:",
+        shlex.join(command),
+    )
+
+
+def no_gpu(asked_by: str) -> Problem:
+    return Problem(
+        "no GPU",
+        "nvidia-smi",
+        f"{asked_by} needs one NVIDIA GPU; nvidia-smi names none here. (One is enough to build, for any TP.)",
+        "See whether the driver is there, and in a container whether it was started with --gpus; or use the torch engine:",
+        make("serve", ENGINE="torch"),
+    )
+
+
+def gpu_not_in_toolchain(
+    version: str, architectures: Sequence[str], name: str, capability: str, fitting: Sequence[str]
+) -> Problem:
+    if fitting:
+        advice, command = "Use the newest one that has it:", make("serve", TOOLCHAIN=fitting[-1])
+    else:
+        advice, command = "No toolchain here has it. The torch engine runs on any GPU:", make("serve", ENGINE="torch")
+    return Problem(
+        "TensorRT-LLM does not run on this GPU",
+        "docker/toolchains.json",
+        f"{name} has compute capability {capability}; TensorRT-LLM {version} has kernels for {', '.join(architectures)}.",
+        advice,
+        command,
+    )
+
+
+def gpu_cannot(what: str, needed: str, name: str, capability: str, reason: str, command: str) -> Problem:
+    return Problem(
+        f"{what} does not run on this GPU",
+        name,
+        f"{what} needs compute capability {needed} or later; {name} has {capability}. {reason}",
+        "Choose another:",
+        command,
+    )
+
+
+def toolchain_is_another(asked: str, found: str) -> Problem:
+    return Problem(
+        "another TensorRT-LLM is installed",
+        sys.executable,
+        f"TOOLCHAIN is {asked}; installed here is TensorRT-LLM {found}. Engines run only where they were built.",
+        "Ask for what is there, or run this in the container of the version that is asked for:",
+        make("engines", TOOLCHAIN=found),
+    )
+
+
+def trtllm_build_failed(
+    log: PathLike, status: int, lines: Sequence[str], cause: str, advice: str, command: str
+) -> Problem:
+    shown_lines = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
+    ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return Problem(
+        "trtllm-build failed", log, f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{shown_lines}", advice, command
+    )
+
+
+def engine_not_as_asked(where: PathLike, what: str, asked: object, built: object) -> Problem:
+    return Problem(
+        "the engine is not what was asked for",
+        where,
+        f"{what} was asked to be {asked}; trtllm-build wrote {built}.",
+        "Look at what it says of that, then ask for something it can do:",
+        f"grep -n -i -e warn -e {what} {shlex.quote(shown(Path(where).parent / 'building' / 'trtllm-build.log'))}",
+    )
+
+
 # --- serve -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,141 @@
+"""What NVIDIA's GPUs of this machine are, as nvidia-smi tells it, or what ASSUME_GPU says they would be.
+
+docker/gpus.json holds what can be assumed. Its memory_mib is memory.total of nvidia-smi (Modal's table "Actual, MiB" at
+thundergolfer.com/blog/nvidia-gpu-memory-capacity for T4 to H200, outputs in public repositories for A30 and B200); of a V100 drivers have
+reported two values, the table has the smaller one, which CUDA also reports. compute_capability is NVIDIA's list,
+developer.nvidia.com/cuda-gpus. nvlink: four of them on one host are linked pairwise.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional
+
+from scripts import errors
+
+TABLE = Path(__file__).parent.parent / "docker" / "gpus.json"
+MIB = 1 << 20
+QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+# A driver that hangs on a lost GPU answers never; one that answers takes seconds when it has to wake eight of them.
+SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. compute_capability as nvidia-smi writes it: '7.0'; driver: None where it is assumed."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+    driver: Optional[str] = None
+
+    @property
+    def capability(self) -> float:
+        """7.0, for comparisons. (CUDA's minor number has one digit.)"""
+        return float(self.compute_capability)
+
+
+@dataclass(frozen=True)
+class Links:
+    """How GPUs reach each other, over every pair; None: not known. peer_access: they read each other's memory."""
+
+    peer_access: Optional[bool]
+    nvlink: Optional[bool]
+
+
+# --- core ---
+
+
+def assumed(text: str) -> List[Gpu]:
+    """'4x V100-SXM2-16GB' -> four of them. A name may be cut short where only one can be meant: '2x H100'."""
+    table = json.loads(TABLE.read_text())
+    match = re.fullmatch(r"(?:([1-9]\d?)\s*x\s*)?(\S+)", text.strip())
+    name = match[2].upper() if match else ""
+    known = [key for key in table if key.upper() == name] or [
+        key for key in table if name and key.upper().startswith(name)
+    ]
+    if not match or len(known) != 1:
+        raise errors.gpu_not_known(text, list(table), known)
+    row = table[known[0]]
+    return [Gpu(known[0], row["memory_mib"] * MIB, row["compute_capability"])] * int(match[1] or 1)
+
+
+def assumed_links(gpus: List[Gpu]) -> Links:
+    """How assumed GPUs reach each other. Without NVLink, peer access depends on the board: not known."""
+    if len(gpus) < 2:
+        return Links(None, None)
+    nvlink = bool(json.loads(TABLE.read_text())[gpus[0].name]["nvlink"])
+    return Links(True if nvlink else None, nvlink)
+
+
+def parse_query(text: str) -> List[Gpu]:
+    """The answer to QUERY, one line per GPU; ValueError where a line is not one."""
+    found = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("WARNING"):  # for instance: infoROM is corrupted
+            continue
+        name, memory_mib, capability, driver = (field.strip() for field in line.split(","))
+        if not re.fullmatch(r"\d+\.\d", capability):
+            raise ValueError(line)
+        found.append(Gpu(name, int(memory_mib) * MIB, capability, driver))
+    return found
+
+
+def parse_matrix(text: str, count: int) -> List[List[str]]:
+    """The first `count` GPUs of a matrix that `nvidia-smi topo` prints, row by row; [] where it does not show so many.
+
+    The head line is underlined with escape sequences on some drivers; columns for network cards and CPUs follow the GPUs' own.
+    """
+    rows = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        cells = line.split()
+        if len(cells) > count and re.fullmatch(r"GPU\d+", cells[0]) and not re.fullmatch(r"GPU\d+", cells[1]):
+            rows.append(cells[1 : count + 1])
+    return rows[:count] if len(rows) >= count else []
+
+
+def parse_links(p2p: str, topology: str, count: int) -> Links:
+    """The answers to `nvidia-smi topo -p2p r` (OK, or why not) and `topo -m` (NV and the number of links, or the way over PCIe)."""
+    if count < 2:
+        return Links(None, None)
+
+    def every(matrix: List[List[str]], good: str) -> Optional[bool]:
+        pairs = [cell for i, row in enumerate(matrix) for j, cell in enumerate(row) if i != j]
+        return all(re.fullmatch(good, cell) for cell in pairs) if pairs else None
+
+    return Links(every(parse_matrix(p2p, count), "OK"), every(parse_matrix(topology, count), r"NV\d+"))
+
+
+# --- shell ---
+
+
+def here() -> List[Gpu]:
+    """This machine's GPUs; [] without nvidia-smi. A Problem when nvidia-smi is there and does not answer as it should."""
+    if not shutil.which(QUERY[0]):
+        return []
+    try:
+        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise errors.nvidia_smi_failed(QUERY, f"no answer within {SECONDS} s") from None
+    if done.returncode:
+        raise errors.nvidia_smi_failed(QUERY, (done.stderr or done.stdout).strip())
+    try:
+        return parse_query(done.stdout)
+    except ValueError as error:
+        raise errors.nvidia_smi_failed(QUERY, f"a line that is no GPU: {error}") from None
+
+
+def links_here(count: int) -> Links:
+    """How the first `count` GPUs of this machine reach each other. Not known is an answer: nothing here is worth a failure."""
+    return parse_links(_topology("-p2p", "r"), _topology("-m"), count) if count > 1 else Links(None, None)
+
+
+def _topology(*options: str) -> str:
+    try:
+        command = ["nvidia-smi", "topo", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
