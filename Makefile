@@ -167,11 +167,12 @@ tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
 # How any room is filled. room.py asks make's own question again when it has the lock: another make may have answered it.
+# private: the packages, which a room needs too, have no such question.
 needs = $(if $(findstring B,$(firstword -$(MAKEFLAGS))),,$(filter-out FORCE,$^))
-$(HF)/manifest.json:        export ROOM_NEEDS = $(needs)
-$(VARIANT)/%/manifest.json: export ROOM_NEEDS = $(needs)
-$(HF)/manifest.json: export ROOM_ARGS = $(call asked,hf)
-$(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$*)
+$(HF)/manifest.json:        private export ROOM_NEEDS = $(needs)
+$(VARIANT)/%/manifest.json: private export ROOM_NEEDS = $(needs)
+$(HF)/manifest.json: private export ROOM_ARGS = $(call asked,hf)
+$(VARIANT)/%/manifest.json: private export ROOM_ARGS = $(call asked,$*)
 $(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(addsuffix run.txt,$(HAS))
 	@$(PY) -m scripts.build_hf --weights $(WEIGHTS) $(hf_ARGS) --output $(@D)
 $(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(addsuffix run.txt,$(HAS))

@@ -70,11 +70,16 @@ failed() {
     report "PACKAGES COULD NOT BE INSTALLED" "$1" "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
 }
 
+pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$1"; }
+
 install() {
     echo "venv        installing requirements/$1.txt"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "requirements/$1.txt" \
-        || failed "pip's own message stands above. What was installed stays."
+    pip_install "requirements/$1.txt" || failed "pip's own message stands above. What was installed stays."
 }
+
+# PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
+# wheel, gigabytes, when only that one's link names its hash.
+cpu_torch() { sed -n 's/^torch==[0-9.]*/&+cpu/; /^torch==/,$p' requirements/torch.txt | pip_install /dev/stdin 2>/dev/null; }
 
 exec 9<requirements
 flock 9 # one make at a time installs
@@ -88,6 +93,7 @@ touch "$unfinished"
 if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
     echo "venv        the pinned packages; the first time takes some minutes"
     install run
+    cpu_torch || true
     install torch
     # The CUDA wheel carries no local version in its name; it needs NVIDIA's libraries, the CPU wheel does not.
     if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(not m.version("torch").endswith("+cpu"))'; then
