@@ -161,7 +161,9 @@ hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py script
 checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/safetensors_file.py $(call tables,checkpoint-config)
 engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py $(call tables,engine-config)
-verified_CODE   = scripts/build_verified.py scripts/room.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
+verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
+                  scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
+                  $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json $(TEMPLATES)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
