@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from scripts import errors, safetensors_file, tokenizer
-from scripts.hf_model import INDEX, SINGLE, read_hf_model, read_json
-from scripts.llama_shape import LlamaShape, Shape
-from scripts.meta_weights import MetaModel, Params, joined, read_params, read_shard, shard_paths
+from scripts.hf_model import INDEX, SINGLE, read_hf_model
+from scripts.llama_shape import LlamaShape, Params, Shape, read_json, read_params
+from scripts.meta_weights import MetaModel, joined, read_shard, shard_paths
 from scripts.room import Filling, filling, human_bytes, progress, say, sha256_of
 
 # transformers' own limit for one file (save_pretrained, max_shard_size)

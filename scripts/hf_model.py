@@ -1,18 +1,16 @@
 """Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors files, checked against each other."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from scripts import errors
-from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape
+from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, number, positive, read_json, rope_of, shape_of_config
 from scripts.safetensors_file import DTYPE_NAMES, StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-JSON_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,12 @@ class HfModel:
 
     @property
     def rope_theta(self) -> float:
-        return number(_rope(self.config), "rope_theta", self.folder / "config.json", 10000.0)
+        return number(rope_of(self.config), "rope_theta", self.folder / "config.json", 10000.0)
 
     @property
     def rope_scaling(self) -> Optional[Dict[str, Any]]:
         """None, or type and factor, whichever of transformers' spellings config.json has."""
-        rope = dict(_rope(self.config))
+        rope = dict(rope_of(self.config))
         rope.pop("rope_theta", None)
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
@@ -113,81 +111,6 @@ def weight_files(folder: Path) -> List[str]:
     return files
 
 
-def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
-    """config.json -> dimensions; a Problem where it is no plain Llama."""
-    architectures = config.get("architectures")
-    if architectures != ["LlamaForCausalLM"]:
-        raise errors.model_unfit(path, f"architectures is {architectures}", "['LlamaForCausalLM']")
-    for name, allowed in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("quantization_config", None),
-    ):
-        value = config.get(name)
-        if value not in (None, allowed):
-            shown = value.get("quant_method", "set") if isinstance(value, dict) else value
-            raise errors.model_unfit(path, f"{name} is {shown}", str(allowed))
-    heads = positive(config, "num_attention_heads", path)
-    hidden = positive(config, "hidden_size", path)
-    kv_heads = positive(config, "num_key_value_heads", path, heads)
-    head_size = positive(config, "head_dim", path, hidden // heads)
-    if head_size * heads != hidden or head_size % 2 or heads % kv_heads:
-        raise errors.model_unfit(
-            path,
-            f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {head_size}",
-            "heads * head_dim = hidden_size, an even head_dim, and key/value heads that divide the heads",
-        )
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise errors.weights_contradict(path, name, "it must be null or an object", f"it is {config[name]!r}")
-    kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
-    if kind not in ("default", "linear", "dynamic", "llama3"):
-        raise errors.model_unfit(path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3")
-    return LlamaShape(
-        hidden_size=hidden,
-        intermediate_size=positive(config, "intermediate_size", path),
-        n_layers=positive(config, "num_hidden_layers", path),
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        vocab_size=positive(config, "vocab_size", path),
-    )
-
-
-def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional[int] = None) -> int:
-    """A whole number above 0 from a config file; a Problem for anything else. None and absent give the default."""
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise errors.weights_contradict(path, name, "it must be a whole number above 0", f"it is {value!r}")
-    return value
-
-
-def number(config: Mapping[str, Any], name: str, path: Path, default: float) -> float:
-    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default."""
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise errors.weights_contradict(path, name, "it must be a number above 0", f"it is {value!r}")
-    return float(value)
-
-
-def read_json(path: Path) -> Dict[str, Any]:
-    """A JSON object from a file of the user's; a Problem where there is none."""
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(JSON_MAX_BYTES))
-    except FileNotFoundError:
-        raise errors.weights_file_missing(
-            path.parent, path.name, sorted(p.name for p in path.parent.glob("*"))
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise errors.weights_unreadable(path, f"no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise errors.weights_unreadable(path, f"a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> str:
     """The dtype that all tensors have; where they are mixed, what config.json says (torch_dtype before transformers 5, dtype since)."""
     stored = {tensor.dtype for tensor in tensors.values()}
@@ -201,10 +124,3 @@ def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], pa
             ", ".join(DTYPE_NAMES.values()),
         )
     return str(named)
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings: transformers 5 keeps all in rope_parameters, before there were rope_theta and rope_scaling."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-    return {**theta, **parameters}

@@ -1,9 +1,18 @@
-"""The dimensions of a Llama model, and the tensors with their shapes that follow from them."""
+"""The dimensions of a Llama model: read from Meta's params.json or Hugging Face's config.json, and the tensors that follow from them.
 
+Needs nothing but the standard library: `make plan` and `make doctor` run before anything is installed.
+"""
+
+import json
 from dataclasses import dataclass
-from typing import Dict, Tuple
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+from scripts import errors
 
 Shape = Tuple[int, ...]
+
+JSON_MAX_BYTES = 64 << 20
 
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -46,3 +55,151 @@ class LlamaShape:
         for index in range(self.n_layers):
             tensors.update({f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()})
         return tensors
+
+
+@dataclass(frozen=True)
+class Params:
+    """params.json. The defaults of what may be absent are those of Meta's ModelArgs (llama/model.py)."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: Optional[int]  # None where the file says -1: as many as the tokenizer has
+    multiple_of: int
+    ffn_dim_multiplier: Optional[float]
+    norm_eps: float
+    rope_theta: float
+    max_seq_len: Optional[int]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Meta's rule: 2/3 of 4 * dim, times ffn_dim_multiplier, up to the next multiple_of (llama/model.py, FeedForward)."""
+        size = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            size = int(self.ffn_dim_multiplier * size)
+        return self.multiple_of * -(-size // self.multiple_of)
+
+    def shape(self, vocab_size: int) -> LlamaShape:
+        """The same in the names of LlamaShape, with the tokenizer's vocab_size."""
+        return LlamaShape(self.dim, self.intermediate_size, self.n_layers, self.n_heads, self.n_kv_heads, vocab_size)
+
+
+def read_params(path: Path) -> Params:
+    """params.json -> Params; a Problem for values that cannot be."""
+    return params_of(read_json(path), path)
+
+
+def params_of(params: Mapping[str, Any], path: Path) -> Params:
+    """The content of a params.json -> Params; `path` is where a Problem says it came from."""
+    n_heads = positive(params, "n_heads", path)
+    kv_heads = positive(params, "n_kv_heads", path, n_heads)
+    dim = positive(params, "dim", path)
+    if dim % n_heads or dim // n_heads % 2 or n_heads % kv_heads:
+        raise errors.weights_contradict(
+            path,
+            "n_heads",
+            "the heads must divide dim into even parts, the key/value heads the heads",
+            f"dim is {dim}, n_heads {n_heads}, n_kv_heads {kv_heads}",
+        )
+    if params.get("use_scaled_rope"):
+        raise errors.model_unfit(
+            path, "use_scaled_rope is true (Llama 3.1 and later)", "false; its Hugging Face form can be used"
+        )
+    vocab_size = None if params.get("vocab_size", -1) == -1 else positive(params, "vocab_size", path)
+    max_seq_len = None if params.get("max_seq_len") is None else positive(params, "max_seq_len", path)
+    multiplier = params.get("ffn_dim_multiplier")
+    return Params(
+        dim=dim,
+        n_layers=positive(params, "n_layers", path),
+        n_heads=n_heads,
+        n_kv_heads=kv_heads,
+        vocab_size=vocab_size,
+        multiple_of=positive(params, "multiple_of", path, 256),
+        ffn_dim_multiplier=None if multiplier is None else number(params, "ffn_dim_multiplier", path, 1.0),
+        norm_eps=number(params, "norm_eps", path, 1e-5),
+        rope_theta=number(params, "rope_theta", path, 10000.0),
+        max_seq_len=max_seq_len,
+    )
+
+
+def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
+    """config.json -> dimensions; a Problem where it is no plain Llama."""
+    architectures = config.get("architectures")
+    if architectures != ["LlamaForCausalLM"]:
+        raise errors.model_unfit(path, f"architectures is {architectures}", "['LlamaForCausalLM']")
+    for name, allowed in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("quantization_config", None),
+    ):
+        value = config.get(name)
+        if value not in (None, allowed):
+            shown = value.get("quant_method", "set") if isinstance(value, dict) else value
+            raise errors.model_unfit(path, f"{name} is {shown}", str(allowed))
+    heads = positive(config, "num_attention_heads", path)
+    hidden = positive(config, "hidden_size", path)
+    kv_heads = positive(config, "num_key_value_heads", path, heads)
+    head_size = positive(config, "head_dim", path, hidden // heads)
+    if head_size * heads != hidden or head_size % 2 or heads % kv_heads:
+        raise errors.model_unfit(
+            path,
+            f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {head_size}",
+            "heads * head_dim = hidden_size, an even head_dim, and key/value heads that divide the heads",
+        )
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise errors.weights_contradict(path, name, "it must be null or an object", f"it is {config[name]!r}")
+    kind = rope_of(config).get("rope_type", rope_of(config).get("type", "default"))
+    if kind not in ("default", "linear", "dynamic", "llama3"):
+        raise errors.model_unfit(path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3")
+    return LlamaShape(
+        hidden_size=hidden,
+        intermediate_size=positive(config, "intermediate_size", path),
+        n_layers=positive(config, "num_hidden_layers", path),
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        vocab_size=positive(config, "vocab_size", path),
+    )
+
+
+def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional[int] = None) -> int:
+    """A whole number above 0 from a config file; a Problem for anything else. None and absent give the default."""
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise errors.weights_contradict(path, name, "it must be a whole number above 0", f"it is {value!r}")
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, path: Path, default: float) -> float:
+    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default."""
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise errors.weights_contradict(path, name, "it must be a number above 0", f"it is {value!r}")
+    return float(value)
+
+
+def read_json(path: Path) -> Dict[str, Any]:
+    """A JSON object from a file of the user's; a Problem where there is none."""
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(JSON_MAX_BYTES))
+    except FileNotFoundError:
+        raise errors.weights_file_missing(
+            path.parent, path.name, sorted(p.name for p in path.parent.glob("*"))
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise errors.weights_unreadable(path, f"no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise errors.weights_unreadable(path, f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary settings: transformers 5 keeps all in rope_parameters, before there were rope_theta and rope_scaling."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    return {**theta, **parameters}

@@ -16,8 +16,8 @@ from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 import numpy as np
 
 from scripts import errors
-from scripts.hf_model import check_tensors, number, positive, read_json
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape
+from scripts.hf_model import check_tensors
+from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params
 from scripts.safetensors_file import DTYPE_NAMES, DTYPES, Raw, StoredTensor, row_blocks
 
 # A .pth's directory (data.pkl) has some 100 bytes per tensor: 64 MB is far beyond any model, and what a hostile file can make us hold.
@@ -48,30 +48,6 @@ DROPPED = "rope.freqs"
 
 
 @dataclass(frozen=True)
-class Params:
-    """params.json. The defaults of what may be absent are those of Meta's ModelArgs (llama/model.py)."""
-
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    vocab_size: Optional[int]  # None where the file says -1: as many as the tokenizer has
-    multiple_of: int
-    ffn_dim_multiplier: Optional[float]
-    norm_eps: float
-    rope_theta: float
-    max_seq_len: Optional[int]
-
-    @property
-    def intermediate_size(self) -> int:
-        """Meta's rule: 2/3 of 4 * dim, times ffn_dim_multiplier, up to the next multiple_of (llama/model.py, FeedForward)."""
-        size = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            size = int(self.ffn_dim_multiplier * size)
-        return self.multiple_of * -(-size // self.multiple_of)
-
-
-@dataclass(frozen=True)
 class ShardTensor:
     """One tensor of one .pth: where it lies, and the CRC-32 that the file carries for it (None: for more than this tensor)."""
 
@@ -93,40 +69,6 @@ class ShardTensor:
 
 
 Shard = Mapping[str, ShardTensor]
-
-
-def read_params(path: Path) -> Params:
-    """params.json -> Params; a Problem for values that cannot be."""
-    params = read_json(path)
-    n_heads = positive(params, "n_heads", path)
-    kv_heads = positive(params, "n_kv_heads", path, n_heads)
-    dim = positive(params, "dim", path)
-    if dim % n_heads or dim // n_heads % 2 or n_heads % kv_heads:
-        raise errors.weights_contradict(
-            path,
-            "n_heads",
-            "the heads must divide dim into even parts, the key/value heads the heads",
-            f"dim is {dim}, n_heads {n_heads}, n_kv_heads {kv_heads}",
-        )
-    if params.get("use_scaled_rope"):
-        raise errors.model_unfit(
-            path, "use_scaled_rope is true (Llama 3.1 and later)", "false; its Hugging Face form can be used"
-        )
-    vocab_size = None if params.get("vocab_size", -1) == -1 else positive(params, "vocab_size", path)
-    max_seq_len = None if params.get("max_seq_len") is None else positive(params, "max_seq_len", path)
-    multiplier = params.get("ffn_dim_multiplier")
-    return Params(
-        dim=dim,
-        n_layers=positive(params, "n_layers", path),
-        n_heads=n_heads,
-        n_kv_heads=kv_heads,
-        vocab_size=vocab_size,
-        multiple_of=positive(params, "multiple_of", path, 256),
-        ffn_dim_multiplier=None if multiplier is None else number(params, "ffn_dim_multiplier", path, 1.0),
-        norm_eps=number(params, "norm_eps", path, 1e-5),
-        rope_theta=number(params, "rope_theta", path, 10000.0),
-        max_seq_len=max_seq_len,
-    )
 
 
 def shard_paths(folder: Path) -> List[Path]:
@@ -227,9 +169,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
         raise errors.weights_contradict(
             folder, "n_layers", f"params.json says {params.n_layers}", f"the tensors have {len(layers)}"
         )
-    shape = LlamaShape(
-        params.dim, params.intermediate_size, params.n_layers, params.n_heads, params.n_kv_heads, vocab_size
-    )
+    shape = params.shape(vocab_size)
     found = [{name: tensor.stored.shape for name, tensor in shard.items()} for shard in shards]
     _check_feed_forward(folder / "consolidated.00.pth", params, shape, len(shards), found[0])
     model_vocab_size = found[0].get("output.weight", (0,))[0] * len(shards)
