@@ -1,12 +1,15 @@
 """The contract tables under docker/: what each TensorRT-LLM version's files and tensors look like."""
 
+import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List, cast
+from typing import Any, Dict, List, Mapping, Sequence, cast
 
 from scripts import errors
 
 DOCKER = Path(__file__).parent.parent / "docker"
+# Types of flags that are enumerations upstream: KVCacheTypeFromString in cpp/include/tensorrt_llm/runtime/modelConfig.h
+ENUMS = {"KVCacheType": ["continuous", "paged", "disabled"]}
 
 
 def versions() -> List[str]:
@@ -14,13 +17,43 @@ def versions() -> List[str]:
     return list(json.loads((DOCKER / "toolchains.json").read_text()))
 
 
-def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
-    """One table of docker/contracts for a version: kind is the folder, for instance 'backend' or 'engine-config'."""
+def toolchain(trtllm_version: str) -> Dict[str, Any]:
+    """The row of a version in docker/toolchains.json."""
     toolchains = json.loads((DOCKER / "toolchains.json").read_text())
     if trtllm_version not in toolchains:
         known = ", ".join(toolchains)
         raise errors.bad_setting("TOOLCHAIN", trtllm_version, f"one of {known}", errors.make("help"))
-    path = DOCKER / "contracts" / kind / f"{toolchains[trtllm_version]['contract'][kind]}.json"
+    return cast(Dict[str, Any], toolchains[trtllm_version])
+
+
+def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
+    """One table of docker/contracts for a version: kind is the folder, for instance 'backend' or 'engine-config'."""
+    path = DOCKER / "contracts" / kind / f"{toolchain(trtllm_version)['contract'][kind]}.json"
     if not path.is_file():
         raise errors.no_contract_table(trtllm_version, kind, path)
     return cast(Dict[str, Any], json.loads(path.read_text()))
+
+
+def flags(kind: str, trtllm_version: str) -> Dict[str, Dict[str, Any]]:
+    """The flags of one of NVIDIA's programs ('trtllm-build', 'convert'), by name: type, choices, default, nargs, aliases."""
+    return {flag["flag"]: flag for flag in cast(List[Dict[str, Any]], table(kind, trtllm_version))}
+
+
+def flag_parser(program: str, flags: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
+    """A parser that takes what NVIDIA's takes by the table (names, types, choices, arity) and refuses everything else.
+
+    What cannot be run here is held to this: tests give it every command line, the rehearsal's stand-ins parse with it.
+    """
+    types: Dict[str, Any] = {"int": int, "float": float}
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    for name, flag in flags.items():
+        names: Sequence[str] = [name, *flag.get("aliases", [])]
+        if flag["type"].startswith("flag"):
+            parser.add_argument(*names, action="store_true")
+        else:
+            nargs = int(flag["nargs"]) if str(flag.get("nargs")).isdigit() else flag.get("nargs")
+            choices = flag["choices"] or ENUMS.get(flag["type"])
+            parser.add_argument(
+                *names, type=types.get(flag["type"], str), nargs=nargs, choices=choices, default=flag["default"]
+            )
+    return parser
