@@ -20,6 +20,8 @@ def main() -> int:
         [sys.executable, "-m", "scripts.serve", *arguments[:at], *arguments[at + width :]],
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    # told to end ourselves, the server must not stay: SIGTERM becomes an exception, so that `finally` runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         assert server.stdout is not None
         ready = False
