@@ -10,13 +10,13 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
 from scripts import contracts, errors, safetensors_file
 from scripts.hf_model import HfModel, read_hf_model
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape
+from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape, possible_tp_sizes, why_impossible
 from scripts.room import filling, human_bytes, progress, say
 from scripts.safetensors_file import DTYPES, ITEM_BYTES, Raw, StoredTensor, row_blocks
 
@@ -60,22 +60,6 @@ class RankTensor:
 
 
 # --- core: values in, values out ---------------------------------------------------------------------------------------
-
-
-def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> List[int]:
-    """The tp sizes up to `limit` that upstream can split this model into."""
-    return [tp for tp in range(1, limit + 1) if why_impossible(shape, tp) is None]
-
-
-def why_impossible(shape: LlamaShape, tp_size: int) -> Optional[Tuple[str, int, str]]:
-    """None, or (what, its size, the rule that it breaks). Upstream: convert_checkpoint.py and layers/attention.py of v0.8.0."""
-    if shape.n_heads % tp_size:
-        return "the number of heads", shape.n_heads, "each rank takes the same number of whole heads"
-    if shape.n_kv_heads % tp_size and tp_size % shape.n_kv_heads:
-        return "the number of key/value heads", shape.n_kv_heads, "it must be a multiple of TP or divide TP"
-    if shape.intermediate_size % tp_size:
-        return "the feed-forward size", shape.intermediate_size, "each rank takes the same number of its rows"
-    return None
 
 
 def rank_tensors(shape: LlamaShape, tp_size: int, rank: int) -> Dict[str, RankTensor]:

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from scripts import errors, safetensors_file, tokenizer
 from scripts.hf_model import INDEX, SINGLE, read_hf_model
-from scripts.llama_shape import LlamaShape, Params, Shape, read_json, read_params
+from scripts.llama_shape import LlamaShape, Params, Shape, max_positions, read_json, read_params
 from scripts.meta_weights import MetaModel, joined, read_shard, shard_paths
 from scripts.room import Filling, filling, human_bytes, progress, say, sha256_of
 
@@ -63,19 +63,6 @@ def form_of(names: List[str]) -> Optional[str]:
     if hf or (safetensors and not bins):
         return "hf"
     return "bin" if bins else ("hf" if "config.json" in names else None)
-
-
-def max_positions(asked: Optional[int], params: Params) -> Tuple[int, str]:
-    """(max_position_embeddings, where it comes from). Meta's files do not say how long a text the model was trained on."""
-    if asked is not None:
-        return asked, "as asked"
-    if params.max_seq_len is not None:
-        return params.max_seq_len, "max_seq_len in params.json"
-    if params.rope_theta == 500000.0:
-        return 8192, "Llama 3 (its model card), told by rope_theta 500000"
-    if params.rope_theta == 1000000.0:
-        return 16384, "Code Llama (its paper, section 2.3), told by rope_theta 1000000"
-    return 4096, "Llama 2 (its paper, section 2.2)"
 
 
 def hf_config(
@@ -150,7 +137,7 @@ def _from_meta(settings: Settings) -> None:
     folder = settings.weights
     paths = shard_paths(folder)
     params = read_params(folder / "params.json")
-    tokenizer_path = _tokenizer_path(folder)
+    tokenizer_path = tokenizer.path_of(folder)
     pieces = tokenizer.read_tokenizer_model(tokenizer_path)
     if params.vocab_size not in (None, pieces.vocab_size):
         raise errors.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
@@ -213,7 +200,7 @@ def _copy_tokenizer(room: Filling, folder: Path, vocab_size: int) -> None:
     """tokenizer.json as it is, or made from tokenizer.model where there is none; a Problem where it has more tokens than the model."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        path = _tokenizer_path(folder)
+        path = tokenizer.path_of(folder)
         pieces = tokenizer.read_tokenizer_model(path)
         size = pieces.vocab_size
         _write_tokenizer(room, path, pieces)
@@ -260,14 +247,6 @@ def _write_tokenizer(room: Filling, path: Path, pieces: tokenizer.SentencePieceM
     room.write_json("tokenizer_config.json", tokenizer.tokenizer_config(pieces))
     room.write_json("special_tokens_map.json", tokenizer.special_tokens_map(pieces))
     room.write("tokenizer.model", path.read_bytes())
-
-
-def _tokenizer_path(folder: Path) -> Path:
-    """tokenizer.model beside the weights, or one level up, where Meta's download leaves it for all sizes."""
-    for path in (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"):
-        if path.is_file():
-            return path
-    raise errors.weights_file_missing(folder, "tokenizer.model", sorted(path.name for path in folder.glob("*token*")))
 
 
 def main() -> None:

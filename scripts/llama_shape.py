@@ -6,7 +6,7 @@ Needs nothing but the standard library: `make plan` and `make doctor` run before
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from scripts import errors
 
@@ -123,6 +123,19 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
     )
 
 
+def max_positions(asked: Optional[int], params: Params) -> Tuple[int, str]:
+    """(max_position_embeddings, where it comes from). Meta's files do not say how long a text the model was trained on."""
+    if asked is not None:
+        return asked, "as asked"
+    if params.max_seq_len is not None:
+        return params.max_seq_len, "max_seq_len in params.json"
+    if params.rope_theta == 500000.0:
+        return 8192, "Llama 3 (its model card), told by rope_theta 500000"
+    if params.rope_theta == 1000000.0:
+        return 16384, "Code Llama (its paper, section 2.3), told by rope_theta 1000000"
+    return 4096, "Llama 2 (its paper, section 2.2)"
+
+
 def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     """config.json -> dimensions; a Problem where it is no plain Llama."""
     architectures = config.get("architectures")
@@ -203,3 +216,19 @@ def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     return {**theta, **parameters}
+
+
+def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> List[int]:
+    """The tp sizes up to `limit` that upstream can split this model into."""
+    return [tp for tp in range(1, limit + 1) if why_impossible(shape, tp) is None]
+
+
+def why_impossible(shape: LlamaShape, tp_size: int) -> Optional[Tuple[str, int, str]]:
+    """None, or (what, its size, the rule that it breaks). Upstream: convert_checkpoint.py and layers/attention.py of v0.8.0."""
+    if shape.n_heads % tp_size:
+        return "the number of heads", shape.n_heads, "each rank takes the same number of whole heads"
+    if shape.n_kv_heads % tp_size and tp_size % shape.n_kv_heads:
+        return "the number of key/value heads", shape.n_kv_heads, "it must be a multiple of TP or divide TP"
+    if shape.intermediate_size % tp_size:
+        return "the feed-forward size", shape.intermediate_size, "each rank takes the same number of its rows"
+    return None

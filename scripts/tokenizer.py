@@ -43,6 +43,14 @@ class SentencePieceModel:
         return len(self.pieces)
 
 
+def path_of(folder: Path) -> Path:
+    """tokenizer.model beside the weights, or one level up, where Meta's download leaves it for all sizes."""
+    for path in (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"):
+        if path.is_file():
+            return path
+    raise errors.weights_file_missing(folder, "tokenizer.model", sorted(path.name for path in folder.glob("*token*")))
+
+
 def read_tokenizer_model(path: Path) -> SentencePieceModel:
     """Read and check a tokenizer.model; a Problem names what it is when it is anything but Llama 2's kind."""
     try:
