@@ -7,7 +7,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -138,12 +138,18 @@ def tensors(**values: Any) -> dict[str, np.ndarray]:
     return inputs
 
 
-def ask(model: Any, request_id: str = "", sender: Sender | None = None, **values: Any) -> Sender:
+def ask(
+    model: Any, request_id: str = "", sender: Sender | None = None, wanted: Sequence[str] = OUTPUTS, **values: Any
+) -> Sender:
     sender = sender or Sender()
     inputs = [FakeTensor(name, array) for name, array in tensors(**values).items()]
-    model.execute(
-        [SimpleNamespace(get_response_sender=lambda: sender, request_id=lambda: request_id, inputs=lambda: inputs)]
+    request = SimpleNamespace(
+        get_response_sender=lambda: sender,
+        request_id=lambda: request_id,
+        inputs=lambda: inputs,
+        requested_output_names=lambda: wanted,
     )
+    model.execute([request])
     return sender
 
 
@@ -160,6 +166,11 @@ def test_without_streaming_there_is_exactly_one_response_with_all_outputs(model)
         "context_logits": (1, 1, 1), "generation_logits": (1, 1, 1, 1),
     }  # fmt: skip
     assert response.output_ids.dtype == np.int32 and response.sequence_length.tolist() == [[6]]
+
+
+def test_only_outputs_that_are_wanted_are_made(model):
+    (response,) = ask(model, wanted=["output_ids"]).responses()
+    assert [name for name in vars(response) if name != "error"] == ["output_ids"]
 
 
 def test_streaming_gives_the_same_tokens_in_pieces(model):

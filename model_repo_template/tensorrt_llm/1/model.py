@@ -29,8 +29,11 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class Reply:
     """One request on its way: the pieces that the engine has produced and Triton has not been given yet."""
 
-    def __init__(self, asked: Asked, request_id: str, sender: Any, ready: threading.Condition) -> None:
-        self.asked, self.request_id, self.sender = asked, request_id, sender
+    def __init__(self, asked: Asked, request: Any, sender: Any, ready: threading.Condition) -> None:
+        self.asked, self.request_id, self.sender = asked, request.request_id(), sender
+        # Only these are made: the Python backend drops others itself, but frees them while other threads run Python,
+        # which corrupts the heap (seen with Triton 2.51, ResponseSender::Send).
+        self.wanted = set(request.requested_output_names())
         self.pieces: list[Piece] = []
         self.cum_log_prob = 0.0
         self._ready = ready
@@ -66,7 +69,6 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
-        self._outputs = {output["name"] for output in config["output"]}
         try:
             engine = open_engine(Path(parameters["gpt_model_path"]))
         except (ValueError, RankLost) as problem:
@@ -117,7 +119,7 @@ class TritonPythonModel:
             self._stop(request.request_id(), self._engine)
             sender.send(flags=FINAL)
             return
-        reply = Reply(understood(inputs, self._exclude_input), request.request_id(), sender, self._ready)
+        reply = Reply(understood(inputs, self._exclude_input), request, sender, self._ready)
         with self._ready:
             self._live.append(reply)
             self._ready.notify()
@@ -169,7 +171,7 @@ class TritonPythonModel:
         else:
             reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
             arrays = outputs(reply.asked, pieces, reply.cum_log_prob)
-            tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items() if name in self._outputs]
+            tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items() if name in reply.wanted]
             response = pb_utils.InferenceResponse(output_tensors=tensors)
         reply.sender.send(response, flags=FINAL if last.final else 0)
 

@@ -96,8 +96,9 @@ class TritonPythonModel:
         given = sent.read(call.request)
         prompt = sent.one_text(given, "text_input", self.max_prompt_bytes)
         [ids] = self.text.encode([prompt])
-        asked = [name for name in self.dtypes if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"))]
-        answer = Answer(self.text, sent.words(given, "stop_words"), self.dtypes, asked, len(ids))
+        wanted = {name: self.dtypes[name] for name in call.request.requested_output_names() if name in self.dtypes}
+        asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"))]
+        answer = Answer(self.text, sent.words(given, "stop_words"), wanted, asked, len(ids))
         streaming = sent.scalar(given, "stream", False)
         whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
 
@@ -108,7 +109,7 @@ class TritonPythonModel:
             if self.accumulate_tokens or not streaming:
                 whole = shown = whole + shown
             values["text_output"] = np.array([[shown.encode()]], dtype=object)
-            return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items()])
+            return sent.response(call.request, values)
 
         engine = pb_utils.InferenceRequest(
             model_name="tensorrt_llm",
