@@ -1,0 +1,289 @@
+"""What is asked of `trtllm-build`: one description of intent becomes the command line of any version, spelled by its flag table.
+
+Nothing here names a version: a flag is used where the version's table (docker/contracts/trtllm-build) has it. What a version has no
+flag for is either its only way (XQA later) or decided at run time (multi-block mode later).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from scripts import errors
+from scripts.gpus import Gpu
+
+Wish = Union[bool, int, str, None]
+Flags = Mapping[str, Mapping[str, Any]]
+
+# Tokens of a block of the paged KV cache. Upstream's default went 128 (0.8), 64 (0.10), 32 (1.x); the attention kernels of all of them
+# take 64, and one value makes one arithmetic of memory.
+TOKENS_PER_BLOCK = 64
+# Where a newer flag says the same as an older one, the newer is used.
+SUPERSEDED = {"max_output_len": "max_seq_len", "paged_kv_cache": "kv_cache_type"}
+# Host memory of one building process: weights in torch, a copy in numpy, the serialized engine, and the builder's libraries (read from
+# the code of 0.8.0, not measured). A fifth of the memory is left alone.
+BUILDER_COPIES, BUILDER_BYTES, MEMORY_USED = 3, 3_000_000_000, 0.8
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What engines are built for. Lengths in tokens.
+
+    capability: of the GPU that builds, and will serve; custom_all_reduce: the ranks' GPUs read each other's memory; quant_algo: the
+    checkpoint's own word for its quantization ('FP8', 'W8A16', ...), None for none; workers: processes that build at the same time;
+    timing_cache: measured kernel times are read from and written to this file, where the version can.
+    """
+
+    dtype: str
+    tp_size: int
+    pp_size: int
+    capability: float
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    max_num_tokens: int
+    custom_all_reduce: bool = False
+    quant_algo: Optional[str] = None
+    workers: int = 1
+    timing_cache: Optional[str] = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
+
+def wishes(intent: Intent, flags: Flags) -> Dict[str, Wish]:
+    """Every decision, by the name of its flag without dashes. True and False: on and off, however the version says it; None: nothing.
+
+    All flags whose default differs between supported versions are here, so that no version decides by itself.
+    """
+    dtype, half = intent.dtype, intent.dtype != "float32"
+    several = intent.world_size > 1
+    return {
+        "max_batch_size": intent.max_batch_size,
+        "max_input_len": intent.max_input_len,
+        "max_seq_len": intent.max_seq_len,
+        "max_output_len": intent.max_seq_len - intent.max_input_len,
+        # tokens of one packed step; upstream (0.8 on) raises it to a block and cuts it to a full batch, each with a warning
+        "max_num_tokens": max(intent.max_num_tokens, TOKENS_PER_BLOCK),
+        "max_beam_width": 1,
+        # In-flight batching stands on these four: attention plugin, packed input, paged KV cache, and GEMMs by cuBLASLt, without which
+        # builds were seen to ask for excessive GPU memory (TensorRT-LLM #1543).
+        "gpt_attention_plugin": dtype,
+        "gemm_plugin": dtype,
+        "remove_input_padding": True,
+        "paged_kv_cache": True,
+        "kv_cache_type": "paged",
+        "tokens_per_block": TOKENS_PER_BLOCK,
+        # 0.8 has no flag for it: NCCL is used when there is more than one rank
+        "nccl_plugin": _auto(flags, "--nccl_plugin", dtype) if several else "disable",
+        # parts of other models
+        "bert_attention_plugin": _auto(flags, "--bert_attention_plugin", dtype),
+        "lookup_plugin": "disable",
+        "lora_plugin": "disable",
+        # Fused attention is for 16 bits. FP32 accumulation is an assertion failure on Volta (0.8: gptAttentionCommon.cpp).
+        "context_fmha": half,
+        "context_fmha_fp32_acc": False,
+        "attention_qk_half_accumulation": False,
+        "use_context_fmha_for_generation": False,
+        # KV cache reuse and chunked context need it. On from the version on whose makers have it on: 0.8 was seen to answer worse with
+        # it (TensorRT-LLM #1216). An assertion failure on Volta (fmhaRunner.cpp, #1671).
+        "use_paged_context_fmha": half and intent.capability >= 8.0 and _own(flags, "--use_paged_context_fmha"),
+        # on by default in 1.x; only FP8 models with an FP8 KV cache gain, and broken outputs were reported (#1539, #2447)
+        "use_fp8_context_fmha": False,
+        "enable_xqa": True,
+        "multi_block_mode": False,
+        # one GEMM for gate and up: a switch that is off in 0.8, what every model gets from 0.13 on
+        "use_fused_mlp": _own(flags, "--use_fused_mlp"),
+        "reduce_fusion": False,
+        "user_buffer": False,
+        "multiple_profiles": False,
+        "use_custom_all_reduce": intent.tp_size > 1 and intent.custom_all_reduce,
+        # FP8 needs it where it can still be chosen (examples/llama/README.md of 0.8)
+        "strongly_typed": intent.quant_algo is not None and intent.quant_algo.startswith("FP8"),
+        "input_timing_cache": intent.timing_cache,
+        "output_timing_cache": intent.timing_cache,
+        "workers": intent.workers,
+        "log_level": "info",
+    }
+
+
+def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> List[str]:
+    """The command line of `trtllm-build` for the version whose flag table is given."""
+    asked = wishes(intent, flags)
+    command = ["trtllm-build", "--checkpoint_dir", checkpoint, "--output_dir", output]
+    for name, wish in asked.items():
+        if f"--{name}" in flags and f"--{SUPERSEDED.get(name)}" not in flags:
+            command += spell(flags[f"--{name}"], wish)
+    return command
+
+
+def spell(flag: Mapping[str, Any], wish: Wish) -> List[str]:
+    """One flag as this version wants it: a bare switch, the words enable and disable, a number or a word of its choices."""
+    if wish is None:
+        return []
+    if flag["type"].startswith("flag"):
+        return [flag["flag"]] if wish else []
+    word = ("enable" if wish else "disable") if isinstance(wish, bool) else str(wish)
+    if flag["choices"] and word not in flag["choices"]:
+        raise ValueError(f"{flag['flag']} takes {', '.join(flag['choices'])}, not {word}")
+    return [flag["flag"], word]
+
+
+def workers_that_fit(world_size: int, gpus: int, rank_file_bytes: int, free_bytes: int) -> int:
+    """How many ranks are built at the same time: each needs a GPU of its own and BUILDER_COPIES of its rank file in host memory.
+
+    One where memory is short: then ranks are built one after another on the first GPU.
+    """
+    one = BUILDER_COPIES * rank_file_bytes + BUILDER_BYTES
+    return max(1, min(world_size, gpus, int(free_bytes * MEMORY_USED) // one))
+
+
+def _auto(flags: Flags, flag: str, dtype: str) -> str:
+    """'auto' (the model's own type) where the version has the word."""
+    return "auto" if "auto" in (flags.get(flag, {}).get("choices") or []) else dtype
+
+
+def _own(flags: Flags, flag: str) -> bool:
+    """What the version's makers chose, to be spelled out."""
+    return flags.get(flag, {}).get("default") in (True, "enable")
+
+
+# --- what cannot work ---
+
+# Compute capability that each needs, and why. Sources: the precision tables of TensorRT-LLM 0.8.0's README (SM70: FP32, FP16, INT8 but no
+# SmoothQuant, INT4 but no AWQ, no BF16, no FP8) and of its later support matrix.
+NEEDS = {
+    "bfloat16": (8.0, "Volta and Turing have no bfloat16 arithmetic."),
+    "FP8": (8.9, "FP8 arithmetic came with Ada and Hopper."),
+    "W4A16_AWQ": (8.0, "TensorRT-LLM has no AWQ kernels for Volta."),
+    "W8A8_SQ": (8.0, "TensorRT-LLM has no SmoothQuant kernels for Volta."),
+}
+
+
+def refusal(
+    gpu: Gpu, dtype: str, quant_algo: Optional[str], version: str, toolchains: Mapping[str, Mapping[str, Any]]
+) -> Optional[errors.Problem]:
+    """Why engines of this kind cannot be built or run on this GPU by this version; None where nothing speaks against it.
+
+    toolchains: docker/toolchains.json; its `architectures` are the compute capabilities a version has kernels for.
+    """
+    fitting = [name for name, row in toolchains.items() if gpu.compute_capability in row["architectures"]]
+    if version not in fitting:
+        return errors.gpu_not_in_toolchain(
+            version, toolchains[version]["architectures"], gpu.name, gpu.compute_capability, fitting
+        )
+    for word, change in ((dtype, {"DTYPE": "float16"}), (quant_algo or "", {"QUANT": ""})):
+        for kind, (needed, reason) in NEEDS.items():
+            if word.startswith(kind) and gpu.capability < needed:
+                command = errors.make("engines", **change)
+                return errors.gpu_cannot(kind, str(needed), gpu.name, gpu.compute_capability, reason, command)
+    return None
+
+
+# --- what came out ---
+
+
+def difference(config: Mapping[str, Any], intent: Intent, version: str) -> Optional[Tuple[str, Any, Any]]:
+    """The first thing in the engines' config.json that is not as asked: (what, asked, built); None when all is right.
+
+    Only what serving depends on. max_num_tokens may come out larger (a block) or cut to a full batch: upstream does that by itself.
+    """
+    pretrained, build = config["pretrained_config"], config["build_config"]
+    mapping = pretrained["mapping"]
+    # up to 0.10 the schema has the length of the answer instead of the whole
+    max_seq_len = build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]
+    least_tokens = min(intent.max_num_tokens, intent.max_batch_size * intent.max_input_len)
+    asked_and_built = (
+        ("version", version, config.get("version")),
+        ("tp_size", intent.tp_size, mapping["tp_size"]),
+        ("pp_size", intent.pp_size, mapping["pp_size"]),
+        ("dtype", intent.dtype, pretrained["dtype"]),
+        ("quant_algo", intent.quant_algo, pretrained["quantization"]["quant_algo"]),
+        ("max_batch_size", intent.max_batch_size, build["max_batch_size"]),
+        ("max_input_len", intent.max_input_len, build["max_input_len"]),
+        ("max_seq_len", intent.max_seq_len, max_seq_len),
+        ("max_num_tokens", least_tokens, min(least_tokens, build["max_num_tokens"] or least_tokens)),
+    )
+    return next((found for found in asked_and_built if found[1] != found[2]), None)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A known reason why trtllm-build fails: how it shows in the log, what it means, and the make command that helps.
+
+    halve, double: settings that the command changes.
+    """
+
+    shows: str
+    means: str
+    advice: str
+    target: str = "engines"
+    halve: Sequence[str] = ()
+    double: Sequence[str] = ()
+
+
+MORE_RANKS = "A rank takes three times its file and 3 GB of host memory; more ranks make each smaller:"
+CAUSES = (
+    Cause(
+        r"[Oo]ut of memory|OutOfMemory|cudaErrorMemoryAllocation|Requested amount of GPU memory",
+        "The GPU has not enough memory for building with these limits.",
+        "See with nvidia-smi who else uses it, or ask for smaller steps:",
+        halve=("MAX_NUM_TOKENS", "MAX_BATCH_SIZE"),
+    ),
+    Cause(
+        r"MemoryError|bad_alloc|Cannot allocate memory",
+        "The host has not enough memory for building.",
+        MORE_RANKS,
+        double=("TP",),
+    ),
+    Cause(
+        r"Version tag does not match|expecting library version|not compatible with this version of TensorRT",
+        "Two versions of TensorRT are mixed: the Python package and the library are not of one release.",
+        "Use the toolchain's image as it is, with nothing installed over it:",
+    ),
+    Cause(
+        r"no CUDA-capable device|CUDA driver version is insufficient|Found no NVIDIA driver|libcuda\.so\.1|libnvidia-ml\.so\.1",
+        "The driver gave it no GPU.",
+        "Look at the driver, the GPUs and docker's NVIDIA runtime together:",
+        "doctor",
+    ),
+    Cause(
+        r"unrecognized arguments|invalid choice|expected one argument|invalid \w+ value",
+        "It does not take a flag that docker/contracts/trtllm-build says it takes: another version is installed, or the table is wrong.",
+        "Compare with trtllm-build --help in the container; with the version that TOOLCHAIN names:",
+    ),
+    Cause(
+        r"Required but not provided tensors|Provided but not (?:expected|required) tensors",
+        "The checkpoint's tensors are not those that this version wants.",
+        "Make the checkpoint anew for this toolchain:",
+        "checkpoint",
+    ),
+    Cause(r"No space left on device", "The disk is full.", "Make room; what the journey takes is told by:", "doctor"),
+)
+KILLED = Cause("", "It was killed, as the system does when the host's memory is full.", MORE_RANKS, double=("TP",))
+UNKNOWN = Cause("", "The reason is not one that is known here.", "Read its log; then, when that is mended:")
+
+
+def cause_of(status: int, lines: Sequence[str]) -> Cause:
+    """The known reason that the log shows, from its last line upwards: what comes first is often a mere warning."""
+    if status in (-9, 137):
+        return KILLED
+    for line in reversed(lines):
+        for cause in CAUSES:
+            if re.search(cause.shows, line):
+                return cause
+    return UNKNOWN
+
+
+def failure(log: Path, status: int, lines: Sequence[str], intent: Intent, last: int = 12) -> errors.Problem:
+    """The report of a trtllm-build that ended with `status`; lines: the end of its log."""
+    cause = cause_of(status, lines)
+    settings = {
+        "TP": intent.tp_size,
+        "MAX_BATCH_SIZE": intent.max_batch_size,
+        "MAX_NUM_TOKENS": intent.max_num_tokens,
+    }
+    changes = {**{n: max(1, settings[n] // 2) for n in cause.halve}, **{n: settings[n] * 2 for n in cause.double}}
+    command = errors.make(cause.target, **changes)
+    return errors.trtllm_build_failed(log, status, lines[-last:], cause.means, cause.advice, command)
