@@ -1,17 +1,25 @@
 """Room `engines`: one engine per rank and the config.json that says what they can do.
 
 Reads   the room checkpoint
-Writes  config.json in TensorRT-LLM's engine schema; rank0..N-1.safetensors (torch): the checkpoint's files, linked, not copied
-Needs   nothing (torch): the checkpoint's rank files are what the torch engine loads
+Writes  config.json in TensorRT-LLM's engine schema; rank0..N-1.engine (tensorrt), or .safetensors (torch): the checkpoint's files,
+        linked, not copied
+Needs   tensorrt: trtllm-build and one GPU, in the toolchain's container; torch: nothing
 """
 
 import argparse
+import importlib.metadata
 import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional
 
-from scripts import contracts, errors, room
+from scripts import contracts, errors, gpus, room, trtllm_build
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -29,9 +37,11 @@ class Settings:
     max_input_len: Optional[int] = None
     max_seq_len: Optional[int] = None
     max_num_tokens: Optional[int] = None
+    # a folder that keeps TensorRT's measured kernel times from one build to the next; None: none are kept
+    timing_cache: Optional[Path] = None
 
     def __post_init__(self) -> None:
-        if self.engine != "torch":
+        if self.engine not in BUILDERS:
             raise errors.engine_kind_missing(self.engine)
 
 
@@ -106,24 +116,234 @@ def _with_values(golden: Mapping[str, Any], values: Mapping[str, Any]) -> Dict[s
     return filled
 
 
+def intent_of(
+    checkpoint: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    host: List[gpus.Gpu],
+    links: gpus.Links,
+    workers: int,
+    timing_cache: Optional[str],
+) -> trtllm_build.Intent:
+    """What trtllm-build is asked for, from the checkpoint's config.json, the limits and this host's GPUs.
+
+    Custom all-reduce needs peer access between the ranks' GPUs, and is advised on NVLink only (docs/source/perf_best_practices.md of
+    0.8.0); engines with it fail at run time where that is missing (TensorRT-LLM #1374), so what is not known counts as missing.
+    """
+    mapping = checkpoint["mapping"]
+    return trtllm_build.Intent(
+        dtype=checkpoint["dtype"],
+        tp_size=mapping["tp_size"],
+        pp_size=mapping["pp_size"],
+        capability=host[0].capability,
+        **sizes,
+        custom_all_reduce=links.peer_access is True and links.nvlink is True,
+        quant_algo=checkpoint["quantization"]["quant_algo"],
+        workers=workers,
+        timing_cache=timing_cache,
+    )
+
+
+def passport(
+    intent: trtllm_build.Intent, flags: trtllm_build.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
+) -> Dict[str, Any]:
+    """What must be true of a host that serves these engines, and how they were made; no path of this machine.
+
+    custom_all_reduce: None where the version decides at run time.
+    """
+    fixed = "--use_custom_all_reduce" in flags
+    return {
+        "tp_size": intent.tp_size,
+        "pp_size": intent.pp_size,
+        "quant_algo": intent.quant_algo,
+        "gpu": {
+            "name": gpu.name,
+            "memory_bytes": gpu.memory_bytes,
+            "compute_capability": gpu.compute_capability,
+            "driver": gpu.driver,
+        },
+        "peer_access": links.peer_access,
+        "nvlink": links.nvlink,
+        "custom_all_reduce": intent.custom_all_reduce if fixed else None,
+        "argv": trtllm_build.argv(intent, flags, "checkpoint", "engines"),
+    }
+
+
+# --- shell ---
+
+
 def build_engines(settings: Settings) -> None:
     """Fill the room `engines`."""
     config = json.loads((settings.checkpoint / "config.json").read_bytes()) if settings.checkpoint.is_dir() else {}
     manifest = room.read_manifest(settings.checkpoint)
     sizes = limits(settings, config["max_position_embeddings"])
+    BUILDERS[settings.engine](settings, config, manifest, sizes)
+
+
+def filling(settings: Settings, sizes: Mapping[str, int], tools: Optional[Mapping[str, str]] = None) -> Any:
+    """The room, being filled; its first line says what goes in."""
+    arguments = {"engine": settings.engine, "trtllm_version": settings.trtllm_version, **sizes}
+    return room.filling(settings.output, reads={"checkpoint": settings.checkpoint}, arguments=arguments, tools=tools)
+
+
+def announce(settings: Settings, config: Mapping[str, Any], sizes: Mapping[str, int], more: str = "") -> None:
+    shown = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    room.say("engines", f"{settings.engine}: {config['mapping']['world_size']} ranks, {config['dtype']}, {shown}{more}")
+
+
+def build_torch(
+    settings: Settings, config: Mapping[str, Any], manifest: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """The torch engine loads the checkpoint's rank files as they are."""
     world_size = config["mapping"]["world_size"]
     golden = contracts.table("engine-config", settings.trtllm_version)
-    arguments = {"engine": settings.engine, "trtllm_version": settings.trtllm_version, **sizes}
-    room.say(
-        "engines",
-        f"{settings.engine}: {world_size} ranks, {config['dtype']}, " + ", ".join(f"{k} {v}" for k, v in sizes.items()),
-    )
-    with room.filling(settings.output, reads={"checkpoint": settings.checkpoint}, arguments=arguments) as filling:
+    announce(settings, config, sizes)
+    with filling(settings, sizes) as engines:
         for rank in range(world_size):
             name = f"rank{rank}.safetensors"
-            filling.link(name, settings.checkpoint / name, room.record_of(manifest, name))
-        filling.write_json("config.json", engine_config(golden, settings.trtllm_version, config, sizes))
-        filling.facts = {"engine": settings.engine, "world_size": world_size, "trtllm_version": settings.trtllm_version}
+            engines.link(name, settings.checkpoint / name, room.record_of(manifest, name))
+        engines.write_json("config.json", engine_config(golden, settings.trtllm_version, config, sizes))
+        engines.facts = {"engine": settings.engine, "world_size": world_size, "trtllm_version": settings.trtllm_version}
+
+
+def build_tensorrt(
+    settings: Settings, config: Mapping[str, Any], manifest: Mapping[str, Any], sizes: Mapping[str, int]
+) -> None:
+    """trtllm-build makes the engines; what it wrote is read back before it counts."""
+    version, world_size = settings.trtllm_version, config["mapping"]["world_size"]
+    flags = contracts.flags("trtllm-build", version)
+    host = gpus.here()
+    tools = check_host(settings, config, host)
+    links = gpus.links_here(world_size) if len(host) >= world_size else gpus.Links(None, None)
+    rank_file_bytes = max(room.record_of(manifest, f"rank{rank}.safetensors").size_bytes for rank in range(world_size))
+    workers = trtllm_build.workers_that_fit(world_size, len(host), rank_file_bytes, free_memory_bytes())
+    cached = settings.timing_cache is not None and "--output_timing_cache" in flags
+    intent = intent_of(config, sizes, host, links, workers, TIMING_CACHE if cached else None)
+    announce(settings, config, sizes, f"; on {host[0].name}, {workers} at a time")
+    with filling(settings, sizes, tools) as engines:
+        # It runs in a folder of its own, because config.json keeps the name of the timing cache: a bare name is no path of this machine.
+        work = engines.path / "building"
+        work.mkdir()
+        kept = timing_cache_file(settings, host[0])
+        if kept and cached and kept.is_file():
+            shutil.copyfile(kept, work / TIMING_CACHE)
+        command = trtllm_build.argv(intent, flags, str(settings.checkpoint.absolute()), str(engines.path))
+        run_trtllm_build(command, work, intent)
+        check_built(engines.path, intent, version)
+        for name in ["config.json", *(f"rank{rank}.engine" for rank in range(world_size))]:
+            take(engines, name)
+        engines.facts = {
+            "engine": settings.engine,
+            "world_size": world_size,
+            "trtllm_version": version,
+            **passport(intent, flags, version, host[0], links),
+            "timing_cache_sha256": None,
+        }
+        if kept and (work / TIMING_CACHE).is_file():
+            engines.facts["timing_cache_sha256"] = room.sha256_of(work / TIMING_CACHE).sha256
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            room.write_synced(kept, (work / TIMING_CACHE).read_bytes())
+        shutil.rmtree(work)
+
+
+BUILDERS: Dict[str, Callable[[Settings, Mapping[str, Any], Mapping[str, Any], Mapping[str, int]], None]] = {
+    "torch": build_torch,
+    "tensorrt": build_tensorrt,
+}
+TIMING_CACHE = "model.cache"
+RANK_WRITTEN = re.compile(r"Serializing engine to \S*rank(\d+)\.engine")
+# What is kept of its log for a report
+LAST_LINES = 200
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gpu]) -> Dict[str, str]:
+    """A GPU that this version can build for, the program, and no other version in its place. Returns the versions of the tools."""
+    version = settings.trtllm_version
+    if not host:
+        raise errors.no_gpu("trtllm-build")
+    toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
+    problem = trtllm_build.refusal(host[0], config["dtype"], config["quantization"]["quant_algo"], version, toolchains)
+    if problem:
+        raise problem
+    if not shutil.which("trtllm-build"):
+        raise errors.not_in_toolchain("trtllm-build", version)
+    tools = {}
+    for package in ("tensorrt_llm", "tensorrt"):
+        try:
+            tools[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = tools.get("tensorrt_llm", version)
+    if found.partition("+")[0] != version:
+        raise errors.toolchain_is_another(version, found)
+    return tools
+
+
+def free_memory_bytes() -> int:
+    """Host memory that can be taken: the system's, or what a container's limit leaves where that is less."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+        except (OSError, ValueError):  # no such file, or `max`: no limit
+            continue
+    return free
+
+
+def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Optional[Path]:
+    """Kernel times are true of one TensorRT and one kind of GPU."""
+    if settings.timing_cache is None:
+        return None
+    kind = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)
+    return settings.timing_cache / f"{settings.trtllm_version}-sm{gpu.compute_capability}-{kind}.cache"
+
+
+def run_trtllm_build(command: List[str], work: Path, intent: trtllm_build.Intent) -> None:
+    """Run it to its end in the folder `work`, its output in a log there; a Problem when it fails."""
+    started = time.monotonic()
+    last_lines: Deque[str] = deque(maxlen=LAST_LINES)
+    log = work / "trtllm-build.log"
+    with open(log, "w", encoding="utf-8") as kept:
+        child = subprocess.Popen(
+            command, cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace",
+        )  # fmt: skip
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                kept.write(line)
+                kept.flush()
+                if line.strip():
+                    last_lines.append(line.rstrip())
+                if written := RANK_WRITTEN.search(line):
+                    room.say("engines", f"rank {written[1]} is built, after {time.monotonic() - started:.0f} s")
+            status = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+    if status != 0:
+        raise trtllm_build.failure(log, status, list(last_lines), intent)
+
+
+def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None:
+    """All ranks' engines are there, and config.json says what was asked."""
+    for name in ["config.json", *(f"rank{rank}.engine" for rank in range(intent.world_size))]:
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            raise errors.engine_not_as_asked(folder / name, name, "written", "none, or an empty one")
+    different = trtllm_build.difference(json.loads((folder / "config.json").read_bytes()), intent, version)
+    if different:
+        raise errors.engine_not_as_asked(folder / "config.json", *different)
+
+
+def take(engines: room.Filling, name: str) -> None:
+    """Take in a file that another program wrote."""
+    with open(engines.path / name, "rb") as file:
+        os.fsync(file.fileno())
+    engines.add(name, room.sha256_of(engines.path / name))
 
 
 def tokens(name: str, value: str) -> Optional[int]:
@@ -143,6 +363,7 @@ def main() -> None:
         parser.add_argument(flag, required=True)
     for flag in ("--max-input-len", "--max-seq-len", "--max-num-tokens"):
         parser.add_argument(flag, default="")
+    parser.add_argument("--timing-cache", type=Path, metavar="FOLDER", help="kept from one tensorrt build to the next")
     args = parser.parse_args()
     max_batch_size = tokens("MAX_BATCH_SIZE", args.max_batch_size)
     if max_batch_size is None:
@@ -157,6 +378,7 @@ def main() -> None:
             tokens("MAX_INPUT_LEN", args.max_input_len),
             tokens("MAX_SEQ_LEN", args.max_seq_len),
             tokens("MAX_NUM_TOKENS", args.max_num_tokens),
+            args.timing_cache,
         )
     )
 

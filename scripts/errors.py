@@ -62,11 +62,16 @@ def shown(path: PathLike) -> str:
 
 
 def make(target: str, **changed: object) -> str:
-    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`."""
+    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`.
+
+    None leaves a setting away.
+    """
     settings = dict(
         line.strip().split("=", 1) for line in os.environ.get("BAKE_SETTINGS", "").splitlines() if "=" in line
     )
-    settings.update({name: str(value) for name, value in changed.items()})
+    settings.update({name: str(value) for name, value in changed.items() if value is not None})
+    for name in [name for name, value in changed.items() if value is None]:
+        settings.pop(name, None)
     return " ".join(
         ["make", target, *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items())]
     )
@@ -255,7 +260,7 @@ def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem
         path,
         f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} is not there, so what that version takes is not known.",
         "Use a version whose tables are complete:",
-        make("serve", TOOLCHAIN="0.8.0"),
+        make("serve", TOOLCHAIN=""),
     )
 
 
@@ -280,7 +285,7 @@ def engine_kind_missing(kind: str) -> Problem:
     return Problem(
         f"ENGINE={kind} is not ready",
         "scripts/build_engines.py",
-        f"ENGINE is {kind}; this release builds and serves ENGINE=torch only.",
+        f"ENGINE is {kind}; what can be done with its engines here is not known.",
         "Use the torch engine:",
         make("serve", ENGINE="torch"),
     )
@@ -632,6 +637,17 @@ def gpu_cannot(what: str, needed: str, name: str, capability: str, reason: str, 
     )
 
 
+def not_in_toolchain(program: str, version: str) -> Problem:
+    return Problem(
+        f"no {program}",
+        program,
+        f"{program} is not on PATH. It is part of TensorRT-LLM {version}, and that of its container; nothing else can build or run "
+        "TensorRT engines.",
+        "See what is missing for the container:",
+        make("doctor"),
+    )
+
+
 def toolchain_is_another(asked: str, found: str) -> Problem:
     return Problem(
         "another TensorRT-LLM is installed",
@@ -648,7 +664,11 @@ def trtllm_build_failed(
     shown_lines = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
     ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return Problem(
-        "trtllm-build failed", log, f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{shown_lines}", advice, command
+        "trtllm-build failed",
+        log,
+        f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{shown_lines}",
+        advice,
+        command,
     )
 
 
@@ -659,6 +679,30 @@ def engine_not_as_asked(where: PathLike, what: str, asked: object, built: object
         f"{what} was asked to be {asked}; trtllm-build wrote {built}.",
         "Look at what it says of that, then ask for something it can do:",
         f"grep -n -i -e warn -e {what} {shlex.quote(shown(Path(where).parent / 'building' / 'trtllm-build.log'))}",
+    )
+
+
+# --- plan and doctor -------------------------------------------------------------------------------------------------
+
+
+def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: str) -> Problem:
+    return Problem(
+        "more ranks than GPUs",
+        "Makefile",
+        f"TP {tp_size} x PP {pp_size} are {tp_size * pp_size} ranks, each needs a GPU of its own to serve; there are {count} ({found}).",
+        "See what fits with fewer:",
+        command,
+    )
+
+
+def does_not_fit(model: str, found: str, shares: str, advice: str, command: str) -> Problem:
+    return Problem(
+        f"{model} does not fit",
+        found,
+        "Even at best the KV cache has no room for one request of MAX_SEQ_LEN, and TensorRT-LLM would refuse to load. A rank takes:"
+        f"\n\n{shares}",
+        advice,
+        command,
     )
 
 
@@ -750,4 +794,14 @@ def request_refused(reason: str) -> Problem:
         f"It says: {reason}",
         "Ask again, for instance with:",
         make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
+    )
+
+
+def bench_step_failed(command: Sequence[str], status: int) -> Problem:
+    return Problem(
+        "a measured step failed",
+        command[0],
+        f"It ended with status {status}, so there is nothing to measure; its own words are above.",
+        "See it fail alone:",
+        shlex.join(command),
     )
