@@ -7,6 +7,8 @@
 ##   make serve MODEL=llama-2-7b   a preset of models/, or MODEL=/path/to/a/folder; stays until Ctrl-C
 ##
 
+# n or q where make was only asked (make -n, -q): it then answers without writing
+ASKED := $(strip $(foreach c,n q,$(findstring $c,$(filter-out --%,$(firstword -$(MAKEFLAGS))))))
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables --no-print-directory
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +23,8 @@ ENGINE         = torch
 TP             = 2
 # float16, bfloat16 or float32; empty: the dtype of the weights themselves
 DTYPE          =
-TOOLCHAIN      = 0.8.0
+# a TensorRT-LLM of docker/toolchains.json; empty: for ENGINE=torch its first, for ENGINE=tensorrt the newest that runs on the GPU
+TOOLCHAIN      =
 WEIGHTS        =
 # positions the model was trained on; empty: what the weights say
 CONTEXT        =
@@ -39,6 +42,7 @@ PROMPT         = Once upon a time
 MAX_TOKENS     = 48
 # an interpreter that has requirements/run.txt and torch.txt; empty: .venv, made when missing or when the lock changed
 PYTHON         =
+# instead of looking at the GPUs, in make plan, doctor and -n: ASSUME_GPU="4x V100-SXM2-16GB"
 ASSUME_GPU     =
 
 # which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
@@ -67,7 +71,7 @@ NOTHING     :=
 HASH        := \#
 NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
 REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
-                 $(filter-out 0 1,$(words $($v)))),$v))
+                 $(if $(filter ASSUME_GPU,$v),,$(filter-out 0 1,$(words $($v))))),$v))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
 REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH,$(TYPED)))
 
@@ -84,13 +88,33 @@ else
   -include models/$(MODEL).mk
   REFUSED += $(if $(wildcard models/$(MODEL).mk),,MODEL)
 endif
+
+# Which TensorRT-LLM, where nobody said so. build/gpu.mk keeps what the GPUs decided; it is made when it is needed and they changed.
+NO_TOOLCHAIN := help doctor plan ask test lint lock pin clean refuse
+ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
+  ifneq ($(if $(strip $(REFUSED)),,$(filter-out $(NO_TOOLCHAIN),$(or $(MAKECMDGOALS),help))),)
+    ifneq ($(ASKED),)
+      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(BAKE_SETTINGS)' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
+    else ifeq ($(ASSUME_GPU),)
+      GPU_SEEN =
+      export GPU_SEEN_NOW := $(shell cat /proc/driver/nvidia/gpus/*/information 2>/dev/null | cksum)
+      include build/gpu.mk
+      build/gpu.mk: docker/toolchains.json scripts/toolchain.sh $(if $(subst x$(GPU_SEEN),,x$(GPU_SEEN_NOW)),FORCE)
+	@scripts/toolchain.sh gpu $@
+    endif
+  endif
+else ifeq ($(TOOLCHAIN),)
+  TOOLCHAIN := $(shell scripts/toolchain.sh versions | head -n 1)
+endif
+
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
   REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]*)) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]*)) \
-    grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
-    [ -d '$(WEIGHTS)' ] || echo WEIGHTS; [ -z '$(PYTHON)' ] || type -P '$(PYTHON)' >/dev/null || echo PYTHON)
+    [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
+    [ -z '$(if $(filter tensorrt,$(ENGINE)),$(if $(ASKED),,$(filter-out $(NO_TOOLCHAIN),$(MAKECMDGOALS))))' ] || [ -z '$(ASSUME_GPU)' ] || echo ASSUME_GPU; \
+    $(if $(ASKED),,[ -d '$(WEIGHTS)' ] || echo WEIGHTS;) [ -z '$(PYTHON)' ] || type -P '$(PYTHON)' >/dev/null || echo PYTHON)
 endif
 REFUSE := $(if $(strip $(REFUSED)),refuse)
 
@@ -105,8 +129,45 @@ VARIANT := build/$(NAME)/$(or $(REFUSE),$(ENGINE)-$(TOOLCHAIN)-tp$(TP)-$(or $(DT
 LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-12)
 # Weights are not ours: where they are, their names, sizes and times stand for their content. In the C locale and without CDPATH,
 # because the environment never decides.
-SEEN    := $(if $(REFUSE),,$(shell realpath -m --relative-base=. '$(WEIGHTS)'; CDPATH= cd -- '$(WEIGHTS)' && find -L . ../tokenizer.model \
+SEEN    := $(if $(REFUSE),,$(shell realpath -m --relative-base=. '$(WEIGHTS)'; CDPATH= cd -- '$(WEIGHTS)' 2>/dev/null && find -L . ../tokenizer.model \
              -maxdepth 1 -type f -not -name '.*' -printf '%p %s %T@\n' 2>/dev/null | LC_ALL=C sort))
+
+# --- where scripts run: in the venv, or (ENGINE=tensorrt) in NVIDIA's container, for which the host needs docker and no Python ---
+
+ifneq ($(ENGINE),tensorrt)
+  NEEDED  := $(addsuffix run.txt,$(HAS))
+  MADE_IN  = lock=$(LOCK)
+  in       = $(PY)
+  LISTEN   = --host $(HOST) $(PORTS)
+  DEMO_ON  = $(LISTEN)
+  NVIDIA  :=
+  LACKS   :=
+else
+  NVIDIA  := $(if $(REFUSE),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
+  # packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
+  LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
+  NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN).iid)
+  IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
+  MADE_IN  = image=$(NVIDIA)$(if $(LACKS),+$(shell sha256sum <$(LACKS) | cut -c1-12))
+  # Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
+  in       = scripts/toolchain.sh check $(IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
+             docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
+             $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask,$1),room)_NETWORK) \
+             $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
+  BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
+  ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT
+  GPU_JOBS      = engines verified serve demo
+  # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
+  GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
+  room_NETWORK  = --network none
+  ask_NETWORK   = --network host
+  serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
+  FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT)
+  LISTEN        = --host 0.0.0.0 --shown-host $(HOST) $(PORTS)
+  DEMO_ON       = --host 127.0.0.1 $(PORTS)
+endif
+PORTS   = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+ADDRESS = --host $(HOST) $(PORTS)
 
 # --- what each room is asked to be; the room keeps it in its file `args`, written by room.py from ROOM_ARGS ---
 # The question may hold a path of this machine; the answer (every other file of a room) never does.
@@ -119,9 +180,9 @@ engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
 model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN)
 
-# hf depends on the model alone; the rooms after it also on the pinned packages that made them. The count of files tells when
+# hf depends on the model alone; the rooms after it also on the pinned packages, or the image, that made them. The count of files tells when
 # one was taken away, which leaves no newer time behind.
-asked   = $(if $(filter hf,$1),$(SEEN),lock=$(LOCK) files=$(words $($1_CODE))) $($1_ARGS)
+asked   = $(if $(filter hf,$1),$(SEEN),$(MADE_IN) files=$(words $($1_CODE))) $($1_ARGS)
 changed = $(if $(subst x$(file <$2/args),,x$(call asked,$1))$(subst x$(call asked,$1),,x$(file <$2/args)),FORCE)
 
 # --- the journey ---
@@ -139,15 +200,13 @@ verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face
 model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
 
 serve: model_repo ## serve it; Ctrl-C ends
-	@exec $(PY) -m scripts.serve --root $(VARIANT) $(ADDRESS)
+	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
-ask: | $(REFUSE) $(addsuffix run.txt,$(HAS)) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
-	@$(PY) -m scripts.ask --host $(HOST) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
+ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
+	@$(call in,ask) -m scripts.ask --host $(HOST) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
 
 demo: model_repo ## serve, ask, stop
-	@$(PY) -m scripts.demo --root $(VARIANT) $(ADDRESS) --max-tokens $(MAX_TOKENS)
-
-ADDRESS = --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 
 # Who reads whom.
 $(VARIANT)/checkpoint/manifest.json: $(HF)/manifest.json
@@ -175,16 +234,22 @@ $(HF)/manifest.json:        private export ROOM_NEEDS = $(needs)
 $(VARIANT)/%/manifest.json: private export ROOM_NEEDS = $(needs)
 $(HF)/manifest.json: private export ROOM_ARGS = $(call asked,hf)
 $(VARIANT)/%/manifest.json: private export ROOM_ARGS = $(call asked,$*)
-$(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(addsuffix run.txt,$(HAS))
-	@$(PY) -m scripts.build_hf --weights $(WEIGHTS) $(hf_ARGS) --output $(@D)
-$(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(addsuffix run.txt,$(HAS))
-	@$(PY) -m scripts.build_$* $($*_ARGS) --output $(@D)
-$(VARIANT)/verified/manifest.json: | $(addsuffix verify.txt,$(HAS))
+$(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(NEEDED)
+	@$(call in,hf) -m scripts.build_hf --weights $(WEIGHTS) $(hf_ARGS) --output $(@D)
+$(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(NEEDED)
+	@$(call in,$*) -m scripts.build_$* $($*_ARGS) --output $(@D)
+$(VARIANT)/verified/manifest.json: | $(if $(filter tensorrt,$(ENGINE)),,$(addsuffix verify.txt,$(HAS)))
 
 refuse: export REFUSED_SETTINGS = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))
 refuse: export REFUSED_NAMES = $(REFUSED)
 refuse:
-	@$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) -m scripts.settings
+	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
+
+# NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
+build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
+	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
+	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) --build-arg PACKAGES=$(notdir $(LACKS)) \
+	  --iidfile $@ docker
 
 # --- the packages, pinned by hash (README, "Packages") ---
 
@@ -198,9 +263,12 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 
 test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
-lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake
+pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
+	@scripts/toolchain.sh pin
+lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
-	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile
+	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
+	  && $(dir $(PY))hadolint docker/Dockerfile
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in
 	@scripts/lock.sh $(PY)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
@@ -210,4 +278,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test lint lock bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test pin lint lock bench-serve bench-convert clean refuse FORCE

@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -61,6 +61,8 @@ class Settings:
     metrics_port: int
     log: Optional[Path] = None
     startup_seconds: float = STARTUP_SECONDS
+    # where clients find it, when that differs from `host`: a container listens on all its addresses, docker publishes one of the host's
+    shown_host: str = ""
 
     def __post_init__(self) -> None:
         ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
@@ -403,7 +405,8 @@ class Supervisor:
                 )
 
     def _announce(self, world_size: int, seconds: float) -> None:
-        settings, host = self.settings, self.settings.url.split("/")[2].rsplit(":", 1)[0]
+        settings = replace(self.settings, host=self.settings.shown_host or self.settings.host)
+        host = settings.url.split("/")[2].rsplit(":", 1)[0]
         room.say("serve", f"ready after {seconds:.1f} s: a token went through {world_size} ranks")
         print(
             f"  HTTP      {settings.url}/v2/models/ensemble/generate\n"
@@ -436,6 +439,7 @@ def settings_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--shown-host", default="", help="the address clients use (default: HOST)")
     for flag, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
         parser.add_argument(flag, default=str(port))
     parser.add_argument(
@@ -456,7 +460,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
             )
         ports[name] = int(value)
     log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
-    return Settings(args.root, args.host, log=log, startup_seconds=args.startup_seconds, **ports)
+    shown_host = getattr(args, "shown_host", "")
+    return Settings(args.root, args.host, log=log, startup_seconds=args.startup_seconds, shown_host=shown_host, **ports)
 
 
 def main() -> int:

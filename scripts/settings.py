@@ -54,7 +54,10 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         "ENGINE": ("torch or tensorrt", "torch"),
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
-        "ASSUME_GPU": ("one word", ""),
+        "ASSUME_GPU": (
+            "the GPUs to assume, for instance 4x V100-SXM2-16GB, and only in make plan, make doctor and make -n: nothing is built for it",
+            "",
+        ),
         **{number: ("a whole number of at least 1", str(fit)) for number, fit in NUMBERS.items()},
         **{number: ("a whole number of at least 1, or empty", str(fit)) for number, fit in NUMBERS_OR_EMPTY.items()},
     }[name]
