@@ -176,7 +176,7 @@ hf_ARGS         = --max-position-embeddings=$(CONTEXT)
 checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN)
 engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) \
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
-                  --max-num-tokens=$(MAX_NUM_TOKENS)
+                  --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
 model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN)
 
@@ -219,7 +219,8 @@ hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py script
                   scripts/safetensors_file.py scripts/tokenizer.py
 checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/safetensors_file.py $(call tables,checkpoint-config)
-engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py $(call tables,engine-config)
+engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
+                  $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
                   $(wildcard model_repo_template/tensorrt_llm/1/*.py)
