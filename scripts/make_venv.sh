@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
 # make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt.
+# make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
-venv=$1 name=$2
+venv=$1 name=${2:-}
 # There while an installation runs: pip, killed half-way, may leave a package that it takes for whole.
 unfinished=$venv/unfinished
 
@@ -22,8 +23,9 @@ sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or platform.python_imple
     done
 }
 
-make_venv() {
-    local system libc base version
+# Sets base, the interpreter, and version; a report where there is none that will do.
+check() {
+    local system libc
     system="$(uname -s) $(uname -m)"
     [ "$system" = "Linux x86_64" ] || report "THIS SYSTEM CANNOT RUN IT" \
         "This is $system; Triton's wheel and the pinned packages are for Linux x86_64." \
@@ -58,6 +60,10 @@ if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR") or "", nam
         sys.exit(1)
 PY
 
+}
+
+make_venv() {
+    check
     echo "venv        $base ($version) -> $venv"
     rm -rf "$venv"
     mkdir "$venv"
@@ -80,6 +86,12 @@ install() {
 # PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
 # wheel, gigabytes, when only that one's link names its hash.
 cpu_torch() { sed -n 's/^torch==[0-9.]*/&+cpu/; /^torch==/,$p' requirements/torch.txt | pip_install /dev/stdin 2>/dev/null; }
+
+if [ "$venv" = --check ]; then
+    check
+    echo "$(uname -sm), $(getconf GNU_LIBC_VERSION), $base ($version)"
+    exit
+fi
 
 exec 9<requirements
 flock 9 # one make at a time installs
