@@ -1,0 +1,289 @@
+"""Every config of every version parses as Triton does it, has the tensors of NVIDIA's table, no hole, no limit above the engines'."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, Iterator, List
+
+import pytest
+from conftest import ROOT
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from scripts import build_model_repo, contracts, errors, room
+
+VERSIONS = ["0.8.0", "0.14.0", "1.2.1"]
+KINDS = json.loads((contracts.DOCKER / "engines.json").read_text())
+TEMPLATES = {path.parent.name: path.read_text() for path in build_model_repo.TEMPLATES.glob("*/config.pbtxt")}
+TEXT_MODELS = {"ensemble", "tensorrt_llm_bls"}
+# Parameters of our own text models, which NVIDIA's tables do not have
+OWN = {
+    "preprocessing": {"vocab_size", "max_input_len"},
+    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len"},
+    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len"},
+}
+# What a Llama has no use for: images, encoders, draft models, prompt tables; the text models do not translate it.
+NOT_FOR_LLAMA = {
+    "decoder_text_input", "image_input", "image_bytes_input", "image_url_input", "image_sizes_input", "video_bytes_input",
+    "num_draft_tokens", "use_draft_logits", "prompt_table_extra_id",
+}  # fmt: skip
+
+
+def engine_config(version: str, **build: Any) -> Dict[str, Any]:
+    """An engines' config.json as that version writes it, with limits that all differ."""
+    config: Dict[str, Any] = contracts.table("engine-config", version)
+    config["build_config"].update({"max_batch_size": 6, "max_input_len": 700, "max_beam_width": 3, **build})
+    config["pretrained_config"]["vocab_size"] = 32011
+    return config
+
+
+def render(version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, **build: Any) -> Dict[str, str]:
+    tables = contracts.table("backend", version)
+    return build_model_repo.render(templates, tables, engine_config(version, **build), KINDS[kind], version)
+
+
+def parsed(texts: Dict[str, str]) -> Dict[str, Any]:
+    return {model: text_format.Parse(text, model_config_pb2.ModelConfig()) for model, text in texts.items()}
+
+
+def changed(model: str, old: str, new: str) -> Dict[str, str]:
+    assert old in TEMPLATES[model]
+    return {**TEMPLATES, model: TEMPLATES[model].replace(old, new)}
+
+
+def refused(templates: Dict[str, str], **build: Any) -> str:
+    with pytest.raises(errors.Problem) as problem:
+        render(templates=templates, **build)
+    return problem.value.report()
+
+
+every_repository = pytest.mark.parametrize(
+    ("version", "kind"), [(version, kind) for version in VERSIONS for kind in KINDS]
+)
+
+
+def described(tensor: Any) -> Dict[str, Any]:
+    """A tensor of a parsed config in the form of the tables."""
+    return {
+        "data_type": model_config_pb2.DataType.Name(tensor.data_type),
+        "dims": list(tensor.dims),
+        "reshape": list(tensor.reshape.shape) if tensor.HasField("reshape") else None,
+        "optional": getattr(tensor, "optional", False),
+        "ragged": getattr(tensor, "allow_ragged_batch", False),
+    }
+
+
+def tabled(tensor: Any) -> Dict[str, Any]:
+    types = {
+        "${logits_datatype}": "TYPE_FP32",
+        "${encoder_input_features_data_type}": "TYPE_FP16",
+        "${prompt_embedding_table_data_type}": "TYPE_FP16",
+    }
+    return {
+        "data_type": types.get(tensor["data_type"], tensor["data_type"]),
+        "dims": tensor["dims"],
+        "reshape": tensor.get("reshape"),
+        "optional": bool(tensor.get("optional")),
+        "ragged": bool(tensor.get("allow_ragged_batch")),
+    }
+
+
+@every_repository
+def test_tensors_are_those_of_the_table(version: str, kind: str) -> None:
+    configs, tables = parsed(render(version, kind)), contracts.table("backend", version)
+    assert set(configs) == set(tables)
+    for model, table in tables.items():
+        inputs = {tensor["name"]: tabled(tensor) for tensor in table["inputs"]}
+        if kind == "torch":  # this engine takes an input by the name that any version gave it
+            for one, other in (("min_length", "min_tokens"), ("random_seed", "seed")):
+                named = inputs.get(one) or inputs.get(other)
+                inputs.update({one: named, other: named} if named else {})
+        assert {tensor.name: described(tensor) for tensor in configs[model].input} == inputs
+        assert len(configs[model].output) == len({tensor["name"] for tensor in table["outputs"]})
+        assert {tensor.name: described(tensor) for tensor in configs[model].output} == {
+            tensor["name"]: tabled(tensor) for tensor in table["outputs"]
+        }
+
+
+@every_repository
+def test_parameters_are_those_of_the_table_but_for_what_is_left_out_by_name(version: str, kind: str) -> None:
+    configs, tables = parsed(render(version, kind)), contracts.table("backend", version)
+    for model, table in tables.items():
+        keys = {
+            p["key"]
+            for p in table["parameters"]
+            if (p["placeholder"] or f"${{{p['key']}}}")[2:-1] not in build_model_repo.LEFT_OUT
+        }
+        assert set(configs[model].parameters) == keys | OWN.get(model, set())
+    assert configs["tensorrt_llm"].backend == {"torch": "python", "tensorrt": "tensorrtllm"}[kind]
+    for model in TEXT_MODELS:
+        assert configs[model].parameters["vocab_size"].string_value == "32011"
+        assert configs[model].parameters["max_input_len"].string_value == "700"
+    for model, config in configs.items():
+        assert config.max_batch_size == 6
+        assert config.model_transaction_policy.decoupled == (model in TEXT_MODELS | {"tensorrt_llm"})
+
+
+def test_what_is_left_out_is_in_a_table_and_never_must_be_filled() -> None:
+    holes, must_fill = set(), set()
+    for version in VERSIONS:
+        for table in contracts.table("backend", version).values():
+            holes |= {(p["placeholder"] or f"${{{p['key']}}}")[2:-1] for p in table["parameters"]}
+            must_fill |= {p["name"] for p in table["placeholders"] if p["must_fill"]}
+    assert holes >= build_model_repo.LEFT_OUT
+    assert not build_model_repo.LEFT_OUT & must_fill
+
+
+def test_what_the_backend_reads_without_a_guard_is_there() -> None:
+    """From 0.19 on a missing key of these three fails the load."""
+    parameters = parsed(render("1.2.1", "tensorrt"))["tensorrt_llm"].parameters
+    assert parameters["guided_decoding_backend"].string_value == ""
+    assert parameters["xgrammar_tokenizer_info_path"].string_value == ""
+    assert parameters["tokenizer_dir"].string_value == "model_repo/preprocessing/1/tokenizer"
+
+
+def test_the_prompt_table_has_one_type_in_all_models_of_1_2_1() -> None:
+    for model, config in parsed(render("1.2.1", "tensorrt")).items():
+        types = {tensor.data_type for tensor in config.input if tensor.name == "prompt_embedding_table"}
+        assert types <= {model_config_pb2.TYPE_FP16}, model
+
+
+@pytest.fixture
+def text_model() -> Iterator[ModuleType]:
+    """The text model's module, with a stand-in for Triton's."""
+    with pytest.MonkeyPatch.context() as patch:
+        triton = ModuleType("triton_python_backend_utils")
+        vars(triton).update(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
+        patch.setitem(sys.modules, "triton_python_backend_utils", triton)
+        patch.syspath_prepend(str(ROOT / "model_repo_template" / "tensorrt_llm_bls" / "1"))
+        spec = importlib.util.spec_from_file_location(
+            "text_model", ROOT / "model_repo_template/tensorrt_llm_bls/1/text_model.py"
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+        sys.modules.pop("sent", None)
+
+
+@every_repository
+def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, text_model: Any) -> None:
+    configs = parsed(render(version, kind))
+    engine = {tensor.name for tensor in configs["tensorrt_llm"].input}
+    outputs = {tensor.name for tensor in configs["tensorrt_llm"].output}
+    for model in TEXT_MODELS:
+        for tensor in configs[model].input:
+            if tensor.name not in text_model.TRANSLATED | NOT_FOR_LLAMA:
+                assert text_model.RENAMED.get(tensor.name, tensor.name) in engine, tensor.name
+        assert {tensor.name for tensor in configs[model].output} - {"text_output"} <= outputs
+    made = {
+        "input_ids",
+        "input_lengths",
+        "request_output_len",
+        "end_id",
+        "pad_id",
+        "streaming",
+        "stop",
+        "bad_words_list",
+        "embedding_bias",
+    }
+    assert made <= engine
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("${inputs}", "", "Values without a hole: inputs"),
+        ("${decoupled_mode}", "${decoupled_moed}", "Holes without a value: decoupled_moed"),
+        ("${decoupled_mode}", "${decoupled mode}", "line 8 has a $ that opens no hole"),
+        ('backend: "python"', "backend: python", "Expected string"),
+        ("max_batch_size", "max_batchsize", "max_batchsize"),
+        ('name: "ensemble"', 'name: "ensembel"', "it names the model ensembel, its folder is ensemble"),
+        ("${triton_max_batch_size}", "7", "max_batch_size is 7, the engines were built for 6"),
+        ("${max_input_len}", "701", "max_input_len is 701, the engines were built for 700"),
+        ("${tokenizer_dir}", "/models/tokenizer", "tokenizer_dir is /models/tokenizer"),
+        ("${decoupled_mode}", "false", "decoupled differs between models"),
+        ("${tokenizer_dir}", "elsewhere", "tokenizer_dir differs between models"),
+        ("${triton_max_batch_size}", "5", "max_batch_size differs between models"),
+        ("output [", 'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },', "text_output is declared twice"),
+    ],
+)  # fmt: skip
+def test_a_template_with_a_fault_is_refused(old: str, new: str, named: str) -> None:
+    report = refused(changed("ensemble", old, new))
+    assert named in " ".join(report.split())
+    assert report.rstrip().split("\n")[-1].strip().startswith("make model_repo")
+
+
+def test_a_limit_above_the_engines_is_refused() -> None:
+    assert "max_beam_width is 4, the engines were built for 3" in refused(
+        {
+            **TEMPLATES,
+            "tensorrt_llm": TEMPLATES["tensorrt_llm"]
+            + 'parameters { key: "max_beam_width" value { string_value: "4" } }\n',
+        }
+    )
+
+
+def test_a_parameter_that_nobody_decided_about_is_refused() -> None:
+    tables = contracts.table("backend", "0.8.0")
+    tables["tensorrt_llm"]["parameters"].append(
+        {"key": "new_one", "placeholder": "${new_hole}", "literal_in_template": None}
+    )
+    with pytest.raises(errors.Problem) as problem:
+        build_model_repo.render(TEMPLATES, tables, engine_config("0.8.0"), KINDS["torch"], "0.8.0")
+    assert "new_hole" in problem.value.seen
+
+
+# --- the room ------------------------------------------------------------------------------------------------------------
+
+
+def rooms(folder: Path, tokenizer_config: Any, kind: str = "torch") -> build_model_repo.Settings:
+    """Rooms engines and hf with what model_repo reads of them."""
+    with room.filling(folder / "hf", arguments={}) as filling:
+        filling.write("tokenizer.json", b"{}")
+        if tokenizer_config is not None:
+            filling.write("tokenizer_config.json", json.dumps(tokenizer_config).encode())
+    with room.filling(folder / "engines", reads={}, arguments={}) as filling:
+        filling.write("config.json", json.dumps(engine_config("0.8.0")).encode())
+        filling.facts = {"engine": kind}
+    return build_model_repo.Settings(folder / "engines", folder / "hf", folder / "model_repo", "0.8.0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_of_the_room_names_a_path_of_this_machine(tmp_path: Path, kind: str) -> None:
+    """Older transformers wrote into tokenizer_config.json where they had loaded it from."""
+    settings = rooms(tmp_path, {"name_or_path": str(tmp_path), "eos_token": "</s>"}, kind)
+    build_model_repo.build_model_repo(settings)
+    files = {path: path.read_text() for path in settings.output.rglob("*") if path.is_file()}
+    named = [str(path) for path, text in files.items() if any(part in text for part in (str(tmp_path), str(ROOT)))]
+    assert named == []
+    code = {path.parent.parent.name for path in settings.output.glob("*/1/*.py")}
+    assert code == {"ensemble", "preprocessing", "postprocessing", "tensorrt_llm_bls"} | (
+        {"tensorrt_llm"} if kind == "torch" else set()
+    )
+    assert all(
+        (settings.output / model / "1").is_dir() and any((settings.output / model / "1").iterdir())
+        for model in TEMPLATES
+    )
+    kept = json.loads((settings.output / build_model_repo.TOKENIZER / "tokenizer_config.json").read_text())
+    assert kept == {"eos_token": "</s>"}
+
+
+def test_every_filled_file_names_its_template(tmp_path: Path) -> None:
+    settings = rooms(tmp_path, {})
+    build_model_repo.build_model_repo(settings)
+    first: List[str] = [path.read_text().split("\n")[0] for path in settings.output.glob("*/config.pbtxt")]
+    assert len(first) == 5
+    assert all(line.startswith("# Filled from model_repo_template/") for line in first)
+
+
+def test_a_model_without_its_tokenizers_config_is_a_report(tmp_path: Path) -> None:
+    with pytest.raises(errors.Problem) as problem:
+        build_model_repo.build_model_repo(rooms(tmp_path, None))
+    assert "tokenizer_config.json" in problem.value.where
+    assert not (tmp_path / "model_repo").exists()
