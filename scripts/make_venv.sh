@@ -59,7 +59,6 @@ if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR") or "", nam
     except OSError:
         sys.exit(1)
 PY
-
 }
 
 make_venv() {

@@ -1,0 +1,477 @@
+"""The journey as a table before it is made: rooms, bytes, memory, commands, and what fits on the GPUs. Runs nothing, writes nothing.
+
+Needs nothing but the standard library, and neither GPU, docker nor weights: the shapes of the presets are in models/shapes.json, and
+ASSUME_GPU names the GPUs. A choice that cannot work ends with the report of its refusal, and status 1.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from scripts import build_engines, contracts, errors, gpus, memory_model, serve, settings, tokenizer, trtllm_build
+from scripts.llama_shape import (
+    LlamaShape,
+    max_positions,
+    params_of,
+    possible_tp_sizes,
+    read_json,
+    read_params,
+    shape_of_config,
+    why_impossible,
+)
+from scripts.room import human_bytes
+
+ROOT = Path(__file__).parent.parent
+SHAPES = ROOT / "models" / "shapes.json"
+# What TensorRT-LLM calls the kinds of quantization (QuantAlgo)
+QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"}
+# tokenizer, configs and code of the five models
+MODEL_REPO_BYTES = 5_000_000
+VERIFIED_BYTES = 1_000_000
+WEIGHTS_FILES = ("consolidated.*.pth", "*.safetensors")
+LIMITS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked make for. settings: every setting with its value, as the Makefile has it; refused: those it cannot take."""
+
+    settings: Mapping[str, str]
+    refused: Sequence[str] = ()
+
+    def __getitem__(self, name: str) -> str:
+        return self.settings.get(name, "")
+
+    def number(self, name: str) -> Optional[int]:
+        return build_engines.tokens(name, self[name])
+
+    @property
+    def weights(self) -> Path:
+        return Path(self["WEIGHTS"])
+
+    @property
+    def tensorrt(self) -> bool:
+        return self["ENGINE"] == "tensorrt"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before it is converted. stored_bytes: of its weight files; None where they are not here."""
+
+    name: str
+    shape: LlamaShape
+    dtype: str
+    context: int
+    form: str  # meta, hf, or table: from models/shapes.json
+    stored_bytes: Optional[int]
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A choice that can work, with everything that follows from it."""
+
+    choice: Choice
+    model: Model
+    engine: memory_model.Engine
+    toolchain: str
+    gpus: Sequence[gpus.Gpu]
+    fit: Optional[memory_model.Fit]  # None without GPUs, and for the torch engine
+
+    @property
+    def seen(self) -> str:
+        how = "assumed" if self.choice["ASSUME_GPU"] else "here"
+        return f"{described(self.gpus)} ({how})" if self.gpus else "no GPU"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. None: not known."""
+
+    room: str
+    disk_bytes: Optional[int]
+    host_memory_bytes: Optional[int]
+    time: str
+    command: str
+
+
+# --- core ---
+
+
+def chosen(environment: Mapping[str, str]) -> Choice:
+    """The choice as the Makefile exports it: CHOSEN, a setting to a line, and REFUSED_NAMES."""
+    lines = [line.strip().partition("=") for line in environment.get("CHOSEN", "").splitlines()]
+    return Choice({name: value for name, _, value in lines if name}, environment.get("REFUSED_NAMES", "").split())
+
+
+def refuse(choice: Choice) -> None:
+    """A Problem for the first setting that make cannot take. Weights and interpreter need not be there for a plan."""
+    names = [name for name in choice.refused if name not in ("WEIGHTS", "PYTHON")]
+    if names:
+        presets = sorted(path.stem for path in (ROOT / "models").glob("*.mk"))
+        raise settings.problem(names[0], dict(choice.settings), presets, contracts.versions())
+
+
+def described(found: Sequence[gpus.Gpu]) -> str:
+    """'4x V100-SXM2-16GB'; several kinds with a comma."""
+    names = [gpu.name for gpu in found]
+    return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+
+
+def toolchain_for(gpu: gpus.Gpu) -> Optional[str]:
+    """The newest TensorRT-LLM with kernels for a GPU: what TOOLCHAIN is when nobody says (scripts/toolchain.sh says the same to make)."""
+    fitting = [
+        version
+        for version in contracts.versions()
+        if gpu.compute_capability in contracts.toolchain(version)["architectures"]
+    ]
+    return fitting[-1] if fitting else None
+
+
+def model_of(choice: Choice) -> Model:
+    """The model from its folder, or where there is none, a preset from models/shapes.json."""
+    name, folder = choice["MODEL"], choice.weights
+    asked = choice.number("CONTEXT")
+    if (folder / "params.json").is_file():
+        params = read_params(folder / "params.json")
+        vocab_size = params.vocab_size or tokenizer.read_tokenizer_model(tokenizer.path_of(folder)).vocab_size
+        shape = params.shape(vocab_size)
+        return Model(
+            name, shape, dtype_of(folder, shape), max_positions(asked, params)[0], "meta", weights_bytes(folder)
+        )
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        shape = shape_of_config(config, folder / "config.json")
+        dtype = config.get("torch_dtype") or config.get("dtype")
+        context = asked or config.get("max_position_embeddings") or 2048  # as transformers' LlamaConfig
+        return Model(
+            name,
+            shape,
+            dtype if dtype in memory_model.ITEM_BYTES else dtype_of(folder, shape),
+            int(context),
+            "hf",
+            weights_bytes(folder),
+        )
+    shapes = json.loads(SHAPES.read_text())
+    if name not in shapes:
+        raise errors.weights_not_there("MODEL" if "/" in name else "WEIGHTS", choice["WEIGHTS"])
+    params = params_of(shapes[name], SHAPES)
+    return Model(name, params.shape(params.vocab_size or 0), "float16", max_positions(asked, params)[0], "table", None)
+
+
+def dtype_of(folder: Path, shape: LlamaShape) -> str:
+    """The type that the size of the files tells: four bytes a number or two. (Of two, Meta's Llama 2 is float16.)"""
+    return "float32" if weights_bytes(folder) > 3 * memory_model.parameters(shape) else "float16"
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a folder."""
+    return sum(path.stat().st_size for pattern in WEIGHTS_FILES for path in folder.glob(pattern))
+
+
+def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
+    """What the engines are to be; a Problem for a split or a limit that cannot be."""
+    tp_size, pp_size = choice.number("TP") or 1, choice.number("PP") or 1
+    impossible = why_impossible(model.shape, tp_size)
+    if impossible:
+        raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape))
+    if model.shape.n_layers % pp_size:
+        divisors = [str(size) for size in range(1, 65) if model.shape.n_layers % size == 0]
+        allowed = f"one of {', '.join(divisors)}: each stage takes the same number of the {model.shape.n_layers} layers"
+        raise errors.bad_setting("PP", pp_size, allowed, errors.make("plan", PP=1))
+    quant = choice["QUANT"]
+    if quant and (quant not in memory_model.QUANT_BYTES or not choice.tensorrt):
+        allowed = "empty, " + ", ".join(memory_model.QUANT_BYTES) + " with ENGINE=tensorrt"
+        raise errors.bad_setting("QUANT", quant, allowed, errors.make("plan", QUANT=""))
+    asked = build_engines.Settings(
+        checkpoint=Path(),
+        output=Path(),
+        engine=choice["ENGINE"],
+        trtllm_version=choice["TOOLCHAIN"],
+        max_batch_size=choice.number("MAX_BATCH_SIZE") or 1,
+        max_input_len=choice.number("MAX_INPUT_LEN"),
+        max_seq_len=choice.number("MAX_SEQ_LEN"),
+        max_num_tokens=choice.number("MAX_NUM_TOKENS"),
+    )
+    limits = build_engines.limits(asked, model.context)
+    return memory_model.Engine(
+        model.shape, choice["DTYPE"] or model.dtype, tp_size, pp_size=pp_size, quant=quant, **limits
+    )
+
+
+def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:
+    """What a choice comes to on these GPUs; a Problem where it cannot work. Without a GPU, only what needs none is looked at."""
+    engine, toolchain = engine_of(choice, model), choice["TOOLCHAIN"]
+    if not host:
+        return Journey(choice, model, engine, toolchain, host, None)
+    if choice.tensorrt:
+        toolchain = toolchain or toolchain_for(host[0]) or contracts.versions()[-1]
+        toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
+        problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
+        if problem:  # whoever plans goes on planning
+            problem.command = re.sub(r"^make \w+", "make plan", problem.command)
+            raise problem
+    if engine.world_size > len(host):
+        raise too_many_ranks(engine, host)
+    fit = fit_on(choice, engine, host)
+    if fit.verdict == "no":
+        raise errors.does_not_fit(model.name, described(host), shares(fit), *mended(choice, engine, host))
+    return Journey(choice, model, engine, toolchain, host, fit)
+
+
+def fit_on(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> memory_model.Fit:
+    """The fullest rank on the smallest of the GPUs that are used."""
+    smallest = min(gpu.memory_bytes for gpu in host[: engine.world_size])
+    if choice.tensorrt:
+        return memory_model.fit(engine, smallest, trtllm_build.TOKENS_PER_BLOCK)
+    return memory_model.torch_fit(engine, smallest)
+
+
+def too_many_ranks(engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> errors.Problem:
+    sizes = possible_tp_sizes(engine.shape)
+    tp_size = max((size for size in sizes if size * engine.pp_size <= len(host)), default=1)
+    change = {"TP": tp_size} if tp_size * engine.pp_size <= len(host) else {"TP": tp_size, "PP": 1}
+    return errors.too_many_ranks(
+        engine.tp_size, engine.pp_size, len(host), described(host), errors.make("plan", **change)
+    )
+
+
+def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> Tuple[str, str]:
+    """(advice, command) for engines that do not fit: what helps of more ranks, shorter texts, fewer bytes a weight, other GPUs."""
+
+    def fits(on: Sequence[gpus.Gpu], **changed: Any) -> bool:
+        other = dataclasses.replace(engine, **changed)
+        return other.world_size <= len(on) and fit_on(choice, other, on).verdict == "fits"
+
+    for tp_size in possible_tp_sizes(engine.shape):
+        if tp_size > engine.tp_size and fits(host, tp_size=tp_size):
+            return "Share it among more of the GPUs:", errors.make("plan", TP=tp_size)
+    for part in (2, 4, 8):
+        tokens = engine.max_seq_len // part
+        limits = {"max_seq_len": tokens, "max_input_len": tokens // 2, "max_num_tokens": max(tokens, 1024)}
+        if tokens >= 512 and fits(host, **limits):
+            shorter = {name.upper(): value for name, value in limits.items()}
+            return "Ask for shorter texts and smaller steps:", errors.make("plan", **shorter)
+    for quant, algo in QUANT_ALGOS.items() if choice.tensorrt and not engine.quant else ():
+        needed = next((least for kind, (least, _) in trtllm_build.NEEDS.items() if algo.startswith(kind)), 0.0)
+        if host[0].capability >= needed and fits(host, quant=quant):
+            return "Store its weights in fewer bytes:", errors.make("plan", QUANT=quant)
+    sizes = [size for size in (1, 2, 4, 8) if size in possible_tp_sizes(engine.shape)]
+    others = {
+        f"{size}x {name}": gpus.assumed(f"{size}x {name}")
+        for size in sizes
+        for name in json.loads(gpus.TABLE.read_text())
+    }
+    enough = [
+        (sum(gpu.memory_bytes for gpu in found), name)
+        for name, found in others.items()
+        if found[0].capability >= 8.0 and fits(found, tp_size=len(found), pp_size=1, quant="")
+    ]
+    if not enough:
+        return "No GPUs that are known here are large enough. See a smaller model:", errors.make(
+            "plan", MODEL="llama-2-7b"
+        )
+    least = min(enough)[1]
+    changes = {"TP": least.partition("x")[0], "PP": None, "QUANT": None, "TOOLCHAIN": None, "ASSUME_GPU": least}
+    return "It needs more memory. The least that is known to have it:", errors.make("plan", **changes)
+
+
+def shares(fit: memory_model.Fit) -> str:
+    """What a rank takes of its GPU, as indented lines."""
+
+    def between(pair: Tuple[int, int]) -> str:
+        return human_bytes(pair[0]) if pair[0] == pair[1] else f"{human_bytes(pair[0])} to {human_bytes(pair[1])}"
+
+    least, most = fit.kv_tokens
+    tokens = f"{least}" if least == most else f"{least} to {most}"
+    per_token = f"{fit.kv_bytes_per_token} bytes a token, {fit.kv_fraction:.0%} of what is left"
+    lines = [
+        ("GPU memory", human_bytes(fit.gpu_bytes), ""),
+        ("weights", human_bytes(fit.weights_bytes), "the embedding whole, the rest shared among the ranks"),
+        ("activations", between(fit.activation_bytes), "one step of MAX_NUM_TOKENS"),
+        ("CUDA, NCCL", between(fit.other_bytes), "and buffers for sampling; NCCL's share is assumed"),
+        ("KV cache", f"{tokens} tokens", f"{per_token}; must hold {fit.needed_tokens}"),
+    ]
+    return "\n".join(f"    {name:<12} {value:<22} {why}".rstrip() for name, value, why in lines)
+
+
+def rows(journey: Journey) -> List[Row]:
+    """The table: what each room takes. Times are left out where nobody has measured them for such a model."""
+    engine, model, choice = journey.engine, journey.model, journey.choice
+    hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
+    rank_bytes, all_bytes = max(memory_model.stage_bytes(engine)), memory_model.checkpoint_bytes(engine)
+    copying = "up to 5x a copy"  # what make bench-convert is there to show
+    build_bytes: Optional[int] = None
+    if choice.tensorrt:
+        build_bytes = trtllm_build.BUILDER_COPIES * rank_bytes + trtllm_build.BUILDER_BYTES
+    # beside GPUs Hugging Face's model lies in the stored type on them and on the host, on a CPU in float32
+    asked_bytes = hf_bytes if journey.gpus else 4 * memory_model.parameters(model.shape)
+    made = [
+        Row("weights", model.stored_bytes or hf_bytes, None, "", f"# {'yours' if model.stored_bytes else 'not here yet'}: {choice['WEIGHTS']}"),
+        Row("hf", 0 if model.form == "hf" else hf_bytes, memory_model.CONVERSION_BYTES, copying, ""),
+        Row("checkpoint", all_bytes, memory_model.CONVERSION_BYTES, copying, ""),
+        Row("engines", all_bytes if choice.tensorrt else 0, build_bytes, "not known" if choice.tensorrt else "seconds", ""),
+        Row("verified", VERIFIED_BYTES, asked_bytes, "not known", ""),
+        Row("model_repo", MODEL_REPO_BYTES, None, "seconds", ""),
+        Row("serve", None, serve_bytes(journey), "not known", ""),
+    ]  # fmt: skip
+    if choice.tensorrt and journey.toolchain:
+        row = contracts.toolchain(journey.toolchain)
+        size = row.get("image_gb")
+        image = Row(
+            "toolchain",
+            int(size * 1e9) if size else None,
+            None,
+            "a download",
+            f"docker pull {row.get('image', '')}",
+        )
+        made.insert(0, image)
+    return [
+        row if row.command else dataclasses.replace(row, command=errors.make(row.room, ASSUME_GPU=None)) for row in made
+    ]
+
+
+def serve_bytes(journey: Journey) -> int:
+    """Host memory of the servers. tensorrt: every rank's engine passes through it while it is loaded; torch on a CPU: all of it stays."""
+    engine = journey.engine
+    if journey.choice.tensorrt or journey.gpus:
+        return memory_model.checkpoint_bytes(engine)
+    return memory_model.torch_host_bytes(engine)
+
+
+def programs(journey: Journey) -> Dict[str, List[str]]:
+    """The command lines of NVIDIA's programs that the rooms will run in the container."""
+    if not journey.choice.tensorrt or not journey.gpus:
+        return {}
+    engine, links = journey.engine, gpus.assumed_links(list(journey.gpus[: journey.engine.world_size]))
+    if not journey.choice["ASSUME_GPU"]:
+        links = gpus.links_here(engine.world_size)
+    flags = contracts.flags("trtllm-build", journey.toolchain)
+    checkpoint = {
+        "dtype": engine.dtype,
+        "mapping": {"tp_size": engine.tp_size, "pp_size": engine.pp_size},
+        "quantization": {"quant_algo": QUANT_ALGOS.get(engine.quant)},
+    }
+    limits = {name: getattr(engine, name) for name in LIMITS}
+    timing_cache = build_engines.TIMING_CACHE if "--output_timing_cache" in flags else None
+    intent = build_engines.intent_of(checkpoint, limits, list(journey.gpus), links, 1, timing_cache)
+    toolbox = serve.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [])
+    http_port, grpc_port, metrics_port = (
+        journey.choice.number(name) or default
+        for name, default in (("HTTP_PORT", 8000), ("GRPC_PORT", 8001), ("METRICS_PORT", 8002))
+    )
+    where = serve.Settings(Path(), journey.choice["HOST"] or "127.0.0.1", http_port, grpc_port, metrics_port)
+    return {
+        "engines": trtllm_build.argv(intent, flags, "checkpoint", "engines"),
+        "serve": serve.mpirun_command(engine.world_size, toolbox, where),
+    }
+
+
+def words(journey: Journey) -> str:
+    """The plan as a page."""
+    engine, choice = journey.engine, journey.choice
+    kind = f"TensorRT-LLM {journey.toolchain or '(the GPU will decide)'}" if choice.tensorrt else "the torch engine"
+    split = f"TP {engine.tp_size}" + (f", PP {engine.pp_size}" if engine.pp_size > 1 else "")
+    quant = f" {engine.quant}" if engine.quant else ""
+    lines = [f"{journey.model.name} by {kind} in {engine.dtype}{quant}, {split}, on {journey.seen}", ""]
+    lines.append(f"{'room':<11} {'disk':>9} {'host memory':>12}  {'time':<16} command")
+    for row in rows(journey):
+        disk, memory = (_bytes(value) for value in (row.disk_bytes, row.host_memory_bytes))
+        lines.append(f"{row.room:<11} {disk:>9} {memory:>12}  {row.time:<16} {row.command}".rstrip())
+    lines += [
+        "",
+        "-: not known, or nothing to speak of. host memory: at most, at once; of one building process, there is one a GPU.",
+    ]
+    if journey.fit:
+        lines += ["", f"Of each GPU a rank takes ({engine.world_size} ranks):", "", shares(journey.fit), ""]
+        lines += verdict(journey, journey.fit)
+    elif choice.tensorrt:
+        lines += [
+            "",
+            f"The fullest rank's weights: {human_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? For instance:",
+            "",
+        ]
+        lines += ["    " + errors.make("plan", ASSUME_GPU="2x A100-80GB")]
+    for room, argv in programs(journey).items():
+        lines += ["", f"What {room} runs in the container:", ""]
+        lines += textwrap.wrap(shlex.join(argv), WIDTH, initial_indent="    ", subsequent_indent="        ",
+                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return "\n".join(lines)
+
+
+def verdict(journey: Journey, fit: memory_model.Fit) -> List[str]:
+    """What the numbers mean: a sentence or two, and a command where one is of use."""
+    least, most = fit.kv_tokens
+    if fit.verdict == "tight":
+        said = (
+            f"Tight: how much activations take is the builder's choice. At worst the KV cache holds {least} tokens and it will not start, "
+            f"at best {most}."
+        )
+        advice, command = mended(journey.choice, journey.engine, journey.gpus)
+        return [*textwrap.wrap(said, WIDTH), "", advice, "", "    " + command]
+    said = f"Fits: {fit.batch} requests of MAX_SEQ_LEN {fit.max_seq_len} at once for sure"
+    more = fit.max_batch_size > fit.batch
+    return [
+        f"{said}; MAX_BATCH_SIZE {fit.max_batch_size} only with shorter ones." if more else f"{said} (MAX_BATCH_SIZE)."
+    ]
+
+
+def as_json(journey: Journey) -> Dict[str, Any]:
+    """The same for scripts."""
+    return {
+        "model": journey.model.name,
+        "parameters": memory_model.parameters(journey.model.shape),
+        "engine": journey.choice["ENGINE"],
+        "toolchain": journey.toolchain,
+        "gpus": [dataclasses.asdict(gpu) for gpu in journey.gpus],
+        "assumed": bool(journey.choice["ASSUME_GPU"]),
+        "asked": {**vars(journey.engine), "shape": vars(journey.engine.shape)},
+        "rooms": [dataclasses.asdict(row) for row in rows(journey)],
+        "fit": journey.fit.numbers() if journey.fit else None,
+        "programs": programs(journey),
+    }
+
+
+def _bytes(value: Optional[int]) -> str:
+    return "-" if not value else human_bytes(value)
+
+
+# --- shell ---
+
+
+def gpus_of(choice: Choice) -> List[gpus.Gpu]:
+    """The GPUs that ASSUME_GPU names, else those of this machine; none for the torch engine when torch's CPU wheel is installed."""
+    if choice["ASSUME_GPU"]:
+        return gpus.assumed(choice["ASSUME_GPU"])
+    if not choice.tensorrt and cpu_torch():
+        return []
+    return gpus.here()
+
+
+def cpu_torch() -> bool:
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    as_one_object = parser.parse_args().json
+    choice = chosen(os.environ)
+    refuse(choice)
+    journey = journey_of(choice, model_of(choice), gpus_of(choice))
+    print(json.dumps(as_json(journey), ensure_ascii=False) if as_one_object else words(journey))
+
+
+if __name__ == "__main__":
+    errors.run(main)
