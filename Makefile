@@ -229,12 +229,11 @@ tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
 # How any room is filled. room.py asks make's own question again when it has the lock: another make may have answered it.
-# private: the packages, which a room needs too, have no such question.
 needs = $(if $(findstring B,$(firstword -$(MAKEFLAGS))),,$(filter-out FORCE,$^))
-$(HF)/manifest.json:        private export ROOM_NEEDS = $(needs)
-$(VARIANT)/%/manifest.json: private export ROOM_NEEDS = $(needs)
-$(HF)/manifest.json: private export ROOM_ARGS = $(call asked,hf)
-$(VARIANT)/%/manifest.json: private export ROOM_ARGS = $(call asked,$*)
+$(HF)/manifest.json: export ROOM_NEEDS = $(needs)
+$(VARIANT)/%/manifest.json: export ROOM_NEEDS = $(needs)
+$(HF)/manifest.json: export ROOM_ARGS = $(call asked,hf)
+$(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$*)
 $(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(NEEDED)
 	@$(call in,hf) -m scripts.build_hf --weights $(WEIGHTS) $(hf_ARGS) --output $(@D)
 $(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(NEEDED)
@@ -256,6 +255,9 @@ build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(wildcard $(VENV)/bin/python),,FORCE)
 $(addprefix $(VENV)/locks/,verify.txt test.txt dev.txt): $(VENV)/locks/run.txt
+# a room's own question is not theirs
+$(VENV)/locks/%.txt: export ROOM_ARGS =
+$(VENV)/locks/%.txt: export ROOM_NEEDS =
 $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 	@scripts/make_venv.sh $(VENV) $*
 
