@@ -155,8 +155,9 @@ else
              $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask,$1),room)_NETWORK) \
              $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
   BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
-  ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT
-  GPU_JOBS      = engines verified serve demo
+  ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
+                  --env CHOSEN --env REFUSED_NAMES
+  GPU_JOBS      = engines verified serve demo $(if $(ASSUME_GPU),,doctor plan)
   # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
   GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
   room_NETWORK  = --network none
@@ -191,7 +192,15 @@ help: ## this page
 	@awk '/^## ?/ {sub(/^## ?/, ""); print} /^[a-z_-]+:.*## / {split($$0, a, /:.*## /); printf "  %-13s %s\n", a[1], a[2]}' Makefile
 
 doctor: ## what this machine has and lacks for the journey
-	@$(if $(wildcard $(PY)),$(PY),python3) -m scripts.doctor --weights "$(WEIGHTS)" --python "$(PY)" $(ADDRESS)
+	@$(call think,doctor)
+plan: ## the same journey as a table: bytes, memory, commands, what fits on the GPUs; makes nothing
+	@$(call think,plan)
+
+# Both need nothing but the standard library: any Python 3 does, and only where there is none (ENGINE=tensorrt) the toolchain's.
+think = py=$$(type -P $(PY) python3 | head -n 1 || true); if [ "$$py" ] || [ $(ENGINE) != tensorrt ]; then exec "$${py:-python3}" -m scripts.$1; fi; \
+        $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1,exec $(MAKE) $1 TOOLCHAIN="$$(scripts/toolchain.sh version '$(ASSUME_GPU)')")
+doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
+doctor plan: export REFUSED_NAMES = $(REFUSED)
 
 hf: $(HF)/manifest.json ## weights -> one Hugging Face model
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank
@@ -243,7 +252,7 @@ $(VARIANT)/verified/manifest.json: | $(if $(filter tensorrt,$(ENGINE)),,$(addsuf
 refuse: export REFUSED_SETTINGS = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))
 refuse: export REFUSED_NAMES = $(REFUSED)
 refuse:
-	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
+	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1 || true); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
 
 # NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
 build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
@@ -281,4 +290,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor hf checkpoint engines verified model_repo serve ask demo test pin lint lock bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo test pin lint lock bench-serve bench-convert clean refuse FORCE
