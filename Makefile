@@ -48,6 +48,8 @@ ASSUME_GPU     =
 # which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
 TESTS          =
 BENCH          =
+# JSON=1: plan and doctor answer in JSON
+JSON           =
 
 SETTINGS = MODEL ENGINE TP DTYPE TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU
@@ -73,7 +75,7 @@ NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
 REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
                  $(if $(filter ASSUME_GPU,$v),,$(filter-out 0 1,$(words $($v))))),$v))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
-REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH,$(TYPED)))
+REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON,$(TYPED)))
 
 # A model is a preset's name, or a folder (then it has a slash).
 ifneq ($(strip $(REFUSED)),)
@@ -197,8 +199,8 @@ plan: ## the same journey as a table: bytes, memory, commands, what fits on the 
 	@$(call think,plan)
 
 # Both need nothing but the standard library: any Python 3 does, and only where there is none (ENGINE=tensorrt) the toolchain's.
-think = py=$$(type -P $(PY) python3 | head -n 1 || true); if [ "$$py" ] || [ $(ENGINE) != tensorrt ]; then exec "$${py:-python3}" -m scripts.$1; fi; \
-        $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1,exec $(MAKE) $1 TOOLCHAIN="$$(scripts/toolchain.sh version '$(ASSUME_GPU)')")
+think = set -- $(if $(JSON),--json); py=$$(type -P $(PY) python3 | head -n 1 || true); if [ "$$py" ] || [ $(ENGINE) != tensorrt ]; then exec "$${py:-python3}" -m scripts.$1 "$$@"; fi; \
+        $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1 "$$@",exec $(MAKE) $1 TOOLCHAIN="$$(scripts/toolchain.sh version '$(ASSUME_GPU)')")
 doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
 doctor plan: export REFUSED_NAMES = $(REFUSED)
 
