@@ -234,7 +234,7 @@ engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py 
                   $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
-                  $(wildcard model_repo_template/tensorrt_llm/1/*.py)
+                  scripts/preflight.py scripts/contracts.py scripts/gpus.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json $(TEMPLATES)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)

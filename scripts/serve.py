@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors, processes, room
+from scripts import errors, preflight, processes, room
 
 PROJECT = Path(__file__).parent.parent
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
@@ -80,11 +80,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container)."""
+    """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container); open_mpi: mpirun's major version."""
 
     tritonserver: Path
     backends: Optional[Path]
     libraries: Sequence[Path]
+    open_mpi: int = 5
 
 
 def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings) -> List[str]:
@@ -109,7 +110,8 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings) -> Lis
         "--model-control-mode=explicit", "--load-model=tensorrt_llm",
         "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
     ]  # fmt: skip
-    command = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "--output", "tag"]
+    command = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):
         role = leader if rank == 0 else follower
         command += [":"] * (rank > 0) + [
@@ -135,10 +137,11 @@ def server_environment(
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Everything temporary lies in one folder that goes when we go.
     environment["TMPDIR"] = str(run_dir)
-    environment["OMPI_MCA_btl_sm_backing_directory"] = str(run_dir)
+    shared_memory = "sm" if toolbox.open_mpi >= 5 else "vader"
+    environment[f"OMPI_MCA_btl_{shared_memory}_backing_directory"] = str(run_dir)
     # All ranks are on this host: shared memory only, no probing of networks.
     environment["OMPI_MCA_pml"] = "ob1"
-    environment["OMPI_MCA_btl"] = "self,sm"
+    environment["OMPI_MCA_btl"] = f"self,{shared_memory}"
     if world_size > cores:
         # A rank that waits for another must give the core away, or the other never gets it.
         environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
@@ -166,7 +169,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         if packaged.is_file():
-            return Toolbox(packaged, None, [])
+            return Toolbox(packaged, None, [], open_mpi_major())
         raise errors.program_missing("tritonserver")
     home = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     stub = (
@@ -189,7 +192,16 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     )
     if libpython.is_file():
         libraries.append(libpython.parent)
-    return Toolbox(home / "bin" / "tritonserver", backends, libraries)
+    return Toolbox(home / "bin" / "tritonserver", backends, libraries, open_mpi_major())
+
+
+def open_mpi_major() -> int:
+    """5 with the pinned packages, 4 in NVIDIA's images (HPC-X), where some options have other names."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    command = [shutil.which("mpirun", path=path) or "mpirun", "--version"]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    match = re.search(r"Open MPI\) (\d+)\.", first)
+    return int(match[1]) if match else 5
 
 
 def check_ports(settings: Settings) -> None:
@@ -373,6 +385,7 @@ class Supervisor:
                     + (f"; their log: {errors.shown(self.settings.log)}" if self.settings.log else ""),
                 )
                 command = mpirun_command(world_size, toolbox, self.settings)
+                preflight.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
                 ranks = Ranks(
                     command, environment, self.settings.root, Path(folder), log if self.settings.log else None
                 )

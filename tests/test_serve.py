@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
@@ -18,7 +19,7 @@ import tritonclient.grpc as triton
 from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
 
 from scripts import errors
-from scripts.serve import Settings, Toolbox, mpirun_command, server_environment
+from scripts.serve import Settings, Toolbox, mpirun_command, open_mpi_major, server_environment
 
 LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -233,6 +234,19 @@ def test_ranks_yield_only_when_there_are_more_of_them_than_cores() -> None:
 
     assert environment(4, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1"
     assert "OMPI_MCA_mpi_yield_when_idle" not in environment(2, 2)
+
+
+def test_nvidias_older_open_mpi_is_spoken_to_in_its_own_words() -> None:
+    """Open MPI 4.1 (HPC-X) calls the tags and the way through shared memory otherwise; 5 knows neither of its names."""
+    older = replace(TOOLBOX, open_mpi=4)
+    settings = Settings(Path("."), "127.0.0.1", 8000, 8001, 8002)
+    assert "--tag-output" in mpirun_command(2, older, settings) and "--output" not in mpirun_command(2, older, settings)
+    assert "--tag-output" not in mpirun_command(2, TOOLBOX, settings)
+    environment = server_environment({}, older, Path("/tmp/x"), 2, 2)
+    assert environment["OMPI_MCA_btl"] == "self,vader"
+    assert environment["OMPI_MCA_btl_vader_backing_directory"] == "/tmp/x"
+    assert server_environment({}, TOOLBOX, Path("/tmp/x"), 2, 2)["OMPI_MCA_btl"] == "self,sm"
+    assert open_mpi_major() == 5
 
 
 def test_ports_must_differ_and_be_ports() -> None:
