@@ -6,16 +6,25 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 Array = np.ndarray[Any, Any]
-Sent = Mapping[str, Array]
+REQUIRED = object()
 
 
 class Refused(Exception):
     """A request that cannot be served; the text goes to the client."""
 
 
-def read(request: Any) -> Dict[str, Array]:
-    """All inputs of a Triton request by name, the batch dimension in front."""
-    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+class Sent(Dict[str, Array]):
+    """All inputs of a Triton request by name, the batch dimension in front.
+
+    Triton counts the inputs of a request; whether those that must be there are among them is not its concern.
+    """
+
+    def __missing__(self, name: str) -> Array:
+        raise Refused(f"{name} is missing")
+
+
+def read(request: Any) -> Sent:
+    return Sent({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
 
 
 def answered(request: Any, outputs: Callable[[Sent], Mapping[str, Array]]) -> Any:
@@ -81,9 +90,9 @@ def weighted_words(sent: Sent, words_name: str, weights_name: str) -> List[Tuple
     return [(_utf8(words_name, value), weight) for value, weight in zip(values, weights) if value]
 
 
-def scalar(sent: Sent, name: str, default: Any = None) -> Any:
+def scalar(sent: Sent, name: str, default: Any = REQUIRED) -> Any:
     """The one value of an input."""
-    if name not in sent:
+    if name not in sent and default is not REQUIRED:
         return default
     values = sent[name].reshape(-1)
     if len(values) != 1:

@@ -83,10 +83,14 @@ class Text:
         return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32)
 
     def embedding_bias(self, weighted_words: Sequence[Tuple[str, float]], vocab_size: int) -> "np.ndarray[Any, Any]":
-        """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size)."""
+        """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size).
+
+        Of a word's spellings the one at the start of a word counts, as in NVIDIA's preprocessing: the letters that it may be made of
+        elsewhere are in many other words.
+        """
         bias = np.zeros((1, vocab_size), dtype=np.float32)
-        for word, weight in weighted_words:
-            bias[0, list({token for ids in self.spellings(word) for token in ids})] += weight
+        for ids, (_, weight) in zip(self.encode([word for word, _ in weighted_words], False), weighted_words):
+            bias[0, list(set(ids))] += weight
         return bias
 
 

@@ -97,7 +97,7 @@ class TritonPythonModel:
         prompt = sent.one_text(given, "text_input", self.max_prompt_bytes)
         [ids] = self.text.encode([prompt])
         wanted = {name: self.dtypes[name] for name in call.request.requested_output_names() if name in self.dtypes}
-        asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"))]
+        asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"), False)]
         answer = Answer(self.text, sent.words(given, "stop_words"), wanted, asked, len(ids))
         streaming = sent.scalar(given, "stream", False)
         whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
