@@ -1,29 +1,35 @@
 """Runs every check of every script before anything is made: what this machine has and lacks for the journey.
 
 Cheap checks first. [✓] fine, [!] worth knowing, [✗] the journey will stop there, with the report it would stop with. Says "Ready."
-or exits 1. Needs nothing but the standard library, so that it runs before anything is installed.
+or exits 1. Needs nothing but the standard library, so that it runs before anything is installed; fetches and changes nothing.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from scripts import errors, serve
-from scripts.room import human_bytes
+from scripts import build_engines, contracts, errors, gpus, memory_model, plan, serve, tokenizer
+from scripts.llama_shape import LlamaShape, read_json
+from scripts.room import MANIFEST, human_bytes
 
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
+SCRIPTS = Path(__file__).parent
 # .venv with the CPU wheel of torch is 1.3 GB, with the CUDA one and NVIDIA's libraries 5 GB; pip unpacks beside it.
 PACKAGES_BYTES = 3_000_000_000
-# What hf, checkpoint (linked again as engines) take together: each once the weights' size.
-ROOMS_PER_WEIGHTS = 2
+# Files up to here are compared with Meta's checklist.chk; md5 of gigabytes takes minutes and is left to the user.
+HASHED_BYTES = 100_000_000
+LOOK_UP_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -37,152 +43,413 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the user asked make for."""
+class Case:
+    """What the user asked make for, and the GPUs, looked up once; unseen: why they could not be."""
 
-    weights: Path
-    python: Path
-    host: str
-    http_port: str
-    grpc_port: str
-    metrics_port: str
+    choice: plan.Choice
+    host: Sequence[gpus.Gpu] = ()
+    unseen: Optional[errors.Problem] = None
+
+    @property
+    def python(self) -> Path:
+        return Path(self.choice["INTERPRETER"] or ".venv/bin/python")
+
+    @property
+    def toolchain(self) -> Optional[str]:
+        """The TensorRT-LLM that is asked for, else the one that the GPU decides; None where neither says."""
+        return self.choice["TOOLCHAIN"] or (plan.toolchain_for(self.host[0]) if self.host else None)
+
+    def rows(self) -> Dict[str, plan.Row]:
+        """What each room takes, whether it fits on the GPUs or not."""
+        journey = plan.journey_of(self.choice, plan.model_of(self.choice), [])
+        return {row.room: row for row in plan.rows(journey)}
 
 
-def checked(name: str, check: Callable[[Choice], str], choice: Choice) -> Finding:
+Check = Callable[[Case], str]
+
+
+def checked(name: str, check: Check, case: Case) -> Finding:
     """Run one check. A Problem is a finding; a check that crashes is one too, never the end of the doctor."""
     try:
-        text = check(choice)
+        text = check(case)
     except errors.Problem as problem:
-        return Finding(name, "stop", problem.title, problem.report())
+        title = problem.title.lower() if problem.title.isupper() else problem.title
+        return Finding(name, "stop", title, problem.report())
     except Exception as error:
         return Finding(name, "note", f"this check itself failed: {type(error).__name__}: {error}")
     mark, _, rest = text.partition(" ")
     return Finding(name, mark, rest)
 
 
-def check_system(choice: Choice) -> str:
-    """The system, its C library and an interpreter: what scripts/make_venv.sh would say."""
-    if choice.python.is_file():
-        version = subprocess.run(
-            [choice.python, "-V"], capture_output=True, text=True, timeout=30, check=False
-        ).stdout.strip()
-        return f"fine {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}, {version} at {errors.shown(choice.python)}"
-    script = Path(__file__).with_name("make_venv.sh")
-    done = subprocess.run(["bash", str(script), "--check"], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise errors.Reported(done.stderr)
-    return f"note {done.stdout.strip() or 'fit'}; {errors.shown(choice.python)} is not made yet, the first make installs it"
+# --- for both engines ---
 
 
-def check_make(choice: Choice) -> str:
+def check_settings(case: Case) -> str:
+    """Nothing was typed that make cannot take."""
+    plan.refuse(case.choice)
+    engine = f"TensorRT-LLM {case.toolchain or '(the GPU decides)'}" if case.choice.tensorrt else "the torch engine"
+    return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}"
+
+
+def check_make(case: Case) -> str:
     """GNU make 4 or later: 3.82 has no $(file ...)."""
-    first = subprocess.run(["make", "--version"], capture_output=True, text=True, timeout=30, check=False).stdout.split(
-        "\n"
-    )[0]
-    return f"fine {first}" if first >= "GNU Make 4" else f"note {first or 'no make'}: GNU Make 4.0 or later is needed"
+    said = subprocess.run(["make", "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    version = re.match(r"GNU Make (\d+)\.", said)
+    if version and int(version[1]) >= 4:
+        return f"fine {said.splitlines()[0]}"
+    return f"note {said.splitlines()[0] if said else 'no make'}: GNU Make 4.0 or later is needed"
 
 
-def check_memory(choice: Choice) -> str:
-    """Conversion streams (under 1 GiB); the torch engine on a CPU holds the model in float32, every rank its part."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    needed = 3_000_000_000 + 2 * _size_of(choice.weights)
-    mark = "fine" if available >= needed else "note"
-    return f"{mark} {human_bytes(available)} of memory available; serving on the CPU takes about {human_bytes(needed)}"
+def check_weights(case: Case) -> str:
+    """The weights are there, and each file is as long as the model's shape or its own header says."""
+    folder = case.choice.weights
+    if not folder.is_dir():
+        raise errors.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder)
+    names = sorted(path.name for path in folder.iterdir())
+    if "params.json" in names:
+        form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)
+    elif "config.json" in names:
+        form, seen = "Hugging Face's form", check_hf_files(folder)
+    else:
+        raise errors.weights_unknown_form(folder, names)
+    return f"fine {form}, {human_bytes(plan.weights_bytes(folder))}, in {errors.shown(folder)}: {seen}"
 
 
-def check_disk(choice: Choice) -> str:
-    """Room for the rooms, and for the packages while there are none."""
-    free = shutil.disk_usage(".").free
-    needed = ROOMS_PER_WEIGHTS * _size_of(choice.weights) + (0 if choice.python.is_file() else PACKAGES_BYTES)
-    mark = "fine" if free >= needed else "note"
-    return f"{mark} {human_bytes(free)} of disk free here; all rooms take about {human_bytes(needed)}"
+def check_meta_files(folder: Path, shape: LlamaShape) -> str:
+    """consolidated.NN.pth: the count and sizes that the shape asks for; small files against checklist.chk."""
+    tokenizer.path_of(folder)
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    for index in range(max(1, len(paths))):
+        name = f"consolidated.{index:02d}.pth"
+        if folder / name not in paths:
+            raise errors.weights_file_missing(folder, name, [path.name for path in paths])
+    sizes = [path.stat().st_size for path in paths]
+    item_bytes = memory_model.ITEM_BYTES[plan.dtype_of(folder, shape)]
+    total = memory_model.parameters(shape) * item_bytes
+    expected_shards = round(total / max(sizes)) if max(sizes) else len(paths)
+    if expected_shards > len(paths):
+        raise errors.shards_missing(folder, len(paths), expected_shards)
+    replicated = (2 * shape.n_layers + 1) * shape.hidden_size * item_bytes  # the norms are whole in every shard
+    for path, size in zip(paths, sizes):
+        least = (total - replicated) // len(paths) + replicated
+        if size < least:
+            raise errors.weights_unreadable(path, f"it has {size} bytes, its tensors alone take {least}")
+    return f"{len(paths)} whole shard(s); {check_checklist(folder)}"
 
 
-def check_weights(choice: Choice) -> str:
-    """The weights are where WEIGHTS says."""
-    names = {path.name for path in choice.weights.iterdir()} if choice.weights.is_dir() else set()
-    if not names & {"params.json", "config.json"}:
-        raise errors.weights_unknown_form(choice.weights, sorted(names))
-    form = "Meta's form" if "params.json" in names else "Hugging Face's form"
-    return f"fine weights in {form}, {human_bytes(_size_of(choice.weights))}, in {errors.shown(choice.weights)}"
+def check_checklist(folder: Path) -> str:
+    """Meta's md5 sums, as far as the files are small."""
+    checklist = folder / "checklist.chk"
+    if not checklist.is_file():
+        return "no checklist.chk"
+    agreeing, left = 0, 0
+    for line in checklist.read_text().splitlines():
+        expected, _, name = line.partition(" ")
+        path = folder / Path(name.strip(" *")).name
+        if not path.is_file():
+            raise errors.weights_file_missing(folder, path.name, sorted(p.name for p in folder.iterdir()))
+        if path.stat().st_size > HASHED_BYTES:
+            left += 1
+            continue
+        actual = hashlib.md5(path.read_bytes()).hexdigest()
+        if actual != expected:
+            raise errors.checksum_differs(path, expected, actual)
+        agreeing += 1
+    command = f", {left} large left to: cd {errors.shown(folder)} && md5sum -c checklist.chk" if left else ""
+    return f"checklist.chk agrees with {agreeing} file(s){command}"
 
 
-def check_ports(choice: Choice) -> str:
+def check_hf_files(folder: Path) -> str:
+    """The .safetensors of config.json's model: all that the index names, each as long as its header says."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise errors.weights_file_missing(folder, name, sorted(path.name for path in folder.iterdir()))
+        size, expected = (folder / name).stat().st_size, safetensors_bytes(folder / name)
+        if size != expected:
+            raise errors.weights_unreadable(folder / name, f"it has {size} bytes, its header speaks of {expected}")
+    return f"{len(names)} whole file(s)"
+
+
+def safetensors_bytes(path: Path) -> int:
+    """How long a .safetensors file says it is: 8 bytes, the header, and the data up to the last offset."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, memory_model.MIB * 100)))
+        tensors = [value for name, value in header.items() if name != "__metadata__"]
+        return 8 + int(length) + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise errors.weights_unreadable(path, f"no header of safetensors ({error})") from None
+
+
+def check_ports(case: Case) -> str:
     """The three ports are free."""
+    choice = case.choice
+    if in_container():
+        return "note this runs in the container: make serve looks at the host's ports"
     settings = serve.settings_from(argparse.Namespace(
-        root=Path("."), log=None, startup_seconds=0.0, host=choice.host,
-        http_port=choice.http_port, grpc_port=choice.grpc_port, metrics_port=choice.metrics_port,
+        root=Path("."), log=None, startup_seconds=0.0, host=choice["HOST"],
+        http_port=choice["HTTP_PORT"], grpc_port=choice["GRPC_PORT"], metrics_port=choice["METRICS_PORT"],
     ))  # fmt: skip
     serve.check_ports(settings)
-    return f"fine ports {choice.http_port}, {choice.grpc_port}, {choice.metrics_port} on {choice.host} are free"
+    ports = f"{settings.http_port}, {settings.grpc_port}, {settings.metrics_port}"
+    return f"fine ports {ports} on {settings.host} are free"
 
 
-def check_shared_memory(choice: Choice) -> str:
+def check_memory(case: Case) -> str:
+    """Host memory against the hungriest room. An estimate that nobody has measured stops nothing."""
+    available = build_engines.free_memory_bytes()
+    rows = case.rows()
+    needs = {"conversion": memory_model.CONVERSION_BYTES}
+    needs.update({name: rows[name].host_memory_bytes or 0 for name in ("engines", "serve")})
+    if not case.choice.tensorrt and case.host:
+        needs["serve"] = memory_model.CONVERSION_BYTES  # the weights go on to the GPUs, tensor by tensor
+    said = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.items() if size)
+    short = [name for name, size in needs.items() if size > available]
+    return f"{'note' if short else 'fine'} {human_bytes(available)} of memory available; at most needed by {said}" + (
+        f": short for {', '.join(short)}" if short else ""
+    )
+
+
+def check_disk(case: Case) -> str:
+    """Room for the rooms that are not made yet, and for the packages while there are none."""
+    free = shutil.disk_usage("build" if Path("build").is_dir() else ".").free  # build/ may be a link
+    rows = case.rows()
+    folders = {"hf": Path(case.choice["HF"] or "build/hf")}
+    for name in ("checkpoint", "engines", "verified", "model_repo"):
+        folders[name] = Path(case.choice["VARIANT"] or "build") / name
+    missing = [name for name, folder in folders.items() if not (folder / MANIFEST).is_file()]
+    rooms = sum(rows[name].disk_bytes or 0 for name in missing)
+    packages = 0 if case.choice.tensorrt or case.python.is_file() else PACKAGES_BYTES
+    if free < rooms:
+        raise errors.disk_too_small(Path.cwd(), free, rooms, missing)
+    said = f"{human_bytes(free)} of disk free here; the rooms to be made take {human_bytes(rooms)}"
+    said += f", the packages {human_bytes(packages)}" if packages else ""
+    return f"{'fine' if free >= rooms + packages else 'note'} {said}"
+
+
+def check_fit(case: Case) -> str:
+    """MODEL x TP x DTYPE x limits against the GPUs' memory and abilities."""
+    if case.unseen:
+        return "note the GPUs are not known, see above"
+    journey = plan.journey_of(case.choice, plan.model_of(case.choice), case.host)
+    if not journey.fit and case.choice.tensorrt:
+        return "note without a GPU there is nothing to fit on; for instance: " + errors.make(
+            "plan", ASSUME_GPU="2x A100-80GB"
+        )
+    if not journey.fit:
+        return f"fine {journey.engine.world_size} rank(s) on the CPU"
+    verdict = " ".join(plan.verdict(journey, journey.fit)[: 1 if journey.fit.verdict == "fits" else None])
+    return f"{'fine' if journey.fit.verdict == 'fits' else 'note'} {' '.join(verdict.split())}"
+
+
+# --- ENGINE=torch ---
+
+
+def check_system(case: Case) -> str:
+    """The system, its C library and an interpreter: what scripts/make_venv.sh would say."""
+    if case.python.is_file():
+        command = [str(case.python), "-V"]
+        version = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
+        return f"fine {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}, {version} at {errors.shown(case.python)}"
+    if shutil.which(str(case.python)):
+        return f"fine {platform.system()} {platform.machine()}, {case.python} on PATH"
+    if "PYTHON" in case.choice.refused:
+        raise errors.interpreter_missing(case.choice["PYTHON"])
+    command = ["bash", str(SCRIPTS / "make_venv.sh"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        raise errors.Reported(done.stderr)
+    return f"note {done.stdout.strip()}; {errors.shown(case.python)} is not made yet, the first make installs it"
+
+
+def check_shared_memory(case: Case) -> str:
     """/dev/shm, through which Triton's processes and MPI's ranks talk."""
-    serve.check_shared_memory(world_size=2)
+    serve.check_shared_memory(world_size=case.choice.number("TP") or 1)
     stat = os.statvfs("/dev/shm")
     return f"fine {human_bytes(stat.f_bavail * stat.f_frsize)} of shared memory"
 
 
-def check_server(choice: Choice) -> str:
+def check_server(case: Case) -> str:
     """mpirun and tritonserver are there, where the packages are."""
-    if not choice.python.is_file():
+    if not case.python.is_file():
         return "note mpirun and tritonserver come with the packages"
     serve.check_mpirun()
     with tempfile.TemporaryDirectory() as folder:
-        return f"fine mpirun; {serve.find_toolbox(Path(folder)).tritonserver.name} with a Python backend for {platform.python_version()}"
+        server = serve.find_toolbox(Path(folder)).tritonserver
+    return f"fine mpirun; {server.name} with a Python backend for {platform.python_version()}"
 
 
-def check_gpus(choice: Choice) -> str:
+def check_gpus_wanted(case: Case) -> str:
     """NVIDIA's GPUs, when there are any; the torch engine runs without."""
-    if not shutil.which("nvidia-smi"):
-        return "note no nvidia-smi: the torch engine will compute on the CPU, in float32"
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if case.unseen:
+        return f"note {case.unseen.title}: {case.unseen.seen}"
+    return (
+        f"fine {seen(case)}" if case.host else "note no GPU that torch can use: it will compute on the CPU, in float32"
+    )
+
+
+# --- ENGINE=tensorrt ---
+
+
+def check_host(case: Case) -> str:
+    """Only what runs docker: everything else is in the container."""
+    system = f"{platform.system()} {platform.machine()}"
+    return f"fine {system}" if system == "Linux x86_64" else f"note {system}: NVIDIA's images here are for Linux x86_64"
+
+
+def check_gpus_needed(case: Case) -> str:
+    """The GPUs, their memory and compute capability."""
+    if case.unseen:
+        raise case.unseen
+    if not case.host:
+        raise errors.no_gpu("ENGINE=tensorrt")
+    return f"fine {seen(case)}"
+
+
+def seen(case: Case) -> str:
+    kinds = {(gpu.name, human_bytes(gpu.memory_bytes), gpu.compute_capability) for gpu in case.host}
+    each = "; ".join(f"{name}: {size}, compute capability {capability}" for name, size, capability in sorted(kinds))
+    assumed = " (assumed)" if case.choice["ASSUME_GPU"] else ""
+    return f"{plan.described(case.host)}{assumed}; {each}"
+
+
+def check_driver(case: Case) -> str:
+    """The driver against what the container's CUDA needs."""
+    if not case.toolchain or not case.host:
+        return "note without a GPU or a TOOLCHAIN there is nothing to compare"
+    row = contracts.toolchain(case.toolchain)
+    driver, needed, own = case.host[0].driver, str(row["driver_min"]), str(row["driver"])
+    if driver is None:
+        return f"note of assumed GPUs no driver is known; TensorRT-LLM {case.toolchain} needs {needed} or later"
+    if numbers(driver) < numbers(needed):
+        raise errors.driver_too_old(driver, needed, case.toolchain)
+    if numbers(driver) < numbers(own):
+        return (
+            f"note driver {driver} is older than CUDA {row['cuda']}'s own, {own}: the container brings what it takes to run all the same, "
+            "on data-center GPUs only"
+        )
+    return f"fine driver {driver}, {needed} or later is needed"
+
+
+def numbers(version: str) -> Tuple[int, ...]:
+    """'535.183.06' -> (535, 183, 6), for comparisons."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def check_links(case: Case) -> str:
+    """How the ranks' GPUs reach each other: it decides the speed, and how the engines are built."""
+    ranks = (case.choice.number("TP") or 1) * (case.choice.number("PP") or 1)
+    if ranks > 1 and len(case.host) < 2:
+        return f"note {ranks} ranks, and fewer than two GPUs to look at"
+    if ranks < 2:
+        return "fine one rank reaches itself"
+    assumed = bool(case.choice["ASSUME_GPU"])
+    links = gpus.assumed_links(list(case.host)) if assumed else gpus.links_here(min(ranks, len(case.host)))
+    if links.nvlink:
+        return "fine NVLink between all of them"
+    if links.peer_access:
+        return "fine they read each other's memory over PCIe; custom all-reduce is for NVLink, so NCCL it is"
+    if links.peer_access is None:
+        return "note whether they read each other's memory is not known; engines will be built for NCCL"
+    return "note they cannot read each other's memory: NCCL goes through the host, which is slower; engines will be built for it"
+
+
+def check_docker(case: Case) -> str:
+    """docker, NVIDIA's runtime and the image: what scripts/toolchain.sh would say. An image is only looked up, never pulled."""
+    if in_container():
+        return "fine this runs in the toolchain's container"
+    version = case.toolchain or contracts.versions()[-1]
+    script = ["bash", str(SCRIPTS / "toolchain.sh")]
+    image = subprocess.run([*script, "image", version], capture_output=True, text=True, timeout=30, check=True).stdout
+    image = image.strip()
+    command = [*script, "check", image, "gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        return f"note nvidia-smi failed: {(done.stderr or done.stdout).strip().splitlines()[0]}"
-    return "fine " + "; ".join(done.stdout.strip().splitlines())
+        problem = errors.Reported(done.stderr)
+        problem.title = problem.title.lower()
+        if "image is not here" in problem.title:
+            problem.title += f"; {looked_up(image)}"
+        raise problem
+    return f"fine docker with NVIDIA's runtime; {image} is here"
 
 
-CHECKS: Dict[str, Callable[[Choice], str]] = {
-    "system": check_system,
-    "make": check_make,
-    "weights": check_weights,
-    "ports": check_ports,
-    "shared memory": check_shared_memory,
-    "memory": check_memory,
-    "disk": check_disk,
-    "server": check_server,
-    "gpus": check_gpus,
+def looked_up(image: str) -> str:
+    """Whether the registry has an image."""
+    command = ["docker", "manifest", "inspect", image]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_UP_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the registry did not answer within {LOOK_UP_SECONDS} s"
+    if done.returncode == 0:
+        return "the registry has it, it can be pulled"
+    return f"the registry says: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}"
+
+
+def in_container() -> bool:
+    """Where the host has no Python, make runs the doctor in NVIDIA's container; toolchain.sh has then checked docker before."""
+    return Path("/opt/tritonserver").is_dir() and not shutil.which("docker")
+
+
+CHECKS: Dict[str, Dict[str, Check]] = {
+    "torch": {
+        "settings": check_settings,
+        "make": check_make,
+        "system": check_system,
+        "weights": check_weights,
+        "ports": check_ports,
+        "shared memory": check_shared_memory,
+        "memory": check_memory,
+        "disk": check_disk,
+        "server": check_server,
+        "gpus": check_gpus_wanted,
+        "fit": check_fit,
+    },
+    "tensorrt": {
+        "settings": check_settings,
+        "make": check_make,
+        "system": check_host,
+        "weights": check_weights,
+        "ports": check_ports,
+        "memory": check_memory,
+        "disk": check_disk,
+        "gpus": check_gpus_needed,
+        "driver": check_driver,
+        "links": check_links,
+        "fit": check_fit,
+        "docker": check_docker,
+    },
 }
 
 
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+def case_of(choice: plan.Choice) -> Case:
+    """The choice with the GPUs that are there, or that it names."""
+    try:
+        return Case(choice, plan.gpus_of(choice))
+    except errors.Problem as problem:
+        return Case(choice, (), problem)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--python", type=Path, required=True)
-    for flag in ("--host", "--http-port", "--grpc-port", "--metrics-port"):
-        parser.add_argument(flag, required=True)
     parser.add_argument("--json", action="store_true", help="one JSON object per finding")
-    args = vars(parser.parse_args())
-    as_json = args.pop("json")
-    choice = Choice(**args)
+    as_json = parser.parse_args().json
+    case = case_of(plan.chosen(os.environ))
     findings: List[Finding] = []
-    for name, check in CHECKS.items():
-        findings.append(checked(name, check, choice))
+    for name, check in CHECKS["tensorrt" if case.choice.tensorrt else "torch"].items():
+        findings.append(checked(name, check, case))
         if as_json:
             print(json.dumps(asdict(findings[-1]), ensure_ascii=False), flush=True)
         else:
             print(f"[{MARKS[findings[-1].mark]}] {name:<14} {findings[-1].text}", flush=True)
+        if name == "settings" and findings[-1].mark == "stop":
+            break  # what the others would look at is not known
     stops = [finding for finding in findings if finding.mark == "stop"]
     if not as_json:
-        for finding in stops:
-            print(f"\n{finding.problem}", file=sys.stderr)
+        for problem in dict.fromkeys(finding.problem for finding in stops):  # two checks may meet the same one
+            print(f"\n{problem}", file=sys.stderr)
         print("\nReady." if not stops else f"\nNot ready: {', '.join(finding.name for finding in stops)}.")
     return 1 if stops else 0
 

@@ -12,6 +12,8 @@ from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
+# the goals that ASSUME_GPU is for
+PLANNING = ("plan", "doctor")
 
 
 class Problem(Exception):
@@ -70,8 +72,10 @@ def make(target: str, **changed: object) -> str:
         line.strip().split("=", 1) for line in os.environ.get("BAKE_SETTINGS", "").splitlines() if "=" in line
     )
     settings.update({name: str(value) for name, value in changed.items() if value is not None})
-    for name in [name for name, value in changed.items() if value is None]:
-        settings.pop(name, None)
+    # make refuses to build or serve for GPUs that are only assumed
+    left_out = {name for name, value in changed.items() if value is None}
+    left_out |= set() if target in PLANNING else {"ASSUME_GPU"}
+    settings = {name: value for name, value in settings.items() if name not in left_out}
     return " ".join(
         ["make", target, *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items())]
     )
@@ -703,6 +707,27 @@ def does_not_fit(model: str, found: str, shares: str, advice: str, command: str)
         f"\n\n{shares}",
         advice,
         command,
+    )
+
+
+def disk_too_small(where: PathLike, free_bytes: int, needed_bytes: int, rooms: Sequence[str]) -> Problem:
+    return Problem(
+        "the disk is too small",
+        where,
+        f"{free_bytes / 1e9:.1f} GB are free here; the rooms that are still to be made ({', '.join(rooms)}) take "
+        f"{needed_bytes / 1e9:.1f} GB.",
+        "build/ may be a link to a larger disk; see what each room takes:",
+        make("plan"),
+    )
+
+
+def checksum_differs(path: PathLike, expected: str, actual: str) -> Problem:
+    return Problem(
+        f"{Path(path).name} is damaged",
+        path,
+        f"checklist.chk, which came with the weights, says that its md5 is {expected}; it is {actual}.",
+        "Fetch the file again, and compare all of them:",
+        f"cd {shlex.quote(shown(Path(path).parent))} && md5sum -c checklist.chk",
     )
 
 

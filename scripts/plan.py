@@ -217,7 +217,8 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
         toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
         problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
         if problem:  # whoever plans goes on planning
-            problem.command = re.sub(r"^make \w+", "make plan", problem.command)
+            assumed = f" ASSUME_GPU={shlex.quote(choice['ASSUME_GPU'])}" if choice["ASSUME_GPU"] else ""
+            problem.command = re.sub(r"^make \w+", "make plan", problem.command) + assumed
             raise problem
     if engine.world_size > len(host):
         raise too_many_ranks(engine, host)
@@ -314,8 +315,9 @@ def rows(journey: Journey) -> List[Row]:
         build_bytes = trtllm_build.BUILDER_COPIES * rank_bytes + trtllm_build.BUILDER_BYTES
     # beside GPUs Hugging Face's model lies in the stored type on them and on the host, on a CPU in float32
     asked_bytes = hf_bytes if journey.gpus else 4 * memory_model.parameters(model.shape)
+    yours = f"# {'yours' if model.stored_bytes else 'not here yet'}: {choice['WEIGHTS']}"
     made = [
-        Row("weights", model.stored_bytes or hf_bytes, None, "", f"# {'yours' if model.stored_bytes else 'not here yet'}: {choice['WEIGHTS']}"),
+        Row("weights", model.stored_bytes or hf_bytes, None, "", yours),
         Row("hf", 0 if model.form == "hf" else hf_bytes, memory_model.CONVERSION_BYTES, copying, ""),
         Row("checkpoint", all_bytes, memory_model.CONVERSION_BYTES, copying, ""),
         Row("engines", all_bytes if choice.tensorrt else 0, build_bytes, "not known" if choice.tensorrt else "seconds", ""),
@@ -334,9 +336,7 @@ def rows(journey: Journey) -> List[Row]:
             f"docker pull {row.get('image', '')}",
         )
         made.insert(0, image)
-    return [
-        row if row.command else dataclasses.replace(row, command=errors.make(row.room, ASSUME_GPU=None)) for row in made
-    ]
+    return [row if row.command else dataclasses.replace(row, command=errors.make(row.room)) for row in made]
 
 
 def serve_bytes(journey: Journey) -> int:
