@@ -26,17 +26,22 @@ LLAMA3_ROPE_SINCE = (0, 12)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the room is asked to be. dtype None: the source's own."""
+    """What the room is asked to be: tp_size * pp_size ranks. dtype None: the source's own."""
 
     hf: Path
     output: Path
     tp_size: int
     trtllm_version: str
     dtype: Optional[str] = None
+    pp_size: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= 1024:
             raise errors.bad_setting("TP", self.tp_size, "a number of ranks from 1 on", errors.make("checkpoint", TP=2))
+        if not 1 <= self.pp_size <= 1024:
+            raise errors.bad_setting(
+                "PP", self.pp_size, "a number of stages from 1 on", errors.make("checkpoint", PP=1)
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise errors.bad_setting("DTYPE", self.dtype, known, errors.make("checkpoint", DTYPE="float16"))
@@ -62,7 +67,7 @@ class RankTensor:
 # --- core: values in, values out ---------------------------------------------------------------------------------------
 
 
-def rank_tensors(shape: LlamaShape, tp_size: int, rank: int) -> Dict[str, RankTensor]:
+def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -> Dict[str, RankTensor]:
     """Everything that rankN.safetensors holds, by TensorRT-LLM v0.8.0's rules (examples/llama/convert_checkpoint.py).
 
     - q, k and v: rows; each is cut by itself, then q of this rank, k, v lie below each other.
@@ -70,14 +75,18 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int) -> Dict[str, RankTe
     - fc is gate_proj and gate is up_proj: the network computes proj(silu(fc x) * gate x).
     - dense and proj: columns. Norms and the embedding: whole on every rank.
     - lm_head: rows, after zero rows up to the next multiple of tp. vocab_size in config.json stays what it was.
+    - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts them from 0;
+      the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of tensorrt_llm/mapping.py).
     """
     hidden, head = shape.hidden_size, shape.head_size
+    stage, place = divmod(rank, tp_size)
+    layers = shape.n_layers // pp_size
 
     def part(size: int) -> Tuple[int, int]:
-        return rank * (size // tp_size), (rank + 1) * (size // tp_size)
+        return place * (size // tp_size), (place + 1) * (size // tp_size)
 
     if tp_size > shape.n_kv_heads:
-        kv_head = rank // (tp_size // shape.n_kv_heads)
+        kv_head = place // (tp_size // shape.n_kv_heads)
         kv = kv_head * head, (kv_head + 1) * head
     else:
         kv = part(shape.n_kv_heads * head)
@@ -96,13 +105,14 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int) -> Dict[str, RankTe
     head_cuts = [Cut(HEAD, inside)] if inside[0] < inside[1] else []
     if end > shape.vocab_size:
         head_cuts.append(Cut(None, (0, end - max(first, shape.vocab_size))))
-    tensors = {
-        "lm_head.weight": stack(hidden, *head_cuts),
-        "transformer.vocab_embedding.weight": whole(EMBEDDING, shape.vocab_size, hidden),
-        "transformer.ln_f.weight": whole(LAST_NORM, hidden),
-    }
-    for index in range(shape.n_layers):
-        hf, ours = f"model.layers.{index}.", f"transformer.layers.{index}."
+    tensors: Dict[str, RankTensor] = {}
+    if stage == pp_size - 1:
+        tensors["lm_head.weight"] = stack(hidden, *head_cuts)
+        tensors["transformer.ln_f.weight"] = whole(LAST_NORM, hidden)
+    if stage == 0:
+        tensors["transformer.vocab_embedding.weight"] = whole(EMBEDDING, shape.vocab_size, hidden)
+    for index in range(layers):
+        hf, ours = f"model.layers.{stage * layers + index}.", f"transformer.layers.{index}."
         attention, mlp = f"{hf}self_attn.", f"{hf}mlp."
         tensors.update(
             {
@@ -123,7 +133,9 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int) -> Dict[str, RankTe
     return tensors
 
 
-def checkpoint_config(golden: Mapping[str, Any], model: HfModel, dtype: str, tp_size: int) -> Dict[str, Any]:
+def checkpoint_config(
+    golden: Mapping[str, Any], model: HfModel, dtype: str, tp_size: int, pp_size: int = 1
+) -> Dict[str, Any]:
     """config.json: the keys of the chosen version's golden file in their order, with this model's values."""
     shape = model.shape
     ours = {
@@ -143,7 +155,7 @@ def checkpoint_config(golden: Mapping[str, Any], model: HfModel, dtype: str, tp_
         "rotary_embedding_dim": shape.head_size,
     }
     config = {key: ours.get(key, value) for key, value in golden.items()}
-    ranks = {"world_size": tp_size, "tp_size": tp_size, "moe_tp_size": tp_size}
+    ranks = {"world_size": tp_size * pp_size, "tp_size": tp_size, "pp_size": pp_size, "moe_tp_size": tp_size}
     config["mapping"] = {key: ranks.get(key, value) for key, value in golden["mapping"].items()}
     return config
 
@@ -184,14 +196,21 @@ def infinite(values: Raw, dtype: str) -> int:
 
 def build_checkpoint(settings: Settings) -> None:
     """Fill the room, rank by rank; a rank file that an interrupted try finished is kept."""
-    tp_size = settings.tp_size
-    arguments = {"tp_size": tp_size, "dtype": settings.dtype, "trtllm_version": settings.trtllm_version}
+    tp_size, pp_size = settings.tp_size, settings.pp_size
+    arguments = {
+        "tp_size": tp_size,
+        "pp_size": pp_size,
+        "dtype": settings.dtype,
+        "trtllm_version": settings.trtllm_version,
+    }
     with filling(settings.output, {"hf": settings.hf}, arguments, {"numpy": np.__version__}) as room:
         model = read_hf_model(settings.hf)
         dtype = settings.dtype or model.dtype
         impossible = why_impossible(model.shape, tp_size)
         if impossible:
             raise errors.split_impossible(settings.hf, tp_size, *impossible, possible_tp_sizes(model.shape))
+        if model.shape.n_layers % pp_size:
+            raise errors.stages_impossible(settings.hf, pp_size, model.shape.n_layers)
         golden = contracts.table("checkpoint-config", settings.trtllm_version)
         if (model.rope_scaling or {}).get("type") == "llama3" and _version(settings.trtllm_version) < LLAMA3_ROPE_SINCE:
             raise errors.model_unfit(
@@ -199,15 +218,19 @@ def build_checkpoint(settings: Settings) -> None:
                 "rope scaling is of the type llama3",
                 f"none, linear or dynamic with TensorRT-LLM {settings.trtllm_version}",
             )
-        room.write_json("config.json", checkpoint_config(golden, model, dtype, tp_size))
+        room.write_json("config.json", checkpoint_config(golden, model, dtype, tp_size, pp_size))
         plans = [
-            {name: (DTYPES[dtype], tensor.shape) for name, tensor in rank_tensors(model.shape, tp_size, rank).items()}
-            for rank in range(tp_size)
+            {
+                name: (DTYPES[dtype], tensor.shape)
+                for name, tensor in rank_tensors(model.shape, tp_size, rank, pp_size).items()
+            }
+            for rank in range(tp_size * pp_size)
         ]
         total_bytes = sum(math.prod(shape) * ITEM_BYTES[code] for plan in plans for code, shape in plan.values())
+        stages = f"PP={pp_size}, " if pp_size > 1 else ""
         say(
             "checkpoint",
-            f"<- {errors.shown(settings.hf)}: {model.dtype} -> {dtype}, TP={tp_size}, {human_bytes(total_bytes)}",
+            f"<- {errors.shown(settings.hf)}: {model.dtype} -> {dtype}, TP={tp_size}, {stages}{human_bytes(total_bytes)}",
         )
         with progress(total_bytes, "checkpoint") as bar:
             for rank, plan in enumerate(plans):
@@ -217,21 +240,20 @@ def build_checkpoint(settings: Settings) -> None:
                     bar.update(room.kept[name].size_bytes)
                     room.add(name, room.kept[name])
                     continue
-                reader = _RankReader(model, tp_size, rank, DTYPES[dtype])
+                reader = _RankReader(model, rank_tensors(model.shape, tp_size, rank, pp_size), DTYPES[dtype])
                 room.add(name, safetensors_file.write(room.path / name, plan, reader.blocks, advance=bar.update))
         for rank, plan in enumerate(plans):  # the proof: what lies there is what was planned
             written = safetensors_file.read_header(room.path / f"rank{rank}.safetensors")
             seen = {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()}
             assert seen == plan, f"rank{rank}.safetensors is not what was planned"
-        room.facts.update({"dtype": dtype, "tp_size": tp_size, "tensors_per_rank": len(plans[0])})
+        room.facts.update({"dtype": dtype, "tp_size": tp_size, "pp_size": pp_size, "tensors_per_rank": len(plans[0])})
 
 
 class _RankReader:
     """Gives the tensors of one rank by blocks of rows, cast, each value checked to be a number."""
 
-    def __init__(self, model: HfModel, tp_size: int, rank: int, dtype: str) -> None:
-        self.tensors, self.dtype = model.tensors, dtype
-        self.plan = rank_tensors(model.shape, tp_size, rank)
+    def __init__(self, model: HfModel, plan: Mapping[str, RankTensor], dtype: str) -> None:
+        self.tensors, self.plan, self.dtype = model.tensors, plan, dtype
 
     def blocks(self, name: str) -> Iterator[Raw]:
         tensor = self.plan[name]
@@ -283,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, metavar="ROOM")
     parser.add_argument("--tp-size", type=int, required=True, metavar="N")
+    parser.add_argument("--pp-size", type=int, default=1, metavar="N")
     parser.add_argument(
         "--dtype", type=lambda text: text or None, metavar="|".join(DTYPES), help="absent or empty: the source's own"
     )

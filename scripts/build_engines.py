@@ -52,6 +52,11 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
     as long as its question; max_num_tokens: MAX_NUM_TOKENS, never less than one whole prompt and never more than a full batch.
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
+    if max_seq_len < 2:
+        one_each = "at least 2: one token of a prompt, and one of an answer"
+        raise errors.bad_setting(
+            "MAX_SEQ_LEN", max_seq_len, one_each, errors.make("engines", MAX_SEQ_LEN=context_tokens)
+        )
     if max_seq_len > context_tokens:
         raise errors.limits_do_not_fit(
             "MAX_SEQ_LEN", max_seq_len, "the model's context", context_tokens, context_tokens
@@ -195,6 +200,9 @@ def build_torch(
 ) -> None:
     """The torch engine loads the checkpoint's rank files as they are."""
     world_size = config["mapping"]["world_size"]
+    if config["mapping"]["pp_size"] > 1:
+        stages = config["mapping"]["pp_size"]
+        raise errors.bad_setting("PP", stages, "1 with ENGINE=torch", errors.make("serve", PP=1))
     golden = contracts.table("engine-config", settings.trtllm_version)
     announce(settings, config, sizes)
     with filling(settings, sizes) as engines:

@@ -476,6 +476,18 @@ def model_unfit(path: PathLike, seen: str, allowed: str) -> Problem:
 # --- checkpoint -----------------------------------------------------------------------------------------------------------
 
 
+def stages_impossible(where: PathLike, pp_size: int, n_layers: int) -> Problem:
+    possible = [stages for stages in range(1, n_layers + 1) if n_layers % stages == 0]
+    return Problem(
+        "the layers cannot be divided so",
+        where,
+        f"PP is {pp_size}; the model has {n_layers} layers, and each stage takes the same number of them. "
+        f"Possible are {', '.join(map(str, possible))}.",
+        "For instance:",
+        make("checkpoint", PP=max(stages for stages in possible if stages <= pp_size)),
+    )
+
+
 def split_impossible(
     where: PathLike, tp_size: int, what: str, size: int, rule: str, possible: Sequence[int]
 ) -> Problem:

@@ -104,6 +104,37 @@ def test_rank_files_are_upstreams_byte_for_byte(dims: Dims, tp_size: int, tmp_pa
     assert_as_upstream(build(hf, tmp_path / "checkpoint", tp_size), hf, dims, tp_size, "float16", tmp_path)
 
 
+def test_pipeline_stages_hold_the_same_tensors_as_the_ranks_of_one_stage(tmp_path: Path) -> None:
+    """TP=2, PP=3: rank = stage * 2 + place; a stage counts its layers from 0, the ends of the model are on the ends of the pipe."""
+    hf = hf_room(tmp_path)
+    whole, staged = build(hf, tmp_path / "whole", 2), tmp_path / "staged"
+    build_checkpoint.build_checkpoint(build_checkpoint.Settings(hf, staged, 2, "0.8.0", pp_size=3))
+    assert sorted(path.name for path in staged.glob("rank*")) == [f"rank{rank}.safetensors" for rank in range(6)]
+    mapping = json.loads((staged / "config.json").read_text())["mapping"]
+    assert (mapping["world_size"], mapping["tp_size"], mapping["pp_size"]) == (6, 2, 3)
+    for rank in range(6):
+        stage, place = divmod(rank, 2)
+        expected = {}
+        for name, tensor in safetensors.torch.load_file(whole / f"rank{place}.safetensors").items():
+            if name.startswith(f"transformer.layers.{stage}."):
+                expected[name.replace(f"layers.{stage}.", "layers.0.")] = tensor
+            elif (name == "transformer.vocab_embedding.weight" and stage == 0) or (
+                name in ("lm_head.weight", "transformer.ln_f.weight") and stage == 2
+            ):
+                expected[name] = tensor
+        found = safetensors.torch.load_file(staged / f"rank{rank}.safetensors")
+        assert found.keys() == expected.keys() and len(expected) == {0: 8, 1: 7, 2: 9}[stage]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_stages_that_cannot_share_the_layers_are_refused_with_one_that_can(tmp_path: Path) -> None:
+    with pytest.raises(errors.Problem) as caught:
+        build_checkpoint.build_checkpoint(
+            build_checkpoint.Settings(hf_room(tmp_path), tmp_path / "c", 1, "0.8.0", pp_size=2)
+        )
+    assert "PP is 2" in caught.value.seen and "3 layers" in caught.value.seen and "PP=1" in caught.value.command
+
+
 @pytest.mark.parametrize("target", TYPES)
 @pytest.mark.parametrize("source", TYPES)
 def test_every_type_becomes_every_type_as_upstream_rounds(source: str, target: str, tmp_path: Path) -> None:

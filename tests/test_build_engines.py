@@ -97,7 +97,24 @@ def test_the_torch_engine_serves_the_checkpoints_own_files(checkpoints: Path, tm
     assert manifest["facts"] == {"engine": "torch", "world_size": 2, "trtllm_version": "0.8.0"}
 
 
+def test_the_torch_engine_has_no_pipeline_stages(checkpoints: Path, tmp_path: Path) -> None:
+    staged = build_checkpoint.Settings(checkpoints / "hf", tmp_path / "checkpoint", 1, "0.8.0", pp_size=3)
+    build_checkpoint.build_checkpoint(staged)
+    with pytest.raises(errors.Problem, match="PP cannot be 3"):
+        build(tmp_path / "checkpoint", tmp_path / "engines", "0.8.0", engine="torch")
+
+
 # --- tensorrt ---
+
+
+def test_pipeline_stages_make_one_engine_for_each_rank(checkpoints: Path, tmp_path: Path, programs: Path) -> None:
+    staged = build_checkpoint.Settings(checkpoints / "hf", tmp_path / "checkpoint", 2, "0.14.0", pp_size=3)
+    build_checkpoint.build_checkpoint(staged)
+    stand_ins.nvidia_smi(programs, [V100])
+    stand_ins.trtllm_build(programs, "0.14.0")
+    manifest = build(tmp_path / "checkpoint", tmp_path / "engines", "0.14.0")
+    assert len([name for name in manifest["files"] if name.endswith(".engine")]) == manifest["facts"]["world_size"] == 6
+    assert (manifest["facts"]["tp_size"], manifest["facts"]["pp_size"]) == (2, 3)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
