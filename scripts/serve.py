@@ -405,17 +405,16 @@ class Supervisor:
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""
         while not self.asked_to_end.wait(0.1):
-            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2) and http_ok(
-                f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30
-            ):
+            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2):
+                # Triton calls itself ready when its models are loaded; from here on each of their processes must live.
                 ranks.watch()
-                return
+                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30):
+                    return
             if failure := ranks.failure():
                 raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
             if time.monotonic() - started > self.settings.startup_seconds:
-                raise errors.start_too_slow(
-                    self.settings.startup_seconds, {r: ranks.tail(r)[-3:] for r in sorted(ranks.last_lines)}
-                )
+                tails = {rank: ranks.tail(rank)[-3:] for rank in sorted(ranks.last_lines)}
+                raise errors.start_too_slow(self.settings.startup_seconds, tails)
 
     def _announce(self, world_size: int, seconds: float) -> None:
         settings = replace(self.settings, host=self.settings.shown_host or self.settings.host)
