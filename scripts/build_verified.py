@@ -31,7 +31,8 @@ ANSWER_TOKENS = 16
 TOP_K = 10
 # Loading is the longest silence; as long as a server may take for it.
 SILENT_SECONDS = serve.STARTUP_SECONDS
-LAST_LINES = 12
+# mpirun's own words take eight of them
+LAST_LINES = 20
 
 
 @dataclass(frozen=True)

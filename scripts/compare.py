@@ -11,7 +11,9 @@ from typing import Optional, Sequence, Tuple
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
-# Why the thresholds are what they are; the report says it to its reader.
+# Why the thresholds are what they are; the report says it to its reader. Measured on the bundled model with TP=2, largest and mean:
+# float32 on a processor 0.00002 and 0.000002; on two H100 float16 0.04 and 0.004, bfloat16 (engine only) 0.19 and 0.024. With fc and
+# gate of one layer of one rank exchanged in bfloat16: 3.5 and 0.34.
 ARITHMETIC = (
     "The residual stream of the deepest preset (80 layers) is rounded 160 times; roundings are independent, so they grow with the "
     "root: 12.6 units of roundoff. Logits are of a size of 16 or so: 12.6 * 16 = 200 units. float16: 200 * 2^-11 = 0.1. bfloat16: "
