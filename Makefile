@@ -145,7 +145,8 @@ ifneq ($(ENGINE),tensorrt)
   NVIDIA  :=
   LACKS   :=
 else
-  NVIDIA  := $(if $(REFUSE),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
+  # plan and doctor want it also where the weights are not here yet
+  NVIDIA  := $(if $(filter-out $(if $(filter plan doctor,$(MAKECMDGOALS)),WEIGHTS),$(REFUSED)),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
   # packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
   LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
   NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN).iid)
@@ -200,9 +201,11 @@ plan: ## the same journey as a table: bytes, memory, commands, what fits on the 
 
 # Both need nothing but the standard library: any Python 3 does, and only where there is none (ENGINE=tensorrt) the toolchain's.
 think = set -- $(if $(JSON),--json); py=$$(type -P $(PY) python3 | head -n 1 || true); if [ "$$py" ] || [ $(ENGINE) != tensorrt ]; then exec "$${py:-python3}" -m scripts.$1 "$$@"; fi; \
-        $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1 "$$@",exec $(MAKE) $1 TOOLCHAIN="$$(scripts/toolchain.sh version '$(ASSUME_GPU)')")
+        $(if $(filter-out WEIGHTS,$(REFUSED)),REFUSED_SETTINGS="$$CHOSEN" exec scripts/toolchain.sh refuse;) \
+        $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1 "$$@",version=$$(scripts/toolchain.sh version '$(ASSUME_GPU)'); exec $(MAKE) $1 TOOLCHAIN="$$version")
 doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
 doctor plan: export REFUSED_NAMES = $(REFUSED)
+doctor plan: IMAGE = $(NVIDIA)
 
 hf: $(HF)/manifest.json ## weights -> one Hugging Face model
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank

@@ -351,8 +351,10 @@ def programs(journey: Journey) -> Dict[str, List[str]]:
     """The command lines of NVIDIA's programs that the rooms will run in the container."""
     if not journey.choice.tensorrt or not journey.gpus:
         return {}
-    engine, links = journey.engine, gpus.assumed_links(list(journey.gpus[: journey.engine.world_size]))
-    if not journey.choice["ASSUME_GPU"]:
+    engine = journey.engine
+    if journey.choice["ASSUME_GPU"]:
+        links = gpus.assumed_links(list(journey.gpus[: engine.world_size]))
+    else:
         links = gpus.links_here(engine.world_size)
     flags = contracts.flags("trtllm-build", journey.toolchain)
     checkpoint = {
