@@ -234,7 +234,7 @@ hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py script
 checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/safetensors_file.py $(call tables,checkpoint-config)
 engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
-                  $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
+                  scripts/processes.py $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
                   scripts/preflight.py scripts/contracts.py scripts/gpus.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)

@@ -9,17 +9,14 @@ Needs   tensorrt: trtllm-build and one GPU, in the toolchain's container; torch:
 import argparse
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import subprocess
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
-from scripts import contracts, errors, gpus, room, trtllm_build
+from scripts import contracts, errors, gpus, processes, room, trtllm_build
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -238,7 +235,7 @@ def build_tensorrt(
         run_trtllm_build(command, work, intent)
         check_built(engines.path, intent, version)
         for name in ["config.json", *(f"rank{rank}.engine" for rank in range(world_size))]:
-            take(engines, name)
+            engines.take(name)
         engines.facts = {
             "engine": settings.engine,
             "world_size": world_size,
@@ -259,8 +256,6 @@ BUILDERS: Dict[str, Callable[[Settings, Mapping[str, Any], Mapping[str, Any], Ma
 }
 TIMING_CACHE = "model.cache"
 RANK_WRITTEN = re.compile(r"Serializing engine to \S*rank(\d+)\.engine")
-# What is kept of its log for a report
-LAST_LINES = 200
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -313,28 +308,15 @@ def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Optional[Path]:
 def run_trtllm_build(command: List[str], work: Path, intent: trtllm_build.Intent) -> None:
     """Run it to its end in the folder `work`, its output in a log there; a Problem when it fails."""
     started = time.monotonic()
-    last_lines: Deque[str] = deque(maxlen=LAST_LINES)
+
+    def heard(line: str) -> None:
+        if written := RANK_WRITTEN.search(line):
+            room.say("engines", f"rank {written[1]} is built, after {time.monotonic() - started:.0f} s")
+
     log = work / "trtllm-build.log"
-    with open(log, "w", encoding="utf-8") as kept:
-        child = subprocess.Popen(
-            command, cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace",
-        )  # fmt: skip
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                kept.write(line)
-                kept.flush()
-                if line.strip():
-                    last_lines.append(line.rstrip())
-                if written := RANK_WRITTEN.search(line):
-                    room.say("engines", f"rank {written[1]} is built, after {time.monotonic() - started:.0f} s")
-            status = child.wait()
-        finally:
-            child.kill()
-            child.wait()
+    status, last_lines = processes.run_logged(command, log, heard)
     if status != 0:
-        raise trtllm_build.failure(log, status, list(last_lines), intent)
+        raise trtllm_build.failure(log, status, last_lines, intent)
 
 
 def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None:
@@ -345,13 +327,6 @@ def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None
     different = trtllm_build.difference(json.loads((folder / "config.json").read_bytes()), intent, version)
     if different:
         raise errors.engine_not_as_asked(folder / "config.json", *different)
-
-
-def take(engines: room.Filling, name: str) -> None:
-    """Take in a file that another program wrote."""
-    with open(engines.path / name, "rb") as file:
-        os.fsync(file.fileno())
-    engines.add(name, room.sha256_of(engines.path / name))
 
 
 def tokens(name: str, value: str) -> Optional[int]:

@@ -8,11 +8,13 @@ import ctypes
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Set, Tuple
 
 PROC = Path("/proc")
 # prctl(2)
@@ -77,6 +79,30 @@ def reap_orphans() -> None:
             pass
     except ChildProcessError:
         pass
+
+
+def run_logged(
+    command: Sequence[str], log: Path, heard: Callable[[str], None], last: int = 200
+) -> Tuple[int, List[str]]:
+    """Run a program to its end in the folder of `log`, its output there and, line by line, to `heard`: (status, last lines)."""
+    lines: Deque[str] = deque(maxlen=last)
+    with open(log, "w", encoding="utf-8") as kept:
+        child = subprocess.Popen(
+            command, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace",
+        )  # fmt: skip
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                kept.write(line)
+                kept.flush()
+                heard(line)
+                if line.strip():
+                    lines.append(line.rstrip())
+            return child.wait(), list(lines)
+        finally:
+            child.kill()
+            child.wait()
 
 
 def _read(pid: int) -> Optional[Process]:

@@ -61,6 +61,12 @@ class Filling:
         """Write `value` as upstream writes its configs: indent 4, no newline at the end."""
         self.write(name, json.dumps(value, indent=4, ensure_ascii=False).encode())
 
+    def take(self, name: str) -> None:
+        """Take in a file that another program wrote at `path / name`."""
+        with open(self.path / name, "rb") as file:
+            os.fsync(file.fileno())
+        self.add(name, sha256_of(self.path / name))
+
     def link(self, name: str, source: Path, record: FileRecord) -> None:
         """Take in a file of another room (or of the user) without copying its bytes.
 
