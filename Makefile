@@ -92,11 +92,11 @@ else
 endif
 
 # Which TensorRT-LLM, where nobody said so. build/gpu.mk keeps what the GPUs decided; it is made when it is needed and they changed.
-NO_TOOLCHAIN := help doctor plan ask test lint lock pin clean refuse
+NO_TOOLCHAIN := help doctor plan test lint lock pin clean refuse
 ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
   ifneq ($(if $(strip $(REFUSED)),,$(filter-out $(NO_TOOLCHAIN),$(or $(MAKECMDGOALS),help))),)
     ifneq ($(ASKED),)
-      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(BAKE_SETTINGS)' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
+      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(subst $(NEWLINE),|,$(BAKE_SETTINGS))' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
     else ifeq ($(ASSUME_GPU),)
       GPU_SEEN =
       export GPU_SEEN_NOW := $(shell cat /proc/driver/nvidia/gpus/*/information 2>/dev/null | cksum)

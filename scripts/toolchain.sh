@@ -20,14 +20,14 @@ report() { # title, what was seen, what to do, command
 
 # What the user typed, with changes: typed serve TP=2. As errors.make in scripts/errors.py has it.
 typed() {
-    local goal=$1 line name words
+    local goal=$1 settings=${BAKE_SETTINGS:-} line name words
     shift
     words="make $goal"
     while IFS= read -r line; do
         line=${line# }
         name=${line%%=*}
         [[ $line == *=* && " $* " != *" $name="* ]] && words+=" $name=$(quoted "${line#*=}")"
-    done <<<"${BAKE_SETTINGS:-}"
+    done <<<"${settings//|/$'\n'}" # make's $(shell) takes no line breaks
     for line in "$@"; do words+=" ${line%%=*}=$(quoted "${line#*=}")"; done
     echo "$words"
 }

@@ -1,0 +1,466 @@
+"""ENGINE=tensorrt on the host: the version table, what is typed to docker, what is refused. A fake docker on PATH keeps what it was told.
+
+The host of these tests has make, bash, coreutils, grep, sed, find and docker on its PATH, and no Python.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import pytest
+from conftest import ROOT, free_ports
+from stand_ins import nvidia_smi, on_path
+
+from scripts import contracts, gpus, plan
+
+TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
+OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
+DIGEST = "sha256:" + "5f" * 32
+V100 = "Tesla V100-SXM2-16GB, 7.0"
+PROGRAMS = """make bash awk cat cksum cmp cut dirname env find grep head id mkdir mv paste printf realpath rm sed sha256sum sleep sort tail
+    tr wc"""
+
+# Keeps each call as one line of NUL-separated words. A room becomes whole as the script in the container would make it.
+DOCKER = r"""
+{ for word in "$@"; do printf '%s\0' "$word"; done; echo; } >>"$LOG"
+case "$1 ${2:-}" in
+    "info "*) [ -z "${NO_DAEMON:-}" ] || { echo "Cannot connect to the Docker daemon." >&2; exit 1; }; echo "${RUNTIMES:-runc nvidia }" ;;
+    "image inspect") [[ " ${IMAGES:-all} " == *" all "* || " $IMAGES " == *" ${*: -1} "* ]] || exit 1; echo "${*: -1}" ;;
+    "build "*) while [ "$1" != --iidfile ]; do shift; done; printf %s "$BUILT" >"$2" ;;
+    "buildx imagetools") [[ " ${GONE:-} " != *" $4 "* ]] || { echo "ERROR: $4: not found" >&2; exit 1; }; echo "$DIGEST" ;;
+    "run "*)
+        room=${*: -1}
+        case "$*" in
+            *scripts.build_*) mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' >"$room/manifest.json" ;;
+            *scripts.serve*)
+                [ -n "${FIFO:-}" ] || exit 0
+                trap 'kill $!; echo ended >>"$LOG"; exit 0' TERM
+                echo up >"$FIFO"
+                sleep 60 & wait ;;
+        esac ;;
+esac
+"""
+
+
+SERVE = ("serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
+
+
+class Host:
+    """A machine with a copy of the project, a PATH of its own, and a docker that keeps what it is told."""
+
+    def __init__(self, tree: Path, folder: Path, docker: bool = True, gpus: Optional[List[str]] = None) -> None:
+        self.tree, self.folder, self.log = tree, folder, folder / "docker.log"
+        folder.mkdir()
+        for program in PROGRAMS.split():
+            (folder / program).symlink_to(shutil.which(program) or f"/usr/bin/{program}")
+        if docker:
+            on_path(folder, "docker", DOCKER)
+        if gpus:
+            nvidia_smi(folder, gpus)
+
+    def environment(self, **variables: str) -> Dict[str, str]:
+        return {"PATH": str(self.folder), "HOME": "/", "LOG": str(self.log), "DIGEST": DIGEST, **variables}
+
+    def make(self, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = self.environment(**variables)
+        return subprocess.run(
+            ["make", *words], cwd=self.tree, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def calls(self) -> List[List[str]]:
+        """What docker was told, call by call."""
+        if not self.log.exists():
+            return []
+        return [line.split("\0")[:-1] for line in self.log.read_text().splitlines()]
+
+    def runs(self) -> List[List[str]]:
+        return [call for call in self.calls() if call[:1] == ["run"]]
+
+    def reported(self, title: str, *words: str, **variables: str) -> str:
+        """Type make, which must report under this title before docker runs anything; returns the report."""
+        done = self.make(*words, **variables)
+        assert done.returncode != 0
+        assert f"-- {title} -" in done.stderr, done.stdout + done.stderr
+        assert self.runs() == []
+        return done.stderr
+
+
+@pytest.fixture
+def host(own_tree: Path, tmp_path: Path) -> Host:
+    (own_tree / "weights/llama-2-7b").mkdir(parents=True)
+    return Host(own_tree, tmp_path / "bin", gpus=[V100] * 4)
+
+
+def ports_typed(ports: List[int]) -> List[str]:
+    return [f"{name}_PORT={port}" for name, port in zip(("HTTP", "GRPC", "METRICS"), ports)]
+
+
+def one(words: List[str], flag: str) -> List[str]:
+    """Every value of a flag."""
+    return [value for name, value in zip(words, words[1:]) if name == flag]
+
+
+def advised(report: str) -> List[List[str]]:
+    """The commands that a report ends in, their words sorted: make does not keep the order in which settings were typed."""
+    return [sorted(line.split()) for line in report.splitlines() if line.startswith("    ")]
+
+
+def room_of(words: List[str]) -> str:
+    module = one(words, "-m")[0]
+    return module.replace("scripts.build_", "").replace("scripts.", "")
+
+
+# --- the table ---
+
+
+def test_a_row_is_a_line_and_bash_reads_the_cells_that_python_reads() -> None:
+    lines = (ROOT / "docker/toolchains.json").read_text().splitlines()
+    assert len(lines) == len(TABLE) + 2
+    for version, row in TABLE.items():
+        assert row["trtllm"] == version
+        for name, value in row.items():
+            if isinstance(value, dict):
+                continue
+            command = ["scripts/toolchain.sh", "cell", version, name]
+            read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            expected = "" if value is None else " ".join(value) if isinstance(value, list) else str(value)
+            assert read == (expected.lower() if isinstance(value, bool) else expected), (version, name)
+
+
+def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
+    cells = set(TABLE[OLDEST])
+    for version, row in TABLE.items():
+        assert set(row) == cells
+        assert set(row["inferred"]) <= cells, version
+        assert all(row["inferred"].values()), version
+        assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-trtllm-python-py3", row["image"])
+        assert row["digest"] is None or re.fullmatch(r"sha256:[0-9a-f]{64}", row["digest"])
+        assert row["wheel_in_image"] == (row["packages"] is None)
+        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert"):
+            assert contracts.table(kind, version)
+
+
+def test_no_version_is_named_outside_of_the_tables() -> None:
+    """In code; comments and docstrings say where a rule comes from."""
+    named = re.compile("|".join(rf"(?<![\d.]){re.escape(version)}(?![\d.])" for version in TABLE))
+    found = []
+    for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("model_repo_template/*/1/*.py")]:
+        tree = ast.parse(path.read_text())
+        docstrings = {
+            ast.get_docstring(node, clean=False)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings:
+                found += [f"{path.name}:{node.lineno}"] * bool(named.search(node.value))
+    others = [ROOT / "Makefile", ROOT / "docker/Dockerfile", *ROOT.glob("scripts/*.sh"), *ROOT.glob("models/*.mk")]
+    for path in others:
+        lines = path.read_text().splitlines()
+        found += [f"{path.name}:{i}" for i, line in enumerate(lines, 1) if named.search(line.split("#")[0])]
+    assert found == []
+
+
+# --- which version ---
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version"),
+    [
+        ("4x V100-SXM2-16GB", LAST_FOR_VOLTA),
+        ("2x A100-80GB", NEWEST),
+        ("2x H100-80GB", NEWEST),
+        ("8x H200-141GB", NEWEST),
+        ("l40s", NEWEST),
+    ],
+)
+def test_the_gpu_decides(gpu: str, version: str) -> None:
+    command = ["scripts/toolchain.sh", "version", gpu]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == version
+    assert plan.toolchain_for(gpus.assumed(gpu)[0]) == version
+
+
+def test_a_gpu_that_no_version_runs_on_is_refused_by_name(host: Host) -> None:
+    nvidia_smi(host.folder, ["Tesla T4, 7.5"])
+    report = host.reported("NO TENSORRT-LLM FOR THIS GPU", "serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
+    assert "1x Tesla T4 has compute capability 7.5" in report
+    assert f"{NEWEST}: 8.0 8.6" in report
+    assert advised(report) == [sorted(["make", "serve", "MODEL=llama-2-7b", "ENGINE=torch", "TOOLCHAIN="])]
+
+
+@pytest.mark.parametrize("name", ["4x V100-SXM2", "GeForce"])
+def test_an_assumed_gpu_must_be_one_that_is_known(host: Host, name: str) -> None:
+    """V100-SXM2 is two of them."""
+    report = host.reported(f"NO GPU NAMED {name}", "-n", "serve", "ENGINE=tensorrt", f"ASSUME_GPU={name}")
+    assert "V100-SXM2-16GB V100-SXM2-32GB" in report
+
+
+def test_gpus_of_two_kinds_do_not_decide(host: Host) -> None:
+    nvidia_smi(host.folder, [V100, "NVIDIA A100-SXM4-80GB, 8.0"])
+    assert "7.0" in host.reported("GPUS OF MORE THAN ONE KIND", "serve", "ENGINE=tensorrt")
+
+
+def test_a_driver_that_does_not_answer_is_reported_with_its_words(host: Host) -> None:
+    on_path(host.folder, "nvidia-smi", "echo NVIDIA-SMI has failed; exit 9\n")
+    assert "NVIDIA-SMI has failed" in host.reported("THE DRIVER DOES NOT ANSWER", "engines", "ENGINE=tensorrt")
+
+
+def test_the_torch_engine_takes_the_first_row_and_asks_no_gpu(host: Host) -> None:
+    on_path(host.folder, "nvidia-smi", f"touch {host.folder}/asked\n")
+    assert f"build/stories/torch-{OLDEST}-tp2-float16" in host.make("-n", "serve").stdout
+    assert not (host.folder / "asked").exists()
+
+
+# --- the journey, shown ---
+
+
+@pytest.mark.parametrize("model", ["llama-2-7b", "llama-2-13b-chat", "llama-2-70b"])
+@pytest.mark.parametrize(
+    ("gpu", "tp"), [("4x V100-SXM2-16GB", "4"), ("2x A100-80GB", "2"), ("2x H100-80GB", "2"), ("8x H200-141GB", "8")]
+)
+def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
+    tree: Path, tmp_path: Path, model: str, gpu: str, tp: str
+) -> None:
+    laptop = Host(tree, tmp_path / "bin", docker=False)
+    done = laptop.make("-n", "serve", f"MODEL={model}", "ENGINE=tensorrt", f"ASSUME_GPU={gpu}", f"TP={tp}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tree / "build").exists()
+    version = LAST_FOR_VOLTA if "V100" in gpu else NEWEST
+    variant = f"build/{model}/tensorrt-{version}-tp{tp}-float16"
+    steps = [line.split() for line in done.stdout.replace("\\\n", " ").splitlines()]
+    assert [room_of(step) for step in steps] == ["hf", "checkpoint", "engines", "model_repo", "serve"]
+    for step in steps:
+        room = room_of(step)
+        assert TABLE[version]["image"] in step
+        assert one(step, "--volume") == [f"'{tree}:{tree}'"]
+        assert one(step, "--gpus") == (["all"] if room in ("engines", "serve") else [])
+        assert one(step, "--network") == ([] if room == "serve" else ["none"])
+        if room not in ("hf", "serve"):
+            assert one(step, "--trtllm-version") == [version]
+            assert one(step, "--output") == [f"{variant}/{room}"]
+    assert one(steps[1], "--tp-size") == [tp]
+    assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
+
+
+def test_make_n_without_a_gpu_says_what_is_missing(tree: Path, tmp_path: Path) -> None:
+    laptop = Host(tree, tmp_path / "bin")
+    report = laptop.reported("WHICH GPU?", "-n", "serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
+    assert advised(report)[0] == sorted(["make", "plan", *SERVE[1:], "ASSUME_GPU='4x", "V100-SXM2-16GB'"])
+
+
+@pytest.mark.parametrize("word", ["help", "clean"])
+def test_words_that_need_no_toolchain_ask_no_gpu(tree: Path, tmp_path: Path, word: str) -> None:
+    done = Host(tree, tmp_path / "bin", docker=False).make(word, "ENGINE=tensorrt")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- the journey, typed to docker ---
+
+
+def test_the_journey_runs_on_a_host_without_python_and_a_second_make_only_serves(host: Host) -> None:
+    ports = free_ports(3)
+    words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", "HOST=0.0.0.0", *ports_typed(ports)]
+    done = host.make(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"toolchain   TensorRT-LLM {LAST_FOR_VOLTA} for 4x Tesla V100-SXM2-16GB, 7.0" in done.stdout
+    runs = host.runs()
+    assert [room_of(run) for run in runs] == ["hf", "checkpoint", "engines", "model_repo", "serve"]
+    for run in runs:
+        assert {"--rm", "--init"} <= set(run)
+        assert one(run, "--user") == [f"{os.getuid()}:{os.getgid()}"]
+        assert one(run, "--pull") == ["never"]
+        assert one(run, "--workdir") == [str(host.tree)]
+        assert {"HOME=/tmp", "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS"} <= set(one(run, "--env"))
+        gpu = room_of(run) in ("engines", "serve")
+        assert [one(run, "--ulimit"), one(run, "--shm-size")] == (
+            [["memlock=-1", "stack=67108864"], ["8g"]] if gpu else [[], []]
+        )
+    assert one(runs[-1], "--publish") == [f"0.0.0.0:{port}:{port}" for port in ports]
+    assert one(runs[-1], "--shown-host") == ["0.0.0.0"]
+    host.log.unlink()
+    assert host.make(*words).returncode == 0
+    assert [room_of(run) for run in host.runs()] == ["serve"]
+    assert host.make("-q", "model_repo", *words[1:]).returncode == 0
+
+
+def test_a_room_knows_the_image_that_made_it(host: Host) -> None:
+    """A pinned digest is another question: what a tag held may have been something else."""
+    words = ["checkpoint", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={NEWEST}"]
+    assert host.make(*words).returncode == 0
+    checkpoint = host.tree / f"build/llama-2-7b/tensorrt-{NEWEST}-tp2-float16/checkpoint"
+    assert f"image={TABLE[NEWEST]['image']} " in (checkpoint / "args").read_text()
+    host.log.unlink()
+    assert host.make("pin").returncode == 0
+    assert host.make(*words).returncode == 0
+    assert [room_of(run) for run in host.runs()] == ["checkpoint"]
+    assert f"image=nvcr.io/nvidia/tritonserver@{DIGEST} " in (checkpoint / "args").read_text()
+
+
+def test_an_image_without_the_wheel_is_completed_once(host: Host) -> None:
+    words = ["engines", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={OLDEST}"]
+    assert host.make(*words, BUILT="sha256:built").returncode == 0
+    builds = [call for call in host.calls() if call[0] == "build"]
+    assert len(builds) == 1
+    assert one(builds[0], "--target") == ["toolchain"]
+    assert one(builds[0], "--build-arg") == [f"BASE={TABLE[OLDEST]['image']}", f"PACKAGES={TABLE[OLDEST]['packages']}"]
+    assert all("sha256:built" in run and TABLE[OLDEST]["image"] not in run for run in host.runs())
+    host.log.unlink()
+    assert host.make(*words, "TP=4", BUILT="sha256:built").returncode == 0
+    assert [call for call in host.calls() if call[0] == "build"] == []
+
+
+def test_what_completes_the_image_is_pinned_and_keeps_its_tensorrt() -> None:
+    for row in TABLE.values():
+        if row["packages"]:
+            lines = (ROOT / "docker" / row["packages"]).read_text().splitlines()
+            pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+            assert pins["tensorrt_llm"] == row["trtllm"]
+            assert pins["tensorrt"].split(".")[:3] == row["tensorrt"].split(".")[:3]
+            assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
+
+
+def test_weights_outside_are_mounted_where_they_are_and_read_only(host: Host, tmp_path: Path) -> None:
+    """As a Hugging Face cache has them: links to blobs in another folder. And Meta's tokenizer, one level up."""
+    blobs, snapshot = tmp_path / "cache/blobs", tmp_path / "cache/snapshots/1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").touch()
+    (snapshot / "model.safetensors").symlink_to(blobs / "abc")
+    (snapshot.parent / "tokenizer.model").touch()
+    link = tmp_path / "linked"
+    link.symlink_to(snapshot)
+    done = host.make("hf", "MODEL=llama-2-7b", f"WEIGHTS={link}", "ENGINE=tensorrt")
+    assert done.returncode == 0, done.stderr
+    outside = {path: f"{path}:{path}:ro" for path in (link, snapshot, blobs, snapshot.parent / "tokenizer.model")}
+    assert set(one(host.runs()[0], "--volume")) == {f"{host.tree}:{host.tree}", *outside.values()}
+
+
+def test_a_build_folder_on_another_disk_is_mounted_too(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (host.tree / "build").symlink_to(tmp_path / "disk")
+    assert host.make("hf", "MODEL=llama-2-7b", "ENGINE=tensorrt").returncode == 0
+    assert f"{tmp_path}/disk:{tmp_path}/disk" in one(host.runs()[0], "--volume")
+
+
+def test_ask_reaches_the_server_over_the_hosts_network(host: Host) -> None:
+    assert host.make("ask", "ENGINE=tensorrt", "PROMPT=it's $HOME").returncode == 0
+    (run,) = host.runs()
+    assert (one(run, "--network"), one(run, "--gpus"), room_of(run)) == (["host"], [], "ask")
+    assert "PROMPT" in one(run, "--env")
+
+
+@pytest.mark.timeout(60)
+def test_sigterm_reaches_the_server_through_docker(host: Host, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    command = ["make", *SERVE, *ports_typed(free_ports(3))]
+    environment = host.environment(FIFO=str(fifo))
+    with subprocess.Popen(command, cwd=host.tree, env=environment, stdout=subprocess.DEVNULL) as make:
+        with open(fifo) as up:  # until docker runs
+            assert up.read() == "up\n"
+        (child,) = Path(f"/proc/{make.pid}/task/{make.pid}/children").read_text().split()
+        assert b"scripts.serve" in Path(f"/proc/{child}/cmdline").read_bytes()  # docker itself, no shell before it
+        os.kill(int(child), signal.SIGTERM)
+        assert make.wait(20) == 0
+    assert host.log.read_text().endswith("ended\n")
+
+
+# --- what is missing is reported before anything starts ---
+
+
+def test_no_docker(host: Host) -> None:
+    (host.folder / "docker").unlink()
+    assert advised(host.reported("NO DOCKER", *SERVE)) == [sorted(["make", *SERVE])]
+
+
+def test_a_docker_that_does_not_answer(host: Host) -> None:
+    assert "Cannot connect to the Docker daemon." in host.reported("DOCKER DOES NOT ANSWER", *SERVE, NO_DAEMON="1")
+
+
+def test_no_nvidia_runtime_stops_only_what_needs_a_gpu(host: Host) -> None:
+    assert host.make("checkpoint", *SERVE[1:], RUNTIMES="runc ").returncode == 0
+    host.log.unlink()
+    assert "nvidia-ctk runtime configure" in host.reported("DOCKER HAS NO NVIDIA RUNTIME", *SERVE, RUNTIMES="runc ")
+
+
+def test_an_image_that_is_not_here_is_not_fetched_behind_your_back(host: Host) -> None:
+    image = TABLE[LAST_FOR_VOLTA]["image"]
+    report = host.reported("NVIDIA'S IMAGE IS NOT HERE", *SERVE, IMAGES="none")
+    assert f"{TABLE[LAST_FOR_VOLTA]['image_gb']} GB" in report
+    assert advised(report) == [sorted(["docker", "pull", image, "&&", "make", *SERVE])]
+
+
+def test_a_completed_image_that_docker_lost(host: Host) -> None:
+    words = [*SERVE, f"TOOLCHAIN={OLDEST}"]
+    assert host.make("hf", *words[1:], BUILT="sha256:built").returncode == 0
+    host.log.unlink()
+    report = host.reported("THE TOOLCHAIN IMAGE IS GONE", *words, IMAGES=TABLE[OLDEST]["image"])
+    assert advised(report) == [sorted(["rm", "build/toolchain-*.iid", "&&", "make", *words])]
+
+
+def test_a_port_in_use(host: Host) -> None:
+    assert host.make("model_repo", *SERVE[1:]).returncode == 0
+    host.log.unlink()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        report = host.reported(
+            f"PORT {port} CANNOT BE USED", *SERVE, f"GRPC_PORT={port}", f"HTTP_PORT={free_ports(1)[0]}"
+        )
+    assert "Nothing was loaded" in report
+
+
+def test_nothing_is_built_for_an_assumed_gpu(host: Host) -> None:
+    report = host.reported("ASSUME_GPU CANNOT BE THAT", *SERVE, "ASSUME_GPU=4x V100-SXM2-16GB")
+    assert "ASSUME_GPU=4x V100-SXM2-16GB" in report
+
+
+def test_a_setting_that_cannot_be_is_reported_without_python(host: Host) -> None:
+    assert "TP=0" in host.reported("TP CANNOT BE THAT", *SERVE, "TP=0")
+
+
+# --- pins ---
+
+
+def test_pin_writes_the_digests_and_changes_nothing_else(host: Host) -> None:
+    table = host.tree / "docker/toolchains.json"
+    rows = json.loads(table.read_text())
+    done = host.make("pin")
+    assert done.returncode == 0, done.stderr
+    for version, row in rows.items():
+        assert re.search(rf"pin +{re.escape(version)} +{row['image']}: not pinned -> {DIGEST}", done.stdout)
+    assert [call for call in host.calls() if call[0] == "buildx"] == [
+        ["buildx", "imagetools", "inspect", row["image"], "--format", "{{.Manifest.Digest}}"] for row in rows.values()
+    ]
+    assert json.loads(table.read_text()) == {version: {**row, "digest": DIGEST} for version, row in rows.items()}
+    assert len(table.read_text().splitlines()) == len(rows) + 2
+    before = table.stat().st_mtime_ns
+    assert f"{DIGEST} -> {DIGEST}" in host.make("pin").stdout
+    assert table.stat().st_mtime_ns == before  # or every room would be made again
+    shown = host.make("-n", "hf", "ENGINE=tensorrt", f"TOOLCHAIN={NEWEST}").stdout
+    assert f"nvcr.io/nvidia/tritonserver@{DIGEST}" in shown
+
+
+def test_a_tag_that_is_gone_is_named_and_the_others_are_pinned(host: Host) -> None:
+    gone = TABLE[OLDEST]["image"]
+    on_path(host.folder, "docker", DOCKER.replace('"image inspect")', '"image none")'))
+    done = host.make("pin", GONE=gone)
+    assert done.returncode != 0
+    assert "NOT EVERY TAG COULD BE PINNED" in done.stderr
+    assert f"    docker buildx imagetools inspect {gone}\n" in done.stderr
+    table = json.loads((host.tree / "docker/toolchains.json").read_text())
+    assert [row["digest"] for row in table.values()] == [None, DIGEST, DIGEST]
+
+
+def test_pin_without_docker(host: Host) -> None:
+    (host.folder / "docker").unlink()
+    assert host.make("pin").returncode != 0
+    assert "-- NO DOCKER -" in host.make("pin").stderr
