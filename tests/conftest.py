@@ -19,6 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
+    os.environ.pop(name, None)
+
 # What the project is made of; build/, .venv/ and caches stay behind.
 PARTS = ("Makefile", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
 

@@ -16,9 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A script of one function, run as ours are."""
-    code = f"import os\nfrom pathlib import Path\nfrom scripts import errors\ndef main():\n    {body}\nerrors.run(main)\n"
+    code = (
+        f"import os\nfrom pathlib import Path\nfrom scripts import errors\ndef main():\n    {body}\nerrors.run(main)\n"
+    )
     environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60
+    )
 
 
 def test_a_report_names_the_place_and_both_values_and_ends_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,9 @@ def interrupted(path: Path, **arguments: Any) -> None:
 
 def kept_in(path: Path, **arguments: Any) -> List[str]:
     with room.filling(path, arguments=arguments) as filling:
-        assert sorted(found.name for found in filling.path.iterdir() if found.name != room.FINISHED) == sorted(filling.kept)
+        assert sorted(found.name for found in filling.path.iterdir() if found.name != room.FINISHED) == sorted(
+            filling.kept
+        )
         kept = sorted(filling.kept)
         filling.write("rank0", b"whole")
     return kept
@@ -207,7 +209,10 @@ def test_a_manifest_that_is_not_ours_is_a_report(tmp_path: Path, content: bytes)
 def test_a_room_that_was_never_finished_is_a_report(tmp_path: Path) -> None:
     for reads in (tmp_path / "hf", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(errors.Problem, match="no hf|no empty"), room.filling(tmp_path / "checkpoint", {"hf": reads}):
+        with (
+            pytest.raises(errors.Problem, match="no hf|no empty"),
+            room.filling(tmp_path / "checkpoint", {"hf": reads}),
+        ):
             raise AssertionError("must not start")
 
 
