@@ -1,0 +1,232 @@
+"""Measures both conversions against copying the same bytes, and against transformers 4.47.1's converter, in one run on one disk.
+
+Makes a random Llama-2-shaped model under the scratch folder, converts it, prints ratios and peak memory, writes them as JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Dict, List, Optional
+
+from scripts import contracts, errors
+from scripts.llama_shape import Params
+from scripts.room import human_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "models" / "stories" / "tokenizer.model"
+VOCAB_SIZE = 2048
+# 12 layers of it are 1.25 GB in float16
+DIM, HEADS, MULTIPLE_OF = 2048, 16, 256
+SAMPLE_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Settings:
+    """size_gb: of the model's weights, decimal; cache: whether each step finds its input in memory; runs: medians are over these."""
+
+    size_gb: float
+    cache: str
+    runs: int
+    scratch: Path
+    transformers_4_47: Optional[Path]
+
+
+@dataclass
+class Measured:
+    """One step over all runs: wall seconds (interpreter start and imports included, output synced), peak anonymous memory.
+
+    cpu_seconds (user and system) tell whether others were busy on the machine meanwhile: they hardly change then, wall time does.
+    """
+
+    seconds: List[float] = field(default_factory=list)
+    cpu_seconds: List[float] = field(default_factory=list)
+    anonymous_bytes: int = 0
+
+
+def layers_for(size_bytes: float) -> int:
+    """How many layers make a model of at least this size in float16."""
+    params = _params(1)
+    layer = 4 * DIM * DIM + 3 * DIM * params.intermediate_size + 2 * DIM
+    return max(1, -(-int(size_bytes - 4 * VOCAB_SIZE * DIM) // (2 * layer)))
+
+
+def report(measured: Dict[str, Measured], size_bytes: int) -> Dict[str, object]:
+    """The numbers as they are printed and written: medians, ratios, GB/s of the input."""
+    seconds = {name: median(step.seconds) for name, step in measured.items()}
+    ours = seconds["hf"] + seconds["checkpoint"]
+    ratios = {"hf+checkpoint / cp+sync": ours / seconds["cp+sync"]}
+    if "transformers 4.47.1" in seconds:
+        ratios["hf+checkpoint / transformers 4.47.1"] = ours / seconds["transformers 4.47.1"]
+    return {
+        "size_bytes": size_bytes,
+        "seconds": {name: [round(value, 2) for value in step.seconds] for name, step in measured.items()},
+        "cpu_seconds": {name: [round(value, 2) for value in step.cpu_seconds] for name, step in measured.items()},
+        "median_gb_per_second": {name: round(size_bytes / 1e9 / value, 2) for name, value in seconds.items()},
+        "peak_anonymous_bytes": {name: step.anonymous_bytes for name, step in measured.items()},
+        "ratios": {name: round(value, 2) for name, value in ratios.items()},
+    }
+
+
+def bench_convert(settings: Settings) -> Dict[str, object]:
+    """Make the model, measure every step in turn, `runs` times; returns what report() says."""
+    scratch = settings.scratch
+    shutil.rmtree(scratch, ignore_errors=True)
+    meta, hf, checkpoint, copy, theirs = (
+        scratch / name for name in ("meta", "hf", "checkpoint", "copy", "transformers")
+    )
+    size_bytes = _make_model(meta, layers_for(settings.size_gb * 1e9))
+    print(f"{human_bytes(size_bytes)} of weights, float16, {settings.cache} cache, {settings.runs} run(s)", flush=True)
+    python = sys.executable
+    steps: Dict[str, List[str]] = {
+        "cp+sync": ["cp", "-r", str(meta), str(copy)],
+        "hf": [python, "-m", "scripts.build_hf", "--weights", str(meta), "--output", str(hf)],
+        "checkpoint": [
+            python,
+            "-m",
+            "scripts.build_checkpoint",
+            "--hf",
+            str(hf),
+            "--tp-size",
+            "2",
+            "--trtllm-version",
+            contracts.versions()[0],
+        ]
+        + ["--output", str(checkpoint)],
+    }
+    if settings.transformers_4_47:
+        converter = [
+            "-m",
+            "transformers.models.llama.convert_llama_weights_to_hf",
+            "--model_size",
+            "7B",
+            "--llama_version",
+            "2",
+        ]
+        steps["transformers 4.47.1"] = [str(settings.transformers_4_47), *converter]
+        steps["transformers 4.47.1"] += ["--input_dir", str(meta), "--output_dir", str(theirs)]
+    else:
+        print("transformers 4.47.1: not run, no --transformers-4-47 PYTHON was given")
+    measured = {name: Measured() for name in steps}
+    for _ in range(settings.runs):
+        for folder in (copy, hf, checkpoint, theirs):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name, command in steps.items():
+            _set_cache(hf if name == "checkpoint" else meta, settings.cache)
+            os.sync()
+            _measure(command, copy if name == "cp+sync" else theirs, measured[name])
+    shutil.rmtree(scratch)
+    result = {"cache": settings.cache, **report(measured, size_bytes)}
+    for name, step in measured.items():
+        times = ", ".join(f"{value:.2f}" for value in step.seconds)
+        print(
+            f"{name:<22} {median(step.seconds):6.2f} s  ({times})  peak anonymous memory {human_bytes(step.anonymous_bytes)}"
+        )
+    for name, value in report(measured, size_bytes)["ratios"].items():  # type: ignore[attr-defined]
+        print(f"{name:<36} {value:.2f}")
+    return result
+
+
+def _measure(command: List[str], unsynced: Path, into: Measured) -> None:
+    """Run a step; where it leaves its output unsynced, the sync counts too."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(unsynced.parent)}
+    started, cpu_before = time.monotonic(), os.times()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
+        sampler = threading.Thread(target=_sample, args=(process, into))
+        sampler.start()
+        status = process.wait()
+    if status == 0 and unsynced.is_dir():
+        subprocess.run(["sync", *map(str, unsynced.rglob("*"))], check=True)
+    into.seconds.append(time.monotonic() - started)
+    cpu = os.times()
+    into.cpu_seconds.append(
+        cpu.children_user + cpu.children_system - cpu_before.children_user - cpu_before.children_system
+    )
+    sampler.join()
+    if status:
+        raise errors.bench_step_failed(command, status)
+
+
+def _sample(process: "subprocess.Popen[bytes]", into: Measured) -> None:
+    """Peak of RssAnon + RssShmem, looked at every SAMPLE_SECONDS."""
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            return
+        kilobytes = [int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))]
+        into.anonymous_bytes = max(into.anonymous_bytes, 1024 * sum(kilobytes))
+        time.sleep(SAMPLE_SECONDS)
+
+
+def _set_cache(folder: Path, state: str) -> None:
+    """Bring a folder's files into memory, or have the kernel forget them (no root needed once they are synced)."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                if state == "cold":
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                else:
+                    while file.read(8 << 20):
+                        pass
+
+
+def _params(n_layers: int) -> Params:
+    return Params(DIM, n_layers, HEADS, HEADS, None, MULTIPLE_OF, None, 1e-5, 10000.0, None)
+
+
+def _make_model(folder: Path, n_layers: int) -> int:
+    """A random model in Meta's form; returns the bytes of its weights."""
+    import torch
+
+    params = _params(n_layers)
+    width = params.intermediate_size
+    shapes = {"tok_embeddings": (VOCAB_SIZE, DIM), "norm": (DIM,), "output": (VOCAB_SIZE, DIM)}
+    for layer in range(n_layers):
+        shapes.update({f"layers.{layer}.attention.w{name}": (DIM, DIM) for name in "qkvo"})
+        shapes.update({f"layers.{layer}.feed_forward.w{name}": (width, DIM) for name in "13"})
+        shapes[f"layers.{layer}.feed_forward.w2"] = (DIM, width)
+        shapes.update({f"layers.{layer}.{name}_norm": (DIM,) for name in ("attention", "ffn")})
+    folder.mkdir(parents=True)
+    weights = {f"{name}.weight": torch.rand(shape, dtype=torch.float32).half() for name, shape in shapes.items()}
+    torch.save(weights, folder / "consolidated.00.pth")
+    # vocab_size by number: 4.47.1's converter does not know Meta's -1
+    values = {
+        "dim": DIM,
+        "n_layers": n_layers,
+        "n_heads": HEADS,
+        "multiple_of": MULTIPLE_OF,
+        "norm_eps": 1e-5,
+        "vocab_size": VOCAB_SIZE,
+    }
+    (folder / "params.json").write_text(json.dumps(values))
+    shutil.copy(TOKENIZER, folder)
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-gb", type=float, default=1.25)
+    parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "bench-convert")
+    parser.add_argument(
+        "--transformers-4-47", type=Path, metavar="PYTHON", help="an interpreter that has transformers 4.47.1 and torch"
+    )
+    settings = Settings(**vars(parser.parse_args()))
+    result = bench_convert(settings)
+    output = settings.scratch.with_name(f"bench-convert-{settings.cache}.json")
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"-> {errors.shown(output)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
