@@ -267,7 +267,7 @@ build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 
 # --- the packages, pinned by hash (README, "Packages") ---
 
-$(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(wildcard $(VENV)/bin/python),,FORCE)
+$(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
 $(addprefix $(VENV)/locks/,verify.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =

@@ -71,7 +71,6 @@ make_venv() {
 }
 
 failed() {
-    rm -f "$unfinished"
     report "PACKAGES COULD NOT BE INSTALLED" "$1" "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
 }
 
@@ -79,7 +78,10 @@ pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-
 
 install() {
     echo "venv        installing requirements/$1.txt"
-    pip_install "requirements/$1.txt" || failed "pip's own message stands above. What was installed stays."
+    pip_install "requirements/$1.txt" || {
+        rm "$unfinished" # pip ended by itself and leaves no halves
+        failed "pip's own message stands above. What was installed stays."
+    }
 }
 
 # PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
@@ -92,8 +94,13 @@ if [ "$venv" = --check ]; then
     exit
 fi
 
+# One make at a time installs; pip inherits the lock, so that it holds even when this script is killed.
 exec 9<requirements
-flock 9 # one make at a time installs
+if ! flock --nonblock 9; then
+    echo "venv        another make is installing; waiting for it"
+    flock 9
+    [ -e "$unfinished" ] || ! cmp -s "requirements/$name.txt" "$venv/locks/$name.txt" || exit 0
+fi
 trap 'exit 130' INT TERM # and leave the mark
 
 if [ -e "$unfinished" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then

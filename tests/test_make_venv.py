@@ -1,0 +1,235 @@
+"""The virtual environment: when it is made, what an interrupted installation costs, and where it cannot be made at all.
+
+Nothing is installed: every program that the script asks is a stand-in that notes how it was called.
+"""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+from conftest import ROOT
+
+# Answers what a sound CPython 3.12 with PyTorch's CPU wheel would, but for what the environment says is wrong.
+PYTHON = r"""#!/usr/bin/env bash
+name=${0##*/}
+case "$1 ${2:-}" in
+"-c import platform"*) [[ " ${SHIMS:-} " != *" $name "* ]] || { echo "pyenv: $name: command not found" >&2; exit 127; } ;;
+"-c import sys"*) echo 3.12 ;;
+"-c import ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
+"- ") [ -z "${NO_LIBPYTHON:-}" ] ;;
+"-c import importlib"*) [ -z "${CUDA:-}" ] ;;
+"-m venv") echo "venv by $name" >>"$RECORD"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip")
+    list=${*: -1}
+    if [ "$list" = /dev/stdin ]; then cat >"$RECORD.stdin"; echo "pip cpu" >>"$RECORD"; [ -z "${CUDA:-}" ]; exit; fi
+    echo "pip ${list##*/}" >>"$RECORD"
+    [ "$list" != "${FAILS:-}" ] || { echo "no matching distribution" >&2; exit 1; }
+    [ "$list" != "${HANGS:-}" ] || { echo hangs; exec sleep 60; }
+    ;;
+esac
+"""
+ALL = ["pip run.txt", "pip cpu", "pip torch.txt"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A Makefile, the script, short locks, and the stand-ins in bin/."""
+    (tmp_path / "project").mkdir()
+    for part in ("Makefile", "scripts", "docker", "models", "model_repo_template"):
+        (tmp_path / "project" / part).symlink_to(ROOT / part)
+    (tmp_path / "project/requirements").mkdir()
+    for name in ("run", "torch", "torch-cuda", "verify", "test", "dev"):
+        (tmp_path / f"project/requirements/{name}.txt").write_text(f"{name}==1.0 --hash=sha256:00\n")
+    (tmp_path / "bin").mkdir()
+    for name in ("python3.12", "python3.11", "python3"):
+        stand_in(tmp_path, name, PYTHON)
+    return tmp_path / "project"
+
+
+def stand_in(folder: Path, name: str, text: str) -> None:
+    (folder / "bin" / name).write_text(text)
+    (folder / "bin" / name).chmod(0o755)
+
+
+def environment(project: Path, **changed: str) -> Dict[str, str]:
+    path = f"{project.parent}/bin:/usr/local/bin:/usr/bin:/bin"
+    return {**os.environ, "PATH": path, "RECORD": str(project.parent / "record"), **changed}
+
+
+def make(project: Path, target: str = ".venv/locks/run.txt", **changed: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["make", target],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment(project, **changed),
+    )
+
+
+def recorded(project: Path) -> List[str]:
+    """What was called since the last time this was asked."""
+    record = project.parent / "record"
+    lines = record.read_text().splitlines() if record.exists() else []
+    record.unlink(missing_ok=True)
+    return lines
+
+
+def made(project: Path) -> None:
+    assert make(project).returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL]
+
+
+def the_report(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and lines[-1].startswith("make: ***"), done.stderr
+    assert lines[-2].startswith("    "), done.stderr
+    return next(line for line in lines if line.startswith("-- "))
+
+
+def test_it_is_made_once(project: Path) -> None:
+    made(project)
+    assert make(project).returncode == 0
+    assert recorded(project) == []
+    assert (project / ".venv/locks/run.txt").read_text() == (project / "requirements/run.txt").read_text()
+
+
+@pytest.mark.parametrize("lock", ["run.txt", "torch.txt"])
+def test_a_changed_lock_is_installed_into_it(project: Path, lock: str) -> None:
+    made(project)
+    with (project / "requirements" / lock).open("a") as file:
+        file.write("more==1.0 --hash=sha256:00\n")
+    os.utime(project / "requirements" / lock, (2**31, 2**31))
+    assert make(project).returncode == 0
+    assert recorded(project) == ALL
+
+
+def test_more_packages_come_after_those_of_the_journey(project: Path) -> None:
+    assert make(project, ".venv/locks/test.txt").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL, "pip test.txt"]
+
+
+def test_many_jobs_install_one_list_at_a_time(project: Path) -> None:
+    done = subprocess.run(
+        ["make", "-j4", *(f".venv/locks/{name}.txt" for name in ("dev", "test", "verify"))],
+        cwd=project, env=environment(project), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = recorded(project)
+    assert calls[:4] == ["venv by python3.12", *ALL]
+    assert sorted(calls[4:]) == ["pip dev.txt", "pip test.txt", "pip verify.txt"]
+
+
+def test_a_given_interpreter_makes_none(project: Path) -> None:
+    done = subprocess.run(
+        ["make", "-n", "serve", "test", "lint", "PYTHON=python3"],
+        cwd=project, env=environment(project), capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "make_venv" not in done.stdout and ".venv" not in done.stdout
+
+
+def test_the_cpu_wheel_is_tried_first_and_the_cuda_one_brings_its_libraries(project: Path) -> None:
+    (project / "requirements/torch.txt").write_text("sympy==1 --hash=sha256:00\ntorch==2.13.0 --hash=sha256:00\n")
+    assert make(project, CUDA="1").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL, "pip torch-cuda.txt"]
+    assert (project.parent / "record.stdin").read_text() == "torch==2.13.0+cpu --hash=sha256:00\n"
+
+
+def test_a_shim_that_only_prints_an_error_is_passed_over(project: Path) -> None:
+    assert make(project, SHIMS="python3.12 python3.11").returncode == 0
+    assert recorded(project)[0] == "venv by python3"
+
+
+@pytest.mark.parametrize("fails", ["requirements/run.txt", "requirements/torch.txt"])
+def test_no_network_is_a_report_and_what_is_there_stays(project: Path, fails: str) -> None:
+    done = make(project, FAILS=fails)
+    assert "PACKAGES COULD NOT BE INSTALLED" in the_report(done)
+    assert "no matching distribution" in done.stderr
+    recorded(project)
+    assert make(project).returncode == 0
+    assert recorded(project) == ALL
+
+
+@pytest.mark.parametrize(("target", "hangs"), [("run", "torch"), ("test", "test")])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_installation_is_begun_anew(project: Path, target: str, hangs: str, number: signal.Signals) -> None:
+    """pip, killed half-way, may leave a package that it takes for whole."""
+    process = subprocess.Popen(
+        ["make", f".venv/locks/{target}.txt"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True, env=environment(project, HANGS=f"requirements/{hangs}.txt"),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any(line == "hangs\n" for line in process.stdout)
+    os.killpg(process.pid, number)
+    assert process.wait(30) != 0
+    process.stdout.close()
+    recorded(project)
+    assert make(project, f".venv/locks/{target}.txt").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL, *(["pip test.txt"] if target == "test" else [])]
+    assert make(project, f".venv/locks/{target}.txt").returncode == 0
+    assert recorded(project) == []
+
+
+def test_an_interpreter_that_went_away_is_replaced(project: Path) -> None:
+    made(project)
+    (project / ".venv/bin/python").unlink()
+    (project / ".venv/bin/python").symlink_to("/nowhere/python3.12")
+    assert make(project).returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL]
+
+
+def test_a_second_make_waits_and_installs_nothing(project: Path) -> None:
+    first = subprocess.Popen(
+        ["flock", "requirements", "cat"], cwd=project, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdin is not None and first.stdout is not None
+    first.stdin.write("locked\n")
+    first.stdin.flush()
+    assert first.stdout.readline() == "locked\n"
+    second = subprocess.Popen(
+        ["make", ".venv/locks/run.txt"], cwd=project, stdout=subprocess.PIPE, text=True, env=environment(project)
+    )
+    assert second.stdout is not None
+    assert "waiting" in second.stdout.readline()
+    (project / ".venv/locks").mkdir(parents=True)  # what the first one leaves when it is done
+    (project / ".venv/locks/run.txt").write_bytes((project / "requirements/run.txt").read_bytes())
+    first.communicate()
+    second.communicate(timeout=30)
+    assert (second.returncode, recorded(project)) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "title"),
+    [
+        ("uname", "[ $1 = -s ] && echo Darwin || echo arm64", "THIS SYSTEM CANNOT RUN IT"),
+        ("uname", "[ $1 = -s ] && echo Linux || echo aarch64", "THIS SYSTEM CANNOT RUN IT"),
+        ("getconf", "echo glibc 2.31", "THE C LIBRARY IS TOO OLD"),
+        ("getconf", "echo glibc 2.4", "THE C LIBRARY IS TOO OLD"),
+        ("getconf", "exit 1", "THE C LIBRARY IS TOO OLD"),
+    ],
+)
+def test_a_system_that_cannot_run_it_is_a_report(project: Path, program: str, text: str, title: str) -> None:
+    stand_in(project.parent, program, f"#!/bin/sh\n{text}\n")
+    assert title in the_report(make(project))
+    assert recorded(project) == [] and not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "title", "command"),
+    [
+        ({"SHIMS": "python3.12 python3.11 python3"}, "NO PYTHON 3.11 OR 3.12", "apt-get install python3.11"),
+        ({"NO_VENV": "1"}, "PYTHON HAS NO VENV MODULE", "apt-get install python3.12-venv"),
+        ({"NO_LIBPYTHON": "1"}, "NO SHARED LIBPYTHON", "apt-get install libpython3.12"),
+    ],
+)
+def test_an_interpreter_that_will_not_do_is_a_report(
+    project: Path, wrong: Dict[str, str], title: str, command: str
+) -> None:
+    done = make(project, **wrong)
+    assert title in the_report(done)
+    assert command in done.stderr
+    assert recorded(project) == [] and not (project / ".venv").exists()
