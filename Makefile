@@ -217,7 +217,7 @@ serve: model_repo ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
 ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
-	@$(call in,ask) -m scripts.ask --host $(HOST) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
+	@$(call in,ask) -m scripts.ask --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
 
 demo: model_repo ## serve, ask, stop
 	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
@@ -238,7 +238,8 @@ engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py 
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
                   scripts/preflight.py scripts/contracts.py scripts/gpus.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
-model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json $(TEMPLATES)
+model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json \
+                  docker/contracts/model_config.binpb $(TEMPLATES)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 

@@ -1,9 +1,13 @@
 """Asks a running server and streams the answer to the terminal, as it comes and unwrapped; the prompt is in the variable PROMPT."""
 
 import argparse
+import importlib.util
+import json
 import os
 import queue
 import sys
+import urllib.error
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -52,9 +56,31 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     sys.stdout.write("\n")
 
 
+def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
+    """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream. url: http://HOST:PORT."""
+    asked = {"text_input": prompt, "max_tokens": max_tokens, "stream": True}
+    body = json.dumps(asked).encode("utf-8", "surrogateescape")
+    request = urllib.request.Request(f"{url}/v2/models/ensemble/generate_stream", data=body)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as events:
+            for event in events:
+                if event.startswith(b"data:"):
+                    answer = json.loads(event[5:])
+                    if "error" in answer:
+                        raise errors.request_refused(answer["error"])
+                    sys.stdout.write(answer["text_output"])
+                    sys.stdout.flush()
+    except urllib.error.HTTPError as error:
+        raise errors.request_refused(error.read().decode("utf-8", "replace")) from None
+    except OSError as error:
+        raise errors.server_not_there(url, str(error)) from None
+    sys.stdout.write("\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--http-port", default="8000")
     parser.add_argument("--grpc-port", default="8001")
     parser.add_argument("--max-tokens", default="48")
     args = parser.parse_args()
@@ -65,7 +91,11 @@ def main() -> None:
         raise errors.bad_setting(
             "MAX_TOKENS", args.max_tokens, "a whole number", errors.make("ask", MAX_TOKENS=48)
         ) from None
-    ask(f"{host}:{args.grpc_port}", os.environ.get("PROMPT", "Once upon a time"), max_tokens)
+    prompt = os.environ.get("PROMPT", "Once upon a time")
+    if importlib.util.find_spec("tritonclient"):
+        ask(f"{host}:{args.grpc_port}", prompt, max_tokens)
+    else:
+        ask_over_http(f"http://{host}:{args.http_port}", prompt, max_tokens)
 
 
 if __name__ == "__main__":

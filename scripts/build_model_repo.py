@@ -2,12 +2,13 @@
 
 Reads   the rooms engines and hf (its tokenizer), model_repo_template/, the backend's contract table of the version
 Writes  <model>/config.pbtxt and <model>/1/ for five models; preprocessing/1/tokenizer/
-Needs   the ModelConfig protobuf of tritonclient: every config is parsed before the room is published
+Needs   Triton's ModelConfig protobuf: every config is parsed before the room is published
 
 All paths in the configs are relative to the folder that holds engines/ and model_repo/, which is the server's working directory.
 """
 
 import argparse
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Dict, List, Mapping, Optional
 from scripts import contracts, errors, room
 
 TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
+# FileDescriptorProto of model_config.proto (BSD-3-Clause), as tritonclient carries it
+MODEL_CONFIG = contracts.DOCKER / "contracts" / "model_config.binpb"
 TOKENIZER = "preprocessing/1/tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -181,16 +184,31 @@ def fill_template(template: str, values: Mapping[str, str], where: str) -> str:
     return "\n".join(line for line in text.split("\n") if line.strip()) + "\n"
 
 
+def model_config_type() -> Any:
+    """Triton's ModelConfig: tritonclient's, or where that is missing (NVIDIA's containers) one made from the same description."""
+    if importlib.util.find_spec("tritonclient"):
+        from tritonclient.grpc import model_config_pb2
+
+        return model_config_pb2.ModelConfig
+    from google.protobuf import descriptor_pool, message_factory  # type: ignore[import-untyped]
+
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(MODEL_CONFIG.read_bytes())
+    described = pool.FindMessageTypeByName("inference.ModelConfig")
+    if hasattr(message_factory, "GetMessageClass"):
+        return message_factory.GetMessageClass(described)
+    return message_factory.MessageFactory(pool).GetPrototype(described)  # protobuf before 4.22
+
+
 def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
     """A filled config as Triton's own protobuf, once it has been held against the engines."""
-    from google.protobuf import text_format  # type: ignore[import-untyped]
-    from tritonclient.grpc import model_config_pb2
+    from google.protobuf import text_format
 
     def refused(reason: str) -> errors.Problem:
         return errors.config_not_accepted(f"{model}/config.pbtxt", reason)
 
     try:
-        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        config = text_format.Parse(text, model_config_type()())
     except text_format.ParseError as error:
         raise refused(str(error)) from None
     if config.name != model:

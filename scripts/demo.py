@@ -33,8 +33,9 @@ def main() -> int:
         asked = 1
         if ready:
             print(f"\n{os.environ.get('PROMPT', '')}", flush=True)
-            ask = [sys.executable, "-m", "scripts.ask", "--host", settings.host, "--grpc-port", str(settings.grpc_port)]
-            asked = subprocess.run([*ask, "--max-tokens", args.max_tokens], check=False).returncode
+            ask = [sys.executable, "-m", "scripts.ask", "--host", settings.host, "--max-tokens", args.max_tokens]
+            ports = ["--http-port", str(settings.http_port), "--grpc-port", str(settings.grpc_port)]
+            asked = subprocess.run([*ask, *ports], check=False).returncode
             print(flush=True)
     finally:
         if server.poll() is None:

@@ -4,6 +4,7 @@ The host of these tests has make, bash, coreutils, grep, sed, find and docker on
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
-from conftest import ROOT, free_ports
+from conftest import ROOT, Served, free_ports
+from google.protobuf import text_format
 from stand_ins import nvidia_smi, on_path
+from tritonclient.grpc import model_config_pb2
 
-from scripts import contracts, gpus, plan
+from scripts import ask, build_model_repo, contracts, errors, gpus, plan
 
 TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
@@ -464,3 +467,46 @@ def test_pin_without_docker(host: Host) -> None:
     (host.folder / "docker").unlink()
     assert host.make("pin").returncode != 0
     assert "-- NO DOCKER -" in host.make("pin").stderr
+
+
+# --- what NVIDIA's containers lack ---
+
+
+def without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "tritonclient" else find(name, *more)
+    )
+
+
+def test_configs_are_parsed_alike_without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = model_config_pb2.DESCRIPTOR.serialized_pb
+    assert (ROOT / "docker/contracts/model_config.binpb").read_bytes() == described
+    without_tritonclient(monkeypatch)
+    ours = build_model_repo.model_config_type()
+    assert ours is not model_config_pb2.ModelConfig
+    text = """name: "tensorrt_llm" max_batch_size: 8 model_transaction_policy { decoupled: true }
+        parameters { key: "a" value { string_value: "b" } }"""
+    config = text_format.Parse(text, ours())
+    assert config.SerializeToString(deterministic=True) == text_format.Parse(
+        text, model_config_pb2.ModelConfig()
+    ).SerializeToString(deterministic=True)
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse("max_batch_size: ${hole}", ours())
+
+
+def test_ask_streams_over_http_without_tritonclient(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_tritonclient(monkeypatch)
+    monkeypatch.setenv("PROMPT", "Once upon a time")
+    monkeypatch.setattr("sys.argv", ["ask", "--http-port", str(served.http_port), "--max-tokens", "20"])
+    ask.main()
+    text = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily. She\n"
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr("sys.argv", ["ask", "--http-port", str(served.http_port), "--max-tokens", "99999"])
+    with pytest.raises(errors.Problem, match="the server refused the request"):
+        ask.main()
+    monkeypatch.setattr("sys.argv", ["ask", "--http-port", str(free_ports(1)[0])])
+    with pytest.raises(errors.Problem, match="no server answers"):
+        ask.main()
