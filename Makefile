@@ -21,8 +21,12 @@ SHELL := bash
 MODEL          = stories
 ENGINE         = torch
 TP             = 2
+# pipeline stages, each of TP ranks; more than one with ENGINE=tensorrt only
+PP             = 1
 # float16, bfloat16 or float32; empty: the dtype of the weights themselves
 DTYPE          =
+# int8_wo, int4_awq, fp8 or sq, by TensorRT-LLM's own tools, with ENGINE=tensorrt only; empty: the weights stay as they are
+QUANT          =
 # a TensorRT-LLM of docker/toolchains.json; empty: for ENGINE=torch its first, for ENGINE=tensorrt the newest that runs on the GPU
 TOOLCHAIN      =
 WEIGHTS        =
@@ -51,7 +55,7 @@ BENCH          =
 # JSON=1: plan and doctor answer in JSON
 JSON           =
 
-SETTINGS = MODEL ENGINE TP DTYPE TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
+SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU
 # What was typed is taken as it is: a $ is a $, not a variable.
 TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
@@ -111,7 +115,8 @@ endif
 
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
-  REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) \
+  REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
+    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]*)) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]*)) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
@@ -127,7 +132,7 @@ PY       = $(or $(PYTHON),$(VENV)/bin/python)
 # what has to be installed before a script runs; nothing, when an interpreter was given
 HAS     := $(if $(PYTHON),,$(VENV)/locks/)
 HF      := build/$(NAME)/hf
-VARIANT := build/$(NAME)/$(or $(REFUSE),$(ENGINE)-$(TOOLCHAIN)-tp$(TP)-$(or $(DTYPE),source))
+VARIANT := build/$(NAME)/$(or $(REFUSE),$(ENGINE)-$(TOOLCHAIN)-tp$(TP)$(if $(filter-out 1,$(PP)),-pp$(PP))-$(or $(DTYPE),source)$(if $(QUANT),-$(QUANT)))
 LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-12)
 # Weights are not ours: where they are, their names, sizes and times stand for their content. In the C locale and without CDPATH,
 # because the environment never decides.
@@ -155,15 +160,17 @@ else
   # Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
   in       = scripts/toolchain.sh check $(IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
              docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
-             $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask,$1),room)_NETWORK) \
+             $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask $(if $(filter-out int8_wo,$(QUANT)),checkpoint),$1),room)_NETWORK) \
              $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
   BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
   ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
                   --env CHOSEN --env REFUSED_NAMES
-  GPU_JOBS      = engines verified serve demo $(if $(ASSUME_GPU),,doctor plan)
+  GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASSUME_GPU),,doctor plan)
   # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
   GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
   room_NETWORK  = --network none
+  # texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
+  checkpoint_NETWORK =
   ask_NETWORK   = --network host
   serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
   FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT)
@@ -177,7 +184,8 @@ ADDRESS = --host $(HOST) $(PORTS)
 # The question may hold a path of this machine; the answer (every other file of a room) never does.
 
 hf_ARGS         = --max-position-embeddings=$(CONTEXT)
-checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN)
+checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --pp-size $(PP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN) \
+                  $(if $(QUANT),--quant $(QUANT) --examples build/TensorRT-LLM-$(TOOLCHAIN))
 engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) \
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
                   --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/timing-cache)
@@ -232,7 +240,8 @@ $(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/mani
 hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/meta_weights.py \
                   scripts/safetensors_file.py scripts/tokenizer.py
 checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
-                  scripts/safetensors_file.py $(call tables,checkpoint-config)
+                  scripts/safetensors_file.py scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
+                  $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))
 engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
                   scripts/processes.py $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \

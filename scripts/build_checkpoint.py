@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
-from scripts import contracts, errors, safetensors_file
+from scripts import contracts, errors, quantize, safetensors_file
 from scripts.hf_model import HfModel, read_hf_model
 from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape, possible_tp_sizes, why_impossible
 from scripts.room import filling, human_bytes, progress, say
@@ -310,8 +310,18 @@ def main() -> None:
         "--dtype", type=lambda text: text or None, metavar="|".join(DTYPES), help="absent or empty: the source's own"
     )
     parser.add_argument("--trtllm-version", required=True, metavar="X.Y.Z")
+    parser.add_argument("--quant", default="", metavar="|".join(quantize.WAYS), help="by TensorRT-LLM's own tools")
+    parser.add_argument(
+        "--examples", type=Path, default=Path(), metavar="FOLDER", help="of TensorRT-LLM, where these are"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="ROOM")
-    build_checkpoint(Settings(**vars(parser.parse_args())))
+    args = vars(parser.parse_args())
+    quant, examples = args.pop("quant"), args.pop("examples")
+    if quant:
+        args["dtype"] = args["dtype"] or read_hf_model(args["hf"]).dtype
+        quantize.build_quantized(quantize.Settings(**args, quant=quant, examples=examples))
+    else:
+        build_checkpoint(Settings(**args))
 
 
 if __name__ == "__main__":

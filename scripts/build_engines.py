@@ -146,7 +146,7 @@ def intent_of(
 
 
 def passport(
-    intent: trtllm_build.Intent, flags: trtllm_build.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
+    intent: trtllm_build.Intent, flags: contracts.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
 ) -> Dict[str, Any]:
     """What must be true of a host that serves these engines, and how they were made; no path of this machine.
 

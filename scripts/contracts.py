@@ -3,9 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, cast
+from typing import Any, Dict, List, Mapping, Sequence, Union, cast
 
 from scripts import errors
+
+# What a flag is to say: on or off, a number, a word; None: nothing. And a version's flags by name, as its table has them.
+Wish = Union[bool, int, str, None]
+Flags = Mapping[str, Mapping[str, Any]]
 
 DOCKER = Path(__file__).parent.parent / "docker"
 # Types of flags that are enumerations upstream: KVCacheTypeFromString in cpp/include/tensorrt_llm/runtime/modelConfig.h
@@ -35,11 +39,23 @@ def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
 
 
 def flags(kind: str, trtllm_version: str) -> Dict[str, Dict[str, Any]]:
-    """The flags of one of NVIDIA's programs ('trtllm-build', 'convert'), by name: type, choices, default, nargs, aliases."""
+    """The flags of one of NVIDIA's programs ('trtllm-build', 'convert', 'quantize'), by name: type, choices, default, nargs, aliases."""
     return {flag["flag"]: flag for flag in cast(List[Dict[str, Any]], table(kind, trtllm_version))}
 
 
-def flag_parser(program: str, flags: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
+def spell(flag: Mapping[str, Any], wish: Wish) -> List[str]:
+    """One flag as this version wants it: a bare switch, the words enable and disable, a number or a word of its choices."""
+    if wish is None:
+        return []
+    if flag["type"].startswith("flag"):
+        return [flag["flag"]] if wish else []
+    word = ("enable" if wish else "disable") if isinstance(wish, bool) else str(wish)
+    if flag["choices"] and word not in flag["choices"]:
+        raise ValueError(f"{flag['flag']} takes {', '.join(flag['choices'])}, not {word}")
+    return [flag["flag"], word]
+
+
+def flag_parser(program: str, flags: Flags) -> argparse.ArgumentParser:
     """A parser that takes what NVIDIA's takes by the table (names, types, choices, arity) and refuses everything else.
 
     What cannot be run here is held to this: tests give it every command line, the rehearsal's stand-ins parse with it.

@@ -476,6 +476,37 @@ def model_unfit(path: PathLike, seen: str, allowed: str) -> Problem:
 # --- checkpoint -----------------------------------------------------------------------------------------------------------
 
 
+def examples_missing(script: PathLike, examples: PathLike, version: str) -> Problem:
+    return Problem(
+        "no examples of TensorRT-LLM",
+        examples,
+        f"Quantizing is done by TensorRT-LLM's own {Path(script).name}, which is in no image; {shown(script)} is not there.",
+        f"Fetch the repository at the tag of TensorRT-LLM {version}, then type your make command again:",
+        f"GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 --branch v{version} https://github.com/NVIDIA/TensorRT-LLM {shown(examples)}",
+    )
+
+
+def quantization_failed(log: PathLike, quant: str, status: int, lines: Sequence[str]) -> Problem:
+    shown_lines = "\n".join(f"    {line[:200]}" for line in lines) or "    (it wrote nothing)"
+    return Problem(
+        "quantizing failed",
+        log,
+        f"TensorRT-LLM's tool for QUANT={quant} ended with status {status}. Its last lines:\n\n{shown_lines}",
+        "When that is mended (a package that its requirements.txt names, the network for its texts, memory), again:",
+        make("checkpoint"),
+    )
+
+
+def checkpoint_not_as_asked(where: PathLike, what: str, asked: object, written: object, log: PathLike) -> Problem:
+    return Problem(
+        "the checkpoint is not what was asked for",
+        where,
+        f"{what} was asked to be {asked}; TensorRT-LLM's tool wrote {written}.",
+        "Look at what it says of that:",
+        f"less {shlex.quote(shown(log))}",
+    )
+
+
 def stages_impossible(where: PathLike, pp_size: int, n_layers: int) -> Problem:
     possible = [stages for stages in range(1, n_layers + 1) if n_layers % stages == 0]
     return Problem(
@@ -749,7 +780,9 @@ def too_few_gpus(needed: int, names: Sequence[str]) -> Problem:
         "nvidia-smi",
         f"The engines have {needed} ranks, and each takes one GPU; here {'is' if len(names) == 1 else 'are'} {len(names)}"
         f"{': ' + ', '.join(names) if names else ''}.",
-        "Build for as many as there are:" if names else "See whether the driver is there, and docker was told --gpus all:",
+        "Build for as many as there are:"
+        if names
+        else "See whether the driver is there, and docker was told --gpus all:",
         make("serve", TP=len(names)) if names else make("doctor"),
     )
 
@@ -817,7 +850,7 @@ def ranks_do_not_add_up(world_size: int, status: Optional[int], seconds: float, 
         "GPUs that hang here often cannot read each other's memory though they say so (virtual machines, IOMMU or ACS), or share "
         "too little of /dev/shm.",
         "See what NCCL says; NCCL_P2P_DISABLE=1 shows whether it is the way between the GPUs:",
-        f"NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.all_reduce \"$(mktemp -d)\" 60",
+        f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.all_reduce "$(mktemp -d)" 60',
     )
 
 

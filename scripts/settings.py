@@ -17,6 +17,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 # name -> a value that would do; the second group may also be empty (then it is derived)
 NUMBERS = {
     "TP": 2,
+    "PP": 1,
     "MAX_BATCH_SIZE": 8,
     "MAX_TOKENS": 48,
     "HTTP_PORT": 8000,
@@ -50,9 +51,12 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         return errors.bad_setting(
             name, value, "one of " + ", ".join(toolchains), errors.make("serve", TOOLCHAIN=toolchains[0])
         )
+    if name == "PP" and settings["ENGINE"] == "torch" and value.isdigit():
+        return errors.bad_setting(name, value, "1 with ENGINE=torch", errors.make("serve", PP=1))
     allowed, example = {
         "ENGINE": ("torch or tensorrt", "torch"),
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
+        "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
         "ASSUME_GPU": (
             "the GPUs to assume, for instance 4x V100-SXM2-16GB, and only in make plan, make doctor and make -n: nothing is built for it",

@@ -7,13 +7,11 @@ flag for is either its only way (XQA later) or decided at run time (multi-block 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import errors
+from scripts.contracts import Flags, Wish, spell
 from scripts.gpus import Gpu
-
-Wish = Union[bool, int, str, None]
-Flags = Mapping[str, Mapping[str, Any]]
 
 # Tokens of a block of the paged KV cache. Upstream's default went 128 (0.8), 64 (0.10), 32 (1.x); the attention kernels of all of them
 # take 64, and one value makes one arithmetic of memory.
@@ -116,18 +114,6 @@ def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> List[str
         if f"--{name}" in flags and f"--{SUPERSEDED.get(name)}" not in flags:
             command += spell(flags[f"--{name}"], wish)
     return command
-
-
-def spell(flag: Mapping[str, Any], wish: Wish) -> List[str]:
-    """One flag as this version wants it: a bare switch, the words enable and disable, a number or a word of its choices."""
-    if wish is None:
-        return []
-    if flag["type"].startswith("flag"):
-        return [flag["flag"]] if wish else []
-    word = ("enable" if wish else "disable") if isinstance(wish, bool) else str(wish)
-    if flag["choices"] and word not in flag["choices"]:
-        raise ValueError(f"{flag['flag']} takes {', '.join(flag['choices'])}, not {word}")
-    return [flag["flag"], word]
 
 
 def workers_that_fit(world_size: int, gpus: int, rank_file_bytes: int, free_bytes: int) -> int:

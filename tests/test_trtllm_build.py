@@ -137,7 +137,7 @@ def test_fp8_is_strongly_typed_where_that_can_be_chosen() -> None:
 
 def test_a_word_that_the_version_lacks_is_a_fault_of_ours() -> None:
     with pytest.raises(ValueError, match="float16.*not int8"):
-        trtllm_build.spell(FLAGS[OLD]["--gemm_plugin"], "int8")
+        contracts.spell(FLAGS[OLD]["--gemm_plugin"], "int8")
 
 
 def test_workers_are_as_many_as_memory_gpus_and_ranks_allow() -> None:

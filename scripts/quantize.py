@@ -1,0 +1,154 @@
+"""A quantized checkpoint, made by TensorRT-LLM's own tools: we drive them, check what they wrote and record it.
+
+Room:   checkpoint (instead of scripts/build_checkpoint.py's own split, when QUANT is set)
+Reads:  hf
+Writes: config.json, rank0.safetensors ... rankN-1.safetensors
+Needs:  TensorRT-LLM's container, and the examples of its repository at the version's tag: they are in no image. A GPU; where texts are
+        needed to measure the activations (QUANT other than int8_wo), the network: the tools fetch cnn_dailymail from Hugging Face.
+
+The KV cache stays at 16 bits: FP8 for it gave wrong answers together with paged context attention (TensorRT-LLM #1169).
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from scripts import contracts, errors, gpus, processes, room, trtllm_build
+from scripts.contracts import Flags, Wish, spell
+from scripts.hf_model import read_hf_model
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one kind of quantization is asked for. tool: a kind of table in docker/contracts; quant_algo: how config.json's word begins."""
+
+    tool: str
+    quant_algo: str
+    flags: Mapping[str, Wish]
+
+
+# Values: the examples of examples/llama/README.md of 0.8.0, which later ones repeat.
+WAYS = {
+    "int8_wo": Way("convert", "W8A16", {"use_weight_only": True, "weight_only_precision": "int8"}),
+    "sq": Way("convert", "W8A8_SQ", {"smoothquant": "0.5", "per_token": True, "per_channel": True}),
+    "int4_awq": Way("quantize", "W4A16_AWQ", {"qformat": "int4_awq", "awq_block_size": 128, "calib_size": 32}),
+    "fp8": Way("quantize", "FP8", {"qformat": "fp8", "calib_size": 512}),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the room is asked to be. examples: the folder of TensorRT-LLM's repository at the tag of trtllm_version."""
+
+    hf: Path
+    output: Path
+    quant: str
+    dtype: str
+    tp_size: int
+    pp_size: int
+    trtllm_version: str
+    examples: Path
+
+    def __post_init__(self) -> None:
+        if self.quant not in WAYS:
+            allowed = f"empty or one of {', '.join(WAYS)}"
+            raise errors.bad_setting("QUANT", self.quant, allowed, errors.make("checkpoint", QUANT=""))
+        if self.dtype == "float32":
+            allowed = f"float16 or bfloat16 with QUANT={self.quant}"
+            raise errors.bad_setting("DTYPE", self.dtype, allowed, errors.make("checkpoint", DTYPE="float16"))
+
+
+# --- core ---
+
+
+def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) -> List[str]:
+    """The command line of NVIDIA's tool for the version whose flag table is given."""
+    asked: Dict[str, Wish] = {
+        "model_dir": hf,
+        "output_dir": output,
+        "dtype": settings.dtype,
+        "tp_size": settings.tp_size,
+        "pp_size": settings.pp_size,
+        **WAYS[settings.quant].flags,
+    }
+    # All of them are needed: one that the table lacks is a KeyError, not a quieter checkpoint.
+    words = [word for name, wish in asked.items() for word in spell(flags[f"--{name}"], wish)]
+    return [sys.executable, script, *words]
+
+
+def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[str, Any, Any]]:
+    """What in the checkpoint's config.json is not as asked: (what, asked, written); None when all is right."""
+    mapping, algo = config["mapping"], str(config["quantization"]["quant_algo"])
+    expected = WAYS[settings.quant].quant_algo
+    found = (
+        ("dtype", settings.dtype, config["dtype"]),
+        ("tp_size", settings.tp_size, mapping["tp_size"]),
+        ("pp_size", settings.pp_size, mapping["pp_size"]),
+        ("quant_algo", expected, expected if algo.startswith(expected) else algo),
+    )
+    return next((pair for pair in found if pair[1] != pair[2]), None)
+
+
+# --- shell ---
+
+
+def check_gpu(settings: Settings) -> None:
+    """The GPU that measures must be one that the engines can run on: hours of quantizing are not for nothing."""
+    host = gpus.here()
+    if not host:
+        raise errors.no_gpu("TensorRT-LLM's tool for quantizing")
+    toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
+    algo, version = WAYS[settings.quant].quant_algo, settings.trtllm_version
+    problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains)
+    if problem:
+        raise problem
+
+
+def build_quantized(settings: Settings) -> None:
+    """Fill the room `checkpoint`."""
+    row = contracts.toolchain(settings.trtllm_version)
+    way = WAYS[settings.quant]
+    script = settings.examples / row["examples"][way.tool]
+    if not script.is_file():
+        raise errors.examples_missing(script, settings.examples, settings.trtllm_version)
+    check_gpu(settings)
+    flags = contracts.flags(way.tool, settings.trtllm_version)
+    world_size = settings.tp_size * settings.pp_size
+    question = {
+        "quant": settings.quant,
+        "dtype": settings.dtype,
+        "tp_size": settings.tp_size,
+        "pp_size": settings.pp_size,
+        "trtllm_version": settings.trtllm_version,
+    }
+    with room.filling(settings.output, {"hf": settings.hf}, question) as filling:
+        shape = read_hf_model(settings.hf).shape
+        room.say(
+            "checkpoint",
+            f"<- {errors.shown(settings.hf)}: {shape.n_layers} layers -> {settings.quant}, {world_size} ranks",
+        )
+        work = filling.path / "quantizing"
+        work.mkdir()
+        command = argv(settings, flags, str(script.absolute()), str(settings.hf.absolute()), str(filling.path))
+        log = work / "log"
+        status, lines = processes.run_logged(command, log, lambda line: None)
+        if status != 0:
+            raise errors.quantization_failed(log, settings.quant, status, lines[-12:])
+        names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(world_size))]
+        for name in names:
+            if not (filling.path / name).is_file():
+                raise errors.checkpoint_not_as_asked(filling.path / name, name, "written", "nothing", log)
+        different = difference(json.loads((filling.path / "config.json").read_bytes()), settings)
+        if different:
+            raise errors.checkpoint_not_as_asked(filling.path / "config.json", *different, log)
+        shutil.rmtree(work)
+        for extra in sorted({path.name for path in filling.path.iterdir()} - {*names, *filling.kept, room.FINISHED}):
+            (filling.path / extra).unlink()
+        for name in names:
+            filling.take(name)
+        filling.facts.update(
+            {**question, "argv": argv(settings, flags, row["examples"][way.tool], "hf", "checkpoint")[1:]}
+        )
