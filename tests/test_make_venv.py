@@ -4,13 +4,16 @@ Nothing is installed: every program that the script asks is a stand-in that note
 """
 
 import os
+import re
 import signal
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Dict, List
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_of_project
 
 # Answers what a sound CPython 3.12 with PyTorch's CPU wheel would, but for what the environment says is wrong.
 PYTHON = r"""#!/usr/bin/env bash
@@ -233,3 +236,31 @@ def test_an_interpreter_that_will_not_do_is_a_report(
     assert title in the_report(done)
     assert command in done.stderr
     assert recorded(project) == [] and not (project / ".venv").exists()
+
+
+def test_the_pinned_lists_are_complete(tmp_path: Path) -> None:
+    """They are installed without their dependencies: an interpreter that has these packages and no other makes the rooms."""
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "venv/pyvenv.cfg").write_text(f"home = {Path(os.path.realpath(sys.executable)).parent}\n")
+    packages = tmp_path / f"venv/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    packages.mkdir(parents=True)
+    locks = (ROOT / "requirements/run.txt").read_text() + (ROOT / "requirements/torch.txt").read_text()
+    for name in re.findall(r"^([\w.-]+)==", locks, re.MULTILINE):
+        for top in {file.parts[0] for file in metadata.distribution(name).files or [] if file.parts[0] != ".."}:
+            if top != "__pycache__":
+                (packages / top).symlink_to(metadata.distribution(name).locate_file(top))
+    tree = copy_of_project(tmp_path / "tree")
+    python = f"{tmp_path}/venv/bin/python"
+    done = subprocess.run(
+        ["make", "model_repo", f"PYTHON={python}"], cwd=tree, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    imports = "import scripts.ask, scripts.demo, scripts.serve, scripts.doctor, mpi4py, engine, llama, sampling, text, tritonclient.grpc"
+    path = [
+        str(tree),
+        *(str(tree / f"model_repo_template/{model}/1") for model in ("tensorrt_llm", "tensorrt_llm_bls")),
+    ]
+    subprocess.run(
+        [python, "-c", imports], env={**os.environ, "PYTHONPATH": ":".join(path)}, cwd=tree, check=True, timeout=60
+    )
