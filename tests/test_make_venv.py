@@ -242,7 +242,8 @@ def test_the_pinned_lists_are_complete(tmp_path: Path) -> None:
     """They are installed without their dependencies: an interpreter that has these packages and no other makes the rooms."""
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").symlink_to(os.path.realpath(sys.executable))
-    (tmp_path / "venv/pyvenv.cfg").write_text(f"home = {Path(os.path.realpath(sys.executable)).parent}\n")
+    home = Path(os.path.realpath(sys.executable)).parent
+    (tmp_path / "venv/pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n")
     packages = tmp_path / f"venv/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     packages.mkdir(parents=True)
     locks = (ROOT / "requirements/run.txt").read_text() + (ROOT / "requirements/torch.txt").read_text()
