@@ -152,6 +152,16 @@ def test_hidden_tokens_and_ids_without_a_token_are_nothing(stories: Text) -> Non
     assert stories.stream(skip_special_tokens=False).push([1, 2]) == "<s></s>"
 
 
+def test_a_hidden_token_in_the_middle_of_a_character(stories: Text, byte_level: Tuple[Text, Any]) -> None:
+    """SentencePiece takes the character for broken; byte-level BPE does not see the token."""
+    ids = [3 + 0xC3, 2, 3 + 0xA9]
+    assert "".join(streamed(stories, ids, [1, 2])) == SLOW.decode(ids) == REPLACEMENT * 2
+    ours, library = byte_level
+    first, second = ours.encode(["é"], add_special_tokens=False)[0]
+    ids = [first, library.token_to_id("<|end|>"), second]
+    assert "".join(streamed(ours, ids, [1, 2])) == library.decode(ids) == "é"
+
+
 def test_the_cost_of_a_token_does_not_grow(stories: Text) -> None:
     """Counted, not timed: after 20,000 tokens the stream keeps no more than it kept after one."""
     stream = stories.stream()
@@ -253,6 +263,13 @@ def test_a_word_is_listed_in_every_spelling_that_a_text_has_it_in(stories: Text,
         if whole[: len(begun)] == begun:
             assert whole[len(begun) :] in listed
     assert all(stories.decode(ids).strip(" ") == word.strip(" ") for ids in listed)
+
+
+def test_byte_level_words_are_listed_with_and_without_their_space(byte_level: Tuple[Text, Any]) -> None:
+    ours, library = byte_level
+    listed = sequences(ours.word_list(["quick"]))
+    assert library.encode("quick", add_special_tokens=False).ids in listed
+    assert library.encode(" quick", add_special_tokens=False).ids in listed
 
 
 def test_no_words_are_an_empty_list(stories: Text) -> None:

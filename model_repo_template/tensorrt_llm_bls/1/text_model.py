@@ -156,11 +156,17 @@ class TritonPythonModel:
         return [pb_utils.Tensor(name, value) for name, value in values.items()]
 
     def _watch(self) -> None:
-        """Ends the requests whose client has gone, also those that wait for their first token."""
+        """Ends the requests whose client has gone, also those that wait for their first token.
+
+        Triton 2.51 tells of a gRPC call that was cancelled and of an HTTP stream that was left, not of a left HTTP generate.
+        """
         while not self.closing.wait(POLL_SECONDS):
             for call in list(self.calls.values()):
-                if call.is_cancelled():
-                    self._stop(call)
+                try:
+                    if call.is_cancelled():
+                        self._stop(call)
+                except Exception as problem:  # of one request; the others are still to be watched
+                    sent.failed(problem)
 
     def _stop(self, call: Call) -> None:
         """End a running request: the contract's `stop` input, with the same request id."""
