@@ -88,7 +88,8 @@ def check_settings(case: Case) -> str:
     """Nothing was typed that make cannot take."""
     plan.refuse(case.choice)
     engine = f"TensorRT-LLM {case.toolchain or '(the GPU decides)'}" if case.choice.tensorrt else "the torch engine"
-    return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}"
+    rehearsal = "; a rehearsal: what is found is of stand-ins" if case.choice["REHEARSAL"] else ""
+    return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}{rehearsal}"
 
 
 def check_make(case: Case) -> str:
@@ -312,7 +313,7 @@ def check_gpus_needed(case: Case) -> str:
 def seen(case: Case) -> str:
     kinds = {(gpu.name, human_bytes(gpu.memory_bytes), gpu.compute_capability) for gpu in case.host}
     each = "; ".join(f"{name}: {size}, compute capability {capability}" for name, size, capability in sorted(kinds))
-    assumed = " (assumed)" if case.choice["ASSUME_GPU"] else ""
+    assumed = " (assumed)" if case.choice["ASSUME_GPU"] else " (a rehearsal)" if case.choice["REHEARSAL"] else ""
     return f"{plan.described(case.host)}{assumed}; {each}"
 
 

@@ -31,8 +31,8 @@ from scripts.room import human_bytes
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ROOT / "models" / "shapes.json"
-# What TensorRT-LLM calls the kinds of quantization (QuantAlgo)
-QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN"}
+# How TensorRT-LLM's words for them begin; scripts/quantize.py, which asks for them, needs packages that a laptop may lack.
+QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": "W8A8_SQ"}
 # tokenizer, configs and code of the five models
 MODEL_REPO_BYTES = 5_000_000
 VERIFIED_BYTES = 1_000_000
@@ -88,7 +88,7 @@ class Journey:
 
     @property
     def seen(self) -> str:
-        how = "assumed" if self.choice["ASSUME_GPU"] else "here"
+        how = "assumed" if self.choice["ASSUME_GPU"] else "a rehearsal" if self.choice["REHEARSAL"] else "here"
         return f"{described(self.gpus)} ({how})" if self.gpus else "no GPU"
 
 
@@ -184,13 +184,14 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     if impossible:
         raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape))
     if model.shape.n_layers % pp_size:
-        divisors = [str(size) for size in range(1, 65) if model.shape.n_layers % size == 0]
-        allowed = f"one of {', '.join(divisors)}: each stage takes the same number of the {model.shape.n_layers} layers"
-        raise errors.bad_setting("PP", pp_size, allowed, errors.make("plan", PP=1))
-    quant = choice["QUANT"]
-    if quant and (quant not in memory_model.QUANT_BYTES or not choice.tensorrt):
-        allowed = "empty, " + ", ".join(memory_model.QUANT_BYTES) + " with ENGINE=tensorrt"
+        raise errors.stages_impossible(model.name, pp_size, model.shape.n_layers)
+    quant, dtype = choice["QUANT"], choice["DTYPE"] or model.dtype
+    if quant and (quant not in QUANT_ALGOS or not choice.tensorrt):
+        allowed = "empty, " + ", ".join(QUANT_ALGOS) + " with ENGINE=tensorrt"
         raise errors.bad_setting("QUANT", quant, allowed, errors.make("plan", QUANT=""))
+    if quant and dtype == "float32":
+        allowed = f"float16 or bfloat16 with QUANT={quant}"
+        raise errors.bad_setting("DTYPE", dtype, allowed, errors.make("plan", DTYPE="float16"))
     asked = build_engines.Settings(
         checkpoint=Path(),
         output=Path(),
@@ -202,9 +203,7 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
         max_num_tokens=choice.number("MAX_NUM_TOKENS"),
     )
     limits = build_engines.limits(asked, model.context)
-    return memory_model.Engine(
-        model.shape, choice["DTYPE"] or model.dtype, tp_size, pp_size=pp_size, quant=quant, **limits
-    )
+    return memory_model.Engine(model.shape, dtype, tp_size, pp_size=pp_size, quant=quant, **limits)
 
 
 def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:
@@ -310,6 +309,8 @@ def rows(journey: Journey) -> List[Row]:
     hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
     rank_bytes, all_bytes = max(memory_model.stage_bytes(engine)), memory_model.checkpoint_bytes(engine)
     copying = "up to 5x a copy"  # what make bench-convert is there to show
+    # NVIDIA's tools for QUANT hold the whole model and the rank that they write (read from the code of 0.8.0)
+    checkpoint_memory = hf_bytes + rank_bytes if engine.quant else memory_model.CONVERSION_BYTES
     build_bytes: Optional[int] = None
     if choice.tensorrt:
         build_bytes = trtllm_build.BUILDER_COPIES * rank_bytes + trtllm_build.BUILDER_BYTES
@@ -319,7 +320,7 @@ def rows(journey: Journey) -> List[Row]:
     made = [
         Row("weights", model.stored_bytes or hf_bytes, None, "", yours),
         Row("hf", 0 if model.form == "hf" else hf_bytes, memory_model.CONVERSION_BYTES, copying, ""),
-        Row("checkpoint", all_bytes, memory_model.CONVERSION_BYTES, copying, ""),
+        Row("checkpoint", all_bytes, checkpoint_memory, "not known" if engine.quant else copying, ""),
         Row("engines", all_bytes if choice.tensorrt else 0, build_bytes, "not known" if choice.tensorrt else "seconds", ""),
         Row("verified", VERIFIED_BYTES, asked_bytes, "not known", ""),
         Row("model_repo", MODEL_REPO_BYTES, None, "seconds", ""),

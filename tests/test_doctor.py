@@ -386,6 +386,9 @@ def test_ready_and_not_ready(
     assert out.rstrip().splitlines()[-1].startswith("Not ready: weights")
     assert err.count("DOES NOT FIT") == 1 and "Traceback" not in err
 
+    _, out, err = run(capsys, monkeypatch, case(TP="3"))
+    assert "[✗] memory" in out and "[✗] fit" in out and err.count("3 RANKS CANNOT SHARE THIS MODEL") == 1
+
     status, out, err = run(capsys, monkeypatch, case(), "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [line["name"] for line in lines] == list(doctor.CHECKS["torch"])

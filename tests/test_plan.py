@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, make
 from stand_ins import nvidia_smi, on_path
 
-from scripts import build_checkpoint, contracts, errors, gpus, memory_model, plan, trtllm_build
+from scripts import build_checkpoint, contracts, errors, gpus, memory_model, plan, quantize, trtllm_build
 from scripts.llama_shape import LlamaShape, params_of
 
 GB, MIB = 10**9, 1 << 20
@@ -222,7 +222,8 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
         ({"ASSUME_GPU": V100S, "QUANT": "int4_awq"}, "W4A16_AWQ does not run on this GPU", ["7.0", "8.0"]),
         ({"ASSUME_GPU": A100S, "TP": "1", "PP": "4"}, "more ranks than GPUs", ["4 ranks", "2 (2x A100-80GB)"]),
         ({"ASSUME_GPU": A100S, "TP": "3"}, "3 ranks cannot share this model", ["TP is 3", "heads is 32"]),
-        ({"ASSUME_GPU": A100S, "PP": "5"}, "PP cannot be 5", ["'5'", "32 layers"]),
+        ({"ASSUME_GPU": A100S, "PP": "5"}, "the layers cannot be divided so", ["PP is 5", "32 layers"]),
+        ({"ASSUME_GPU": H100S, "QUANT": "fp8", "DTYPE": "float32"}, "DTYPE cannot be float32", ["float32", "QUANT=fp8"]),
         ({"ASSUME_GPU": A100S, "QUANT": "fp4"}, "QUANT cannot be fp4", ["fp4", "int8_wo"]),
         ({"ASSUME_GPU": A100S, "MAX_SEQ_LEN": "5000"}, "MAX_SEQ_LEN is too large", ["5000", "4096"]),
         ({"ASSUME_GPU": "2x X100"}, "no such GPU", ["X100"]),
@@ -278,6 +279,19 @@ def test_the_command_lines_are_taken_by_that_versions_parser(version: str) -> No
     asked = parser.parse_args(programs["engines"][1:])
     assert (asked.max_batch_size, asked.max_input_len, asked.max_num_tokens) == (8, 2048, 8192)
     assert programs["serve"].count("--model-repository=model_repo") == 2
+
+
+def test_stages_and_quantization_change_the_hungriest_rooms() -> None:
+    staged = {row.room: row for row in plan.rows(planned(ASSUME_GPU=H100S, TP="1", PP="2"))}
+    # the first stage: 16 layers of 404766720 bytes and the embedding; 3 x 6.74 + 3 GB
+    assert staged["engines"].host_memory_bytes == 3 * (16 * 404_766_720 + 262_144_000 + 8192) + 3_000_000_000
+    quantized = {row.room: row for row in plan.rows(planned(ASSUME_GPU=H100S, QUANT="fp8"))}
+    assert (
+        quantized["checkpoint"].disk_bytes == quantized["engines"].disk_bytes
+        and quantized["checkpoint"].time == "not known"
+    )
+    assert (quantized["checkpoint"].host_memory_bytes or 0) > 13_476_831_232  # the whole model
+    assert {name: way.quant_algo for name, way in quantize.WAYS.items()} == plan.QUANT_ALGOS
 
 
 def test_tight_says_so_and_names_what_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
