@@ -150,6 +150,19 @@ def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
             assert contracts.table(kind, version)
 
 
+def test_the_page_says_what_the_table_says() -> None:
+    page = (ROOT / "docker/README.md").read_text()
+    for version, row in TABLE.items():
+        cells = [
+            cell.strip()
+            for cell in re.findall(rf"^\| {re.escape(version)} \|(.*)\|$", page, re.MULTILINE)[0].split("|")
+        ]
+        python = row["python"].rpartition(".")[0]
+        assert cells[0] == f"`{row['image'].split(':')[1]}`"
+        assert cells[2:6] == [row["tensorrt"], row["cuda"], python, row["driver_min"]]
+        assert not row["image_gb"] or cells[1] == f"{row['image_gb']} GB"
+
+
 def test_no_version_is_named_outside_of_the_tables() -> None:
     """In code; comments and docstrings say where a rule comes from."""
     named = re.compile("|".join(rf"(?<![\d.]){re.escape(version)}(?![\d.])" for version in TABLE))
