@@ -48,6 +48,8 @@ MAX_TOKENS     = 48
 PYTHON         =
 # instead of looking at the GPUs, in make plan, doctor and -n: ASSUME_GPU="4x V100-SXM2-16GB"
 ASSUME_GPU     =
+# ENGINE=tensorrt with stand-ins for docker, GPUs and trtllm-build, on this machine (docker/rehearsal): REHEARSAL="2x A100-80GB"
+REHEARSAL      =
 
 # which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
 TESTS          =
@@ -56,7 +58,7 @@ BENCH          =
 JSON           =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
-           HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU
+           HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
 # What was typed is taken as it is: a $ is a $, not a variable.
 TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 $(foreach v,$(filter $(SETTINGS),$(TYPED)),$(eval override $v := $$(strip $$(value $v))))
@@ -77,7 +79,7 @@ NOTHING     :=
 HASH        := \#
 NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
 REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
-                 $(if $(filter ASSUME_GPU,$v),,$(filter-out 0 1,$(words $($v))))),$v))
+                 $(if $(filter ASSUME_GPU REHEARSAL,$v),,$(filter-out 0 1,$(words $($v))))),$v))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
 REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON,$(TYPED)))
 
@@ -93,6 +95,15 @@ else
   NAME := $(MODEL)
   -include models/$(MODEL).mk
   REFUSED += $(if $(wildcard models/$(MODEL).mk),,MODEL)
+endif
+
+# A rehearsal sees stand-ins first on its PATH, keeps its rooms apart, and says so in every line.
+ifneq ($(REHEARSAL),)
+  REFUSED += $(if $(filter torch,$(ENGINE)),REHEARSAL)
+  export PATH := $(CURDIR)/docker/rehearsal/host:$(PATH)
+  export REHEARSAL_PYTHON = $(abspath $(PY))
+  export REHEARSAL_GPUS := $(REHEARSAL)
+  export REHEARSAL_TRTLLM = $(TOOLCHAIN)
 endif
 
 # Which TensorRT-LLM, where nobody said so. build/gpu.mk keeps what the GPUs decided; it is made when it is needed and they changed.
@@ -132,7 +143,7 @@ PY       = $(or $(PYTHON),$(VENV)/bin/python)
 # what has to be installed before a script runs; nothing, when an interpreter was given
 HAS     := $(if $(PYTHON),,$(VENV)/locks/)
 HF      := build/$(NAME)/hf
-VARIANT := build/$(NAME)/$(or $(REFUSE),$(ENGINE)-$(TOOLCHAIN)-tp$(TP)$(if $(filter-out 1,$(PP)),-pp$(PP))-$(or $(DTYPE),source)$(if $(QUANT),-$(QUANT)))
+VARIANT := build/$(NAME)/$(or $(REFUSE),$(if $(REHEARSAL),rehearsal-)$(ENGINE)-$(TOOLCHAIN)-tp$(TP)$(if $(filter-out 1,$(PP)),-pp$(PP))-$(or $(DTYPE),source)$(if $(QUANT),-$(QUANT)))
 LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-12)
 # Weights are not ours: where they are, their names, sizes and times stand for their content. In the C locale and without CDPATH,
 # because the environment never decides.
@@ -154,7 +165,7 @@ else
   NVIDIA  := $(if $(filter-out $(if $(filter plan doctor,$(MAKECMDGOALS)),WEIGHTS),$(REFUSED)),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
   # packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
   LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
-  NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN).iid)
+  NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN)$(if $(REHEARSAL),-rehearsal).iid)
   IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
   MADE_IN  = image=$(NVIDIA)$(if $(LACKS),+$(shell sha256sum <$(LACKS) | cut -c1-12))
   # Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
@@ -188,7 +199,7 @@ checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --pp-size $(PP) --dtype=$(DTYPE) --
                   $(if $(QUANT),--quant $(QUANT) --examples build/TensorRT-LLM-$(TOOLCHAIN))
 engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) \
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
-                  --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/timing-cache)
+                  --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/$(if $(REHEARSAL),rehearsal-)timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
 model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN)
 

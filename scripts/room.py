@@ -82,8 +82,8 @@ class Filling:
 
 
 def say(room: str, text: str) -> None:
-    """One plain line of a room's story."""
-    print(f"{room:<11} {text}", flush=True)
+    """One plain line of a room's story; a rehearsal (docker/rehearsal) says what it is in each of them."""
+    print(f"{room:<11} {'[rehearsal] ' if 'REHEARSAL_GPUS' in os.environ else ''}{text}", flush=True)
 
 
 def human_bytes(size_bytes: float) -> str:

