@@ -495,9 +495,9 @@ def test_kill_9_when_the_new_room_takes_the_place_of_the_old(made_tree: Path, ro
 
 
 def test_two_makes_at_once_fill_each_room_once(own_tree: Path, made: Path) -> None:
-    processes = [start(own_tree, "model_repo") for _ in range(3)]
+    processes = [start(own_tree, "model_repo") for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(filled("".join(outputs))) == sorted(ROOMS), outputs
     assert files_below(own_tree / "build") == files_below(made / "build")
     assert not list(own_tree.rglob("*.partial"))
@@ -524,19 +524,20 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_a_report_and_the_next_make_goes_on(own_tree: Path, made: Path) -> None:
-    with small_disk(own_tree / "build", 16 << 20):  # hf has 9.6 MB, checkpoint 10.5 MB
+    rooms = files_below(made / "build")
+    size_bytes = sum(map(len, rooms.values())) + (8 << 20)  # too little for a second checkpoint, which has 10.5 MB
+    with small_disk(own_tree / "build", size_bytes):
+        shutil.copytree(made / "build", own_tree / "build", dirs_exist_ok=True)
+        before = stats_below(own_tree / VARIANT / "checkpoint")
+        os.utime(own_tree / "scripts/build_checkpoint.py")
+        head, _ = the_report(make(own_tree, "model_repo"))
+        assert "DISK IS FULL" in head and head.endswith("checkpoint.partial")
+        assert stats_below(own_tree / VARIANT / "checkpoint") == before
+        subprocess.run(["mount", "-o", f"remount,size={2 * size_bytes}", own_tree / "build"], check=True)
         done = make(own_tree, "model_repo")
-        head, _ = the_report(done)
-        assert "DISK IS FULL" in head and "checkpoint.partial" in head
-        assert filled(done.stdout) == ["hf"] and not (own_tree / VARIANT / "checkpoint").exists()
-        before = stats_below(own_tree / HF)
-        os.utime(own_tree / "scripts/build_hf.py")
-        assert "hf.partial" in the_report(make(own_tree, "hf"))[0]
-        assert stats_below(own_tree / HF) == before
-        subprocess.run(["mount", "-o", f"remount,size={64 << 20}", own_tree / "build"], check=True)
-        done = make(own_tree, "model_repo")
-        assert done.returncode == 0, done.stderr
-        assert files_below(own_tree / "build") == files_below(made / "build")
+        assert (done.returncode, filled(done.stdout)) == (0, ROOMS[1:]), done.stderr
+        assert "rank0.safetensors was finished before; kept" in done.stdout
+        assert files_below(own_tree / "build") == rooms
 
 
 def test_a_limit_on_file_sizes_is_a_report_and_the_old_room_stays(made_tree: Path) -> None:
@@ -600,9 +601,10 @@ def test_the_makefile_knows_what_a_room_is_made_from(script: Path) -> None:
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     )
     assert {path for path in listed if path.startswith("scripts/")} == imported(script)
-    assert {path.split("/")[2] for path in listed if path.startswith("docker/contracts/")} == tables_read(
-        imported(script)
-    )
+    kinds = {
+        Path(path).parent.name for path in listed if path.startswith("docker/contracts/") and path.endswith(".json")
+    }
+    assert kinds == tables_read(imported(script))
     assert all((ROOT / path).is_file() for path in listed)
 
 
