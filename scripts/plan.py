@@ -300,7 +300,7 @@ def shares(fit: memory_model.Fit) -> str:
         ("CUDA, NCCL", between(fit.other_bytes), "and buffers for sampling; NCCL's share is assumed"),
         ("KV cache", f"{tokens} tokens", f"{per_token}; must hold {fit.needed_tokens}"),
     ]
-    return "\n".join(f"    {name:<12} {value:<22} {why}".rstrip() for name, value, why in lines)
+    return "\n".join(f"    {name:<12} {value:<24} {why}".rstrip() for name, value, why in lines)
 
 
 def rows(journey: Journey) -> List[Row]:
