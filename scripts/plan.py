@@ -366,7 +366,8 @@ def programs(journey: Journey) -> Dict[str, List[str]]:
     limits = {name: getattr(engine, name) for name in LIMITS}
     timing_cache = build_engines.TIMING_CACHE if "--output_timing_cache" in flags else None
     intent = build_engines.intent_of(checkpoint, limits, list(journey.gpus), links, 1, timing_cache)
-    toolbox = serve.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [])
+    open_mpi = int(contracts.toolchain(journey.toolchain)["open_mpi"].partition(".")[0])
+    toolbox = serve.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [], open_mpi)
     http_port, grpc_port, metrics_port = (
         journey.choice.number(name) or default
         for name, default in (("HTTP_PORT", 8000), ("GRPC_PORT", 8001), ("METRICS_PORT", 8002))
