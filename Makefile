@@ -281,6 +281,8 @@ refuse:
 	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1 || true); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
 
 # NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
+build/toolchain-%.iid: export ROOM_ARGS =
+build/toolchain-%.iid: export ROOM_NEEDS =
 build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
 	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) --build-arg PACKAGES=$(notdir $(LACKS)) \
