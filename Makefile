@@ -254,7 +254,8 @@ checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.
                   scripts/safetensors_file.py scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
                   $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))
 engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
-                  scripts/processes.py $(call tables,engine-config) $(wildcard docker/contracts/trtllm-build/*.json)
+                  scripts/processes.py scripts/memory_model.py scripts/llama_shape.py $(call tables,engine-config) \
+                  $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
                   scripts/preflight.py scripts/contracts.py scripts/gpus.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)

@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
-from scripts import contracts, errors, gpus, processes, room, trtllm_build
+from scripts import contracts, errors, gpus, memory_model, processes, room, trtllm_build
+from scripts.llama_shape import LlamaShape
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -146,6 +147,26 @@ def intent_of(
     )
 
 
+def fit_of(
+    checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_bytes: int, gpu: gpus.Gpu
+) -> memory_model.Fit:
+    """What a rank of these engines takes of a GPU: its weights as the checkpoint has them, the rest by the memory model."""
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    shape = LlamaShape(*(checkpoint[name] for name in names))
+    mapping = checkpoint["mapping"]
+    asked: Dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
+    engine = memory_model.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)
+    fit = memory_model.fit(engine, gpu.memory_bytes, trtllm_build.TOKENS_PER_BLOCK)
+    return replace(fit, weights_bytes=rank_file_bytes)
+
+
 def passport(
     intent: trtllm_build.Intent, flags: contracts.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
 ) -> Dict[str, Any]:
@@ -221,6 +242,9 @@ def build_tensorrt(
     tools = check_host(settings, config, host)
     links = gpus.links_here(world_size) if len(host) >= world_size else gpus.Links(None, None)
     rank_file_bytes = max(room.record_of(manifest, f"rank{rank}.safetensors").size_bytes for rank in range(world_size))
+    fit = fit_of(config, sizes, rank_file_bytes, host[0])
+    if fit.verdict == "no":
+        raise errors.engines_too_large(settings.output, host[0].name, fit.gpu_bytes, rank_file_bytes, fit.needed_tokens)
     workers = trtllm_build.workers_that_fit(world_size, len(host), rank_file_bytes, free_memory_bytes())
     cached = settings.timing_cache is not None and "--output_timing_cache" in flags
     intent = intent_of(config, sizes, host, links, workers, TIMING_CACHE if cached else None)

@@ -684,6 +684,17 @@ def gpu_cannot(what: str, needed: str, name: str, capability: str, reason: str, 
     )
 
 
+def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes: int, needed_tokens: int) -> Problem:
+    return Problem(
+        "engines do not fit this GPU",
+        engines,
+        f"{gpu} has {gpu_bytes / 1e9:.1f} GB. Of it a rank takes {weights_bytes / 1e9:.1f} GB for its weights; with one step and what CUDA "
+        f"takes, not even at best is room left for a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN), and the engines would not start.",
+        "See the sum, and what would fit:",
+        make("plan"),
+    )
+
+
 def not_in_toolchain(program: str, version: str) -> Problem:
     return Problem(
         f"no {program}",

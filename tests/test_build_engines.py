@@ -11,7 +11,7 @@ import pytest
 import stand_ins
 from synthetic import GROUPED, write_model
 
-from scripts import build_checkpoint, build_engines, build_hf, contracts, errors, room
+from scripts import build_checkpoint, build_engines, build_hf, contracts, errors, gpus, room
 
 VERSIONS = contracts.versions()
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
@@ -153,13 +153,13 @@ def test_custom_all_reduce_stands_or_falls_with_the_way_between_gpus(
     checkpoints: Path, tmp_path: Path, programs: Path
 ) -> None:
     stand_ins.trtllm_build(programs, "0.8.0")
-    for links, peers, gpus, wanted in (
+    for links, peers, count, wanted in (
         ("NV2", "OK", 2, "enable"),
         ("NV2", "CNS", 2, "disable"),
         ("PHB", "OK", 2, "disable"),
         ("NV2", "OK", 1, "disable"),  # two ranks, one GPU: how they will reach each other is not known
     ):
-        stand_ins.nvidia_smi(programs, [V100] * gpus, links, peers)
+        stand_ins.nvidia_smi(programs, [V100] * count, links, peers)
         facts = build(checkpoints / "0.8.0", tmp_path / "engines", "0.8.0")["facts"]
         assert after(argv(programs), "--use_custom_all_reduce") == wanted
         assert facts["custom_all_reduce"] is (wanted == "enable")
@@ -210,6 +210,26 @@ def test_a_v100_is_refused_where_its_kernels_are_gone(checkpoints: Path, tmp_pat
     problem = refused(checkpoints / "1.2.1", tmp_path / "engines", "1.2.1")
     assert "7.0" in problem.seen and "TOOLCHAIN=0.14.0" in problem.command
     assert not (programs / "argv").exists()
+
+
+def test_engines_that_could_never_start_are_not_built(checkpoints: Path, tmp_path: Path, programs: Path) -> None:
+    stand_ins.trtllm_build(programs, "0.14.0")
+    stand_ins.nvidia_smi(programs, [V100.replace("16160", "500")])  # 524 MB: CUDA and NCCL alone take more
+    problem = refused(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0")
+    assert "has 0.5 GB" in problem.seen and "56 tokens" in problem.seen and problem.command == "make plan"
+    assert not (programs / "argv").exists()
+    seventy_b = {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "vocab_size": 32000, "dtype": "float16", "mapping": {"tp_size": 4, "pp_size": 1},
+    }  # fmt: skip
+    sizes = {"max_batch_size": 8, "max_input_len": 2048, "max_seq_len": 4096, "max_num_tokens": 8192}
+    # 138 GB in four: 34.7 GB a rank; as INT4 a quarter of that
+    for name, rank_bytes, verdict in (
+        ("V100-SXM2-32GB", 34_700_000_000, "no"),
+        ("A100-80GB", 34_700_000_000, "fits"),
+        ("V100-SXM2-32GB", 9_400_000_000, "fits"),
+    ):
+        assert build_engines.fit_of(seventy_b, sizes, rank_bytes, gpus.assumed(name)[0]).verdict == verdict
 
 
 def test_outside_the_container_the_missing_program_is_named(
