@@ -29,7 +29,7 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
         tensor = triton.InferInput(name, list(value.shape), datatype)
         tensor.set_data_from_numpy(value)
         inputs.append(tensor)
-    answers: "queue.Queue[Any]" = queue.Queue()
+    answers: queue.Queue[Any] = queue.Queue()
     with triton.InferenceServerClient(address) as client:
         try:
             if not client.is_server_ready(client_timeout=10):

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_ask_takes_any_prompt_as_it_is(served: Served) -> None:
 
 def test_the_printed_curl_line_works(served: Served) -> None:
     [line] = [line.strip() for line in served.lines if line.strip().startswith("curl ")]
-    answer = json.loads(subprocess.run(line, shell=True, capture_output=True, check=True, timeout=60).stdout)
+    answer = json.loads(subprocess.run(shlex.split(line), capture_output=True, check=True, timeout=60).stdout)
     assert answer["text_output"].startswith(STORY)
 
 
@@ -84,7 +85,7 @@ def grpc_stream(served: Served, model: str, prompt: str, max_tokens: int) -> lis
     for name, value in values.items():
         inputs.append(triton.InferInput(name, list(value.shape), types[str(value.dtype)]))
         inputs[-1].set_data_from_numpy(value)
-    answers: "queue.Queue[tuple[object, object]]" = queue.Queue()
+    answers: queue.Queue[tuple[object, object]] = queue.Queue()
     pieces: list[str] = []
     with triton.InferenceServerClient(served.grpc) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
