@@ -99,7 +99,7 @@ endif
 
 # A rehearsal sees stand-ins first on its PATH, keeps its rooms apart, and says so in every line.
 ifneq ($(REHEARSAL),)
-  REFUSED += $(if $(filter torch,$(ENGINE)),REHEARSAL)
+  REFUSED += $(if $(and $(filter tensorrt,$(ENGINE)),$(findstring x ,$(REHEARSAL))),,REHEARSAL)
   export PATH := $(CURDIR)/docker/rehearsal/host:$(PATH)
   export REHEARSAL_PYTHON = $(abspath $(PY))
   export REHEARSAL_GPUS := $(REHEARSAL)

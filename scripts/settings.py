@@ -58,6 +58,10 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
         "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
+        "REHEARSAL": (
+            "the GPUs to stand in for, for instance 2x A100-80GB, with ENGINE=tensorrt (docker/README.md)",
+            "2x A100-80GB",
+        ),
         "ASSUME_GPU": (
             "the GPUs to assume, for instance 4x V100-SXM2-16GB, and only in make plan, make doctor and make -n: nothing is built for it",
             "",

@@ -61,6 +61,11 @@ def test_a_rehearsal_with_the_torch_engine_is_a_slip(tree: Path) -> None:
     assert done.returncode != 0 and "REHEARSAL" in done.stderr
 
 
+def test_a_rehearsal_names_its_gpus(tree: Path) -> None:
+    done = rehearse(tree, "engines", "REHEARSAL=1")
+    assert done.returncode != 0 and "REHEARSAL CANNOT BE 1" in done.stderr and "2x A100-80GB" in done.stderr
+
+
 def stand_in(name: str, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "REHEARSAL_PYTHON": "python3", **variables}
     program = ROOT / "docker/rehearsal" / name
