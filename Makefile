@@ -114,7 +114,7 @@ ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
       TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(subst $(NEWLINE),|,$(BAKE_SETTINGS))' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
     else ifeq ($(ASSUME_GPU),)
       GPU_SEEN =
-      export GPU_SEEN_NOW := $(shell cat /proc/driver/nvidia/gpus/*/information 2>/dev/null | cksum)
+      export GPU_SEEN_NOW := $(shell { printf %s '$(REHEARSAL)'; cat /proc/driver/nvidia/gpus/*/information 2>/dev/null; } | cksum)
       include build/gpu.mk
       build/gpu.mk: docker/toolchains.json scripts/toolchain.sh $(if $(subst x$(GPU_SEEN),,x$(GPU_SEEN_NOW)),FORCE)
 	@scripts/toolchain.sh gpu $@

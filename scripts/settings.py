@@ -69,7 +69,8 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         **{number: ("a whole number of at least 1", str(fit)) for number, fit in NUMBERS.items()},
         **{number: ("a whole number of at least 1, or empty", str(fit)) for number, fit in NUMBERS_OR_EMPTY.items()},
     }[name]
-    return errors.bad_setting(name, value, allowed, errors.make("serve", **{name: example}))
+    engine = {"ENGINE": "tensorrt"} if name == "REHEARSAL" else {}
+    return errors.bad_setting(name, value, allowed, errors.make("serve", **engine, **{name: example}))
 
 
 def main() -> None:
