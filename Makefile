@@ -249,7 +249,7 @@ $(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/mani
 
 # Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
 hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/meta_weights.py \
-                  scripts/safetensors_file.py scripts/tokenizer.py
+                  scripts/safetensors_file.py scripts/tokenizer.py scripts/torch_file.py
 checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/safetensors_file.py scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
                   $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))

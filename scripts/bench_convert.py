@@ -126,8 +126,9 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
     result = {"cache": settings.cache, **report(measured, size_bytes)}
     for name, step in measured.items():
         times = ", ".join(f"{value:.2f}" for value in step.seconds)
+        cpu, memory = median(step.cpu_seconds), human_bytes(step.anonymous_bytes)
         print(
-            f"{name:<22} {median(step.seconds):6.2f} s  ({times})  peak anonymous memory {human_bytes(step.anonymous_bytes)}"
+            f"{name:<20} {median(step.seconds):6.2f} s ({times}), processor {cpu:.2f} s, peak anonymous memory {memory}"
         )
     for name, value in report(measured, size_bytes)["ratios"].items():  # type: ignore[attr-defined]
         print(f"{name:<36} {value:.2f}")

@@ -3,7 +3,7 @@
 Room:   hf
 Reads:  params.json, consolidated.NN.pth, tokenizer.model (beside them or one level up); or config.json, *.safetensors, tokenizer.json
 Writes: config.json, generation_config.json, model.safetensors (several with an index above 5 GB), tokenizer.json and its side files
-Needs:  numpy; torch for Meta's form only, to read the directory of a .pth
+Needs:  numpy
 """
 
 import argparse
@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import numpy as np
 
 from scripts import errors, safetensors_file, tokenizer
 from scripts.hf_model import INDEX, SINGLE, read_hf_model
@@ -132,8 +134,6 @@ def build_hf(settings: Settings) -> None:
 
 
 def _from_meta(settings: Settings) -> None:
-    import torch
-
     folder = settings.weights
     paths = shard_paths(folder)
     params = read_params(folder / "params.json")
@@ -150,7 +150,7 @@ def _from_meta(settings: Settings) -> None:
     model = joined(folder, shards, params, tokenizer_path, pieces.vocab_size)
     positions, source = max_positions(settings.max_position_embeddings, params)
     arguments = {"form": "meta", "max_position_embeddings": settings.max_position_embeddings}
-    with filling(settings.output, arguments=arguments, tools={"torch": torch.__version__}) as room:
+    with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
         files = _write_weights(room, model)
         room.write_json(
             "config.json", hf_config(model.shape, params, model.dtype, positions, pieces.bos_id, pieces.eos_id)
@@ -180,7 +180,7 @@ def _from_hf(settings: Settings) -> None:
         "hf",
         f"<- {errors.shown(folder)}: Hugging Face's form, {len(model.files)} weight file(s), {human_bytes(total_bytes)}",
     )
-    with filling(settings.output, arguments={"form": "hf"}) as room:
+    with filling(settings.output, arguments={"form": "hf"}, tools={"numpy": np.__version__}) as room:
         with progress(total_bytes, "hf") as bar:
             for name in model.files:
                 record = sha256_of(folder / name)

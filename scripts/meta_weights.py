@@ -1,13 +1,9 @@
 """Reads a Llama model in Meta's form: params.json, consolidated.NN.pth (one per model-parallel shard) and where its bytes lie.
 
-Nothing of a .pth is run: torch reads its directory with weights_only=True, the weights themselves are read by rows and checked
-against the checksums that the file carries.
+Nothing of a .pth is run (see torch_file.py); the weights are read by rows and checked against the checksums that the file carries.
 """
 
 import re
-import struct
-import warnings
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +14,8 @@ import numpy as np
 from scripts import errors
 from scripts.hf_model import check_tensors
 from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params
-from scripts.safetensors_file import DTYPE_NAMES, DTYPES, Raw, StoredTensor, row_blocks
-
-# A .pth's directory (data.pkl) has some 100 bytes per tensor: 64 MB is far beyond any model, and what a hostile file can make us hold.
-DIRECTORY_MAX_BYTES = 64 << 20
+from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, row_blocks
+from scripts.torch_file import read_torch_file
 
 # How the shards of a tensor make the whole: rows and columns are laid side by side, the same is in every shard.
 ROWS, COLUMNS, SAME = "rows", "columns", "same"
@@ -87,42 +81,13 @@ def shard_paths(folder: Path) -> List[Path]:
 
 def read_shard(path: Path) -> Shard:
     """The tensors of one .pth; only its directory is read. A Problem where it is damaged, cut off, no torch file or not only weights."""
-    records = _zip_records(path)
-    # here and not at the top: takes 1.5 s, and a Hugging Face folder needs none of it
-    import torch
-
-    try:
-        with (
-            warnings.catch_warnings()
-        ):  # about what a damaged directory seems to ask for; the report says it in one sentence
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises whatever the broken byte leads to
-        raise errors.weights_unreadable(path, f"torch refuses it: {_first_sentence(error)}") from None
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
-    ):
-        raise errors.weights_unreadable(path, "it holds something else than named tensors")
-    names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-    tensors = {name: value for name, value in loaded.items() if name != DROPPED}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in names:
-            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
-        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.dim() or not tensor.numel():
-            raise errors.weights_unreadable(path, f"{name} is not stored whole, row after row")
-    # torch does not tell where a storage lies in the file; it maps the file once, so all addresses are file offsets plus one number
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in loaded.values()}
-    base = min(storages, default=0) - min(records, default=0)
-    if {(address - base, size) for address, size in storages.items()} != {
-        (offset, size) for offset, (size, _) in records.items()
-    }:
-        raise errors.weights_unreadable(path, "its tensors are not the pieces that lie in the file")
     shard = {}
-    for name, tensor in tensors.items():
-        start = tensor.data_ptr() - base
-        size_bytes, crc32 = records[tensor.untyped_storage().data_ptr() - base]
-        stored = StoredTensor(path, name, DTYPES[names[tensor.dtype]], tuple(tensor.shape), start)
-        shard[name] = ShardTensor(stored, crc32 if stored.size_bytes == size_bytes else None)
+    for name, tensor in read_torch_file(path).items():
+        if name == DROPPED:
+            continue
+        if tensor.dtype not in ITEM_BYTES:
+            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
+        shard[name] = ShardTensor(StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start), tensor.crc32)
     return shard
 
 
@@ -257,37 +222,3 @@ def _check_feed_forward(
         f"{params.ffn_dim_multiplier}) gives {expected}",
         f"the tensors of {n_shards} shard(s) have {rows * n_shards}",
     )
-
-
-def _zip_records(path: Path) -> Dict[int, Tuple[int, int]]:
-    """Where a .pth's storages lie, from its zip directory: file offset -> (bytes, CRC-32)."""
-    records: Dict[int, Tuple[int, int]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise errors.weights_unreadable(
-                        path, f"its part {info.filename} is compressed, torch stores plainly"
-                    )
-                if info.filename.endswith("/data.pkl") and info.file_size > DIRECTORY_MAX_BYTES:
-                    raise errors.weights_unreadable(
-                        path, f"its directory has {info.file_size} bytes, {DIRECTORY_MAX_BYTES} are the limit"
-                    )
-                if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
-                    raise errors.weights_unreadable(path, "its numbers are big-endian")
-                if "/data/" in info.filename:
-                    # the local header repeats name and extra field with lengths of its own (APPNOTE.TXT 4.3.7)
-                    file.seek(info.header_offset + 26)
-                    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-                    records[info.header_offset + 30 + name_bytes + extra_bytes] = (info.file_size, info.CRC)
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
-        size_bytes = path.stat().st_size if path.is_file() else 0
-        raise errors.weights_unreadable(
-            path, f"it is cut off, damaged or no torch file of version 1.6 or later ({size_bytes} bytes; {error})"
-        ) from None
-    return records
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return f"{type(error).__name__}: {text[:200]}"

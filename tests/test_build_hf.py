@@ -371,8 +371,8 @@ BAD_META: Dict[str, Any] = {
     "empty": (1, lambda f: os.truncate(f / "consolidated.00.pth", 0), "0 bytes"),
     "no zip": (1, lambda f: (f / "consolidated.00.pth").write_bytes(b"<html>403 Forbidden</html>" * 99), "2574 bytes"),
     "old torch format": (1, legacy, "no torch file of version 1.6 or later"),
-    "pickle bomb": (1, bomb, "torch refuses it"),
-    "zip bomb": (1, zip_bomb, "is compressed"),
+    "pickle bomb": (1, bomb, "wants to call posix.system"),
+    "zip bomb": (1, zip_bomb, "100000000 bytes, 16777216 are the limit"),
     "rows that are not there": (1, shared_storage, "output.weight is not stored whole"),
     "not tensors": (1, lambda f: torch.save([1, 2], f / "consolidated.00.pth"), "something else than named tensors"),
     "a flipped bit": (2, lambda f: flip(f / "consolidated.01.pth", 100_000), "CRC-32"),
@@ -396,7 +396,11 @@ BAD_META: Dict[str, Any] = {
     "shards of other models": (2, edit_shard(lambda t: t.pop("norm.weight"), 1), "Missing: norm.weight"),
     "norms that differ": (2, edit_shard(lambda t: t["norm.weight"].add_(1), 1), "it must be the same in all shards"),
     "types mixed": (1, edit_shard(lambda t: t.update({"norm.weight": t["norm.weight"].float()})), "is F32"),
-    "integers": (1, edit_shard(lambda t: t.update({"norm.weight": t["norm.weight"].int()})), "torch.int32"),
+    "integers": (
+        1,
+        edit_shard(lambda t: t.update({"norm.weight": t["norm.weight"].int()})),
+        "norm.weight is of the type torch.IntStorage",
+    ),
     "another tokenizer": (1, wrong_tokenizer, "tokenizer.model has 320 tokens, the model has 312"),
     "vocab_size in params.json": (
         1,

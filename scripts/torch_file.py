@@ -1,0 +1,212 @@
+"""Reads which tensors a .pth (torch.save's zip file) holds and where their bytes lie, without torch and without running anything of it.
+
+A .pth names its tensors in a pickle, which is a program for a small stack machine. torch.load(weights_only=True) runs that program
+with few functions allowed; here no function is called at all: the machine below knows the few operations that torch.save writes and
+takes down what they say. It also tells what torch does not, where in the file each tensor begins and its CRC-32, and spares the
+1.5 s that importing torch takes. tests/test_torch_file.py holds it against torch.load.
+"""
+
+import math
+import pickletools
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, List, Optional, Tuple
+
+from scripts import errors
+
+# Real ones have about 100 bytes per tensor: 100 kB for 70B.
+DIRECTORY_MAX_BYTES = 16 << 20
+
+# torch's storage classes -> safetensors' names for what they hold
+STORAGES = {"torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.FloatStorage": "F32"}
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a .pth. start: offset of its first byte in the file.
+
+    crc32: what the file says of its bytes; None where the tensor is only a part of what was saved together.
+    dtype: F16, BF16, F32, or torch's name of the storage where it is none of these (start is 0 then).
+    """
+
+    dtype: str
+    shape: Tuple[int, ...]
+    start: int
+    crc32: Optional[int]
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function or class that the pickle names. It is never looked up, let alone called."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    kind: str
+    key: str
+    n_items: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: Tuple[int, ...]
+    stride: Tuple[int, ...]
+
+
+def read_torch_file(path: Path) -> Dict[str, FileTensor]:
+    """Name -> tensor; a Problem where the file is damaged, cut off, no torch file, or holds something else than named tensors."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return _read(path, file, archive)
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
+        size_bytes = path.stat().st_size if path.is_file() else 0
+        reason = f"it is cut off, damaged or no torch file of version 1.6 or later ({size_bytes} bytes; {error})"
+        raise errors.weights_unreadable(path, reason) from None
+
+
+def directory(pickle: bytes) -> Any:
+    """What a pickle of torch.save says, with _Tensor for tensors. ValueError where it is anything else than named tensors.
+
+    The operations are those of pickle protocols 2 to 5 (Python's pickletools.py describes each).
+    """
+    stack: List[Any] = []
+    below: List[List[Any]] = []  # the stacks under a mark
+    memo: Dict[int, Any] = {}
+
+    def after_mark() -> List[Any]:
+        nonlocal stack
+        items, stack = stack, below.pop()
+        return items
+
+    try:
+        argument: Any
+        for operation, argument, _ in pickletools.genops(pickle):
+            name = operation.name
+            if name in ("PROTO", "FRAME"):
+                pass
+            elif name == "STOP":
+                return stack.pop()
+            elif name == "MARK":
+                below.append(stack)
+                stack = []
+            elif name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"):
+                stack.append(argument)
+            elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            elif name == "TUPLE":
+                items = after_mark()
+                stack.append(tuple(items))
+            elif name in ("SETITEMS", "SETITEM"):
+                items = after_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            elif name in ("APPENDS", "APPEND"):
+                items = after_mark() if name == "APPENDS" else [stack.pop()]
+                stack[-1].extend(items)
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif name == "GLOBAL":
+                stack.append(_Function(argument.replace(" ", ".")))
+            elif name == "STACK_GLOBAL":
+                stack[-2:] = [_Function(f"{stack[-2]}.{stack[-1]}")]
+            elif name == "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            elif name == "REDUCE":
+                arguments = stack.pop()
+                stack.append(_result(stack.pop(), arguments))
+            elif name == "BUILD":
+                stack.pop()  # attributes of the dict of a module's state, as its version numbers
+            else:
+                raise ValueError(f"its directory does what torch.save never writes: {name}")
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"its directory makes no sense ({error})") from None
+    raise ValueError("its directory has no end")
+
+
+def _read(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Dict[str, FileTensor]:
+    infos = {info.filename: info for info in archive.infolist()}
+    roots = [name[: -len("data.pkl")] for name in infos if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise ValueError("it has no directory of tensors, data.pkl")
+    root = roots[0]
+    for name in (f"{root}data.pkl", f"{root}byteorder"):
+        if name in infos and infos[name].file_size > DIRECTORY_MAX_BYTES:
+            raise ValueError(f"its {name} has {infos[name].file_size} bytes, {DIRECTORY_MAX_BYTES} are the limit")
+    if f"{root}byteorder" in infos and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    named = directory(archive.read(f"{root}data.pkl"))
+    if not isinstance(named, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in named.items()
+    ):
+        raise ValueError("it holds something else than named tensors")
+    return {name: _located(name, tensor, root, infos, file) for name, tensor in named.items()}
+
+
+def _located(name: str, tensor: _Tensor, root: str, infos: Dict[str, zipfile.ZipInfo], file: BinaryIO) -> FileTensor:
+    storage = tensor.storage
+    if storage.kind not in STORAGES:
+        return FileTensor(storage.kind, tensor.shape, 0, None)
+    dtype = STORAGES[storage.kind]
+    n_items = math.prod(tensor.shape)
+    steps = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+    if not tensor.shape or not n_items or tensor.stride != steps:
+        raise ValueError(f"{name} is not stored whole, row after row")
+    info = infos[f"{root}data/{storage.key}"]
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed, torch stores plainly")
+    if info.file_size != storage.n_items * ITEM_BYTES[dtype] or tensor.offset + n_items > storage.n_items:
+        raise ValueError(
+            f"{name} needs {(tensor.offset + n_items) * ITEM_BYTES[dtype]} bytes, {info.filename} has {info.file_size}"
+        )
+    # the local header repeats name and extra field with lengths of its own (PKWARE's APPNOTE.TXT, 4.3.7)
+    file.seek(info.header_offset)
+    signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise ValueError(f"{info.filename} does not lie where the file says")
+    start = info.header_offset + 30 + name_bytes + extra_bytes + tensor.offset * ITEM_BYTES[dtype]
+    return FileTensor(dtype, tensor.shape, start, info.CRC if n_items == storage.n_items else None)
+
+
+def _storage(persistent_id: Any) -> _Storage:
+    """('storage', its class, its key, its device, its number of items), as torch.save writes it."""
+    # the device says where the tensor was when it was saved (Meta's: on a GPU), not where its bytes are
+    word, kind, key, _, n_items = persistent_id
+    if word != "storage" or not isinstance(kind, _Function) or not isinstance(key, str):
+        raise ValueError("a storage is not named as torch.save does")
+    return _Storage(kind.name, key, _size(n_items))
+
+
+def _result(function: Any, arguments: Any) -> Any:
+    """What a call would give, of the three that torch.save writes; ValueError for any other."""
+    called = function.name if isinstance(function, _Function) else type(function).__name__
+    if called == "collections.OrderedDict" and arguments == ():
+        return {}
+    if called == "torch._utils._rebuild_parameter":
+        return arguments[0]
+    if called == "torch._utils._rebuild_tensor_v2":
+        storage, offset, shape, stride = arguments[:4]
+        if not isinstance(storage, _Storage):
+            raise ValueError("a tensor has no storage")
+        return _Tensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
+    raise ValueError(f"its directory wants to call {called}, which weights have no use for")
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError("a size in its directory is no number of items")
+    return value
