@@ -209,10 +209,11 @@ def test_there_and_back_again_costs_only_what_was_changed(made_tree: Path) -> No
     assert stats_below(made_tree / HF) == before
 
 
-def test_the_environment_never_decides(made: Path) -> None:
+def test_the_environment_never_decides(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "models/stories").mkdir(parents=True)
     environment = {
         "MODEL": "nonsense", "TP": "4", "ENGINE": "x", "DTYPE": "float32", "TOOLCHAIN": "1.2.1", "WEIGHTS": "/nowhere", "CONTEXT": "1",
-        "MAX_SEQ_LEN": "9", "ROOM_ARGS": "x", "ROOM_NEEDS": "x", "LOCK": "x", "CDPATH": "/:/tmp", "LC_ALL": "C", "PYTHONPATH": "/x",
+        "MAX_SEQ_LEN": "9", "ROOM_ARGS": "x", "ROOM_NEEDS": "x", "LOCK": "x", "CDPATH": str(tmp_path), "LC_ALL": "C", "PYTHONPATH": "/x",
         "PYTHONSAFEPATH": "1", "REFUSED": "MODEL", "NAME": "x", "HF": "x",
     }  # fmt: skip
     done = make(made, "-q", "model_repo", **environment)
