@@ -37,6 +37,8 @@ MAX_BATCH_SIZE = 8
 MAX_INPUT_LEN  =
 MAX_SEQ_LEN    =
 MAX_NUM_TOKENS =
+# off: one response a request (decoupled: false), for clients of gRPC ModelInfer and HTTP infer; on: streams
+STREAMING      = on
 HOST           = 127.0.0.1
 HTTP_PORT      = 8000
 GRPC_PORT      = 8001
@@ -58,7 +60,7 @@ BENCH          =
 JSON           =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
-           HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
+           STREAMING HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
 # What was typed is taken as it is: a $ is a $, not a variable.
 TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 $(foreach v,$(filter $(SETTINGS),$(TYPED)),$(eval override $v := $$(strip $$(value $v))))
@@ -127,7 +129,7 @@ endif
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
   REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
-    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) \
+    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]*)) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]*)) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
@@ -201,7 +203,7 @@ engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
                   --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/$(if $(REHEARSAL),rehearsal-)timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
-model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN)
+model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING)
 
 # hf depends on the model alone; the rooms after it also on the pinned packages, or the image, that made them. The count of files tells when
 # one was taken away, which leaves no newer time behind.
@@ -258,7 +260,7 @@ engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py 
                   $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
                   scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
-                  scripts/preflight.py scripts/contracts.py scripts/gpus.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
+                  scripts/preflight.py scripts/contracts.py scripts/gpus.py scripts/trtllm_runtime.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)

@@ -20,20 +20,19 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     import tritonclient.grpc as triton
     from tritonclient.utils import InferenceServerException
 
-    inputs = []
-    for name, datatype, value in (
-        ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
-        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-        ("stream", "BOOL", np.array([[True]])),
-    ):
-        tensor = triton.InferInput(name, list(value.shape), datatype)
-        tensor.set_data_from_numpy(value)
-        inputs.append(tensor)
     answers: queue.Queue[Any] = queue.Queue()
     with triton.InferenceServerClient(address) as client:
         try:
             if not client.is_server_ready(client_timeout=10):
                 raise errors.server_not_there(address, "it is there but not ready")
+            inputs = []
+            for name, datatype, value in (
+                ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
+                ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
+                ("stream", "BOOL", np.array([[streams(client)]])),
+            ):
+                inputs.append(triton.InferInput(name, list(value.shape), datatype))
+                inputs[-1].set_data_from_numpy(value)
             client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
             client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
             while True:
@@ -56,12 +55,20 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     sys.stdout.write("\n")
 
 
+def streams(client: Any) -> bool:
+    """Whether the server streams, or (STREAMING=off) gives a request one response. client: tritonclient's, over gRPC."""
+    return bool(client.get_model_config("ensemble").config.model_transaction_policy.decoupled)
+
+
 def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
     """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream. url: http://HOST:PORT."""
-    asked = {"text_input": prompt, "max_tokens": max_tokens, "stream": True}
-    body = json.dumps(asked).encode("utf-8", "surrogateescape")
-    request = urllib.request.Request(f"{url}/v2/models/ensemble/generate_stream", data=body)
+    model = f"{url}/v2/models/ensemble"
     try:
+        with urllib.request.urlopen(f"{model}/config", timeout=10) as config:
+            decoupled = json.load(config).get("model_transaction_policy", {}).get("decoupled", False)
+        asked = {"text_input": prompt, "max_tokens": max_tokens, "stream": decoupled}
+        body = json.dumps(asked).encode("utf-8", "surrogateescape")
+        request = urllib.request.Request(f"{model}/generate_stream", data=body)
         with urllib.request.urlopen(request, timeout=timeout_seconds) as events:
             for event in events:
                 if event.startswith(b"data:"):

@@ -19,7 +19,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from scripts import errors, serve
+from scripts import ask, errors, serve
 
 PROMPT = "Once upon a time"
 
@@ -44,7 +44,7 @@ def stream(address: str, max_tokens: int) -> float:
             ("text_input", "BYTES", np.array([[PROMPT.encode()]], dtype=object)),
             ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
             ("end_id", "INT32", np.array([[-1]], dtype=np.int32)),
-            ("stream", "BOOL", np.array([[True]])),
+            ("stream", "BOOL", np.array([[ask.streams(client)]])),
         ):
             inputs.append(triton.InferInput(name, [1, 1], datatype))
             inputs[-1].set_data_from_numpy(value)

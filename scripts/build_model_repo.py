@@ -54,18 +54,23 @@ class Settings:
     hf: Path
     output: Path
     trtllm_version: str
+    streaming: bool
 
 
-def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, str]:
+def hole_values(
+    engine: Mapping[str, Any], triton_backend: str, streaming: bool, unary_response_sender: bool
+) -> Dict[str, str]:
     """A value for every hole that any version's templates have.
 
     engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
+    streaming: Triton's decoupled mode, for all models that answer with text or tokens; without it they answer exactly once.
+    unary_response_sender: whether a Python model may answer a request of the latter kind after execute() has returned.
     """
     build, network = engine["build_config"], engine["pretrained_config"]
     return {
         "triton_backend": triton_backend,
         "triton_max_batch_size": str(build["max_batch_size"]),
-        "decoupled_mode": "true",
+        "decoupled_mode": "true" if streaming else "false",
         "batching_strategy": "inflight_fused_batching",
         "engine_dir": "engines",
         "tokenizer_dir": f"model_repo/{TOKENIZER}",
@@ -81,8 +86,10 @@ def hole_values(engine: Mapping[str, Any], triton_backend: str) -> Dict[str, str
         "preprocessing_instance_count": "1",
         # more than one may hand the pieces of one answer on out of order (tensorrtllm_backend issue 614)
         "postprocessing_instance_count": "1",
-        # one instance serves many requests at once (tensorrt_llm_bls/1/text_model.py)
-        "bls_instance_count": "1",
+        # One instance serves many requests at once (tensorrt_llm_bls/1/text_model.py), unless it has to wait in execute().
+        "bls_instance_count": "1" if streaming or unary_response_sender else str(build["max_batch_size"]),
+        # not NVIDIA's
+        "unary_response_sender": "true" if unary_response_sender else "false",
         "exclude_input_in_output": "true",
         "batch_scheduler_policy": "guaranteed_no_evict",
         "kv_cache_free_gpu_mem_fraction": "0.85",
@@ -258,9 +265,14 @@ def render(
     engine: Mapping[str, Any],
     engine_kind: Mapping[str, Any],
     trtllm_version: str,
+    streaming: bool,
 ) -> Dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
-    values = hole_values(engine, engine_kind["triton_backend"])
+    # the torch engine's Triton is the pinned one, which can
+    unary_response_sender = (
+        engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
+    )
+    values = hole_values(engine, engine_kind["triton_backend"], streaming, unary_response_sender)
     missing = {
         placeholder["name"]
         for table in tables.values()
@@ -292,15 +304,16 @@ def build_model_repo(settings: Settings) -> None:
             raise errors.tokenizer_unreadable(settings.hf / name, "there is no such file, and the text models need it")
     tables = contracts.table("backend", settings.trtllm_version)
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
-    configs = render(templates, tables, engine, kind, settings.trtllm_version)
+    configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming)
     room.say(
         "model_repo",
-        f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine {engines['facts']['engine']}",
+        f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine {engines['facts']['engine']}"
+        + ("" if settings.streaming else ", no streaming (decoupled: false)"),
     )
     with room.filling(
         settings.output,
         reads={"engines": settings.engines, "hf": settings.hf},
-        arguments={"trtllm_version": settings.trtllm_version},
+        arguments={"trtllm_version": settings.trtllm_version, "streaming": settings.streaming},
     ) as filling:
         for model, config in configs.items():
             filling.write(f"{model}/config.pbtxt", config.encode())
@@ -331,8 +344,9 @@ def main() -> None:
     for flag in ("--engines", "--hf", "--output"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--trtllm-version", required=True)
+    parser.add_argument("--streaming", choices=("on", "off"), required=True, help="Triton's decoupled mode")
     args = parser.parse_args()
-    build_model_repo(Settings(args.engines, args.hf, args.output, args.trtllm_version))
+    build_model_repo(Settings(args.engines, args.hf, args.output, args.trtllm_version, args.streaming == "on"))
 
 
 if __name__ == "__main__":

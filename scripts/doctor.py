@@ -89,7 +89,8 @@ def check_settings(case: Case) -> str:
     plan.refuse(case.choice)
     engine = f"TensorRT-LLM {case.toolchain or '(the GPU decides)'}" if case.choice.tensorrt else "the torch engine"
     rehearsal = "; a rehearsal: what is found is of stand-ins" if case.choice["REHEARSAL"] else ""
-    return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}{rehearsal}"
+    unary = ", no streaming: one response a request" if case.choice["STREAMING"] == "off" else ""
+    return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}{unary}{rehearsal}"
 
 
 def check_make(case: Case) -> str:

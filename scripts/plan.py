@@ -385,7 +385,8 @@ def words(journey: Journey) -> str:
     kind = f"TensorRT-LLM {journey.toolchain or '(the GPU will decide)'}" if choice.tensorrt else "the torch engine"
     split = f"TP {engine.tp_size}" + (f", PP {engine.pp_size}" if engine.pp_size > 1 else "")
     quant = f" {engine.quant}" if engine.quant else ""
-    lines = [f"{journey.model.name} by {kind} in {engine.dtype}{quant}, {split}, on {journey.seen}", ""]
+    unary = ", no streaming" if choice["STREAMING"] == "off" else ""
+    lines = [f"{journey.model.name} by {kind} in {engine.dtype}{quant}, {split}{unary}, on {journey.seen}", ""]
     lines.append(f"{'room':<11} {'disk':>9} {'host memory':>12}  {'time':<16} command")
     for row in rows(journey):
         disk, memory = (_bytes(value) for value in (row.disk_bytes, row.host_memory_bytes))
@@ -435,6 +436,7 @@ def as_json(journey: Journey) -> Dict[str, Any]:
         "parameters": memory_model.parameters(journey.model.shape),
         "engine": journey.choice["ENGINE"],
         "toolchain": journey.toolchain,
+        "streaming": journey.choice["STREAMING"] != "off",
         "gpus": [dataclasses.asdict(gpu) for gpu in journey.gpus],
         "assumed": bool(journey.choice["ASSUME_GPU"]),
         "asked": {**vars(journey.engine), "shape": vars(journey.engine.shape)},

@@ -69,6 +69,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
+        self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
             engine = open_engine(Path(parameters["gpt_model_path"]))
         except (ValueError, RankLost) as problem:
@@ -117,9 +118,13 @@ class TritonPythonModel:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if "stop" in inputs and inputs["stop"].any():
             self._stop(request.request_id(), self._engine)
-            sender.send(flags=FINAL)
+            # a unary request has exactly one response
+            sender.send(*([] if self._decoupled else [pb_utils.InferenceResponse([])]), flags=FINAL)
             return
-        reply = Reply(understood(inputs, self._exclude_input), request, sender, self._ready)
+        asked = understood(inputs, self._exclude_input)
+        if asked.streaming and not self._decoupled:  # in TensorRT-LLM's words
+            raise Refused("Streaming is only supported if model is deployed using decoupled mode.")
+        reply = Reply(asked, request, sender, self._ready)
         with self._ready:
             self._live.append(reply)
             self._ready.notify()

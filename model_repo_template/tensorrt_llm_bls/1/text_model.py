@@ -5,7 +5,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import sent
@@ -30,8 +30,9 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class Call:
     """A request that is being served, and its name at tensorrt_llm."""
 
-    def __init__(self, request: Any) -> None:
-        self.request, self.sender = request, request.get_response_sender()
+    def __init__(self, request: Any, has_sender: bool) -> None:
+        self.request = request
+        self.sender = request.get_response_sender() if has_sender else None
         self.inner_id = uuid.uuid4().hex
         self.ended = False
         self._lock = threading.Lock()
@@ -40,14 +41,15 @@ class Call:
         self.sender.send(response)
 
     def end(self, response: Any = None) -> None:
-        """Send the last response; nothing may be asked of the sender after it."""
+        """Send the last response, unless execute() is to return it; nothing may be asked of the sender after it."""
         with self._lock:
             self.ended = True
-            self.sender.send(*([] if response is None else [response]), flags=FINAL)
+            if self.sender is not None:
+                self.sender.send(*([] if response is None else [response]), flags=FINAL)
 
     def is_cancelled(self) -> bool:
         with self._lock:
-            return not self.ended and bool(self.sender.is_cancelled())
+            return not self.ended and bool((self.sender or self.request).is_cancelled())
 
 
 class TritonPythonModel:
@@ -59,6 +61,8 @@ class TritonPythonModel:
         self.text = Text(Path(parameters["tokenizer_dir"]))
         self.vocab_size = int(parameters["vocab_size"])
         self.max_prompt_bytes = int(parameters["max_input_len"]) * self.text.longest_piece_bytes
+        self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
+        self.has_sender = self.decoupled or sent.is_true(parameters["unary_response_sender"])
         self.accumulate_tokens = sent.is_true(parameters.get("accumulate_tokens", ""))
         self.dtypes = {
             output["name"]: pb_utils.triton_string_to_numpy(output["data_type"])
@@ -71,22 +75,25 @@ class TritonPythonModel:
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
 
-    def execute(self, requests: List[Any]) -> None:
-        for request in requests:
-            self.threads.submit(self._serve, Call(request))
+    def execute(self, requests: List[Any]) -> Optional[List[Any]]:
+        """Returns at once; but where Triton has no response sender for unary models, with the last of the responses."""
+        served = [self.threads.submit(self._serve, Call(request, self.has_sender)) for request in requests]
+        return None if self.has_sender else [serving.result() for serving in served]
 
     def finalize(self) -> None:
         self.threads.shutdown(wait=True)
         self.closing.set()
         self.watcher.join()
 
-    def _serve(self, call: Call) -> None:
+    def _serve(self, call: Call) -> Any:
+        """Answer one request to the end; returns its last response."""
         try:
             last = self._answer(call)
         except Exception as error:
             last = sent.failed(error)
         self.calls.pop(call.inner_id, None)
         call.end(last)
+        return last
 
     def _answer(self, call: Call) -> Any:
         """Serve one request but for its last response, which is returned; None when everything has been sent.
@@ -100,6 +107,8 @@ class TritonPythonModel:
         asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"), False)]
         answer = Answer(self.text, sent.words(given, "stop_words"), wanted, asked, len(ids))
         streaming = sent.scalar(given, "stream", False)
+        if streaming and not self.decoupled:  # in TensorRT-LLM's words; what tensorrt_llm says loses its code on the way (Triton 2.51)
+            raise sent.Refused("Streaming is only supported if model is deployed using decoupled mode.")
         whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
 
         def response() -> Any:
@@ -143,8 +152,10 @@ class TritonPythonModel:
         values["input_ids"] = np.array([ids], dtype=np.int32)
         values["input_lengths"] = np.array([[len(ids)]], dtype=np.int32)
         values["request_output_len"] = np.array([[sent.scalar(given, "max_tokens")]], dtype=np.int32)
-        # always streaming: so that a cancellation or a stop string ends the work at the next token
-        values["streaming"] = np.array([[True]])
+        # streaming whenever it can be: so that a stop string ends the work at the next token; else only one that is whole tokens does
+        values["streaming"] = np.array([[self.decoupled]])
+        if not self.decoupled and (stop_words := sent.words(given, "stop_words")):
+            values["stop_words_list"] = self.text.word_list(stop_words)
         if self.text.end_id is not None:
             values.setdefault("end_id", np.array([[self.text.end_id]], dtype=np.int32))
         if "end_id" in values:
