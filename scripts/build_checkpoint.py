@@ -186,9 +186,12 @@ def cast(values: Raw, source: str, target: str) -> Raw:
 def infinite(values: Raw, dtype: str) -> int:
     """How many raw numbers are NaN or infinite: all bits of the exponent are set."""
     exponent = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}[dtype]
-    sign_off = values & values.dtype.type((1 << (8 * ITEM_BYTES[dtype] - 1)) - 1)
-    # the maximum first: it is one fast pass, and nearly always the answer
-    return int(np.count_nonzero(sign_off >= exponent)) if sign_off.max(initial=0) >= exponent else 0
+    sign = 1 << (8 * ITEM_BYTES[dtype] - 1)
+    # The two maxima first: they take no memory, and nearly always they are the answer. Without a sign such a number is the largest of
+    # the signed ones, with a sign it is the largest of the unsigned ones.
+    if values.view(f"i{values.itemsize}").max(initial=0) < exponent and values.max(initial=0) < sign | exponent:
+        return 0
+    return int(np.count_nonzero((values & values.dtype.type(sign - 1)) >= exponent))
 
 
 # --- shell --------------------------------------------------------------------------------------------------------------

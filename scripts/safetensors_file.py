@@ -3,6 +3,7 @@
 Numbers stay what they are on disk: a tensor of 16 bits is an array of uint16, of 32 bits of uint32 (numpy has no bfloat16).
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 # 1 MB stays in the processor's cache from reading to hashing; 8 MB took twice the system time (page faults)
 BLOCK_BYTES = 1 << 20
-# blocks that wait for each thread: enough to keep it busy, 8 MB together
+# blocks that wait to be written: enough to keep the writer busy
 BLOCKS_WAITING = 4
 # how much is written before the disk is told to begin with it: without that it idles until the last block and then takes as long again
 SYNC_BYTES = 256 << 20
@@ -113,18 +114,23 @@ def write(
     """
     digest = hashlib.sha256()
     size_bytes = unsynced_bytes = 0
-    with open(path, "wb", buffering=0) as file, _Worker() as hasher, _Worker() as writer, _Worker() as syncer:
+    _keep_freed_memory()
+    with open(path, "wb", buffering=0) as file, _Worker() as writer, _Worker() as syncer:
+
+        def take(data: memoryview) -> None:
+            digest.update(data)
+            _write_all(file.fileno(), data)
+
         for data in _pieces(tensors, blocks, metadata):
-            hasher.do(digest.update, data)
-            writer.do(_write_all, file.fileno(), data)
+            writer.do(take, data)
             size_bytes += len(data)
             unsynced_bytes += len(data)
             if unsynced_bytes >= SYNC_BYTES and syncer.idle():
                 syncer.do(os.fdatasync, file.fileno())
                 unsynced_bytes = 0
             advance(len(data))
-        for worker in (hasher, writer, syncer):
-            worker.finish()
+        writer.finish()
+        syncer.finish()
         os.fchmod(file.fileno(), 0o644)
         os.fsync(file.fileno())
     return FileRecord(size_bytes, digest.hexdigest())
@@ -212,6 +218,17 @@ class _Worker(ThreadPoolExecutor):
     def finish(self) -> None:
         while self.waiting:
             self.waiting.popleft().result()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the blocks that we free instead of giving their pages back and asking for new ones.
+
+    Measured for 1.25 GB: 8,000 page faults instead of 210,000, a quarter of the time. mallopt's numbers: malloc.h.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt:
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its maximum
 
 
 def _write_all(fd: int, data: memoryview) -> None:
