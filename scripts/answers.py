@@ -1,7 +1,9 @@
-"""The two that are asked in the room verified: Hugging Face's model, and the engine's ranks under mpirun; a process of its own each.
+"""Who is asked in the room verified: Hugging Face's model, and the torch engine's ranks under mpirun; a process of its own each.
 
 python -m scripts.answers hf HF QUESTIONS.json REFERENCES.json
-mpirun -n 2 python -m scripts.answers engine ENGINES REFERENCES.json ANSWERS.json
+mpirun -n 2 python -m scripts.answers torch ENGINES REFERENCES.json ANSWERS.json
+
+TensorRT engines are asked by scripts/trtllm_runtime.py.
 
 Each writes one line `asked N` per N prompts that are done. Logits are reduced to the few numbers that are compared as they come, so
 memory holds those of a few prompts only.
@@ -25,13 +27,14 @@ AT_ONCE = 16
 PIECE_SECONDS = 600
 
 
-def groups(prompts: Sequence[Sequence[int]]) -> Iterator[List[int]]:
+def groups(prompts: Sequence[Sequence[int]], at_once: int = AT_ONCE) -> Iterator[List[int]]:
     """The prompts' numbers, in groups of equal length and at most AT_ONCE: they can be asked together without padding."""
+    size = min(at_once, AT_ONCE)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for _, same in groupby(by_length, key=lambda i: len(prompts[i])):
         members = list(same)
-        for begin in range(0, len(members), AT_ONCE):
-            yield members[begin : begin + AT_ONCE]
+        for begin in range(0, len(members), size):
+            yield members[begin : begin + size]
 
 
 def log_probs_at(logits: Any, ids: Any) -> Any:
@@ -43,6 +46,12 @@ def log_probs_at(logits: Any, ids: Any) -> Any:
 # --- Hugging Face's model ---
 
 
+def dtype_keyword(transformers_version: str) -> str:
+    """from_pretrained's word for the dtype: renamed in 4.56 (huggingface/transformers#39782); NVIDIA's images have older ones."""
+    release = tuple(int(number) for number in transformers_version.split(".")[:2])
+    return "dtype" if release >= (4, 56) else "torch_dtype"
+
+
 def load_model(folder: Path) -> Tuple[Any, str]:
     """(transformers' model, "cuda" or "cpu").
 
@@ -50,10 +59,12 @@ def load_model(folder: Path) -> Tuple[Any, str]:
     without in float32, because half precision is slow and coarse on a processor.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    how: Dict[str, Any] = {"dtype": "auto", "device_map": "auto"} if device == "cuda" else {"dtype": torch.float32}
+    name = dtype_keyword(transformers.__version__)
+    how: Dict[str, Any] = {name: "auto", "device_map": "auto"} if device == "cuda" else {name: torch.float32}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
     return model.eval(), device
 
@@ -175,7 +186,7 @@ def ask_torch_engine(folder: Path, questions: Path, target: Path) -> None:
 
 
 def main() -> None:
-    ask = {"hf": ask_hf, "engine": ask_torch_engine}[sys.argv[1]]
+    ask = {"hf": ask_hf, "torch": ask_torch_engine}[sys.argv[1]]
     ask(*map(Path, sys.argv[2:]))
 
 

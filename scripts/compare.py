@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Optional, Sequence, Tuple
 
-# From exact to coarse.
-PRECISIONS = ("float32", "float16", "bfloat16")
+# From exact to coarse; the last two: weights (and perhaps activations) of that size.
+PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 
 
 # Why the thresholds are what they are; the report says it to its reader. Measured on the bundled model with TP=2, largest and mean:
@@ -20,7 +20,10 @@ ARITHMETIC = (
     "200 * 2^-8 = 0.8. In float32 200 units are only 0.000012, and what counts is that sums of up to 28 672 products are taken in "
     "another order (in float32 whatever the dtype): 80 times that, 0.001. The mean may be a tenth: the largest of 20 000 normal values "
     "is 4 standard deviations or 5 mean absolute values, and twice that is room. A near tie is twice the threshold: the one token may "
-    "gain and the other lose it."
+    "gain and the other lose it. Quantized weights change the model, and no rounding of sums explains by how much: rounding a normal "
+    "row of weights to 8 bits moves it by 0.8 %, to 4 bits in groups of 128 by 10 %. 8 bits may differ twice as much as bfloat16, "
+    "4 bits six times (and their texts part sooner); perplexity, which is published to change by less than 0.01 and 0.03, by 0.05 and "
+    "0.1. Those of 8 and 4 bits are estimates, held against no GPU yet."
 )
 
 
@@ -29,23 +32,32 @@ class Thresholds:
     """What counts as rounding (ARITHMETIC). Differences are of natural log probabilities, absolute."""
 
     log_prob: float  # the largest of all differences
-    mean: float  # their mean; also for the logarithm of the perplexities' ratio, which is a mean of differences
+    mean: float  # their mean
+    perplexity: float  # the logarithm of the perplexities' ratio, which is a mean of differences too
     near_tie: float  # a greedy choice may turn when the gap was no larger
     compared: float = 0.5  # share of the answers' tokens that must have been compared
 
 
 def thresholds(precision: str) -> Thresholds:
     """The thresholds for the coarsest arithmetic that took part (see `coarsest`)."""
-    largest = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.8}[precision]
-    return Thresholds(log_prob=largest, mean=largest / 10, near_tie=2 * largest)
+    largest = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.8, "8 bits": 1.6, "4 bits": 4.8}[precision]
+    return Thresholds(
+        log_prob=largest,
+        mean=largest / 10,
+        perplexity={"8 bits": 0.05, "4 bits": 0.1}.get(precision, largest / 10),
+        near_tie=2 * largest,
+        compared=0.25 if precision == "4 bits" else 0.5,
+    )
 
 
-def coarsest(stored: str, engine: str, on_gpu: bool) -> str:
+def coarsest(stored: str, engine: str, on_gpu: bool, quant_algo: Optional[str] = None) -> str:
     """The coarsest arithmetic between the two sides; dtypes of the Hugging Face weights and of the engine.
 
     On a processor both sides compute in float32, so only the engine's rounding of the weights counts, if it has any.
-    On a GPU each side computes in its own dtype.
+    On a GPU each side computes in its own dtype. quant_algo: TensorRT-LLM's word ('W8A16', 'FP8', 'W4A16_AWQ', ...), None for none.
     """
+    if quant_algo is not None:
+        return "4 bits" if quant_algo.startswith("W4") else "8 bits"
     if on_gpu:
         return max(stored, engine, key=PRECISIONS.index)
     return "float32" if engine in (stored, "float32") else engine
@@ -177,7 +189,7 @@ def verdict(pairs: Sequence[Tuple[Reference, Answer]], found: Sequence[Differenc
         Check("greedy answers that differ, near ties apart", turned, 0),
         Check("largest difference of a log probability", max(d.worst.difference for d in found), limits.log_prob),
         Check("mean difference of a log probability", mean, limits.mean),
-        Check("logarithm of the perplexities' ratio", _apart(*map(math.log, perplexities)), limits.mean),
+        Check("logarithm of the perplexities' ratio", _apart(*map(math.log, perplexities)), limits.perplexity),
         Check("share of the answers' tokens compared", compared / tokens, limits.compared, at_least=True),
     )
     order = sorted(

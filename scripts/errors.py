@@ -699,7 +699,7 @@ def not_in_toolchain(program: str, version: str) -> Problem:
     return Problem(
         f"no {program}",
         program,
-        f"{program} is not on PATH. It is part of TensorRT-LLM {version}, and that of its container; nothing else can build or run "
+        f"{program} is not here. It is part of TensorRT-LLM {version}, and that of its container; nothing else can build or run "
         "TensorRT engines.",
         "See what is missing for the container:",
         make("doctor"),

@@ -189,7 +189,9 @@ def check_all_reduce(
         raise errors.ranks_do_not_add_up(world_size, status, seconds, lines[-LAST_LINES:])
 
 
-def check_tensorrt(engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event) -> None:
+def check_tensorrt(
+    engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event, said_by: str
+) -> None:
     """TensorRT engines: cheap checks first, then all ranks together."""
     facts = room.read_manifest(engines)["facts"]
     host = look(engines, facts["world_size"], environment)
@@ -200,20 +202,31 @@ def check_tensorrt(engines: Path, environment: Mapping[str, str], folder: Path, 
     check_shared_memory(facts, host)
     check_mpi(facts, host)
     for remark in remarks(facts, host):
-        room.say("serve", remark)
+        room.say(said_by, remark)
     check_all_reduce(facts["world_size"], environment, folder, asked_to_end)
 
 
-def check_torch(engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event) -> None:
+def check_torch(
+    engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event, said_by: str
+) -> None:
     """The torch engine runs anywhere, and tells by itself when ranks are lost."""
 
 
-CHECKS: Dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event], None]] = {
+CHECKS: Dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event, str], None]] = {
     "torch": check_torch,
     "tensorrt": check_tensorrt,
 }
 
 
-def check(engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event) -> None:
-    """Every check for the room `engines`. environment: the ranks'; folder: temporary, on this host; raises the first Problem."""
-    CHECKS[room.read_manifest(engines)["facts"]["engine"]](engines, environment, folder, asked_to_end)
+def check(
+    engines: Path,
+    environment: Mapping[str, str],
+    folder: Path,
+    asked_to_end: threading.Event,
+    said_by: str = "serve",
+) -> None:
+    """Every check for the room `engines`. environment: the ranks'; folder: temporary, on this host; raises the first Problem.
+
+    said_by: the room in whose name remarks are made.
+    """
+    CHECKS[room.read_manifest(engines)["facts"]["engine"]](engines, environment, folder, asked_to_end, said_by)

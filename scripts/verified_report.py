@@ -91,6 +91,9 @@ code { font: .9em ui-monospace, monospace; white-space: pre-wrap } small { color
 """.strip()
 
 
+REHEARSAL = "<p><mark>A rehearsal: stand-ins built the engine and answered in its place. Nothing here is about TensorRT.</mark></p>"
+
+
 def page(said: Mapping[str, Any]) -> str:
     """report.html: one page that needs nothing else, the verdict first. `said` is `report`'s dictionary."""
     engine, asked, greedy, limits = said["engine"], said["asked"], said["greedy_tokens"], said["thresholds"]
@@ -103,6 +106,7 @@ def page(said: Mapping[str, Any]) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>verified: {'passed' if said['passed'] else 'failed'}</title><style>{STYLE}</style></head><body>",
             f'<h1 class="{"passed" if said["passed"] else "failed"}">{verdict}.</h1>',
+            REHEARSAL if engine.get("rehearsal") else "",
             f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. Compared at "
             f"{said['positions']} positions: the {asked['top_k']} likeliest tokens' log probabilities. Engine: {engine['engine']}, "
             f"{engine['world_size']} ranks, {engine['dtype']}, TensorRT-LLM {engine['trtllm_version']} checkpoint. Hugging Face's "
@@ -127,9 +131,9 @@ def page(said: Mapping[str, Any]) -> str:
             ),
             "<h2>How it was judged</h2>",
             f"<p>Thresholds for {said['precision']}: log probabilities (natural) may differ by {limits['log_prob']:g}, on average by "
-            f"{limits['mean']:g}, and so may the logarithm of the perplexity. Where the engine's choice was at most "
+            f"{limits['mean']:g}, the logarithm of the perplexity by {limits['perplexity']:g}. Where the engine's choice was at most "
             f"{limits['near_tie']:g} less likely to Hugging Face's model than its own, the choice is a near tie and may turn; what follows "
-            "is another text and is not compared. At least half of all tokens must have been.</p>",
+            f"is another text and is not compared. At least {limits['compared']:.0%} of all tokens must have been.</p>",
             f"<p>{html.escape(limits['arithmetic'])}</p>",
             "<p><small>Values are rounded up to a tenth of their limit, because rounding errors differ from run to run. All prompts: "
             "report.json.</small></p>",
