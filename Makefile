@@ -61,82 +61,7 @@ JSON           =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            STREAMING HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
-# What was typed is taken as it is: a $ is a $, not a variable.
-TYPED := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
-$(foreach v,$(filter $(SETTINGS),$(TYPED)),$(eval override $v := $$(strip $$(value $v))))
-# what was typed, a setting to a line, for reports that end in a command
-define NEWLINE
-
-
-endef
-export BAKE_SETTINGS := $(foreach v,$(filter $(SETTINGS),$(TYPED)),$v=$($v)$(NEWLINE))
-# free text reaches the scripts through the environment: no quoting can break it
-override PROMPT := $(value PROMPT)
-export PROMPT
-# these would mix other packages into PYTHON or .venv
-unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
-
-# REFUSED names the settings that cannot be right; scripts/settings.py tells the user why. First what would break this makefile.
-NOTHING     :=
-HASH        := \#
-NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
-REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
-                 $(if $(filter ASSUME_GPU REHEARSAL,$v),,$(filter-out 0 1,$(words $($v))))),$v))
-# a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
-REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON,$(TYPED)))
-
-# A model is a preset's name, or a folder (then it has a slash).
-ifneq ($(strip $(REFUSED)),)
-  NAME := refused
-else ifneq ($(findstring /,$(MODEL)),)
-  REFUSED += $(if $(WEIGHTS),WEIGHTS)
-  WEIGHTS := $(MODEL)
-  NAME := $(shell path=$$(realpath -m '$(MODEL)'); printf %s "$${path##*/}" | tr -c '[:alnum:]._+@=,\200-\377-' _; \
-            printf -- -; printf %s "$$path" | sha256sum | cut -c1-8)
-else
-  NAME := $(MODEL)
-  -include models/$(MODEL).mk
-  REFUSED += $(if $(wildcard models/$(MODEL).mk),,MODEL)
-endif
-
-# A rehearsal sees stand-ins first on its PATH, keeps its rooms apart, and says so in every line.
-ifneq ($(REHEARSAL),)
-  REFUSED += $(if $(and $(filter tensorrt,$(ENGINE)),$(findstring x ,$(REHEARSAL))),,REHEARSAL)
-  export PATH := $(CURDIR)/docker/rehearsal/host:$(PATH)
-  export REHEARSAL_PYTHON = $(abspath $(PY))
-  export REHEARSAL_GPUS := $(REHEARSAL)
-  export REHEARSAL_TRTLLM = $(TOOLCHAIN)
-endif
-
-# Which TensorRT-LLM, where nobody said so. build/gpu.mk keeps what the GPUs decided; it is made when it is needed and they changed.
-NO_TOOLCHAIN := help doctor plan test lint lock pin clean refuse
-ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
-  ifneq ($(if $(strip $(REFUSED)),,$(filter-out $(NO_TOOLCHAIN),$(or $(MAKECMDGOALS),help))),)
-    ifneq ($(ASKED),)
-      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(subst $(NEWLINE),|,$(BAKE_SETTINGS))' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
-    else ifeq ($(ASSUME_GPU),)
-      GPU_SEEN =
-      export GPU_SEEN_NOW := $(shell { printf %s '$(REHEARSAL)'; cat /proc/driver/nvidia/gpus/*/information 2>/dev/null; } | cksum)
-      include build/gpu.mk
-      build/gpu.mk: docker/toolchains.json scripts/toolchain.sh $(if $(subst x$(GPU_SEEN),,x$(GPU_SEEN_NOW)),FORCE)
-	@scripts/toolchain.sh gpu $@
-    endif
-  endif
-else ifeq ($(TOOLCHAIN),)
-  TOOLCHAIN := $(shell scripts/toolchain.sh versions | head -n 1)
-endif
-
-check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
-ifeq ($(strip $(REFUSED)),)
-  REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
-    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) \
-    $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]*)) \
-    $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]*)) \
-    [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
-    [ -z '$(if $(filter tensorrt,$(ENGINE)),$(if $(ASKED),,$(filter-out $(NO_TOOLCHAIN),$(MAKECMDGOALS))))' ] || [ -z '$(ASSUME_GPU)' ] || echo ASSUME_GPU; \
-    $(if $(ASKED),,[ -d '$(WEIGHTS)' ] || echo WEIGHTS;) [ -z '$(PYTHON)' ] || type -P '$(PYTHON)' >/dev/null || echo PYTHON)
-endif
-REFUSE := $(if $(strip $(REFUSED)),refuse)
+include scripts/settings.mk
 
 # --- where things are ---
 
@@ -152,7 +77,7 @@ LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum |
 SEEN    := $(if $(REFUSE),,$(shell realpath -m --relative-base=. '$(WEIGHTS)'; CDPATH= cd -- '$(WEIGHTS)' 2>/dev/null && find -L . ../tokenizer.model \
              -maxdepth 1 -type f -not -name '.*' -printf '%p %s %T@\n' 2>/dev/null | LC_ALL=C sort))
 
-# --- where scripts run: in the venv, or (ENGINE=tensorrt) in NVIDIA's container, for which the host needs docker and no Python ---
+# --- where scripts run: in the venv, or (ENGINE=tensorrt) in NVIDIA's container ---
 
 ifneq ($(ENGINE),tensorrt)
   NEEDED  := $(addsuffix run.txt,$(HAS))
@@ -163,32 +88,7 @@ ifneq ($(ENGINE),tensorrt)
   NVIDIA  :=
   LACKS   :=
 else
-  # plan and doctor want it also where the weights are not here yet
-  NVIDIA  := $(if $(filter-out $(if $(filter plan doctor,$(MAKECMDGOALS)),WEIGHTS),$(REFUSED)),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
-  # packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
-  LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
-  NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN)$(if $(REHEARSAL),-rehearsal).iid)
-  IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
-  MADE_IN  = image=$(NVIDIA)$(if $(LACKS),+$(shell sha256sum <$(LACKS) | cut -c1-12))
-  # Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
-  in       = scripts/toolchain.sh check $(IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
-             docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
-             $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask $(if $(filter-out int8_wo,$(QUANT)),checkpoint),$1),room)_NETWORK) \
-             $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
-  BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
-  ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
-                  --env CHOSEN --env REFUSED_NAMES
-  GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASSUME_GPU),,doctor plan)
-  # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
-  GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
-  room_NETWORK  = --network none
-  # texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
-  checkpoint_NETWORK =
-  ask_NETWORK   = --network host
-  serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
-  FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT)
-  LISTEN        = --host 0.0.0.0 --shown-host $(HOST) $(PORTS)
-  DEMO_ON       = --host 127.0.0.1 $(PORTS)
+  include docker/container.mk
 endif
 PORTS   = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 ADDRESS = --host $(HOST) $(PORTS)
@@ -282,14 +182,6 @@ refuse: export REFUSED_SETTINGS = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))
 refuse: export REFUSED_NAMES = $(REFUSED)
 refuse:
 	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1 || true); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
-
-# NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
-build/toolchain-%.iid: export ROOM_ARGS =
-build/toolchain-%.iid: export ROOM_NEEDS =
-build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
-	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
-	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) --build-arg PACKAGES=$(notdir $(LACKS)) \
-	  --iidfile $@ docker
 
 # --- the packages, pinned by hash (README, "Packages") ---
 

@@ -1,0 +1,37 @@
+# How a script runs with ENGINE=tensorrt: inside NVIDIA's container, for which the host needs docker and no Python.
+# Included by the Makefile; what is used there: NEEDED, MADE_IN, LISTEN, DEMO_ON, NVIDIA and $(call in,ROOM), the words in front of `-m`.
+
+# plan and doctor want it also where the weights are not here yet
+NVIDIA  := $(if $(filter-out $(if $(filter plan doctor,$(MAKECMDGOALS)),WEIGHTS),$(REFUSED)),,$(if $(TOOLCHAIN),$(shell scripts/toolchain.sh image $(TOOLCHAIN))))
+# packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
+LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
+NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN)$(if $(REHEARSAL),-rehearsal).iid)
+IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
+MADE_IN  = image=$(NVIDIA)$(if $(LACKS),+$(shell sha256sum <$(LACKS) | cut -c1-12))
+# Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
+in       = scripts/toolchain.sh check $(IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
+           docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
+           $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask $(if $(filter-out int8_wo,$(QUANT)),checkpoint),$1),room)_NETWORK) \
+           $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
+BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
+ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
+                --env CHOSEN --env REFUSED_NAMES
+GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASSUME_GPU),,doctor plan)
+# as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
+GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
+room_NETWORK  = --network none
+# texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
+checkpoint_NETWORK =
+ask_NETWORK   = --network host
+serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
+FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT)
+LISTEN        = --host 0.0.0.0 --shown-host $(HOST) $(PORTS)
+DEMO_ON       = --host 127.0.0.1 $(PORTS)
+
+# NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
+build/toolchain-%.iid: export ROOM_ARGS =
+build/toolchain-%.iid: export ROOM_NEEDS =
+build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
+	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
+	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) --build-arg PACKAGES=$(notdir $(LACKS)) \
+	  --iidfile $@ docker
