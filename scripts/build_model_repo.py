@@ -269,9 +269,7 @@ def render(
 ) -> Dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
     # the torch engine's Triton is the pinned one, which can
-    unary_response_sender = (
-        engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
-    )
+    unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
     values = hole_values(engine, engine_kind["triton_backend"], streaming, unary_response_sender)
     missing = {
         placeholder["name"]

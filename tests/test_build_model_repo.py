@@ -21,8 +21,8 @@ TEXT_MODELS = {"ensemble", "tensorrt_llm_bls"}
 # Parameters of our own text models, which NVIDIA's tables do not have
 OWN = {
     "preprocessing": {"vocab_size", "max_input_len"},
-    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len"},
-    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len"},
+    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len", "unary_response_sender"},
+    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len", "unary_response_sender"},
 }
 # What a Llama has no use for: images, encoders, draft models, prompt tables; the text models do not translate it.
 NOT_FOR_LLAMA = {
@@ -39,9 +39,11 @@ def engine_config(version: str, **build: Any) -> Dict[str, Any]:
     return config
 
 
-def render(version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, **build: Any) -> Dict[str, str]:
-    tables = contracts.table("backend", version)
-    return build_model_repo.render(templates, tables, engine_config(version, **build), KINDS[kind], version)
+def render(
+    version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, **build: Any
+) -> Dict[str, str]:
+    tables, engine = contracts.table("backend", version), engine_config(version, **build)
+    return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming)
 
 
 def parsed(texts: Dict[str, str]) -> Dict[str, Any]:
@@ -124,6 +126,20 @@ def test_parameters_are_those_of_the_table_but_for_what_is_left_out_by_name(vers
     for model, config in configs.items():
         assert config.max_batch_size == 6
         assert config.model_transaction_policy.decoupled == (model in TEXT_MODELS | {"tensorrt_llm"})
+
+
+@every_repository
+def test_without_streaming_a_request_has_one_response_and_none_waits_for_another(version: str, kind: str) -> None:
+    configs = parsed(render(version, kind, streaming=False))
+    assert [model for model, config in configs.items() if config.model_transaction_policy.decoupled] == []
+    for model in TEXT_MODELS:
+        # Triton of 24.02: a unary Python model answers when execute() returns, so each request of a batch needs an instance
+        must_wait = (version, kind) == ("0.8.0", "tensorrt")
+        assert configs[model].instance_group[0].count == (6 if must_wait else 1)
+        assert configs[model].parameters["unary_response_sender"].string_value == ("false" if must_wait else "true")
+    assert configs["tensorrt_llm"].instance_group[0].count == 1
+    streaming = parsed(render(version, kind))
+    assert {streaming[model].instance_group[0].count for model in TEXT_MODELS} == {1}
 
 
 def test_what_is_left_out_is_in_a_table_and_never_must_be_filled() -> None:
@@ -235,7 +251,7 @@ def test_a_parameter_that_nobody_decided_about_is_refused() -> None:
         {"key": "new_one", "placeholder": "${new_hole}", "literal_in_template": None}
     )
     with pytest.raises(errors.Problem) as problem:
-        build_model_repo.render(TEMPLATES, tables, engine_config("0.8.0"), KINDS["torch"], "0.8.0")
+        build_model_repo.render(TEMPLATES, tables, engine_config("0.8.0"), KINDS["torch"], "0.8.0", True)
     assert "new_hole" in problem.value.seen
 
 
@@ -251,7 +267,7 @@ def rooms(folder: Path, tokenizer_config: Any, kind: str = "torch") -> build_mod
     with room.filling(folder / "engines", reads={}, arguments={}) as filling:
         filling.write("config.json", json.dumps(engine_config("0.8.0")).encode())
         filling.facts = {"engine": kind}
-    return build_model_repo.Settings(folder / "engines", folder / "hf", folder / "model_repo", "0.8.0")
+    return build_model_repo.Settings(folder / "engines", folder / "hf", folder / "model_repo", "0.8.0", True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

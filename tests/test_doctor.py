@@ -75,6 +75,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_settings() -> None:
     is_fine("settings", case(), "stories by the torch engine, TP 2")
+    is_fine("settings", case(STREAMING="off"), "TP 2, no streaming")
     is_fine("settings", tensorrt(), f"TensorRT-LLM {LAST_FOR_VOLTA}")
     is_fine("settings", tensorrt(A100S), f"TensorRT-LLM {NEWEST}")
     slip = case(TP="two")

@@ -260,7 +260,9 @@ def test_where_more_ranks_do_not_help_shorter_texts_or_fewer_bytes_do() -> None:
 
 
 def test_the_page_tells_rooms_bytes_commands_and_what_nvidias_programs_are_told() -> None:
+    assert ", no streaming, on 4x V100" in plan.words(planned(ASSUME_GPU=V100S, STREAMING="off"))
     page = plan.words(planned(ASSUME_GPU=V100S))
+    assert "no streaming" not in page
     lines = page.splitlines()
     assert lines[0] == f"llama-2-7b by TensorRT-LLM {LAST_FOR_VOLTA} in float16, TP 2, on 4x V100-SXM2-16GB (assumed)"
     rooms = {line.split()[0]: line.split() for line in lines[3:] if line}

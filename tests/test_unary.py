@@ -13,10 +13,28 @@ import pytest
 import tritonclient.grpc as triton
 from conftest import Served, copy_of_project, end_tree_of, make, serve
 from test_text_models import (
-    NOISE, PROMPT, STORY, TYPES, Outputs, abandoned, ask, core_request, floats, infer, inputs_of, ints, is_clean,
-    preprocessed, text_of, texts, until, yes,
+    NOISE,
+    PROMPT,
+    STORY,
+    TYPES,
+    Outputs,
+    abandoned,
+    ask,
+    core_request,
+    floats,
+    infer,
+    inputs_of,
+    ints,
+    is_clean,
+    preprocessed,
+    text_of,
+    texts,
+    until,
+    yes,
 )  # fmt: skip
 from tritonclient.utils import InferenceServerException
+
+from scripts.ask import ask_over_http
 
 TEXT_MODELS = ["ensemble", "tensorrt_llm_bls"]
 REFUSED_STREAM = "Streaming is only supported if model is deployed using decoupled mode."
@@ -117,7 +135,9 @@ def test_eight_at_once_share_their_steps(unary: Served, model: str) -> None:
     tokens = core_request(preprocessed(unary)["INPUT_ID"], 60, end_id=ints(-1))
     before = unary.metric("torch_engine_steps")
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda _: infer(unary, model, **(tokens if model == "tensorrt_llm" else text)), range(8)))
+        answers = list(
+            clients.map(lambda _: infer(unary, model, **(tokens if model == "tensorrt_llm" else text)), range(8))
+        )
     until(lambda: unary.active == 0, "the engine works on")
     name = "output_ids" if model == "tensorrt_llm" else "text_output"
     assert len({answer[name].tobytes() if model == "tensorrt_llm" else answer[name].item() for answer in answers}) == 1
@@ -217,7 +237,10 @@ def test_a_request_is_stopped_by_its_id_and_still_answered(unary: Served) -> Non
         ended = threading.Event()
         request = core_request(preprocessed(unary)["INPUT_ID"], 450, end_id=ints(-1))
         client.async_infer(
-            "tensorrt_llm", inputs_of(request), lambda result, error: (answers.extend([result, error]), ended.set()), request_id="7"
+            "tensorrt_llm",
+            inputs_of(request),
+            lambda result, error: (answers.extend([result, error]), ended.set()),
+            request_id="7",
         )
         until(lambda: unary.active == 1, "the request has not begun")
         nothing = {"input_ids": ints(), "input_lengths": ints(0), "request_output_len": ints(0), "stop": yes()}
@@ -235,8 +258,17 @@ def test_make_ask_sees_that_this_server_does_not_stream(unary: Served) -> None:
     assert STORY.startswith(done.stdout.strip("\n")) and len(done.stdout) > 40
 
 
+def test_so_does_it_without_tritonclient(unary: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    ask_over_http(unary.http, PROMPT, 12)
+    assert STORY.startswith(capsys.readouterr().out.strip("\n"))
+
+
 def test_no_unexpected_warning_is_in_the_servers_log(unary: Served) -> None:
     """Last in this file: after every request above."""
     [log] = unary.tree.glob("build/stories/torch-*-tp1-*/serve.log")
-    found = [line for line in log.read_text().splitlines() if re.search(r"(: |^)[WEF]\d{4} |[Ee]rror|Traceback|[Ww]arning", line)]
+    found = [
+        line
+        for line in log.read_text().splitlines()
+        if re.search(r"(: |^)[WEF]\d{4} |[Ee]rror|Traceback|[Ww]arning", line)
+    ]
     assert [line for line in found if not any(noise in line for noise in NOISE)] == []
