@@ -178,7 +178,7 @@ def test_it_listens_on_loopback_only(served: Served) -> None:
 
 
 def test_a_start_that_takes_too_long_explains_itself(tree: Path, served: Served) -> None:
-    [variant] = [path.parent for path in (tree / "build/stories").glob("*-tp2-*/model_repo")]
+    [variant] = [path.parent for path in (tree / "build/stories").glob("torch-0.8.0-tp2-float16/model_repo")]
     http, grpc, metrics = free_ports(3)
     command = [sys.executable, "-m", "scripts.serve", "--root", str(variant), "--startup-seconds", "0.3", "--log", "-"]
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
