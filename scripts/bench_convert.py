@@ -58,20 +58,31 @@ def layers_for(size_bytes: float) -> int:
     return max(1, -(-int(size_bytes - 4 * VOCAB_SIZE * DIM) // (2 * layer)))
 
 
+def ratios(measured: Dict[str, Measured]) -> Dict[str, List[float]]:
+    """Both conversions together against each other way, run by run: what else happens on the machine then weighs on both sides."""
+    ours = [sum(pair) for pair in zip(measured["hf"].seconds, measured["checkpoint"].seconds, strict=True)]
+    return {
+        f"hf+checkpoint / {name}": [one / other for one, other in zip(ours, measured[name].seconds, strict=True)]
+        for name in measured
+        if name not in ("hf", "checkpoint")
+    }
+
+
 def report(measured: Dict[str, Measured], size_bytes: int) -> Dict[str, object]:
-    """The numbers as they are printed and written: medians, ratios, GB/s of the input."""
-    seconds = {name: median(step.seconds) for name, step in measured.items()}
-    ours = seconds["hf"] + seconds["checkpoint"]
-    ratios = {"hf+checkpoint / cp+sync": ours / seconds["cp+sync"]}
-    if "transformers 4.47.1" in seconds:
-        ratios["hf+checkpoint / transformers 4.47.1"] = ours / seconds["transformers 4.47.1"]
+    """What is written as JSON: seconds, ratios and GB/s of the input for each run, peak memory."""
+
+    def rounded(values: List[float]) -> List[float]:
+        return [round(value, 2) for value in values]
+
     return {
         "size_bytes": size_bytes,
-        "seconds": {name: [round(value, 2) for value in step.seconds] for name, step in measured.items()},
-        "cpu_seconds": {name: [round(value, 2) for value in step.cpu_seconds] for name, step in measured.items()},
-        "median_gb_per_second": {name: round(size_bytes / 1e9 / value, 2) for name, value in seconds.items()},
+        "seconds": {name: rounded(step.seconds) for name, step in measured.items()},
+        "processor_seconds": {name: rounded(step.cpu_seconds) for name, step in measured.items()},
+        "gb_per_second": {
+            name: rounded([size_bytes / 1e9 / value for value in step.seconds]) for name, step in measured.items()
+        },
         "peak_anonymous_bytes": {name: step.anonymous_bytes for name, step in measured.items()},
-        "ratios": {name: round(value, 2) for name, value in ratios.items()},
+        "ratios": {name: rounded(values) for name, values in ratios(measured).items()},
     }
 
 
@@ -130,8 +141,8 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
         print(
             f"{name:<20} {median(step.seconds):6.2f} s ({times}), processor {cpu:.2f} s, peak anonymous memory {memory}"
         )
-    for name, value in report(measured, size_bytes)["ratios"].items():  # type: ignore[attr-defined]
-        print(f"{name:<36} {value:.2f}")
+    for name, values in ratios(measured).items():
+        print(f"{name:<36} {median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
     return result
 
 

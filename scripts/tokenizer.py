@@ -178,6 +178,8 @@ def tokenizer_config(model: SentencePieceModel) -> Dict[str, Any]:
         "add_eos_token": False,
         **special_tokens_map(model),
         "clean_up_tokenization_spaces": False,
+        # without it transformers 4 adds token_type_ids, which Llama's generate() refuses
+        "model_input_names": ["input_ids", "attention_mask"],
         # the spelling of a special token in a text is text
         "split_special_tokens": True,
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -187,6 +187,7 @@ def test_the_bundled_model_tells_its_story_and_its_tokenizer_reads_as_sentencepi
     tokenizer = AutoTokenizer.from_pretrained(room)
     model = AutoModelForCausalLM.from_pretrained(room, dtype=torch.float32)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert sorted(tokenizer("Once upon a time")) == ["attention_mask", "input_ids"]
     text = tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
     assert text.startswith(
         "Once upon a time, in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
