@@ -290,6 +290,14 @@ def test_the_page_shows_texts_as_text() -> None:
     assert "a &lt;b&gt;" in verified_report.page(judged(RIGHT))
 
 
+@pytest.mark.parametrize("algo, expected", [("W8A16", "8 bits"), ("FP8", "8 bits"), ("W4A16_AWQ", "4 bits")])
+def test_quantized_weights_have_thresholds_of_their_own(algo: str, expected: str) -> None:
+    found = compare.coarsest("float16", "float16", on_gpu=True, quant_algo=algo)
+    assert found == expected
+    limits, bfloat16 = compare.thresholds(found), compare.thresholds("bfloat16")
+    assert limits.log_prob > bfloat16.log_prob and limits.perplexity <= 0.1
+
+
 @pytest.mark.parametrize(
     "stored, engine, on_gpu, expected",
     [
@@ -344,5 +352,20 @@ def test_a_side_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_missing_package_is_a_report_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.Problem) as caught:
-        build_verified.check_packages()
+        build_verified.check_packages("torch", "0.8.0")
     assert caught.value.command.endswith("-r requirements/verify.txt")
+
+
+def test_a_container_without_what_belongs_to_it_is_not_repaired_with_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else 1)
+    build_verified.check_packages("torch", "0.14.0")
+    with pytest.raises(errors.Problem, match="tensorrt_llm") as caught:
+        build_verified.check_packages("tensorrt", "0.14.0")
+    assert caught.value.command.endswith("make doctor") and "0.14.0" in caught.value.seen
+
+
+def test_both_kinds_of_engines_are_asked_by_one_process_per_rank(tmp_path: Path) -> None:
+    for kind, module in (("torch", "scripts.answers"), ("tensorrt", "scripts.trtllm_runtime")):
+        command = build_verified.engine_command(kind, Path("engines"), 4, tmp_path)
+        assert command[0] == "mpirun" and command[command.index("-n") + 1] == "4"
+        assert command[command.index("-m") + 1] == module and command[-1] == str(tmp_path / "answers.json")

@@ -2,16 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import List
 
 import pytest
 from conftest import ROOT, free_ports, make
+from safetensors.torch import load_file, save_file
 from test_journey import STORY
 
-VERSIONS: List[str] = list(json.loads((ROOT / "docker/toolchains.json").read_text()))
+TABLE = json.loads((ROOT / "docker/toolchains.json").read_text())
+VERSIONS: List[str] = list(TABLE)
 GPUS = "2x V100-SXM2-16GB"
+
+
+def gpus_for(version: str) -> str:
+    return GPUS if "7.0" in TABLE[version]["architectures"] else "2x A100-80GB"
 
 
 def rehearse(tree: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -22,11 +30,7 @@ def rehearse(tree: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_serves_text(tree: Path, version: str) -> None:
-    gpus = (
-        GPUS
-        if "7.0" in json.loads((ROOT / "docker/toolchains.json").read_text())[version]["architectures"]
-        else "2x A100-80GB"
-    )
+    gpus = gpus_for(version)
     done = rehearse(tree, "demo", f"TOOLCHAIN={version}", f"REHEARSAL={gpus}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert any(line.startswith(STORY) for line in done.stdout.splitlines()), done.stdout
@@ -85,3 +89,95 @@ def test_the_stand_ins_take_nothing_but_what_the_tables_have(tmp_path: Path) -> 
     assert done.returncode == 2 and "docker run" in done.stderr
     done = stand_in("host/docker", "push", "image")
     assert done.returncode == 1 and "does not know" in done.stderr
+
+
+# --- the accuracy gate over the engines of a rehearsal ---
+
+VERIFIED = "0.14.0"  # with all prompts; the other versions with three
+
+
+@pytest.fixture(scope="module")
+def verified(tree: Path) -> Path:
+    done = rehearse(tree, "verified", f"TOOLCHAIN={VERIFIED}", f"REHEARSAL={GPUS}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tree / f"build/stories/rehearsal-tensorrt-{VERIFIED}-tp2-float16/verified"
+
+
+def test_the_gate_asks_every_position_and_says_that_it_is_a_rehearsal(verified: Path) -> None:
+    report = json.loads((verified / "report.json").read_text())
+    assert report["passed"] and report["engine"]["engine"] == "tensorrt" and report["engine"]["rehearsal"] is True
+    asked = 16 * report["asked"]["prompts"]
+    assert report["greedy_tokens"]["equal"] == asked
+    # the positions of the prompts' own tokens are compared too; their perplexity is that of Hugging Face's model
+    assert report["positions"] > asked and len(set(report["perplexity"].values())) == 1
+    assert "A rehearsal" in (verified / "report.html").read_text()
+    assert json.loads((verified / "manifest.json").read_text())["facts"]["rehearsal"] is True
+
+
+def verify(tree: Path, version: str, engines: Path, output: Path) -> "subprocess.CompletedProcess[str]":
+    """The gate with three prompts, in the environment that the rehearsal's container has."""
+    few = output.with_name("few.txt")
+    few.write_text("Once upon a time\nThe little dog\n옛날 옛적에\n")
+    rooms = ["--engines", str(engines), "--hf", "build/stories/hf", "--output", str(output), "--prompts", str(few)]
+    parts = [str(tree / "docker/rehearsal" / part) for part in ("container", "host")]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([*parts, os.environ["PATH"]]),
+        "PYTHONPATH": parts[0],
+        "REHEARSAL_GPUS": gpus_for(version),
+        "REHEARSAL_TRTLLM": version,
+    }
+    command = [sys.executable, "-m", "scripts.build_verified", *rooms]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_gate_finds_a_tensor_in_another_ranks_place(tree: Path, verified: Path, tmp_path: Path) -> None:
+    engines = tmp_path / "engines"
+    shutil.copytree(verified.with_name("engines"), engines)
+    ranks = [load_file(engines / f"rank{rank}.engine") for rank in range(2)]
+    name = "transformer.layers.3.attention.dense.weight"
+    ranks[0][name], ranks[1][name] = ranks[1][name], ranks[0][name]
+    for rank, tensors in enumerate(ranks):
+        (engines / f"rank{rank}.engine").unlink()
+        save_file(tensors, engines / f"rank{rank}.engine")
+    done = verify(tree, VERIFIED, engines, tmp_path / "verified")
+    assert (done.returncode, (tmp_path / "verified").exists()) == (1, False), done.stderr
+    report = json.loads((tmp_path / "verified.partial/report.json").read_text())
+    assert [check["name"] for check in report["checks"] if not check["passed"]]
+    assert "the engine says something else" in done.stderr.lower() and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("version", [version for version in VERSIONS if version != VERIFIED])
+def test_the_other_versions_are_asked_through_their_own_runtime(tree: Path, tmp_path: Path, version: str) -> None:
+    words = [f"TOOLCHAIN={version}", f"REHEARSAL={gpus_for(version)}"]
+    done = rehearse(tree, "engines", *words, "MAX_BATCH_SIZE=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [engines] = (tree / "build/stories").glob(f"rehearsal-tensorrt-{version}-*/engines")
+    done = verify(tree, version, engines, tmp_path / "verified")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "verified/report.json").read_text())["passed"]
+
+
+def test_the_stand_in_for_the_runtime_takes_nothing_but_what_the_table_has() -> None:
+    code = """
+from tensorrt_llm.runtime import ModelRunner
+for call, given in ((ModelRunner.from_dir, {"engine_dir": ".", "tp": 2}), (ModelRunner.from_dir, {"rank": 0}),
+                    (ModelRunner.generate, {"self": None, "batch_input_ids": [], "max_tokens": 5})):
+    try:
+        call(**given)
+    except TypeError as error:
+        print(error)
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "docker/rehearsal/container"),
+        "REHEARSAL_TRTLLM": VERIFIED,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert [line.partition("unknown ")[2] for line in done.stdout.splitlines()] == [
+        "['tp'], missing []",
+        "[], missing ['engine_dir']",
+        "['max_tokens'], missing []",
+    ], done.stderr
