@@ -19,6 +19,7 @@ from drive_engine import Answer
 from engine import Engine, Refused, decode, encode, open_engine
 from engine_config import parse_config
 from llama import Chunk, rotary_frequencies
+from ranks import has_code_for
 from safetensors.numpy import load_file, save_file
 from split_checkpoint import Arrays, engine_config, meta_to_hf, write_engine
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -445,3 +446,18 @@ def test_unknown_rotary_scaling_is_refused_by_name():
     config = parse_config(engine_config({**TINY, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 1, **TINY_BUILD))
     with pytest.raises(ValueError, match="dynamic"):
         rotary_frequencies(config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # machine code of the generation, older minor number
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_120"], False),  # V100 and PyTorch for CUDA 13
+        ((7, 5), ["sm_70", "sm_90a"], True),
+        ((12, 1), ["sm_90", "compute_90"], True),  # PTX runs on what comes later
+        ((10, 3), ["sm_90", "sm_103a"], True),
+    ],
+)
+def test_a_gpu_that_pytorch_has_no_code_for_is_known(capability, built_for, runs):
+    assert has_code_for(capability, built_for) is runs

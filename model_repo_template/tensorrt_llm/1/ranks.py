@@ -57,7 +57,7 @@ class Alone:
     rank, size = 0, 1
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if on_gpu() else "cpu")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -146,7 +146,34 @@ def this_rank() -> Ranks:
     """This process among the ranks that mpirun started; alone without mpirun."""
     if world_size() == 1:
         return Alone()
-    return NcclRanks() if torch.cuda.is_available() else MpiRanks()
+    return NcclRanks() if on_gpu() else MpiRanks()
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU. Raises ValueError where PyTorch sees one that it has no code for."""
+    if not torch.cuda.is_available():
+        return False
+    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_code_for(capability, built_for):
+        raise ValueError(
+            f"PyTorch {torch.__version__} has no code for {torch.cuda.get_device_name()} (compute capability"
+            f" {capability[0]}.{capability[1]}; it was built for {' '.join(built_for)}): hide the GPU with CUDA_VISIBLE_DEVICES= to"
+            " compute on the CPU, or use ENGINE=tensorrt"
+        )
+    return True
+
+
+def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Machine code runs on GPUs of its generation from its minor number on, PTX (compute_) on every later one (CUDA programming guide).
+
+    built_for: torch.cuda.get_arch_list(), for instance ["sm_75", "sm_80", "sm_90", "compute_120"].
+    """
+    for name in built_for:
+        kind, _, number = name.rstrip("af").partition("_")
+        built = (int(number[:-1]), int(number[-1]))
+        if capability >= built and (kind == "compute" or capability[0] == built[0]):
+            return True
+    return False
 
 
 def use_own_cores() -> None:
