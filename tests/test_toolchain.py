@@ -146,7 +146,7 @@ def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
         assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-trtllm-python-py3", row["image"])
         assert row["digest"] is None or re.fullmatch(r"sha256:[0-9a-f]{64}", row["digest"])
         assert row["wheel_in_image"] == (row["packages"] is None)
-        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert"):
+        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "runtime"):
             assert contracts.table(kind, version)
 
 

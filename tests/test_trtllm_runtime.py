@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import pytest
@@ -181,9 +182,13 @@ def test_no_engine_is_built_otherwise_for_being_verified(version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_each_part_of_a_table_names_its_source(version: str) -> None:
     table = contracts.table("runtime", version)
-    for part in ("from_dir", "generate", "logits_processor"):
-        assert "@ " in table[part]["source"]
-        assert bool(table[part].get("inferred")) == bool(table[part].get("inferred_reason"))
+    parts = [table[name] for name in ("from_dir", "generate", "logits_processor")]
+    for part in parts:
+        assert "@ " in part["source"]
+        assert bool(part.get("inferred")) == bool(part.get("inferred_reason"))
+    name = f"runtime/{contracts.toolchain(version)['contract']['runtime']}.json"
+    said = json.loads((contracts.DOCKER / "contracts/sources.json").read_text())[name]
+    assert bool(said.get("inferred")) == any(part.get("inferred") for part in parts)
 
 
 @pytest.mark.parametrize(
