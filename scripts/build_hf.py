@@ -55,16 +55,13 @@ class Settings:
 def form_of(names: List[str]) -> Optional[str]:
     """Which form the files of a folder have: "meta", "hf", "bin", "both", or None."""
     meta = "params.json" in names or any(name.startswith("consolidated.") and name.endswith(".pth") for name in names)
-    safetensors = any(name.endswith(".safetensors") or name == INDEX for name in names)
-    bins = any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
-    hf = "config.json" in names and safetensors
-    if meta and (hf or "config.json" in names):
-        return "both"
     if meta:
-        return "meta"
-    if hf or (safetensors and not bins):
+        return "both" if "config.json" in names else "meta"
+    if any(name.endswith(".safetensors") or name == INDEX for name in names):
         return "hf"
-    return "bin" if bins else ("hf" if "config.json" in names else None)
+    if any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names):
+        return "bin"
+    return "hf" if "config.json" in names else None
 
 
 def hf_config(

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, Optional, Tuple
 
 from scripts import errors
+from scripts.safetensors_file import ITEM_BYTES
 
 # Real ones have about 100 bytes per tensor: 100 kB for 70B.
 DIRECTORY_MAX_BYTES = 16 << 20
 
 # torch's storage classes -> safetensors' names for what they hold
 STORAGES = {"torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.FloatStorage": "F32"}
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)

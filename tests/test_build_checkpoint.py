@@ -429,6 +429,23 @@ def test_after_a_pulled_plug_or_a_full_disk_finished_ranks_are_kept_and_the_byte
     assert read_manifest(room) == read_manifest(undisturbed)
 
 
+def test_no_tensor_is_ever_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written at once is a block (here 3 kB at most), in both rooms, whatever is done to the rows on the way."""
+    sizes: Dict[str, List[int]] = {}
+    plain = safetensors_file._write_all
+
+    def recorded(fd: int, data: Any) -> None:
+        sizes.setdefault(os.readlink(f"/proc/self/fd/{fd}"), []).append(len(data))
+        plain(fd, data)
+
+    monkeypatch.setattr(safetensors_file, "_write_all", recorded)
+    build_hf.build_hf(build_hf.Settings(write_model(tmp_path / "meta", n_shards=4), tmp_path / "hf"))
+    build(tmp_path / "hf", tmp_path / "checkpoint", 4, "float32")
+    assert len(sizes) == 5
+    for file, (_header, *blocks) in sizes.items():
+        assert max(blocks) <= 3000 * (2 if "rank" in file else 1)  # float16 read, float32 written
+
+
 def test_without_a_change_of_type_torch_is_not_loaded(tmp_path: Path) -> None:
     """It takes 1.5 seconds, more than converting a small model."""
     code = "import atexit\natexit.register(lambda: print('torch' in sys.modules))"
