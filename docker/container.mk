@@ -18,7 +18,7 @@ ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 
                 --env CHOSEN --env REFUSED_NAMES
 GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASSUME_GPU),,doctor plan)
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
-GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864
+GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824
 room_NETWORK  = --network none
 # texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
 checkpoint_NETWORK =

@@ -889,6 +889,26 @@ def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) 
     )
 
 
+def host_not_here(host: str, reason: str) -> Problem:
+    return Problem(
+        "not an address of this machine",
+        host,
+        f"HOST is {host!r}, and the system says: {reason}. A server listens on an address of its own machine. Nothing was loaded.",
+        "For this machine only, or for all that reach it (0.0.0.0):",
+        make("serve", HOST="127.0.0.1"),
+    )
+
+
+def log_in_use(path: PathLike) -> Problem:
+    return Problem(
+        "the log is in use",
+        path,
+        f"Other servers of these rooms write {shown(path)} and the log named after this port.",
+        "Take another port:",
+        make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102),
+    )
+
+
 def program_missing(program: str) -> Problem:
     return Problem(
         f"no {Path(program).name}",
@@ -953,6 +973,16 @@ def request_refused(reason: str) -> Problem:
         f"It says: {reason}",
         "Ask again, for instance with:",
         make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
+    )
+
+
+def no_rehearsal_image(seen: str) -> Problem:
+    return Problem(
+        "no image for the rehearsal",
+        "docker/rehearsal",
+        f"A docker daemon answers, so the rehearsal runs in it, in an image that mmdebstrap makes of Debian's or Ubuntu's packages. {seen}",
+        "Mend that (mmdebstrap is a package of that name), or rehearse without docker:",
+        f"REHEARSAL_DOCKER=no {make('demo')}",
     )
 
 

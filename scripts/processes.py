@@ -122,12 +122,19 @@ def _read(pid: int) -> Optional[Process]:
     return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0], name, rank)
 
 
+def remove_shared_memory(run: str) -> None:
+    """Take away the Python backend's shared memory of a run that has ended: Triton 2.51 leaves some behind, even when it exits well."""
+    for file in Path("/dev/shm").glob(f"{run}-*"):
+        file.unlink(missing_ok=True)
+
+
 def guard(session: int, folder: str) -> None:
     """Wait for the end of standard input, then end a session and remove its folder for temporary files."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdin.read()
     end_session(session, timeout_seconds=5)
     shutil.rmtree(folder, ignore_errors=True)
+    remove_shared_memory(Path(folder).name)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 
 import argparse
 import atexit
+import errno
+import fcntl
 import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -42,6 +45,14 @@ SILENT_SECONDS = 8.0
 SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
 PROBE = {"text_input": "Hello", "max_tokens": 1}
 LOG_LINES = 15
+# tritonserver puts a request's pieces on the stack (server issue 5840): with the usual 8 MB one HTTP request of 5 MB ended it.
+STACK_BYTES = 1 << 30
+# The tables that tritonserver prints at its start tell nothing of a failure.
+TABLE_LINE = re.compile(r"\s*[|+]")
+# How mpirun names the rank that ended first
+ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")
+# ... which it does a moment after all have ended
+NAMED_SECONDS = 1.0
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
 # What Triton's core writes when the last running request of a server that was told to end is done
 REQUESTS_DONE = "All models are stopped"
@@ -89,11 +100,12 @@ class Toolbox:
     open_mpi: int = 5
 
 
-def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings) -> List[str]:
+def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "") -> List[str]:
     """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
 
     Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
-    to one core each and may be more than the cores; the other ranks open no port; the address is explicit.
+    to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
+    shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away.
     """
     server = [
         str(toolbox.tritonserver),
@@ -120,7 +132,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings) -> Lis
             "1",
             *server,
             *role,
-            f"--backend-config=python,shm-region-prefix-name=prefix{rank}_",
+            f"--backend-config=python,shm-region-prefix-name={run}prefix{rank}_",
         ]
     return command
 
@@ -228,6 +240,8 @@ def check_ports(settings: Settings) -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((settings.host, port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise errors.host_not_here(settings.host, error.strerror or str(error)) from None
             raise errors.port_not_free(
                 name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
             ) from None
@@ -259,8 +273,10 @@ def check_rooms(root: Path) -> int:
         raise errors.room_damaged(
             root / "model_repo", "manifest.json", f"engines {model_repo['reads']['engines'][:12]}", actual[:12]
         )
-    mapping = json.loads((root / "engines" / "config.json").read_bytes())["pretrained_config"]["mapping"]
-    return int(mapping["world_size"])
+    config = root / "engines" / "config.json"
+    if room.sha256_of(config) != room.record_of(room.read_manifest(root / "engines"), config.name):
+        raise errors.room_damaged(root / "engines", config.name, "another sha256", "changed content")
+    return int(json.loads(config.read_bytes())["pretrained_config"]["mapping"]["world_size"])
 
 
 # --- the ranks, running ---
@@ -276,11 +292,13 @@ class Ranks:
             command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
-        self.session = self.mpirun.pid
+        self.session, self.run_dir = self.mpirun.pid, run_dir
         guard = [sys.executable, "-m", "scripts.processes", str(self.session), str(run_dir)]
         self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
         self.last_lines: Dict[int, Deque[str]] = {}
         self.lost_rank: Optional[int] = None
+        self.ended_first: Optional[int] = None
+        self.gone_since: Optional[float] = None
         self.requests_done_at: Optional[float] = None
         self.expected: Dict[Tuple[int, int], processes.Process] = {}
         self.stopped_since: Dict[Tuple[int, int], float] = {}
@@ -296,9 +314,12 @@ class Ranks:
             for rank, text in tagged:
                 if not text.strip():
                     continue
-                self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
+                if not TABLE_LINE.match(text):
+                    self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
                 if lost := LOST_RANK.search(text):
                     self.lost_rank = int(lost[1])
+                if rank < 0 and self.ended_first is None and (first := ENDED_FIRST.search(text)):
+                    self.ended_first = int(first[1] or first[2])
                 if rank == 0 and REQUESTS_DONE in text:
                     self.requests_done_at = time.monotonic()
                 print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
@@ -311,28 +332,38 @@ class Ranks:
         """From now on every process that is there must stay."""
         self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
 
-    def failure(self) -> Optional[Tuple[int, str]]:
-        """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS."""
+    def failure(self, ending: bool = False) -> Optional[Tuple[int, str]]:
+        """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS.
+
+        Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
+        """
         now, current = time.monotonic(), processes.of_session(self.session)
-        gone = [p for key, p in self.expected.items() if key not in current]
-        # When one rank falls, others follow within moments: the server itself first, else the rank that a peer named.
-        for process in sorted(gone, key=lambda p: (p.rank != self.lost_rank, p.rank == 0)):
+        self.expected.update({key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"})
+        gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
+        if gone:
+            self.gone_since = self.gone_since or now
+            # When one rank falls, the others follow within moments: a peer or mpirun says which was the first.
+            first = self.lost_rank if self.ended_first is None else self.ended_first
+            if first is None and now - self.gone_since < NAMED_SECONDS:
+                return None
+            process = min(gone, key=lambda p: (p.rank != first, p.rank == 0))
+            if first is not None and process.rank != first:  # it was gone before we saw it
+                return first, "it ended"
             return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
+        self.stopped_since = {key: since for key, since in self.stopped_since.items() if key in current}
         for key, process in current.items():
-            if process.state in "tT" and key in self.expected:
-                since = self.stopped_since.setdefault(key, now)
-                if now - since >= STOPPED_SECONDS:
-                    return process.rank or 0, f"its process {process.name} (pid {process.pid}) is stopped"
-            else:
+            if process.state not in "tT":
                 self.stopped_since.pop(key, None)
-        if self.lost_rank is not None:
+            elif now - self.stopped_since.setdefault(key, now) >= STOPPED_SECONDS:
+                return process.rank or 0, f"its process {process.name} (pid {process.pid}) is stopped"
+        if self.lost_rank is not None and not ending:
             return self.lost_rank, "it no longer answers the other ranks"
-        if self.mpirun.poll() is not None:
-            return 0, f"mpirun ended with status {self.mpirun.returncode}"
+        if self.mpirun.poll() is not None and not ending:
+            return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Let rank 0 finish its requests; True when none was cut off.
+        """Let rank 0 finish its requests; True when none was cut off. A Problem when a rank fails meanwhile.
 
         tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
         a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
@@ -346,6 +377,8 @@ class Ranks:
                 return True
             if self.requests_done_at is not None and time.monotonic() - self.requests_done_at > UNLOAD_SECONDS:
                 return True
+            if failure := self.failure(ending=True):
+                raise errors.rank_failed(*failure, "while ending", self.tail(failure[0]))
             time.sleep(0.05)
         return False
 
@@ -354,7 +387,31 @@ class Ranks:
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
         self.guard.communicate()
+        processes.remove_shared_memory(self.run_dir.name)
         self.reader.join(timeout=2)
+
+
+def open_log(settings: Settings) -> IO[str]:
+    """The file for the servers' output; a second server of the same rooms takes one that is named after its port."""
+    path = settings.log or Path(os.devnull)
+    for candidate in (path, path.with_name(f"{path.stem}-{settings.http_port}{path.suffix}")):
+        log = open(candidate, "a", encoding="utf-8")  # noqa: SIM115 (it is returned)
+        try:
+            if settings.log is not None:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                log.truncate(0)
+            return log
+        except BlockingIOError:
+            log.close()
+    raise errors.log_in_use(path)
+
+
+def raise_stack_limit() -> None:
+    """For this process and what it starts, as far as the hard limit lets it; a stack takes memory only as it is used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 def http_ok(url: str, body: Optional[Mapping[str, object]], timeout_seconds: float) -> bool:
@@ -373,7 +430,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.asked_to_end = threading.Event()
+        self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
         self.last_alive = time.monotonic()
 
     def run(self) -> int:
@@ -381,6 +438,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.asked_to_end.set())
         processes.adopt_orphans()
+        raise_stack_limit()
         started = time.monotonic()
         world_size = check_rooms(self.settings.root)
         check_mpirun()
@@ -389,13 +447,13 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))
             environment = server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
-            with open(self.settings.log or os.devnull, "w", encoding="utf-8") as log:
+            with open_log(self.settings) as log:
                 room.say(
                     "serve",
                     f"starting {world_size} ranks"
-                    + (f"; their log: {errors.shown(self.settings.log)}" if self.settings.log else ""),
+                    + (f"; their log: {errors.shown(log.name)}" if self.settings.log else ""),
                 )
-                command = mpirun_command(world_size, toolbox, self.settings)
+                command = mpirun_command(world_size, toolbox, self.settings, f"{Path(folder).name}-")
                 preflight.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
                 ranks = Ranks(
                     command, environment, self.settings.root, Path(folder), log if self.settings.log else None
@@ -415,17 +473,27 @@ class Supervisor:
 
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""
+        watching_all = False
+        threading.Thread(target=self._ask_until_answered, daemon=True).start()
         while not self.asked_to_end.wait(0.1):
-            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2):
+            if self.loaded.is_set() and not watching_all:
                 # Triton calls itself ready when its models are loaded; from here on each of their processes must live.
                 ranks.watch()
-                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30):
-                    return
+                watching_all = True
+            if self.answered.is_set():
+                return
             if failure := ranks.failure():
                 raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
             if time.monotonic() - started > self.settings.startup_seconds:
                 tails = {rank: ranks.tail(rank)[-3:] for rank in sorted(ranks.last_lines)}
                 raise errors.start_too_slow(self.settings.startup_seconds, tails)
+
+    def _ask_until_answered(self) -> None:
+        while not self.asked_to_end.wait(0.1) and not self.answered.is_set():
+            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2):
+                self.loaded.set()
+                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30):
+                    self.answered.set()
 
     def _announce(self, world_size: int, seconds: float) -> None:
         settings = replace(self.settings, host=self.settings.shown_host or self.settings.host)

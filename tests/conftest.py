@@ -75,6 +75,7 @@ class Served:
     metrics_port: int
     lines: List[str] = field(default_factory=list)
     ready: threading.Event = field(default_factory=threading.Event)
+    reader: threading.Thread = field(default_factory=threading.Thread)
 
     @property
     def http(self) -> str:
@@ -144,7 +145,8 @@ def serve(tree: Path, *words: str, wait: bool = True) -> Served:
         command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     served = Served(tree, process, http_port, grpc_port, metrics_port)
-    threading.Thread(target=served._read, daemon=True).start()
+    served.reader = threading.Thread(target=served._read, daemon=True)
+    served.reader.start()
     if wait and (not served.ready.wait(120) or process.poll() is not None):
         end_tree_of(process.pid)
         raise AssertionError("make serve did not become ready:\n" + "".join(served.lines))

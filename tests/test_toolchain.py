@@ -297,7 +297,7 @@ def test_the_journey_runs_on_a_host_without_python_and_a_second_make_only_serves
         assert {"HOME=/tmp", "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS"} <= set(one(run, "--env"))
         gpu = room_of(run) in ("engines", "serve")
         assert [one(run, "--ulimit"), one(run, "--shm-size")] == (
-            [["memlock=-1", "stack=67108864"], ["8g"]] if gpu else [[], []]
+            [["memlock=-1", "stack=67108864:1073741824"], ["8g"]] if gpu else [[], []]
         )
     assert one(runs[-1], "--publish") == [f"0.0.0.0:{port}:{port}" for port in ports]
     assert one(runs[-1], "--shown-host") == ["0.0.0.0"]
