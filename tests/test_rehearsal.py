@@ -22,10 +22,10 @@ def gpus_for(version: str) -> str:
     return GPUS if "7.0" in TABLE[version]["architectures"] else "2x A100-80GB"
 
 
-def rehearse(tree: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def rehearse(tree: Path, *words: str, docker: str = "no") -> "subprocess.CompletedProcess[str]":
     names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     ports = [f"{name}={port}" for name, port in zip(names, free_ports(3))]
-    return make(tree, *words, "ENGINE=tensorrt", *ports)
+    return make(tree, *words, "ENGINE=tensorrt", *ports, REHEARSAL_DOCKER=docker)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -71,7 +71,7 @@ def test_a_rehearsal_names_its_gpus(tree: Path) -> None:
 
 
 def stand_in(name: str, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "REHEARSAL_PYTHON": "python3", **variables}
+    environment = {**os.environ, "REHEARSAL_PYTHON": sys.executable, "REHEARSAL_DOCKER": "no", **variables}
     program = ROOT / "docker/rehearsal" / name
     return subprocess.run(
         [str(program), *words], capture_output=True, text=True, env=environment, timeout=60, check=False
@@ -89,6 +89,93 @@ def test_the_stand_ins_take_nothing_but_what_the_tables_have(tmp_path: Path) -> 
     assert done.returncode == 2 and "docker run" in done.stderr
     done = stand_in("host/docker", "push", "image")
     assert done.returncode == 1 and "does not know" in done.stderr
+
+
+# --- the same through a real docker ---
+
+
+def docker_says(*words: str) -> str:
+    """Empty where docker is missing or its daemon does not answer."""
+    if not shutil.which("docker"):
+        return ""
+    return subprocess.run(["docker", *words], capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+
+
+def test_a_docker_daemon_runs_what_the_makefile_says(tree: Path) -> None:
+    if not docker_says("version", "--format", "{{.Server.Version}}"):
+        pytest.skip("no docker daemon answers")
+    if not docker_says("images", "--quiet", "trtllm-bake-rehearsal"):
+        pytest.skip(f'docker has no trtllm-bake-rehearsal: make demo ENGINE=tensorrt REHEARSAL="{GPUS}" makes it')
+    shutil.rmtree(tree / "build/stories/rehearsal-tensorrt-0.14.0-tp2-float16", ignore_errors=True)
+    done = rehearse(tree, "demo", "TOOLCHAIN=0.14.0", f"REHEARSAL={GPUS}", docker="yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any(line.startswith(STORY) for line in done.stdout.splitlines()), done.stdout
+    lines = [line for line in done.stdout.splitlines() if "in place of" in line]
+    assert len(lines) >= 4 and all(line.startswith("rehearsal   in docker, ") for line in lines), lines
+
+
+# a docker that keeps what it is told to run, and can all but what the file `cannot` lists
+DOCKER = """#!/bin/sh
+here=$(dirname "$0")
+while read -r words; do case "$*" in *"$words"*) exit 1 ;; esac; done <"$here/cannot"
+[ "$1" != run ] || printf '%s\\n' "$@" >"$here/run"
+"""
+FLAGS = ["run", "--rm", "--init", "--pull", "never", "--user", "7:8", "--workdir", "/w"]
+FLAGS += ["--volume", "/w:/w", "--env", "ROOM_ARGS", "--entrypoint"]
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    """A folder for PATH with that docker and no mmdebstrap."""
+    for name in ("dirname", "python3"):
+        (tmp_path / name).symlink_to(sys.executable if name == "python3" else str(shutil.which(name)))
+    (tmp_path / "docker").write_text(DOCKER)
+    (tmp_path / "docker").chmod(0o755)
+    (tmp_path / "cannot").touch()
+    return tmp_path
+
+
+def docker_is_told(docker: Path, *words: str, cannot: str = "") -> List[str]:
+    """What docker is told when the Makefile says `docker run FLAGS '' words`; without --env and --volume, which come with the stand-ins."""
+    (docker / "cannot").write_text(cannot)
+    done = stand_in("host/docker", *FLAGS, "", *words, PATH=str(docker), REHEARSAL_DOCKER="", REHEARSAL_GPUS=GPUS)
+    assert done.returncode == 0 and "in docker" in done.stdout, done.stdout + done.stderr
+    [*run] = (docker / "run").read_text().splitlines()
+    assert run[: len(FLAGS) + 1] == [*FLAGS, ""]
+    rest = run[len(FLAGS) + 1 :]
+    added = [i for i, word in enumerate(rest) if word in ("--env", "--volume")]
+    assert f"REHEARSAL_GPUS={GPUS}" in rest and all(rest[i + 1].endswith(":ro") for i in added if rest[i] == "--volume")
+    return [word for i, word in enumerate(rest) if i not in added and i - 1 not in added]
+
+
+def test_docker_gets_the_makefiles_flags_but_for_image_and_gpus(docker: Path) -> None:
+    limits = ["--shm-size", "8g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+    *flags, image, python, m, script = docker_is_told(
+        docker, "--network", "none", "--gpus", "all", *limits, "nvidia", "python3", "-m", "scripts.x"
+    )
+    assert flags == ["--network", "none", *limits]
+    assert image.startswith("trtllm-bake-rehearsal:") and [python, m, script] == [sys.executable, "-m", "scripts.x"]
+    *flags, _, _, host = docker_is_told(docker, "--publish", "127.0.0.1:8:8", "nvidia", "python3", "0.0.0.0")
+    assert (flags, host) == (["--publish", "127.0.0.1:8:8"], "0.0.0.0")
+
+
+def test_docker_without_a_bridge_or_the_right_to_raise_limits_still_rehearses(docker: Path) -> None:
+    """As a daemon in a container or a sandbox is. Nothing may listen on more addresses than the user named."""
+    cannot = "network inspect bridge\n--ulimit memlock=-1 trtllm\n"
+    limits = ["--ulimit", "memlock=-1", "--ulimit", "stack=1"]
+    *flags, _, _, host = docker_is_told(
+        docker, "--publish", "127.0.0.1:8:8", *limits, "nvidia", "python3", "0.0.0.0", cannot=cannot
+    )
+    assert flags == ["--publish", "127.0.0.1:8:8", "--ulimit", "stack=1", "--network", "host"]
+    assert host == "127.0.0.1"
+
+
+def test_where_no_image_can_be_made_the_report_knows_the_way_round(docker: Path) -> None:
+    (docker / "cannot").write_text("image inspect\n")
+    words = [*FLAGS, "", "nvidia", "python3"]
+    done = stand_in("host/docker", *words, PATH=str(docker), REHEARSAL_DOCKER="")
+    assert done.returncode == 1 and "NO IMAGE FOR THE REHEARSAL" in done.stderr and "mmdebstrap" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].strip().startswith("REHEARSAL_DOCKER=no make demo")
 
 
 # --- the accuracy gate over the engines of a rehearsal ---
