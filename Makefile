@@ -1,5 +1,5 @@
 # trtllm-bake: a Llama 2 from Meta's weights to a serving Triton, one room after another.
-# A room is a directory under build/; its manifest.json is written last and is what make looks at (README, "Rooms").
+# A room is a directory under build/; its manifest.json is written last and is what make looks at (README, "The journey").
 
 ## trtllm-bake: Meta's Llama 2 weights -> Hugging Face -> TensorRT-LLM checkpoint -> engines -> Triton, one room after another.
 ##
@@ -183,7 +183,7 @@ refuse: export REFUSED_NAMES = $(REFUSED)
 refuse:
 	@py=$$(type -P $(VENV)/bin/python python3 | head -n 1 || true); if [ "$$py" ]; then "$$py" -m scripts.settings; else scripts/toolchain.sh refuse; fi
 
-# --- the packages, pinned by hash (README, "Packages") ---
+# --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
 $(addprefix $(VENV)/locks/,verify.txt test.txt dev.txt): $(VENV)/locks/run.txt

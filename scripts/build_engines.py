@@ -51,6 +51,10 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
     as long as its question; max_num_tokens: MAX_NUM_TOKENS, never less than one whole prompt and never more than a full batch.
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
+    if context_tokens < 2:
+        raise errors.bad_setting(
+            "CONTEXT", context_tokens, "at least 2 positions", errors.make("engines", CONTEXT=4096)
+        )
     if max_seq_len < 2:
         one_each = "at least 2: one token of a prompt, and one of an answer"
         raise errors.bad_setting(

@@ -232,6 +232,10 @@ def build_verified(settings: Settings) -> None:
         filling.write("report.html", verified_report.page(report).encode())
         if not report["passed"]:
             raise errors.engine_differs(filling.path / "report.html", report, settings.engines)
+        measured = "; ".join(
+            f"{check['name']} {check['measured']} (limit {check['limit']})" for check in report["checks"]
+        )
+        room.say("verified", f"passed: {measured}")
         filling.facts = {name: report[name] for name in ("passed", "precision", "device", "positions")}
         if engine.get("rehearsal"):
             filling.facts["rehearsal"] = True

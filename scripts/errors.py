@@ -211,8 +211,8 @@ def no_such_setting(name: str, settings: Sequence[str], near: str) -> Problem:
         f"no setting named {name}",
         "Makefile",
         f"{name} was typed; the settings are: {', '.join(settings)}.",
-        "The nearest one is:",
-        f"make help    # then: make serve {near}=...",
+        f"The nearest one is {near}. What make takes:",
+        "make help",
     )
 
 
@@ -241,7 +241,7 @@ def interpreter_missing(value: str) -> Problem:
     return Problem(
         "no such interpreter",
         value,
-        f"PYTHON is {value}: no program is there. It has to be a CPython that has what requirements/run.txt and torch.txt pin.",
+        f"PYTHON is {value}: no Python answers there. It has to be a CPython that has what requirements/run.txt and torch.txt pin.",
         "Leave PYTHON away, and make installs one into .venv:",
         make("serve", PYTHON=""),
     )
@@ -344,8 +344,14 @@ def some(names: Sequence[str], most: int = 6) -> str:
 
 
 def look(path: PathLike) -> str:
-    """The command that lists a folder, or the folder of a file."""
-    return f"ls -l {shown(path if Path(path).is_dir() else Path(path).parent)}"
+    """What to type where the content of a folder, or of a file's folder, is not what it should be: a room of ours is made again,
+    Meta's download is checked by its own list, anything else is looked at."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / "manifest.json").is_file() and (folder / "args").is_file():
+        return f"rm -r {shown(folder)} && {make(folder.name)}"
+    if (folder / "checklist.chk").is_file():
+        return f"cd {shown(folder)} && md5sum -c checklist.chk"
+    return f"ls -l {shown(folder)}"
 
 
 def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
@@ -415,8 +421,8 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
         "weights are damaged",
         path,
         f"The bytes of {tensor} are not those that were saved: the file says CRC-32 {expected}, its bytes give {actual}.",
-        "Fetch the file again. Meta's download brings checklist.chk, which finds every damaged file:",
-        f"cd {shown(Path(path).parent)} && md5sum -c checklist.chk",
+        "Fetch the file again (Meta's download brings checklist.chk, which finds every damaged file), and look:",
+        look(path),
     )
 
 

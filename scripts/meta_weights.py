@@ -76,6 +76,9 @@ def shard_paths(folder: Path) -> List[Path]:
     missing = sorted(set(expected) - set(names))
     if missing or not names:
         raise errors.weights_file_missing(folder, missing[0] if missing else "consolidated.00.pth", names)
+    dangling = [name for name in names if not (folder / name).is_file()]
+    if dangling:
+        raise errors.weights_file_missing(folder, dangling[0], sorted(set(names) - set(dangling)))
     return [folder / name for name in names]
 
 

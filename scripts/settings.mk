@@ -53,7 +53,7 @@ NO_TOOLCHAIN := help doctor plan test lint lock pin clean refuse
 ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
   ifneq ($(if $(strip $(REFUSED)),,$(filter-out $(NO_TOOLCHAIN),$(or $(MAKECMDGOALS),help))),)
     ifneq ($(ASKED),)
-      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(subst $(NEWLINE),|,$(BAKE_SETTINGS))' scripts/toolchain.sh version '$(ASSUME_GPU)'),$(error which TensorRT-LLM is not known))
+      TOOLCHAIN := $(or $(shell BAKE_SETTINGS='$(subst $(NEWLINE),|,$(BAKE_SETTINGS))' scripts/toolchain.sh version '$(or $(ASSUME_GPU),$(REHEARSAL))'),$(error which TensorRT-LLM is not known))
     else ifeq ($(ASSUME_GPU),)
       GPU_SEEN =
       export GPU_SEEN_NOW := $(shell { printf %s '$(REHEARSAL)'; cat /proc/driver/nvidia/gpus/*/information 2>/dev/null; } | cksum)
@@ -66,14 +66,15 @@ else ifeq ($(TOOLCHAIN),)
   TOOLCHAIN := $(shell scripts/toolchain.sh versions | head -n 1)
 endif
 
+COMMA := ,
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
   REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
     $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) \
-    $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]*)) \
-    $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]*)) \
+    $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]{0$(COMMA)8})) \
+    $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]{0$(COMMA)8})) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
     [ -z '$(if $(filter tensorrt,$(ENGINE)),$(if $(ASKED),,$(filter-out $(NO_TOOLCHAIN),$(MAKECMDGOALS))))' ] || [ -z '$(ASSUME_GPU)' ] || echo ASSUME_GPU; \
-    $(if $(ASKED),,[ -d '$(WEIGHTS)' ] || echo WEIGHTS;) [ -z '$(PYTHON)' ] || type -P '$(PYTHON)' >/dev/null || echo PYTHON)
+    $(if $(ASKED),,[ -d '$(WEIGHTS)' ] || echo WEIGHTS;) [ -z '$(PYTHON)' ] || [ "$$('$(PYTHON)' -c 'print(7)' 2>/dev/null)" = 7 ] || echo PYTHON)
 endif
 REFUSE := $(if $(strip $(REFUSED)),refuse)

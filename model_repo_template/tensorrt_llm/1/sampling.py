@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Words = tuple[tuple[int, ...], ...]
+# Logits divided by less are no longer finite in float32.
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def refusal(sampling: Sampling, vocab_size: int) -> str | None:
         value = getattr(sampling, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             return f"{field.name} is {value}; it must be a finite number"
+    if 0 < sampling.temperature < MIN_TEMPERATURE:
+        return f"temperature is {sampling.temperature:g}; it must be at least {MIN_TEMPERATURE:g} (without top_k and top_p: greedy)"
     for name in ("temperature", "repetition_penalty"):
         if getattr(sampling, name) <= 0:
             return f"{name} is {getattr(sampling, name):g}; it must be greater than 0"
