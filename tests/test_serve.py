@@ -311,6 +311,31 @@ def test_ranks_yield_where_they_leave_no_core_to_the_others() -> None:
     assert "OMPI_MCA_mpi_yield_when_idle" not in environment(2, 8)
 
 
+def test_nvidias_older_open_mpi_is_spoken_to_in_its_own_words() -> None:
+    """Open MPI 4.1 (HPC-X) calls the tags and the way through shared memory otherwise; 5 knows neither of its names."""
+    older = replace(TOOLBOX, open_mpi=4)
+    settings = Settings(Path("."), "127.0.0.1", 8000, 8001, 8002)
+    assert "--tag-output" in mpirun_command(2, older, settings) and "--output" not in mpirun_command(2, older, settings)
+    assert "--tag-output" not in mpirun_command(2, TOOLBOX, settings)
+    environment = server_environment({}, older, Path("/tmp/x"), 2, 2)
+    assert environment["OMPI_MCA_btl"] == "self,vader"
+    assert environment["OMPI_MCA_btl_vader_backing_directory"] == "/tmp/x"
+    assert server_environment({}, TOOLBOX, Path("/tmp/x"), 2, 2)["OMPI_MCA_btl"] == "self,sm"
+    assert open_mpi_major() == 5
+
+
+@pytest.mark.parametrize("stand_ins", ["", "docker/rehearsal/backends"])
+def test_no_library_has_to_be_loaded_from_dev_shm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: str
+) -> None:
+    """docker mounts it noexec: the server could load no model in a container."""
+    monkeypatch.setenv("REHEARSAL_BACKENDS", stand_ins)
+    toolbox = find_toolbox(tmp_path)
+    assert toolbox.backends is not None
+    for file in toolbox.backends.glob("python/*"):
+        assert file.is_file() and tmp_path not in file.resolve().parents
+
+
 def test_ports_must_differ_and_be_ports() -> None:
     with pytest.raises(errors.Problem, match="two ports are the same"):
         Settings(Path("."), "127.0.0.1", 8000, 8000, 8002)
