@@ -39,6 +39,8 @@ MAX_SEQ_LEN    =
 MAX_NUM_TOKENS =
 # off: one response a request (decoupled: false), for clients of gRPC ModelInfer and HTTP infer; on: streams
 STREAMING      = on
+# on: requests share the KV cache of what their prompts begin with; with ENGINE=tensorrt only, and engines built for it
+KV_REUSE       = off
 HOST           = 127.0.0.1
 HTTP_PORT      = 8000
 GRPC_PORT      = 8001
@@ -60,7 +62,7 @@ BENCH          =
 JSON           =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
-           STREAMING HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
+           STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
 include scripts/settings.mk
 
 # --- where things are ---
@@ -103,7 +105,7 @@ engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
                   --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/$(if $(REHEARSAL),rehearsal-)timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
-model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING)
+model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE)
 
 # hf depends on the model alone; the rooms after it also on the pinned packages, or the image, that made them. The count of files tells when
 # one was taken away, which leaves no newer time behind.

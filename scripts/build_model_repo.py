@@ -55,10 +55,11 @@ class Settings:
     output: Path
     trtllm_version: str
     streaming: bool
+    kv_reuse: bool = False
 
 
 def hole_values(
-    engine: Mapping[str, Any], triton_backend: str, streaming: bool, unary_response_sender: bool
+    engine: Mapping[str, Any], triton_backend: str, streaming: bool, unary_response_sender: bool, kv_reuse: bool = False
 ) -> Dict[str, str]:
     """A value for every hole that any version's templates have.
 
@@ -94,7 +95,7 @@ def hole_values(
         "batch_scheduler_policy": "guaranteed_no_evict",
         "kv_cache_free_gpu_mem_fraction": "0.85",
         # upstream changed this default at 0.19; it needs paged-context FMHA in the engine
-        "enable_kv_cache_reuse": "false",
+        "enable_kv_cache_reuse": "true" if kv_reuse else "false",
         "enable_chunked_context": "false",
         "normalize_log_probs": "true",
         "accumulate_tokens": "false",
@@ -239,6 +240,28 @@ def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
     return config
 
 
+def check_engine(engine: Mapping[str, Any], kv_reuse: bool) -> None:
+    """The configs ask for in-flight batching, and perhaps for KV cache reuse: the engines must have been built with what these need.
+
+    The C++ backend refuses the first at load and the second at the first request (tensorrtllm_backend issues 89, 271, 323).
+    """
+    build = engine["build_config"]
+    plugins = build["plugin_config"]
+    paged = str(build.get("kv_cache_type") or "paged").lower() == "paged" and plugins.get("paged_kv_cache", True)
+    needed = {
+        "in-flight batching": {
+            "gpt_attention_plugin": plugins.get("gpt_attention_plugin"),
+            "remove_input_padding": plugins.get("remove_input_padding"),
+            "paged_kv_cache": paged,
+        },
+        "KV cache reuse": {"use_paged_context_fmha": plugins.get("use_paged_context_fmha")} if kv_reuse else {},
+    }
+    for feature, flags in needed.items():
+        missing = [name for name, value in flags.items() if not value]
+        if missing:
+            raise errors.engine_lacks(feature, missing)
+
+
 def check_together(configs: Mapping[str, Any]) -> None:
     """What the models ask of each other: one way of answering, one tokenizer, one size of batch."""
     asked = {
@@ -266,11 +289,13 @@ def render(
     engine_kind: Mapping[str, Any],
     trtllm_version: str,
     streaming: bool,
+    kv_reuse: bool = False,
 ) -> Dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
     # the torch engine's Triton is the pinned one, which can
     unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
-    values = hole_values(engine, engine_kind["triton_backend"], streaming, unary_response_sender)
+    check_engine(engine, kv_reuse)
+    values = hole_values(engine, engine_kind["triton_backend"], streaming, unary_response_sender, kv_reuse)
     missing = {
         placeholder["name"]
         for table in tables.values()
@@ -302,7 +327,7 @@ def build_model_repo(settings: Settings) -> None:
             raise errors.tokenizer_unreadable(settings.hf / name, "there is no such file, and the text models need it")
     tables = contracts.table("backend", settings.trtllm_version)
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
-    configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming)
+    configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse)
     room.say(
         "model_repo",
         f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine {engines['facts']['engine']}"
@@ -311,7 +336,11 @@ def build_model_repo(settings: Settings) -> None:
     with room.filling(
         settings.output,
         reads={"engines": settings.engines, "hf": settings.hf},
-        arguments={"trtllm_version": settings.trtllm_version, "streaming": settings.streaming},
+        arguments={
+            "trtllm_version": settings.trtllm_version,
+            "streaming": settings.streaming,
+            "kv_reuse": settings.kv_reuse,
+        },
     ) as filling:
         for model, config in configs.items():
             filling.write(f"{model}/config.pbtxt", config.encode())
@@ -342,9 +371,12 @@ def main() -> None:
     for flag in ("--engines", "--hf", "--output"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--trtllm-version", required=True)
+    parser.add_argument("--kv-reuse", choices=("on", "off"), default="off", help="share the cache of equal beginnings")
     parser.add_argument("--streaming", choices=("on", "off"), required=True, help="Triton's decoupled mode")
     args = parser.parse_args()
-    build_model_repo(Settings(args.engines, args.hf, args.output, args.trtllm_version, args.streaming == "on"))
+    build_model_repo(
+        Settings(args.engines, args.hf, args.output, args.trtllm_version, args.streaming == "on", args.kv_reuse == "on")
+    )
 
 
 if __name__ == "__main__":

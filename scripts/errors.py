@@ -305,6 +305,17 @@ def holes_do_not_match(template: PathLike, unfilled: Sequence[str], unused: Sequ
     )
 
 
+def engine_lacks(feature: str, missing: Sequence[str]) -> Problem:
+    without = {"KV_REUSE": "off"} if "KV" in feature else {}
+    return Problem(
+        f"engines without {feature}",
+        "engines/config.json",
+        f"The configs ask for {feature}; these engines were built without {', '.join(missing)}.",
+        "Serve without it:" if without else "Build them again:",
+        make("serve" if without else "engines", **without),
+    )
+
+
 def config_not_accepted(config: PathLike, reason: str) -> Problem:
     return Problem(
         "Triton would not take this config",

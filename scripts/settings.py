@@ -57,6 +57,7 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         "ENGINE": ("torch or tensorrt", "torch"),
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
         "STREAMING": ("on or off", "on"),
+        "KV_REUSE": ("off; with ENGINE=tensorrt also on", "off"),
         "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
         "REHEARSAL": (

@@ -40,10 +40,12 @@ def engine_config(version: str, **build: Any) -> Dict[str, Any]:
 
 
 def render(
-    version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, **build: Any
-) -> Dict[str, str]:
+    version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, kv_reuse: bool = False,
+    plugins: Any = (), **build: Any,
+) -> Dict[str, str]:  # fmt: skip
     tables, engine = contracts.table("backend", version), engine_config(version, **build)
-    return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming)
+    engine["build_config"]["plugin_config"].update(plugins)
+    return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming, kv_reuse)
 
 
 def parsed(texts: Dict[str, str]) -> Dict[str, Any]:
@@ -303,3 +305,23 @@ def test_a_model_without_its_tokenizers_config_is_a_report(tmp_path: Path) -> No
         build_model_repo.build_model_repo(rooms(tmp_path, None))
     assert "tokenizer_config.json" in problem.value.where
     assert not (tmp_path / "model_repo").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("lacking", ["gpt_attention_plugin", "remove_input_padding", "paged_kv_cache"])
+def test_in_flight_batching_is_not_promised_of_engines_without_its_plugins(version: str, lacking: str) -> None:
+    with pytest.raises(errors.Problem) as problem:
+        render(version, "tensorrt", plugins={lacking: None})
+    assert lacking in problem.value.report() and "make engines" in problem.value.report()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kv_cache_reuse_needs_paged_context_fmha(version: str) -> None:
+    with pytest.raises(errors.Problem) as problem:
+        render(version, "tensorrt", kv_reuse=True, plugins={"use_paged_context_fmha": False})
+    assert "use_paged_context_fmha" in problem.value.report() and "KV_REUSE=off" in problem.value.report()
+    configs = parsed(render(version, "tensorrt", kv_reuse=True, plugins={"use_paged_context_fmha": True}))
+    assert configs["tensorrt_llm"].parameters["enable_kv_cache_reuse"].string_value == "true"
+    assert (
+        parsed(render(version, "tensorrt"))["tensorrt_llm"].parameters["enable_kv_cache_reuse"].string_value == "false"
+    )
