@@ -215,6 +215,8 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
         toolchain = toolchain or toolchain_for(host[0]) or contracts.versions()[-1]
         toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
         problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
+        if not problem and choice["KV_REUSE"] == "on":
+            problem = trtllm_build.no_kv_reuse(host[0])
         if problem:  # whoever plans goes on planning
             assumed = f" ASSUME_GPU={shlex.quote(choice['ASSUME_GPU'])}" if choice["ASSUME_GPU"] else ""
             problem.command = re.sub(r"^make \w+", "make plan", problem.command) + assumed

@@ -16,6 +16,8 @@ from scripts.gpus import Gpu
 # Tokens of a block of the paged KV cache. Upstream's default went 128 (0.8), 64 (0.10), 32 (1.x); the attention kernels of all of them
 # take 64, and one value makes one arithmetic of memory.
 TOKENS_PER_BLOCK = 64
+# the compute capability from which its kernels exist: not on Volta
+PAGED_CONTEXT_FMHA = 8.0
 # Where a newer flag says the same as an older one, the newer is used.
 SUPERSEDED = {"max_output_len": "max_seq_len", "paged_kv_cache": "kv_cache_type"}
 # Host memory of one building process: weights in torch, a copy in numpy, the serialized engine, and the builder's libraries (read from
@@ -86,7 +88,9 @@ def wishes(intent: Intent, flags: Flags) -> Dict[str, Wish]:
         "use_context_fmha_for_generation": False,
         # KV cache reuse and chunked context need it. On from the version on whose makers have it on: 0.8 was seen to answer worse with
         # it (TensorRT-LLM #1216). An assertion failure on Volta (fmhaRunner.cpp, #1671).
-        "use_paged_context_fmha": half and intent.capability >= 8.0 and _own(flags, "--use_paged_context_fmha"),
+        "use_paged_context_fmha": half
+        and intent.capability >= PAGED_CONTEXT_FMHA
+        and _own(flags, "--use_paged_context_fmha"),
         # on by default in 1.x; only FP8 models with an FP8 KV cache gain, and broken outputs were reported (#1539, #2447)
         "use_fp8_context_fmha": False,
         "enable_xqa": True,
@@ -165,6 +169,17 @@ def refusal(
                 command = errors.make("engines", **change)
                 return errors.gpu_cannot(kind, str(needed), gpu.name, gpu.compute_capability, reason, command)
     return None
+
+
+def no_kv_reuse(gpu: Gpu) -> Optional[errors.Problem]:
+    """Why engines for this GPU cannot share the KV cache of equal beginnings; None where they can."""
+    if gpu.capability >= PAGED_CONTEXT_FMHA:
+        return None
+    reason = "It needs paged-context FMHA, which is an assertion failure there (fmhaRunner.cpp, TensorRT-LLM #1671)."
+    command = errors.make("engines", KV_REUSE="off")
+    return errors.gpu_cannot(
+        "KV cache reuse", str(PAGED_CONTEXT_FMHA), gpu.name, gpu.compute_capability, reason, command
+    )
 
 
 # --- what came out ---

@@ -218,6 +218,7 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
     [
         ({"ASSUME_GPU": V100S, "TOOLCHAIN": NEWEST}, "TensorRT-LLM does not run on this GPU", ["7.0", "8.0", NEWEST]),
         ({"ASSUME_GPU": V100S, "DTYPE": "bfloat16"}, "bfloat16 does not run on this GPU", ["7.0", "8.0"]),
+        ({"ASSUME_GPU": V100S, "KV_REUSE": "on"}, "KV cache reuse does not run on this GPU", ["7.0", "8.0"]),
         ({"ASSUME_GPU": A100S, "QUANT": "fp8"}, "FP8 does not run on this GPU", ["8.0", "8.9"]),
         ({"ASSUME_GPU": V100S, "QUANT": "int4_awq"}, "W4A16_AWQ does not run on this GPU", ["7.0", "8.0"]),
         ({"ASSUME_GPU": A100S, "TP": "1", "PP": "4"}, "more ranks than GPUs", ["4 ranks", "2 (2x A100-80GB)"]),
