@@ -60,6 +60,9 @@ TESTS          =
 BENCH          =
 # JSON=1: plan and doctor answer in JSON
 JSON           =
+# of make release; INFERRED=accept: tables without a primary source may be used (docker/contracts/README.md)
+VERSION        =
+INFERRED       =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
@@ -145,6 +148,12 @@ ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask
 demo: model_repo ## serve, ask, stop
 	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 
+release: | $(REFUSE) ## what a release refuses: make release VERSION=x.y.z (images are not made yet)
+	@$(or $(wildcard $(PY)),python3) -m scripts.release $(RELEASE)
+	@$(MAKE) verified
+	@$(or $(wildcard $(PY)),python3) -m scripts.release $(RELEASE) --root $(VARIANT)
+RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED)
+
 # Who reads whom.
 $(VARIANT)/checkpoint/manifest.json: $(HF)/manifest.json
 $(VARIANT)/engines/manifest.json:    $(VARIANT)/checkpoint/manifest.json
@@ -215,4 +224,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo test pin lint lock bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo release test pin lint lock bench-serve bench-convert clean refuse FORCE

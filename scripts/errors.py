@@ -1011,3 +1011,58 @@ def bench_step_failed(command: Sequence[str], status: int) -> Problem:
         "See it fail alone:",
         shlex.join(command),
     )
+
+
+# --- release ---------------------------------------------------------------------------------------------------------
+
+
+def tree_not_clean(lines: Sequence[str]) -> Problem:
+    listed = "\n".join(f"    {line}" for line in lines[:12]) or "    git does not answer"
+    return Problem(
+        "the tree is not clean",
+        "git status",
+        f"A release is made of what is committed. Here is more:\n\n{listed}",
+        "Commit it or take it away:",
+        "git status",
+    )
+
+
+def toolchain_not_pinned(version: str, image: str) -> Problem:
+    return Problem(
+        f"toolchain {version} is not pinned",
+        "docker/toolchains.json",
+        f"The image is {image}, a tag that can be moved; its digest is not known. That is good for trying out, not for a release.",
+        "On a machine with docker and network:",
+        "make pin",
+    )
+
+
+def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
+    listed = "\n".join(f"    {cell}: {reason}"[:160] for cell, reason in cells.items())
+    return Problem(
+        f"toolchain {version} is partly inferred",
+        "docker/contracts/README.md",
+        f"{len(cells)} of the tables and cells that this release would use have no primary source:\n\n{listed}",
+        "Confirm them on the real image, or accept them in so many words:",
+        make("release", INFERRED="accept"),
+    )
+
+
+def engines_rehearsed(engines: PathLike) -> Problem:
+    return Problem(
+        "these engines are a rehearsal's",
+        engines,
+        "Stand-ins made them (docker/rehearsal); no GPU runs them.",
+        "Build them on the real toolchain:",
+        make("engines", REHEARSAL=None),
+    )
+
+
+def no_image_yet(version: str) -> Problem:
+    return Problem(
+        f"no image for {version}",
+        "docker/Dockerfile",
+        "Nothing speaks against this release, but this version of the project does not make images yet.",
+        "What there is to ship is the rooms:",
+        make("model_repo"),
+    )

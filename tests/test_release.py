@@ -1,0 +1,79 @@
+"""What a release refuses: an unpinned image, inferred tables, a rehearsal's or unverified engines, a tree that is not clean."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import make
+
+from scripts import contracts, errors, release, room
+
+SOURCES = json.loads((contracts.DOCKER / "contracts/sources.json").read_text())
+
+
+def pinned(tree: Path) -> None:
+    table = tree / "docker/toolchains.json"
+    table.write_text(table.read_text().replace('"digest": null', f'"digest": "sha256:{"5f" * 32}"'))
+
+
+def committed(tree: Path) -> None:
+    name = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    (tree / ".gitignore").write_text("build/\n__pycache__/\n")
+    for words in (["init", "-q"], ["add", "-A"], [*name, "commit", "-qm", "all"]):
+        subprocess.run(["git", *words], cwd=tree, check=True, timeout=60)
+
+
+def test_a_release_is_asked_what_can_be_known_before_anything_is_made(own_tree: Path) -> None:
+    def refused(*words: str) -> str:
+        done = make(own_tree, "release", *words)
+        assert done.returncode != 0 and not (own_tree / "build").exists()
+        return done.stderr
+
+    tensorrt = ("ENGINE=tensorrt", "TOOLCHAIN=0.8.0", "VERSION=1.0.0")
+    assert "VERSION CANNOT BE" in refused()
+    assert "THE TREE IS NOT CLEAN" in refused("VERSION=1.0.0")
+    committed(own_tree)
+    assert "TOOLCHAIN 0.8.0 IS NOT PINNED" in refused(*tensorrt)
+    pinned(own_tree)
+    assert "docker/toolchains.json" in refused(*tensorrt)
+    committed(own_tree)
+    report = refused(*tensorrt)
+    assert "TOOLCHAIN 0.8.0 IS PARTLY INFERRED" in report and "contracts/runtime/v0.8.0.json" in report
+    assert "INFERRED=accept" in report and "contracts/quantize" not in report
+
+
+def test_quantizing_uses_more_tables(tmp_path: Path) -> None:
+    row = contracts.toolchain("0.8.0")
+    plain, quantized = (set(release.inferred_cells(row, SOURCES, quant)) for quant in ("", "fp8"))
+    assert quantized - plain == {"contracts/quantize/v0.10.0.dev2024043000.json"}
+
+
+def room_of(root: Path, name: str, reads: dict[str, str], facts: dict[str, object]) -> None:
+    manifest = {"room": name, "arguments": {}, "reads": reads, "tools": {}, "facts": facts, "files": {}}
+    (root / name).mkdir()
+    (root / name / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("engine_facts", "passed", "same", "title"),
+    [
+        ({"rehearsal": True}, True, True, "these engines are a rehearsal's"),
+        ({}, False, True, "verified was changed"),
+        ({}, True, False, "verified was changed"),
+    ],
+)
+def test_engines_are_real_and_verified(
+    tmp_path: Path, engine_facts: dict[str, object], passed: bool, same: bool, title: str
+) -> None:
+    room_of(tmp_path, "engines", {}, engine_facts)
+    digest = room.manifest_sha256(tmp_path / "engines") if same else "0" * 64
+    room_of(tmp_path, "verified", {"engines": digest}, {"passed": passed})
+    with pytest.raises(errors.Problem, match=title):
+        release.check_rooms(tmp_path)
+
+
+def test_verified_engines_pass(tmp_path: Path) -> None:
+    room_of(tmp_path, "engines", {}, {})
+    room_of(tmp_path, "verified", {"engines": room.manifest_sha256(tmp_path / "engines")}, {"passed": True})
+    release.check_rooms(tmp_path)
