@@ -218,9 +218,8 @@ def test_a_second_server_of_the_same_rooms_has_a_log_of_its_own(tree: Path, serv
         end_tree_of(second.process.pid)
 
 
-@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
-def test_an_address_of_another_machine_is_told_so(tree: Path, served: Served, host: str) -> None:
-    done = make(tree, "serve", f"HOST={host}")
+def test_an_address_of_another_machine_is_told_so(tree: Path, served: Served) -> None:
+    done = make(tree, "serve", "HOST=203.0.113.7")
     assert done.returncode != 0
     assert "NOT AN ADDRESS OF THIS MACHINE" in done.stderr and " HOST=127.0.0.1\n" in done.stderr
 
