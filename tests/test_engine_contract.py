@@ -90,6 +90,7 @@ class FakeFamily:
 def backend() -> Iterator[ModuleType]:
     """model.py as Triton loads it."""
     fake = ModuleType("triton_python_backend_utils")
+    fake.using_decoupled_model_transaction_policy = lambda config: True
     vars(fake).update(
         Tensor=FakeTensor, InferenceResponse=fake_response, TritonError=FakeError, TritonModelException=FakeError,
         MetricFamily=FakeFamily, TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,

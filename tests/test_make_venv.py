@@ -128,8 +128,10 @@ def test_many_jobs_install_one_list_at_a_time(project: Path) -> None:
 
 
 def test_a_given_interpreter_makes_none(project: Path) -> None:
+    (project / "given").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    (project / "given").chmod(0o755)
     done = subprocess.run(
-        ["make", "-n", "serve", "test", "lint", "PYTHON=python3"],
+        ["make", "-n", "serve", "test", "lint", "PYTHON=./given"],
         cwd=project, env=environment(project), capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert "make_venv" not in done.stdout and ".venv" not in done.stdout
