@@ -63,9 +63,20 @@ JSON           =
 # of make release; INFERRED=accept: tables without a primary source may be used (docker/contracts/README.md)
 VERSION        =
 INFERRED       =
+# of make image: another base than NVIDIA's, or than the one made from Debian packages; cpu or cuda, which PyTorch; docker or buildah,
+# empty: docker where its daemon answers, else buildah; NO_CACHE=1: from nothing
+BASE_IMAGE     =
+TARGET         = cpu
+BUILDER        =
+NO_CACHE       =
+# of make verify-image, push: which image, or file; of make release: the model's licence (models/*.mk), a key to sign with
+IMAGE          =
+LICENSE        =
+KEY            =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
-           STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL
+           STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL \
+           TARGET BUILDER LICENSE
 include scripts/settings.mk
 
 # --- where things are ---
@@ -98,6 +109,15 @@ endif
 PORTS   = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 ADDRESS = --host $(HOST) $(PORTS)
 
+# --- the image: what it stands on; its programs run on the host, with any Python 3 (a rehearsal's stand-ins are not for them) ---
+
+GROUND      := build/ground-$(ENGINE)-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
+STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
+IMAGE_LOCKS := image $(if $(filter torch,$(ENGINE)),run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
+REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
+HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
+export IMAGE KEY
+
 # --- what each room is asked to be; the room keeps it in its file `args`, written by room.py from ROOM_ARGS ---
 # The question may hold a path of this machine; the answer (every other file of a room) never does.
 
@@ -110,9 +130,14 @@ engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
 model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE)
 
+base_ARGS       = --builder=$(BUILDER) $(if $(filter tensorrt,$(ENGINE)),--trtllm-version $(TOOLCHAIN) $(if $(BASE_IMAGE),,--by-table))
+wheels_ARGS     = --base $(GROUND)/base --target $(TARGET) $(addprefix --lock ,$(IMAGE_LOCKS))
+image_ARGS      = --root $(VARIANT) --base $(GROUND)/base --wheels $(GROUND)/wheels --weights '$(WEIGHTS)' --model $(NAME) --license=$(LICENSE) \
+                  --revision=$(REVISION) --builder=$(BUILDER)
+
 # hf depends on the model alone; the rooms after it also on the pinned packages, or the image, that made them. The count of files tells when
 # one was taken away, which leaves no newer time behind.
-asked   = $(if $(filter hf,$1),$(SEEN),$(MADE_IN) files=$(words $($1_CODE))) $($1_ARGS)
+asked   = $(if $(filter hf,$1),$(SEEN),$(if $(filter base wheels image,$1),base=$(BASE_IMAGE),$(MADE_IN)) files=$(words $($1_CODE))) $($1_ARGS)
 changed = $(if $(subst x$(file <$2/args),,x$(call asked,$1))$(subst x$(call asked,$1),,x$(file <$2/args)),FORCE)
 
 # --- the journey ---
@@ -131,7 +156,7 @@ think = set -- $(if $(JSON),--json); py=$$(type -P $(PY) python3 | head -n 1 || 
         $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1 "$$@",version=$$(scripts/toolchain.sh version '$(ASSUME_GPU)'); exec $(MAKE) $1 TOOLCHAIN="$$version")
 doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
 doctor plan: export REFUSED_NAMES = $(REFUSED)
-doctor plan: IMAGE = $(NVIDIA)
+doctor plan: TOOLCHAIN_IMAGE = $(NVIDIA)
 
 hf: $(HF)/manifest.json ## weights -> one Hugging Face model
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank
@@ -142,23 +167,37 @@ model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository,
 serve: model_repo ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
+image: $(VARIANT)/image/manifest.json ## -> the serving image, in docker or buildah: make image && docker run ...
+	@$(HOST_PY) -m scripts.show_image --image-room $(VARIANT)/image --builder=$(BUILDER)
+size: $(VARIANT)/image/manifest.json ## every layer of the image: bytes, and why it is there
+	@$(HOST_PY) -m scripts.show_image --image-room $(VARIANT)/image --root $(VARIANT) --layers $(if $(JSON),--json)
+verify-image: | $(REFUSE) ## recompute what the passport of an image says: make verify-image IMAGE=name, or a file of dist/
+	@$(HOST_PY) -m scripts.verify_image --builder=$(BUILDER)
+
 ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
 	@$(call in,ask) -m scripts.ask --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
 
 demo: model_repo ## serve, ask, stop
 	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 
-release: | $(REFUSE) ## what a release refuses: make release VERSION=x.y.z (images are not made yet)
-	@$(or $(wildcard $(PY)),python3) -m scripts.release $(RELEASE)
-	@$(MAKE) verified
-	@$(or $(wildcard $(PY)),python3) -m scripts.release $(RELEASE) --root $(VARIANT)
-RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED)
+release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, checksums: make release VERSION=x.y.z [KEY=file]
+	@$(HOST_PY) -m scripts.release $(RELEASE)
+	@$(MAKE) image
+	@$(MAKE) $(addsuffix release.txt,$(HAS))
+	@$(PY) -m scripts.build_release --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
+RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED) \
+          --license=$(LICENSE) --weights '$(WEIGHTS)'
+push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
+	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
 # Who reads whom.
 $(VARIANT)/checkpoint/manifest.json: $(HF)/manifest.json
 $(VARIANT)/engines/manifest.json:    $(VARIANT)/checkpoint/manifest.json
 $(VARIANT)/verified/manifest.json:   $(VARIANT)/engines/manifest.json $(HF)/manifest.json
 $(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/manifest.json
+
+$(VARIANT)/image/manifest.json:      $(addprefix $(VARIANT)/,$(addsuffix /manifest.json,engines model_repo verified)) $(GROUND)/wheels/manifest.json
+$(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
 
 # Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
 hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/meta_weights.py \
@@ -174,6 +213,11 @@ verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py s
                   scripts/preflight.py scripts/contracts.py scripts/gpus.py scripts/trtllm_runtime.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
+base_CODE       = scripts/build_base.py scripts/room.py scripts/image_archive.py scripts/image_builders.py
+wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
+image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/contracts.py scripts/image_archive.py scripts/image_builders.py \
+                  scripts/passport.py scripts/release.py docker/Dockerfile LICENSE docker/contracts/sources.json \
+                  docker/toolchains.json docker/gpus.json $(addprefix scripts/,__init__.py all_reduce.py gpus.py image.py preflight.py processes.py serve.py)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
@@ -188,6 +232,19 @@ $(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(NEEDED)
 $(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(NEEDED)
 	@$(call in,$*) -m scripts.build_$* $($*_ARGS) --output $(@D)
 $(VARIANT)/verified/manifest.json: | $(if $(filter tensorrt,$(ENGINE)),,$(addsuffix verify.txt,$(HAS)))
+
+# What the image stands on is made once for all models: the base, and the packages for its Python.
+$(GROUND)/%/manifest.json: export ROOM_NEEDS = $(needs)
+$(GROUND)/base/manifest.json: export ROOM_ARGS = $(call asked,base)
+$(GROUND)/wheels/manifest.json: export ROOM_ARGS = $(call asked,wheels)
+$(VARIANT)/image/manifest.json: export ROOM_ARGS = $(call asked,image)
+$(GROUND)/%/manifest.json: export BASE = $(STANDS_ON)
+$(GROUND)/base/manifest.json: $(base_CODE) $$(call changed,base,$$(@D)) | $(REFUSE) $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
+	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
+$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(addsuffix run.txt,$(HAS))
+	@$(PY) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
+$(VARIANT)/image/manifest.json: $(image_CODE) $$(call changed,image,$$(@D)) | $(REFUSE)
+	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 
 refuse: export REFUSED_SETTINGS = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))
 refuse: export REFUSED_NAMES = $(REFUSED)
@@ -224,4 +281,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo release test pin lint lock bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test pin lint lock bench-serve bench-convert clean refuse FORCE

@@ -6,13 +6,13 @@ NVIDIA  := $(if $(filter-out $(if $(filter plan doctor,$(MAKECMDGOALS)),WEIGHTS)
 # packages that NVIDIA's image lacks, if any: it is completed with them once, and the completed one is used
 LACKS   := $(if $(NVIDIA),$(addprefix docker/,$(shell scripts/toolchain.sh cell $(TOOLCHAIN) packages)))
 NEEDED  := $(if $(LACKS),build/toolchain-$(TOOLCHAIN)$(if $(REHEARSAL),-rehearsal).iid)
-IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
+TOOLCHAIN_IMAGE    = $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
 MADE_IN  = image=$(NVIDIA)$(if $(LACKS),+$(shell sha256sum <$(LACKS) | cut -c1-12))
 # Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
-in       = scripts/toolchain.sh check $(IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
+in       = scripts/toolchain.sh check $(TOOLCHAIN_IMAGE)$(if $(filter $1,$(GPU_JOBS)), gpu) $(BREAK)$(if $(filter serve,$1),&& $(FREE) $(BREAK)&& exec,&&) \
            docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
            $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask $(if $(filter-out int8_wo,$(QUANT)),checkpoint),$1),room)_NETWORK) \
-           $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(IMAGE) $(BREAK)python3
+           $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(TOOLCHAIN_IMAGE) $(BREAK)python3
 BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
 ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
                 --env CHOSEN --env REFUSED_NAMES

@@ -3,6 +3,7 @@ WEIGHTS = weights/llama-2-7b-chat
 # float16 is what Meta's own inference code computes in, and all that a V100 can do
 DTYPE = float16
 TP = 2
+LICENSE = llama2
 CONTEXT = 4096
 MAX_SEQ_LEN = 4096
 MAX_BATCH_SIZE = 8

@@ -12,5 +12,6 @@ torch=$(grep -m1 '^torch==' torch.txt | cut -d' ' -f1)
 lock --no-emit-package torch -c torch.txt -o torch-cuda.txt - <<<"$torch"
 mapfile -t cuda < <(grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' torch-cuda.txt)
 lock "${cuda[@]/#/--no-emit-package=}" --no-emit-package torch verify.in -o verify.txt
+lock image.in -o image.txt
 lock test.in -o test.txt
 lock dev.in -o dev.txt

@@ -1,9 +1,7 @@
-"""What a release refuses, asked before anything is put together: `make release VERSION=x.y.z`.
+"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/build_release.py then writes it.
 
-Reads   git, docker/toolchains.json, docker/contracts/sources.json; with --root also the rooms engines and verified
+Reads   git, docker/toolchains.json, docker/contracts/sources.json, the weights' licence
 Needs   nothing but the standard library
-
-The image itself is not made by this version: where nothing is refused, the last report says so.
 """
 
 import argparse
@@ -15,6 +13,11 @@ from typing import Any, Dict, Mapping
 
 from scripts import contracts, errors, room
 
+# What a licence wants to be passed on with the model, as files, and as a text of its own.
+PASSED_ON = ("LICENSE", "USE_POLICY")
+NOTICES = {
+    "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",
+}
 # Tables that only some choices use; the others are used by every release with ENGINE=tensorrt.
 ONLY_WITH = {"quantize": "QUANT", "convert": "QUANT", "rank-tensors": "tests"}
 
@@ -53,34 +56,46 @@ def check_toolchain(trtllm_version: str, quant: str, accepted: bool) -> None:
         raise errors.toolchain_inferred(trtllm_version, cells)
 
 
-def check_rooms(root: Path) -> None:
-    """The engines are real ones, and it was they who said what Hugging Face's model says."""
-    engines, verified = room.read_manifest(root / "engines"), room.read_manifest(root / "verified")
-    if engines["facts"].get("rehearsal"):
-        raise errors.engines_rehearsed(root / "engines")
+def check_license(license: str, weights: Path) -> None:
+    """Who passes a Llama on passes its licence, use policy and notice on (Llama 2 Community License, 1.b)."""
+    if not license:
+        raise errors.which_license()
+    if license.startswith("llama"):
+        folders = (weights, weights.resolve().parent)
+        missing = [name for name in PASSED_ON if not any(list(folder.glob(f"{name}*")) for folder in folders)]
+        if missing:
+            raise errors.license_files_missing(license, weights, missing)
+
+
+def check_verified(root: Path) -> None:
+    """It was these engines that said what Hugging Face's model says."""
+    verified = room.read_manifest(root / "verified")
     asked, here = verified["reads"]["engines"], room.manifest_sha256(root / "engines")
     if verified["facts"].get("passed") is not True or asked != here:
         raise errors.room_damaged(root / "verified", "manifest.json", f"engines {asked[:12]}", here[:12])
+
+
+def check_rooms(root: Path) -> None:
+    """The engines are real ones and verified."""
+    if room.read_manifest(root / "engines")["facts"].get("rehearsal"):
+        raise errors.engines_rehearsed(root / "engines")
+    check_verified(root)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--engine", "--trtllm-version", "--version"):
         parser.add_argument(flag, required=True)
-    parser.add_argument("--quant", default="")
+    for flag in ("--quant", "--license"):
+        parser.add_argument(flag, default="")
+    parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--inferred", default="", help="accept: tables without a primary source may be used")
-    parser.add_argument(
-        "--root", type=Path, help="the rooms, once they are made; without it only what can be known before"
-    )
     args = parser.parse_args()
-    if args.root is None:
-        check_version(args.version)
-        check_tree()
-        if args.engine == "tensorrt":
-            check_toolchain(args.trtllm_version, args.quant, args.inferred == "accept")
-        return
-    check_rooms(args.root)
-    raise errors.no_image_yet(args.version)
+    check_version(args.version)
+    check_tree()
+    check_license(args.license, args.weights)
+    if args.engine == "tensorrt":
+        check_toolchain(args.trtllm_version, args.quant, args.inferred == "accept")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ export BAKE_SETTINGS := $(foreach v,$(filter $(SETTINGS),$(TYPED)),$v=$($v)$(NEW
 # free text reaches the scripts through the environment: no quoting can break it
 override PROMPT := $(value PROMPT)
 export PROMPT
+override IMAGE := $(value IMAGE)
+override KEY := $(value KEY)
 # these would mix other packages into PYTHON or .venv
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
 
@@ -23,7 +25,7 @@ NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
 REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
                  $(if $(filter ASSUME_GPU REHEARSAL,$v),,$(filter-out 0 1,$(words $($v))))),$v))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
-REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON VERSION INFERRED,$(TYPED)))
+REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON VERSION INFERRED BASE_IMAGE NO_CACHE IMAGE KEY,$(TYPED)))
 
 # A model is a preset's name, or a folder (then it has a slash).
 ifneq ($(strip $(REFUSED)),)
@@ -70,7 +72,7 @@ COMMA := ,
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
   REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
-    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) $(call check,KV_REUSE,$(if $(filter torch,$(ENGINE)),off,on|off)) \
+    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) $(call check,TARGET,cpu|cuda) $(call check,BUILDER,|docker|buildah) $(call check,KV_REUSE,$(if $(filter torch,$(ENGINE)),off,on|off)) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]{0$(COMMA)8})) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]{0$(COMMA)8})) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \

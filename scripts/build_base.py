@@ -1,0 +1,140 @@
+"""Room `base`: what the image stands on. NVIDIA's container or the user's BASE_IMAGE, described; else one made from Debian packages.
+
+Reads   BASE (an image) from the environment; Debian's packages by mmdebstrap, or the image, which docker or buildah has already
+Writes  base.json (image, digest, layers, Python, TensorRT-LLM); for Debian also base.tar and packages.txt
+Needs   mmdebstrap; or docker or buildah
+
+The same packages give the same base.tar, bit for bit (SOURCE_DATE_EPOCH). docker/base.txt pins them for releases: `make lock-base`.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from scripts import errors, image_archive, image_builders, room
+
+SUITE = "bookworm"
+# Python with its shared library, which Triton's stub links; the rest is Debian's Essential set.
+INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "ca-certificates")
+# Manuals and translations serve nobody here; copyright files stay.
+DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
+        "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
+# What Debian's tools leave behind of the day they ran on
+TRACES = "rm -rf \"$1\"/var/log/* \"$1\"/var/cache/* \"$1\"/var/lib/apt/lists/* \"$1\"/etc/*- \"$1\"/tmp/*"
+CREATED_BY = f"mmdebstrap {SUITE} {' '.join(INCLUDE)}"
+# The Python and the TensorRT-LLM of an image, asked in the image: two lines, the second empty where there is none.
+QUESTION = """import importlib.metadata as m, sys
+print("%d.%d" % sys.version_info[:2])
+try: print(m.version("tensorrt_llm").partition("+")[0])
+except m.PackageNotFoundError: print()"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """base_image: empty for Debian; trtllm_version: what it has to have, empty where it has to have none."""
+
+    output: Path
+    base_image: str
+    builder: str
+    trtllm_version: str
+    # the image is NVIDIA's for that version by docker/toolchains.json, or is completed from it
+    by_table: bool
+
+
+def debian_command(output: Path) -> List[str]:
+    """mmdebstrap for base.tar, without root where the kernel lets it."""
+    return [
+        "mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(INCLUDE)}",
+        *(f"--dpkgopt={option}" for option in DPKG), f"--customize-hook={TRACES}", SUITE, str(output),
+    ]  # fmt: skip
+
+
+def packages_of(status: str) -> List[str]:
+    """dpkg's status file -> 'name version architecture' of what is installed, sorted."""
+    found = []
+    for paragraph in status.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Version|Architecture|Status): (.*)$", paragraph, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed"):
+            found.append(f"{fields['Package']} {fields['Version']} {fields['Architecture']}")
+    return sorted(found)
+
+
+def base_tag(manifest: Mapping[str, Any]) -> str:
+    """What docker calls the base that was made from Debian packages."""
+    return f"localhost/trtllm-bake-base:{manifest['files']['base.tar']['sha256'][:12]}"
+
+
+def build_base(settings: Settings) -> None:
+    reads: Dict[str, Path] = {}
+    arguments = {"base_image": settings.base_image, "suite": SUITE, "include": list(INCLUDE)}
+    with room.filling(settings.output, reads, arguments) as filling:
+        if settings.base_image:
+            describe(settings, filling)
+        else:
+            from_debian(filling)
+
+
+def from_debian(filling: room.Filling) -> None:
+    if not shutil.which("mmdebstrap"):
+        raise errors.no_mmdebstrap()
+    room.say("base", f"from Debian {SUITE}'s packages: {', '.join(INCLUDE)}")
+    tar = filling.path / "base.tar"
+    # apt asks by these, not by our environment's language
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "0", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        debian_command(tar), capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        raise errors.base_not_made(done.returncode, done.stderr.strip().splitlines()[-12:])
+    filling.take("base.tar")
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            if image_archive.clean(member.name) == "var/lib/dpkg/status":
+                status = archive.extractfile(member)
+                assert status is not None
+                packages = packages_of(status.read().decode())
+    filling.write("packages.txt", "".join(f"{line}\n" for line in packages).encode())
+    [python] = [line.split()[1] for line in packages if line.startswith("libpython3.11 ")]
+    filling.facts = {"made_from": f"Debian {SUITE}", "packages": len(packages), "python": ".".join(python.split(".")[:2])}
+
+
+def describe(settings: Settings, filling: room.Filling) -> None:
+    builder = image_builders.find_builder(settings.builder)
+    if not builder.has(settings.base_image):
+        raise errors.base_not_here(settings.base_image, builder.name)
+    python, trtllm = (builder.ask(settings.base_image, ["python3", "-c", QUESTION]).split("\n") + [""])[-2:]
+    if not re.fullmatch(r"3\.\d+", python):  # the last line but one was not it: the answer's second line was stripped
+        python, trtllm = trtllm, ""
+    # an image that does not say (24.02 has no Python package) is taken by its digest in the table alone
+    if settings.trtllm_version and trtllm != settings.trtllm_version and (trtllm or not settings.by_table):
+        raise errors.base_of_another_version(settings.base_image, settings.trtllm_version, trtllm)
+    filling.facts = {
+        "image": settings.base_image,
+        "digest": builder.digest(settings.base_image),
+        "layers": builder.layers(settings.base_image),
+        "python": python,
+        "trtllm_version": trtllm or None,
+    }
+    filling.write_json("base.json", filling.facts)
+    room.say("base", f"{settings.base_image}: Python {python}, {len(filling.facts['layers'])} layers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--builder", default="")
+    parser.add_argument("--trtllm-version", default="")
+    parser.add_argument("--by-table", action="store_true")
+    args = parser.parse_args()
+    image = os.environ.get("BASE", "").strip()
+    build_base(Settings(args.output, image, args.builder, args.trtllm_version, args.by_table))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,83 @@
+"""Room `wheels`: the Python packages that the image will have, as wheels, each checked by the hash in requirements/.
+
+Reads   requirements/*.txt, the room base (its Python); what pip is configured to read
+Writes  *.whl
+Needs   pip of the interpreter that runs it
+
+With --target cpu PyTorch has to be its CPU build: a serving image for CPUs has no use for gigabytes of CUDA.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Sequence
+
+from scripts import errors, room
+
+PROJECT = Path(__file__).parent.parent
+# README: glibc 2.35; pip takes the platforms that it is told and no older ones
+GLIBC_MINOR = 35
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC_MINOR, 4, -1)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """locks: names of requirements/NAME.txt; target: cpu or cuda, which build of PyTorch."""
+
+    output: Path
+    base: Path
+    locks: Sequence[str]
+    target: str
+
+
+def for_target(lock: str, target: str) -> str:
+    """A lock file's text; for CPUs it asks for PyTorch's CPU build by its full version."""
+    return re.sub(r"^(torch==[0-9.]+)", r"\1+cpu", lock, flags=re.MULTILINE) if target == "cpu" else lock
+
+
+def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> List[str]:
+    """pip, for the base's interpreter instead of its own."""
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    words += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", "--abi", f"cp{python.replace('.', '')}"]
+    words += ["--abi", "abi3", "--abi", "none"]
+    words += [word for platform in PLATFORMS for word in ("--platform", platform)]
+    words += ["--dest", str(folder)]
+    return words + [word for path in requirements for word in ("--requirement", str(path))]
+
+
+def build_wheels(settings: Settings) -> None:
+    arguments = {"locks": list(settings.locks), "target": settings.target}
+    with room.filling(settings.output, {"base": settings.base}, arguments) as filling:
+        python = room.read_manifest(settings.base)["facts"]["python"]
+        room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{name}.txt' for name in settings.locks)}")
+        requirements = []
+        for name in settings.locks:
+            text = (PROJECT / "requirements" / f"{name}.txt").read_text()
+            requirements.append(filling.path / f"{name}.txt")
+            requirements[-1].write_text(for_target(text, settings.target))
+        done = subprocess.run(pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-6:]
+            raise errors.wheels_not_fetched(settings.target, last)
+        for path in requirements:
+            path.unlink()
+        for path in sorted(filling.path.glob("*.whl")):
+            filling.take(path.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--output", "--base"):
+        parser.add_argument(flag, type=Path, required=True)
+    parser.add_argument("--lock", action="append", required=True)
+    parser.add_argument("--target", choices=["cpu", "cuda"], required=True)
+    args = parser.parse_args()
+    build_wheels(Settings(args.output, args.base, args.lock, args.target))
+
+
+if __name__ == "__main__":
+    errors.run(main)

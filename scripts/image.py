@@ -1,0 +1,169 @@
+"""What the image runs: `serve` (its default), `health`, `doctor`, `passport`. Process 1 is the supervisor of scripts/serve.py itself.
+
+Reads   /srv: the rooms engines and model_repo, passport.json; HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT from the environment
+Needs   nothing that the image does not have; writes to /dev/shm alone
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple, cast
+
+from scripts import errors, preflight, room, serve
+
+SRV = Path("/srv")
+PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002"}
+# A token takes milliseconds; a queue in front of it, seconds. HEALTHCHECK's own limit is 20 s, and Python has to start in it.
+HEALTH_SECONDS = 15.0
+MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
+
+
+def read_passport(srv: Path) -> Dict[str, Any]:
+    return cast(Dict[str, Any], json.loads((srv / "passport.json").read_bytes()))
+
+
+def settings_of(srv: Path) -> serve.Settings:
+    """Where to listen: on all addresses of the container, unless the environment says otherwise."""
+    parser = serve.settings_parser()
+    words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
+    for name, port in PORTS.items():
+        words += [f"--{name.lower().replace('_', '-')}", os.environ.get(name, port)]
+    return serve.settings_from(parser.parse_args(words))
+
+
+def health(srv: Path) -> int:
+    """One token through all ranks, or status 1 with the reason: docker keeps both."""
+    url = settings_of(srv).url
+    body = json.dumps(serve.PROBE).encode()
+    try:
+        with urllib.request.urlopen(f"{url}/v2/models/ensemble/generate", data=body, timeout=HEALTH_SECONDS) as answer:
+            said = json.loads(answer.read())
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        print(f"no token within {HEALTH_SECONDS:.0f} s: {error}")
+        return 1
+    if "error" in said or "text_output" not in said:
+        print(f"an error instead of a token: {said.get('error', said)}")
+        return 1
+    print("a token went through all ranks")
+    return 0
+
+
+# --- doctor: can this host serve it? ---
+
+
+def check_rooms(srv: Path) -> str:
+    world_size = serve.check_rooms(srv)
+    about = read_passport(srv)
+    for name in ("engines", "model_repo"):
+        if about["rooms"][name]["manifest_sha256"] != room.manifest_sha256(srv / name):
+            raise errors.room_damaged(srv / name, room.MANIFEST, "what the passport says", "another content")
+    return f"{about['model']}: {world_size} ranks of {about['engine']['kind']}, {about['engine']['dtype']}; every file has its size"
+
+
+def check_memory(srv: Path) -> str:
+    """Engines of the torch engine on CPUs lie in memory; it computes in float32, so that float16 files take twice their size."""
+    about = read_passport(srv)
+    if about["engine"]["kind"] != "torch":
+        return "the engines go to the GPUs"
+    files = about["rooms"]["engines"]["manifest"]["files"]
+    wide = 1 if about["engine"]["dtype"] == "float32" else 2
+    needed_bytes = wide * sum(record["size_bytes"] for record in files.values())
+    available_bytes = memory_available()
+    if available_bytes < needed_bytes:
+        raise errors.memory_too_small(available_bytes, needed_bytes)
+    return f"{room.human_bytes(available_bytes)} available, {room.human_bytes(needed_bytes)} for the weights"
+
+
+def memory_available() -> int:
+    """What the kernel and, in a container with a limit, its cgroup leave us."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, int(limit) - used) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
+
+
+def check_shared_memory(srv: Path) -> str:
+    serve.check_shared_memory(serve.check_rooms(srv))
+    stat = os.statvfs("/dev/shm")
+    return f"{room.human_bytes(stat.f_bavail * stat.f_frsize)} free in /dev/shm"
+
+
+def check_ports(srv: Path) -> str:
+    settings = settings_of(srv)
+    serve.check_ports(settings)
+    return f"{settings.http_port}, {settings.grpc_port}, {settings.metrics_port} are free on {settings.host}"
+
+
+def check_host(srv: Path) -> str:
+    """What the engine kind asks of the host: GPUs, driver, links, a sum over all ranks."""
+    serve.check_mpirun()
+    about = read_passport(srv)
+    with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
+        toolbox = serve.find_toolbox(Path(folder))
+        environment = serve.server_environment(os.environ, toolbox, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1)
+        preflight.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
+    if about["engine"]["kind"] == "torch":
+        return f"{os.cpu_count()} cores for {about['engine']['world_size']} ranks" + (
+            ", and GPUs" if shutil.which("nvidia-smi") else "; no GPU is asked for"
+        )
+    return f"{about['engine']['world_size']} GPUs as the engines want them"
+
+
+CHECKS: List[Tuple[str, Callable[[Path], str]]] = [
+    ("rooms", check_rooms),
+    ("memory", check_memory),
+    ("shared memory", check_shared_memory),
+    ("ports", check_ports),
+    ("host", check_host),
+]
+
+
+def doctor(srv: Path) -> int:
+    """Every check, cheap ones first; 1 where the server would refuse."""
+    stopped = False
+    for name, check in CHECKS:
+        try:
+            print(f"[{MARKS['fine']}] {name:<14} {check(srv)}", flush=True)
+        except errors.Problem as problem:
+            stopped = True
+            print(f"[{MARKS['stop']}] {name:<14} {problem.title}\n\n{problem.report()}\n", flush=True)
+        except Exception as error:
+            print(f"[{MARKS['note']}] {name:<14} this check itself failed: {type(error).__name__}: {error}", flush=True)
+    print("This host cannot serve it yet." if stopped else "Ready.")
+    return int(stopped)
+
+
+def print_passport(srv: Path) -> int:
+    sys.stdout.write((srv / "passport.json").read_text())
+    return 0
+
+
+COMMANDS: Dict[str, Callable[[Path], int]] = {
+    "serve": lambda srv: serve.Supervisor(settings_of(srv)).run(),
+    "health": health,
+    "doctor": doctor,
+    "passport": print_passport,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="docker run IMAGE", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=list(COMMANDS))
+    # reports end in what is typed to docker, not to make
+    os.environ["BAKED_IMAGE"] = os.environ.get("BAKED_IMAGE") or "IMAGE"
+    return COMMANDS[parser.parse_args().command](SRV)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,210 @@
+"""What builds, keeps and runs images: docker (any version, BuildKit or not) or buildah. One Dockerfile, one canonical result (image_archive.py).
+
+docker also runs them. buildah builds without a daemon and without root; what it made is loaded with the archive that `make release` writes.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from scripts import errors
+
+QUESTION_SECONDS = 120
+LAST_LINES = 20
+NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+
+
+class Builder:
+    """One of them. Every method raises a Problem with the program's own last words when it fails."""
+
+    name = ""
+
+    def has(self, image: str) -> bool:
+        """Whether it keeps an image of that name or id."""
+        raise NotImplementedError
+
+    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
+        """Build the stage `server` of context/Dockerfile under a name. Without network: what is needed is in the context."""
+        raise NotImplementedError
+
+    def make_base(self, rootfs: Path, tag: str) -> None:
+        """A base image of one layer, from the tar of a root file system."""
+        raise NotImplementedError
+
+    def save(self, image: str, archive: Path) -> None:
+        """Write an image as a docker archive."""
+        raise NotImplementedError
+
+    def load(self, archive: Path, tag: str) -> None:
+        """Take an archive's image in."""
+        raise NotImplementedError
+
+    def ask(self, image: str, command: Sequence[str]) -> str:
+        """What a program in an image says, without network."""
+        raise NotImplementedError
+
+    def layers(self, image: str) -> List[str]:
+        """The diff_ids of an image."""
+        raise NotImplementedError
+
+    def digest(self, image: str) -> Optional[str]:
+        """The digest under which a registry has it; None where it came from none."""
+        raise NotImplementedError
+
+    def remove(self, tag: str) -> None:
+        """Take a name away; the image with it when that was its last."""
+        raise NotImplementedError
+
+    def _run(self, *words: str, quiet: bool = True, environment: Optional[Mapping[str, str]] = None) -> str:
+        """Output of a command. quiet: keep it to ourselves unless it fails; else it is also shown while it runs."""
+        child = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        assert child.stdout is not None
+        lines: List[str] = []
+        try:
+            for line in child.stdout:
+                lines.append(line.rstrip())
+                if not quiet:
+                    print(f"{'image':<11} {line.rstrip()}", flush=True)
+            status = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        if status:
+            last = [line for line in lines if line.strip()][-LAST_LINES:]
+            if any(NO_SPACE.search(line) for line in last):
+                raise errors.no_space_for_image(self.name, words[:2], last)
+            raise errors.builder_failed(self.name, words[:2], status, last)
+        return "\n".join(lines)
+
+    def _asked(self, *words: str) -> Optional[Any]:
+        """A question whose 'no' is a status; its answer is JSON."""
+        done = subprocess.run(words, capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+class Docker(Builder):
+    """docker's daemon. BuildKit where the client has it; the classic builder takes this Dockerfile as well."""
+
+    name = "docker"
+
+    def has(self, image: str) -> bool:
+        return self._asked("docker", "image", "inspect", image) is not None
+
+    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
+        words = ["docker", "build", "--network", "none", "--target", "server", "--tag", tag, *(["--no-cache"] if no_cache else [])]
+        words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
+        words += [f"--label={name}={value}" for name, value in labels.items()]
+        self._run(*words, str(context), environment=self._buildkit())
+
+    @staticmethod
+    def _buildkit() -> Dict[str, str]:
+        """Up to 20.10 the client has BuildKit and wants to be told; later ones have it as the plugin buildx or not at all."""
+        said = subprocess.run(
+            ["docker", "buildx", "version"], capture_output=True, timeout=QUESTION_SECONDS, check=False
+        )
+        client = subprocess.run(
+            ["docker", "version", "--format", "{{.Client.Version}}"], capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False,
+        ).stdout  # fmt: skip
+        old = re.match(r"(\d+)\.", client)
+        has = said.returncode == 0 or (old is not None and int(old[1]) < 23)
+        return {"DOCKER_BUILDKIT": "1" if has else "0", "BUILDKIT_PROGRESS": "plain"}
+
+    def make_base(self, rootfs: Path, tag: str) -> None:
+        self._run("docker", "import", str(rootfs), tag)
+
+    def save(self, image: str, archive: Path) -> None:
+        self._run("docker", "save", "--output", str(archive), image)
+
+    def load(self, archive: Path, tag: str) -> None:
+        self._run("docker", "load", "--quiet", "--input", str(archive))
+
+    def ask(self, image: str, command: Sequence[str]) -> str:
+        return self._run(
+            "docker", "run", "--rm", "--network", "none", "--pull", "never", "--entrypoint", command[0], image, *command[1:]
+        )  # fmt: skip
+
+    def layers(self, image: str) -> List[str]:
+        [described] = json.loads(self._run("docker", "image", "inspect", image))
+        return list(described["RootFS"]["Layers"])
+
+    def digest(self, image: str) -> Optional[str]:
+        [described] = json.loads(self._run("docker", "image", "inspect", image))
+        return next((str(name).partition("@")[2] for name in described.get("RepoDigests") or []), None)
+
+    def remove(self, tag: str) -> None:
+        self._run("docker", "image", "rm", "--force", tag)
+
+
+class Buildah(Builder):
+    """buildah, with its own storage. In the form of docker's images, because the other drops HEALTHCHECK (buildah 1.28)."""
+
+    name = "buildah"
+
+    def has(self, image: str) -> bool:
+        return self._asked("buildah", "inspect", "--type", "image", image) is not None
+
+    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
+        # a layer for each instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc
+        words = ["buildah", "bud", "--isolation", "chroot", "--network", "none", "--pull-never", "--format", "docker", "--layers"]
+        words += [*(["--no-cache"] if no_cache else []), "--target", "server", "--tag", tag]
+        words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
+        words += [f"--label={name}={value}" for name, value in labels.items()]
+        self._run(*words, str(context))
+
+    def make_base(self, rootfs: Path, tag: str) -> None:
+        container = self._run("buildah", "from", "scratch").splitlines()[-1]
+        try:
+            self._run("buildah", "add", container, str(rootfs), "/")
+            self._run("buildah", "commit", "--format", "docker", container, tag)
+        finally:
+            self._run("buildah", "rm", container)
+
+    def save(self, image: str, archive: Path) -> None:
+        self._run("buildah", "push", image, f"docker-archive:{archive}")
+
+    def load(self, archive: Path, tag: str) -> None:
+        found = self._run("buildah", "pull", f"docker-archive:{archive}").splitlines()[-1]
+        self._run("buildah", "tag", found, tag)
+
+    def ask(self, image: str, command: Sequence[str]) -> str:
+        container = self._run("buildah", "from", "--pull-never", image).splitlines()[-1]
+        try:
+            return self._run("buildah", "run", "--isolation", "chroot", container, "--", *command)
+        finally:
+            self._run("buildah", "rm", container)
+
+    def layers(self, image: str) -> List[str]:
+        described = json.loads(self._run("buildah", "inspect", "--type", "image", image))
+        return list(described["Docker"]["rootfs"]["diff_ids"])
+
+    def digest(self, image: str) -> Optional[str]:
+        described = json.loads(self._run("buildah", "inspect", "--type", "image", image))
+        return str(described["FromImageDigest"]) or None
+
+    def remove(self, tag: str) -> None:
+        self._run("buildah", "rmi", "--force", tag)
+
+
+BUILDERS = {"docker": Docker, "buildah": Buildah}
+
+
+def find_builder(asked: str) -> Builder:
+    """The one that was asked for (BUILDER=), else docker where its daemon answers, else buildah."""
+    seen = {}
+    for name in [asked] if asked else list(BUILDERS):
+        if not shutil.which(name):
+            seen[name] = "not on PATH"
+            continue
+        question = {"docker": ["docker", "version", "--format", "{{.Server.Version}}"], "buildah": ["buildah", "info"]}[name]
+        done = subprocess.run(question, capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False)
+        if done.returncode == 0:
+            return BUILDERS[name]()
+        seen[name] = (done.stderr or done.stdout).strip().splitlines()[-1][:200] if (done.stderr or done.stdout).strip() else "no answer"
+    raise errors.no_builder(seen)

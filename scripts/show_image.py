@@ -1,0 +1,70 @@
+"""What was baked: how to run it (`make image`), and each layer with its bytes and its reason (`make size`).
+
+Reads   the room image; with --root also engines and model_repo, to say what the image adds to them
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+from scripts import errors, image_builders, room
+
+# Docker publishes where it is told; the container listens on all its addresses.
+RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 {tag}"
+
+
+def run_command(tag: str, passport: Dict[str, Any]) -> str:
+    """How to serve it. --stop-timeout: running requests get 20 s, docker's own patience is 10 s."""
+    gpus = passport["engine"]["kind"] == "tensorrt"
+    return RUN.format(gpus="--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824 " if gpus else "", tag=tag)
+
+
+def table(described: Dict[str, Any]) -> List[str]:
+    """A line for each layer, and one for the sum."""
+    lines = [f"{room.human_bytes(layer['size_bytes']):>10}  {layer['instruction'] or '(base)':<46} {layer['why']}" for layer in described["layers"]]
+    total_bytes = sum(layer["size_bytes"] for layer in described["layers"])
+    return [*lines, f"{room.human_bytes(total_bytes):>10}  {described['tag']}"]
+
+
+def beyond(described: Dict[str, Any], root: Path) -> Dict[str, int]:
+    """Bytes of the image, of its base, of engines with tokenizer, and what is on top of these."""
+    total = sum(layer["size_bytes"] for layer in described["layers"])
+    base = sum(layer["size_bytes"] for layer in described["layers"] if not layer["instruction"])
+    engines = room.read_manifest(root / "engines")["files"]
+    tokenizer = {name: record for name, record in room.read_manifest(root / "model_repo")["files"].items() if "/tokenizer/" in name}
+    rooms = sum(record["size_bytes"] for record in [*engines.values(), *tokenizer.values()])
+    return {"image_bytes": total, "base_bytes": base, "engines_and_tokenizer_bytes": rooms, "added_bytes": total - base - rooms}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-room", type=Path, required=True)
+    parser.add_argument("--builder", default="")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    room.read_manifest(args.image_room)
+    described = json.loads((args.image_room / "layers.json").read_bytes())
+    if args.layers:
+        sums = beyond(described, args.root)
+        if args.json:
+            print(json.dumps({**described, **sums}, indent=2))
+            return
+        print("\n".join(table(described)))
+        print(
+            f"\nBeyond its rooms (engines and tokenizer, {room.human_bytes(sums['engines_and_tokenizer_bytes'])}) the image has "
+            f"{room.human_bytes(sums['base_bytes'] + sums['added_bytes'])}; beyond base and rooms {room.human_bytes(sums['added_bytes'])}, "
+            f"{100 * sums['added_bytes'] / (sums['base_bytes'] + sums['engines_and_tokenizer_bytes']):.2f} % of these."
+        )
+        return
+    builder = image_builders.find_builder(args.builder)
+    if not builder.has(described["tag"]):
+        raise errors.image_gone(described["tag"], described["iid"], builder.name)
+    passport = json.loads((args.image_room / "passport.json").read_bytes())
+    print(f"\n  {described['iid']}\n\n  {run_command(described['tag'], passport)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)
