@@ -20,8 +20,8 @@ from typing import Any, Dict, List, Mapping
 from scripts import errors, image_archive, image_builders, room
 
 SUITE = "bookworm"
-# Python with its shared library, which Triton's stub links; the rest is Debian's Essential set.
-INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "ca-certificates")
+# Python with its shared library, which Triton's stub links, and the C++ library; the rest is Debian's Essential set.
+INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "libstdc++6", "ca-certificates")
 # Manuals and translations serve nobody here; copyright files stay.
 DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
         "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip

@@ -952,6 +952,17 @@ def shared_memory_too_small(free_bytes: int, needed_bytes: int) -> Problem:
     )
 
 
+def no_temporary_folder(folder: str) -> Problem:
+    baked = os.environ.get("BAKED_IMAGE")
+    return Problem(
+        f"{folder} cannot be written",
+        folder,
+        f"Triton's Python backend makes a folder in {folder}; user {os.getuid()} cannot. Nothing was loaded.",
+        "Give it one:",
+        f"docker run --read-only --tmpfs {folder} {baked}" if baked else f"sudo chmod 1777 {folder}",
+    )
+
+
 def rank_failed(rank: int, event: str, when: str, last_lines: Sequence[str]) -> Problem:
     lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(

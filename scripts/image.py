@@ -99,6 +99,11 @@ def check_shared_memory(srv: Path) -> str:
     return f"{room.human_bytes(stat.f_bavail * stat.f_frsize)} free in /dev/shm"
 
 
+def check_temporary(srv: Path) -> str:
+    serve.check_temporary()
+    return "/tmp can be written"
+
+
 def check_ports(srv: Path) -> str:
     settings = settings_of(srv)
     serve.check_ports(settings)
@@ -124,6 +129,7 @@ CHECKS: List[Tuple[str, Callable[[Path], str]]] = [
     ("rooms", check_rooms),
     ("memory", check_memory),
     ("shared memory", check_shared_memory),
+    ("/tmp", check_temporary),
     ("ports", check_ports),
     ("host", check_host),
 ]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -58,6 +59,20 @@ class Builder:
     def remove(self, tag: str) -> None:
         """Take a name away; the image with it when that was its last."""
         raise NotImplementedError
+
+    def tag(self, image: str, name: str) -> None:
+        """Give an image a further name."""
+        raise NotImplementedError
+
+    def push(self, image: str) -> str:
+        """Send it to the registry in its name; returns the digest of the manifest there."""
+        raise NotImplementedError
+
+    def _push(self, *words: str) -> str:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise errors.push_failed(words[2], (done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
+        return done.stdout
 
     def _run(self, *words: str, quiet: bool = True, environment: Optional[Mapping[str, str]] = None) -> str:
         """Output of a command. quiet: keep it to ourselves unless it fails; else it is also shown while it runs."""
@@ -141,6 +156,13 @@ class Docker(Builder):
     def remove(self, tag: str) -> None:
         self._run("docker", "image", "rm", "--force", tag)
 
+    def tag(self, image: str, name: str) -> None:
+        self._run("docker", "tag", image, name)
+
+    def push(self, image: str) -> str:
+        found = re.search(r"digest: (sha256:[0-9a-f]{64})", self._push("docker", "push", image))
+        return found[1] if found else "by an unknown digest"
+
 
 class Buildah(Builder):
     """buildah, with its own storage. In the form of docker's images, because the other drops HEALTHCHECK (buildah 1.28)."""
@@ -190,6 +212,14 @@ class Buildah(Builder):
 
     def remove(self, tag: str) -> None:
         self._run("buildah", "rmi", "--force", tag)
+
+    def tag(self, image: str, name: str) -> None:
+        self._run("buildah", "tag", image, name)
+
+    def push(self, image: str) -> str:
+        with tempfile.NamedTemporaryFile("r") as digest:
+            self._push("buildah", "push", image, f"--digestfile={digest.name}")
+            return digest.read().strip()
 
 
 BUILDERS = {"docker": Docker, "buildah": Buildah}

@@ -13,5 +13,6 @@ lock --no-emit-package torch -c torch.txt -o torch-cuda.txt - <<<"$torch"
 mapfile -t cuda < <(grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' torch-cuda.txt)
 lock "${cuda[@]/#/--no-emit-package=}" --no-emit-package torch verify.in -o verify.txt
 lock image.in -o image.txt
+lock release.in -o release.txt
 lock test.in -o test.txt
 lock dev.in -o dev.txt

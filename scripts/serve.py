@@ -257,6 +257,12 @@ def _free_port(host: str) -> int:
         return 8000
 
 
+def check_temporary() -> None:
+    """Triton's Python backend ends (status 134) where it cannot make a folder in /tmp: that place is written into it (2.51)."""
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise errors.no_temporary_folder("/tmp")
+
+
 def check_shared_memory(world_size: int) -> None:
     """Triton's Python backend and MPI talk through /dev/shm."""
     stat = os.statvfs("/dev/shm")
@@ -444,6 +450,7 @@ class Supervisor:
         world_size = check_rooms(self.settings.root)
         check_mpirun()
         check_ports(self.settings)
+        check_temporary()
         check_shared_memory(world_size)
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))
