@@ -272,6 +272,8 @@ lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, s
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
 	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
 	  && $(dir $(PY))hadolint docker/Dockerfile
+lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base as they are now, in docker/base.txt
+	@cp $(GROUND)/base/packages.txt docker/base.txt && echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in
 	@scripts/lock.sh $(PY)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
@@ -281,4 +283,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test pin lint lock bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test pin lint lock lock-base bench-serve bench-convert clean refuse FORCE

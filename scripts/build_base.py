@@ -26,7 +26,7 @@ INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "libstdc++6"
 DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
         "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
 # What Debian's tools leave behind of the day they ran on
-TRACES = "rm -rf \"$1\"/var/log/* \"$1\"/var/cache/* \"$1\"/var/lib/apt/lists/* \"$1\"/etc/*- \"$1\"/tmp/*"
+TRACES = 'rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/* "$1"/etc/*- "$1"/tmp/*'
 CREATED_BY = f"mmdebstrap {SUITE} {' '.join(INCLUDE)}"
 # The Python and the TensorRT-LLM of an image, asked in the image: two lines, the second empty where there is none.
 QUESTION = """import importlib.metadata as m, sys
@@ -101,7 +101,11 @@ def from_debian(filling: room.Filling) -> None:
                 packages = packages_of(status.read().decode())
     filling.write("packages.txt", "".join(f"{line}\n" for line in packages).encode())
     [python] = [line.split()[1] for line in packages if line.startswith("libpython3.11 ")]
-    filling.facts = {"made_from": f"Debian {SUITE}", "packages": len(packages), "python": ".".join(python.split(".")[:2])}
+    filling.facts = {
+        "made_from": f"Debian {SUITE}",
+        "packages": len(packages),
+        "python": ".".join(python.split(".")[:2]),
+    }
 
 
 def describe(settings: Settings, filling: room.Filling) -> None:

@@ -51,7 +51,9 @@ class Settings:
     @property
     def tag(self) -> str:
         """What docker calls it: the model and the variant, in the letters that a name may have."""
-        name, variant = (re.sub(r"[^a-z0-9._-]+", "-", word.lower()).strip("-._") for word in (self.model, self.root.name))
+        name, variant = (
+            re.sub(r"[^a-z0-9._-]+", "-", word.lower()).strip("-._") for word in (self.model, self.root.name)
+        )
         return f"trtllm-bake/{name or 'model'}:{variant}"
 
 
@@ -80,7 +82,9 @@ def place(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def place_room(folder: Path, manifest: Mapping[str, Any], target_of: Callable[[str], Path], heard: Callable[[int], object]) -> None:
+def place_room(
+    folder: Path, manifest: Mapping[str, Any], target_of: Callable[[str], Path], heard: Callable[[int], object]
+) -> None:
     """A room's files into the context, each held against its hash: what was changed after the manifest does not get into an image."""
     for name in manifest["files"]:
         expected, actual = room.record_of(manifest, name), room.sha256_of(folder / name)
@@ -137,10 +141,15 @@ def build_image(settings: Settings) -> None:
         release.check_verified(root)
         manifests = {name: rooms[name]["manifest"] for name in reads}
         base, world_size = manifests["base"]["facts"], manifests["engines"]["facts"]["world_size"]
-        rooms_bytes = sum(record["size_bytes"] for name in ("engines", "model_repo") for record in manifests[name]["files"].values())
+        rooms_bytes = sum(
+            record["size_bytes"] for name in ("engines", "model_repo") for record in manifests[name]["files"].values()
+        )
         check_disk(filling.path, rooms_bytes)
         builder = image_builders.find_builder(settings.builder)
-        room.say("image", f"{world_size} ranks, {room.human_bytes(rooms_bytes)} of rooms, on {base.get('image') or base['made_from']}, by {builder.name}")
+        room.say(
+            "image",
+            f"{world_size} ranks, {room.human_bytes(rooms_bytes)} of rooms, on {base.get('image') or base['made_from']}, by {builder.name}",
+        )
         context = filling.path / "context"
         shutil.rmtree(context, ignore_errors=True)
         try:
@@ -155,11 +164,15 @@ def build_image(settings: Settings) -> None:
              "files": len(layer.files)}
             for layer in image.layers
         ]  # fmt: skip
-        filling.write_json("layers.json", {"iid": image.iid, "manifest": image.manifest_digest, "tag": settings.tag, "layers": layers})
+        filling.write_json(
+            "layers.json", {"iid": image.iid, "manifest": image.manifest_digest, "tag": settings.tag, "layers": layers}
+        )
         filling.write("image.iid", image.iid.encode())
         filling.facts = {"iid": image.iid, "manifest": image.manifest_digest, "tag": settings.tag}
         total_bytes = sum(layer.size_bytes for layer in image.layers)
-        room.say("image", f"{settings.tag} {image.iid[:19]}: {len(image.layers)} layers, {room.human_bytes(total_bytes)}")
+        room.say(
+            "image", f"{settings.tag} {image.iid[:19]}: {len(image.layers)} layers, {room.human_bytes(total_bytes)}"
+        )
 
 
 def assemble(
@@ -188,7 +201,13 @@ def assemble(
     report = json.loads((root / "verified" / "report.json").read_bytes())
     config = json.loads((root / "engines" / "config.json").read_bytes())
     about = passport.passport(
-        settings.model, rooms, passport.weights_of(settings.weights, rooms), report, config, settings.revision or None, settings.licence
+        settings.model,
+        rooms,
+        passport.weights_of(settings.weights, rooms),
+        report,
+        config,
+        settings.revision or None,
+        settings.licence,
     )
     (context / "passport").mkdir()
     (context / "passport" / "passport.json").write_bytes(passport.as_bytes(about))
@@ -220,9 +239,18 @@ def bake(
         raise errors.base_changed(base_image, base["layers"][-1], base_layers[-1])
     history: Optional[List[Dict[str, Any]]] = None
     if not base.get("image"):
-        history = [{"created": image_archive.EPOCH, "created_by": build_base.CREATED_BY, "comment": "the base, from Debian packages"}]
+        history = [
+            {
+                "created": image_archive.EPOCH,
+                "created_by": build_base.CREATED_BY,
+                "comment": "the base, from Debian packages",
+            }
+        ]
     labels = passport.labels(about, passport.sha256(passport.as_bytes(about)))
-    arguments = {"BASE": base_image, "VENV_FLAGS": "--system-site-packages" if about["engine"]["kind"] == "tensorrt" else ""}
+    arguments = {
+        "BASE": base_image,
+        "VENV_FLAGS": "--system-site-packages" if about["engine"]["kind"] == "tensorrt" else "",
+    }
     building, started = f"localhost/trtllm-bake-building:{os.getpid()}", time.monotonic()
     built, canonical = folder / "built.tar", folder / "canonical.tar"
     for leftover in (built, canonical):
@@ -239,7 +267,14 @@ def bake(
             total_bytes = sum(source.layer_bytes(number) for number in range(len(source.diff_ids)))
             with shown(total_bytes) as heard:
                 image = image_archive.write_canonical(
-                    source, len(base_layers), image_archive.layers_of(dockerfile), history, out, [settings.tag], labels, heard
+                    source,
+                    len(base_layers),
+                    image_archive.layers_of(dockerfile),
+                    history,
+                    out,
+                    [settings.tag],
+                    labels,
+                    heard,
                 )
         built.unlink()
         builder.load(canonical, settings.tag)

@@ -77,7 +77,9 @@ def packages_in(archive: image_archive.Archive) -> Iterator[Tuple[str, str, str]
         yield "pypi", name, version
 
 
-def bill_of_materials(packages: Sequence[Tuple[str, str, str]], about: Mapping[str, Any], image: image_archive.Image, when: datetime) -> str:
+def bill_of_materials(
+    packages: Sequence[Tuple[str, str, str]], about: Mapping[str, Any], image: image_archive.Image, when: datetime
+) -> str:
     """CycloneDX 1.6 as JSON: Debian and Python packages, the launcher, the model with its weights' hashes."""
     from cyclonedx.model import HashAlgorithm, HashType, Property
     from cyclonedx.model.bom import Bom
@@ -89,12 +91,17 @@ def bill_of_materials(packages: Sequence[Tuple[str, str, str]], about: Mapping[s
         return HashType(alg=HashAlgorithm.SHA_256, content=value)
 
     wheels = {
-        verify_image.wheel_name(name): record["sha256"] for name, record in about["rooms"]["wheels"]["manifest"]["files"].items()
+        verify_image.wheel_name(name): record["sha256"]
+        for name, record in about["rooms"]["wheels"]["manifest"]["files"].items()
     }
     bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, image.iid))
     bom.metadata.timestamp = when
     bom.metadata.component = Component(
-        type=ComponentType.CONTAINER, name=about["model"], version=image.iid, bom_ref="image", hashes=[sha256(image.iid.partition(":")[2])]
+        type=ComponentType.CONTAINER,
+        name=about["model"],
+        version=image.iid,
+        bom_ref="image",
+        hashes=[sha256(image.iid.partition(":")[2])],
     )
     for kind, name, version in packages:
         name, _, architecture = name.partition(":")
@@ -102,29 +109,47 @@ def bill_of_materials(packages: Sequence[Tuple[str, str, str]], about: Mapping[s
         url = PackageURL(kind, "debian" if kind == "deb" else None, name, version, qualifiers)
         hashes = [sha256(wheels[name, version])] if kind == "pypi" and (name, version) in wheels else []
         bom.components.add(
-            Component(type=ComponentType.LIBRARY, name=name, version=version, purl=url, bom_ref=url.to_string(), hashes=hashes)
+            Component(
+                type=ComponentType.LIBRARY, name=name, version=version, purl=url, bom_ref=url.to_string(), hashes=hashes
+            )
         )
-    bom.components.add(Component(type=ComponentType.APPLICATION, name="trtllm-bake", version=about["revision"] or "", bom_ref="launcher"))
+    bom.components.add(
+        Component(
+            type=ComponentType.APPLICATION, name="trtllm-bake", version=about["revision"] or "", bom_ref="launcher"
+        )
+    )
     weights = [
         Component(type=ComponentType.FILE, name=name, bom_ref=f"weights/{name}", hashes=[sha256(record["sha256"])])
         for name, record in about["weights"].items()
     ]
-    facts = {"engine": about["engine"]["kind"], "tp_size": str(about["engine"]["tp_size"]), "dtype": about["engine"]["dtype"], "licence": about["licence"]}
+    facts = {
+        "engine": about["engine"]["kind"],
+        "tp_size": str(about["engine"]["tp_size"]),
+        "dtype": about["engine"]["dtype"],
+        "licence": about["licence"],
+    }
     bom.components.add(
         Component(
-            type=ComponentType.MACHINE_LEARNING_MODEL, name=about["model"], bom_ref="model", components=weights,
+            type=ComponentType.MACHINE_LEARNING_MODEL,
+            name=about["model"],
+            bom_ref="model",
+            components=weights,
             properties=[Property(name=f"trtllm-bake:{name}", value=value) for name, value in facts.items() if value],
         )  # fmt: skip
     )
     return str(JsonV1Dot6(bom).output_as_string(indent=2)) + "\n"
 
 
-def provenance(about: Mapping[str, Any], image: image_archive.Image, archive_sha256: str, version: str) -> Dict[str, Any]:
+def provenance(
+    about: Mapping[str, Any], image: image_archive.Image, archive_sha256: str, version: str
+) -> Dict[str, Any]:
     """in-toto's statement of what the archive was made from (SLSA provenance v1)."""
     base = about["base"]
     dependencies: List[Dict[str, Any]] = [{"name": "git", "digest": {"gitCommit": about["revision"]}}]
     if base.get("digest"):
-        dependencies.append({"name": "base", "uri": base["image"], "digest": {"sha256": base["digest"].partition(":")[2]}})
+        dependencies.append(
+            {"name": "base", "uri": base["image"], "digest": {"sha256": base["digest"].partition(":")[2]}}
+        )
     else:
         tar = about["rooms"]["base"]["manifest"]["files"]["base.tar"]
         dependencies.append({"name": "base", "uri": base["made_from"], "digest": {"sha256": tar["sha256"]}})
@@ -153,7 +178,8 @@ def provenance(about: Mapping[str, Any], image: image_archive.Image, archive_sha
             "runDetails": {
                 "builder": {"id": "trtllm-bake", "version": {"trtllm-bake": about["revision"]}},
                 "byproducts": [
-                    {"name": f"rooms/{name}", "digest": {"sha256": described["manifest_sha256"]}} for name, described in about["rooms"].items()
+                    {"name": f"rooms/{name}", "digest": {"sha256": described["manifest_sha256"]}}
+                    for name, described in about["rooms"].items()
                 ],
             },
         },
@@ -164,35 +190,47 @@ def notes(about: Mapping[str, Any], image: image_archive.Image, version: str, na
     """RELEASE.md: everything in it is the passport's."""
     engine, toolchain, base = about["engine"], about["toolchain"], about["base"]
     report = about["accuracy"]
-    checks = "\n".join(f"| {check['name']} | {check.get('value')} | {check.get('limit')} | {'passed' if check['passed'] else 'FAILED'} |" for check in report["checks"])
+    checks = "\n".join(
+        f"| {check['name']} | {check.get('value')} | {check.get('limit')} | {'passed' if check['passed'] else 'FAILED'} |"
+        for check in report["checks"]
+    )
     run = show_image.run_command(name, dict(about))
-    gpu = f"{engine['gpu']['name']}, compute capability {engine['gpu']['compute_capability']}" if engine["gpu"] else "none is needed"
+    gpu = (
+        f"{engine['gpu']['name']}, compute capability {engine['gpu']['compute_capability']}"
+        if engine["gpu"]
+        else "none is needed"
+    )
     identical = (
-        "The engines are not bit-identical when they are built again: TensorRT chooses kernels by timing them. `timing-cache` is the cache they were "
-        "built with; building with it makes the choices the same on the same GPU, driver and TensorRT, which upstream does not promise. The image "
-        "from these engines is bit-identical."
+        "The engines are not bit-identical when they are built again: TensorRT chooses kernels by timing them. `timing-cache` is the "
+        "cache they were built with; building with it makes the choices the same on the same GPU, driver and TensorRT, which upstream "
+        "does not promise. The image from these engines is bit-identical."
         if engine["kind"] == "tensorrt"
         else "The same commit, weights and base give the same image, bit for bit."
     )
-    verify = "openssl dgst -sha256 -verify cosign.pub -signature <(base64 -d image.oci.tar.sig) image.oci.tar   # or cosign verify-blob" if signed else "it was not signed"
-    return f"""# {about['model']} {version}
+    formats = "" if engine["kind"] == "tensorrt" else " (its formats and tensors; this image has the torch engine)"
+    verify = (
+        "openssl dgst -sha256 -verify cosign.pub -signature <(base64 -d image.oci.tar.sig) image.oci.tar   # or cosign verify-blob"
+        if signed
+        else "it was not signed"
+    )
+    return f"""# {about["model"]} {version}
 
 | | |
 |---|---|
 | image | `{image.iid}` (config), `{image.manifest_digest}` (manifest of {ARCHIVE}) |
-| engines | {engine['kind']}, TP={engine['tp_size']}, PP={engine['pp_size']}, {engine['dtype']} |
+| engines | {engine["kind"]}, TP={engine["tp_size"]}, PP={engine["pp_size"]}, {engine["dtype"]} |
 | GPU | {gpu} |
-| TensorRT-LLM | {toolchain['trtllm']}{'' if engine['kind'] == 'tensorrt' else " (its formats and tensors; this image has the torch engine)"} |
-| base | {base.get('image') or base['made_from']} {base.get('digest') or ''} |
-| git | {about['revision']} |
-| licence of the model | {about['licence']} |
+| TensorRT-LLM | {toolchain["trtllm"]}{formats} |
+| base | {base.get("image") or base["made_from"]} {base.get("digest") or ""} |
+| git | {about["revision"]} |
+| licence of the model | {about["licence"]} |
 
     docker load --input {ARCHIVE}
     {run}
 
 ## Accuracy
 
-The engines against Hugging Face's model, over {report['asked']['prompts']} prompts:
+The engines against Hugging Face's model, over {report["asked"]["prompts"]} prompts:
 
 | check | value | limit | |
 |---|---|---|---|
@@ -273,7 +311,14 @@ def check_base(base: Path, about: Mapping[str, Any]) -> None:
 
 
 def commit_time() -> datetime:
-    done = subprocess.run(["git", "show", "-s", "--format=%ct", "HEAD"], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        ["git", "show", "-s", "--format=%ct", "HEAD"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return datetime.fromtimestamp(int(done.stdout), timezone.utc)
 
 
@@ -301,11 +346,15 @@ def build_release(settings: Settings) -> None:
     added = image_archive.layers_of(dockerfile)
     labels = passport.labels(about, room.record_of(room.read_manifest(settings.image_room), "passport.json").sha256)
     with image_archive.Archive(saved) as source, open(partial / ARCHIVE, "wb") as out:
-        image = image_archive.write_canonical(source, len(source.diff_ids) - len(added), added, None, out, [name], labels)
+        image = image_archive.write_canonical(
+            source, len(source.diff_ids) - len(added), added, None, out, [name], labels
+        )
         image_archive.synced(out)
     saved.unlink()
     if image.iid != described["iid"]:
-        raise errors.room_damaged(settings.image_room, "image.iid", described["iid"][:19], f"{image.iid[:19]} in {builder.name}")
+        raise errors.room_damaged(
+            settings.image_room, "image.iid", described["iid"][:19], f"{image.iid[:19]} in {builder.name}"
+        )
     with image_archive.Archive(partial / ARCHIVE) as archive:
         packages = list(packages_in(archive))
         verify_image.verify(archive, name)
@@ -323,7 +372,10 @@ def build_release(settings: Settings) -> None:
     room.write_synced(partial / SUMS, "".join(sums).encode())
     os.rename(partial, dist)
     size_bytes = sum(path.stat().st_size for path in dist.iterdir())
-    room.say("release", f"-> {errors.shown(dist)}: {len(sums) + 1} files, {room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}")
+    room.say(
+        "release",
+        f"-> {errors.shown(dist)}: {len(sums) + 1} files, {room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}",
+    )
 
 
 def main() -> None:

@@ -41,8 +41,25 @@ def for_target(lock: str, target: str) -> str:
 
 def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> List[str]:
     """pip, for the base's interpreter instead of its own."""
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
-    words += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", "--abi", f"cp{python.replace('.', '')}"]
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--require-hashes",
+    ]
+    words += [
+        "--only-binary=:all:",
+        "--python-version",
+        python,
+        "--implementation",
+        "cp",
+        "--abi",
+        f"cp{python.replace('.', '')}",
+    ]
     words += ["--abi", "abi3", "--abi", "none"]
     words += [word for platform in PLATFORMS for word in ("--platform", platform)]
     words += ["--dest", str(folder)]
@@ -59,9 +76,13 @@ def build_wheels(settings: Settings) -> None:
             text = (PROJECT / "requirements" / f"{name}.txt").read_text()
             requirements.append(filling.path / f"{name}.txt")
             requirements[-1].write_text(for_target(text, settings.target))
-        done = subprocess.run(pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-6:]
+            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
+                -6:
+            ]
             raise errors.wheels_not_fetched(settings.target, last)
         for path in requirements:
             path.unlink()

@@ -70,7 +70,13 @@ def make(target: str, **changed: object) -> str:
     """
     if baked := os.environ.get("BAKED_IMAGE"):
         variables = "".join(f"--env {name}={value} " for name, value in changed.items() if value is not None)
-        if target in ("serve", "doctor") and set(changed) <= {"HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT"}:
+        if target in ("serve", "doctor") and set(changed) <= {
+            "HOST",
+            "HTTP_PORT",
+            "GRPC_PORT",
+            "METRICS_PORT",
+            "OPENAI_PORT",
+        }:
             return f"docker run {variables}{baked}{' doctor' if target == 'doctor' else ''}"
         target = "image"
     settings = dict(
@@ -1097,7 +1103,8 @@ def builder_failed(name: str, words: Sequence[str], status: int, last: Sequence[
     return Problem(
         f"{name} stopped",
         " ".join(words),
-        f"{' '.join(words)} ended with status {status}. Its last words:\n\n{_indented(last)}\n\nWhat was built before is as it was.",
+        f"{' '.join(words)} ended with status {status}. Its last words:\n\n{_indented(last)}\n\n"
+        "What was built before is as it was.",
         "Mend that, and go on:",
         make("image"),
     )
@@ -1117,8 +1124,8 @@ def no_space_to_bake(folder: PathLike, free_bytes: int, needed_bytes: int) -> Pr
     return Problem(
         "not enough space to bake",
         folder,
-        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image as it is built, and in its "
-        "canonical form. Nothing was built.",
+        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image as it is "
+        "built, and in its canonical form. Nothing was built.",
         "Make room, and go on:",
         f"df -h {shlex.quote(shown(folder))}; {make('image')}",
     )
@@ -1131,7 +1138,9 @@ def no_mmdebstrap() -> Problem:
         "With ENGINE=torch the image stands on a base made from Debian packages, by mmdebstrap; it is not on PATH. Any image with CPython "
         "3.11 or 3.12, its shared library and glibc 2.35 will do instead (BASE_IMAGE).",
         "Install it, or name a base:",
-        "sudo apt-get install mmdebstrap && " + make("image") + "\nmake image BASE_IMAGE=python:3.11-slim-bookworm@sha256:...",
+        "sudo apt-get install mmdebstrap && "
+        + make("image")
+        + "\nmake image BASE_IMAGE=python:3.11-slim-bookworm@sha256:...",
     )
 
 
@@ -1169,7 +1178,8 @@ def base_of_another_version(image: str, expected: str, actual: str) -> Problem:
     return Problem(
         "the base has another TensorRT-LLM",
         image,
-        f"The engines are built by TensorRT-LLM {expected}; {image} has {actual or 'none that it tells of'}. An engine runs only on the version that built it.",
+        f"The engines are built by TensorRT-LLM {expected}; {image} has {actual or 'none that it tells of'}. An engine runs only on the "
+        "version that built it.",
         "Leave BASE_IMAGE away, or build the engines for its version:",
         make("image"),
     )
@@ -1182,8 +1192,12 @@ def wheels_not_fetched(target: str, last: Sequence[str]) -> Problem:
         "requirements/",
         f"pip says:\n\n{_indented(last)}"
         + ("\n\nPlain PyPI has only PyTorch's CUDA build; the CPU one is on PyTorch's own index." if cpu else ""),
-        "Give pip that index and go on, or bake the CUDA build:" if cpu else "Check the network (or pip's index and proxy settings), and go on:",
-        f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu {make('image')}\n{make('image', TARGET='cuda')}" if cpu else make("image"),
+        "Give pip that index and go on, or bake the CUDA build:"
+        if cpu
+        else "Check the network (or pip's index and proxy settings), and go on:",
+        f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu {make('image')}\n{make('image', TARGET='cuda')}"
+        if cpu
+        else make("image"),
     )
 
 
@@ -1291,8 +1305,8 @@ def license_files_missing(license: str, folder: PathLike, missing: Sequence[str]
     return Problem(
         "the model's licence is not with it",
         folder,
-        f"LICENSE is {license}: who passes the model on must pass on {' and '.join(missing)} too. Neither {shown(folder)} nor the folder above "
-        "has a file of that name.",
+        f"LICENSE is {license}: who passes the model on must pass on {' and '.join(missing)} too. "
+        f"Neither {shown(folder)} nor the folder above has a file of that name.",
         "Meta's download leaves them above the models' folders; copy them there, and go on:",
         f"cp LICENSE USE_POLICY.md {shlex.quote(shown(folder))}/ && {make('release')}",
     )
@@ -1322,8 +1336,8 @@ def not_signed(key: PathLike, reason: str) -> Problem:
     return Problem(
         "could not sign",
         key,
-        f"openssl says: {reason}. The key has to be an EC P-256 private key in PEM form, as `cosign import-key-pair` takes it; its password, if "
-        "any, is read from COSIGN_PASSWORD.",
+        f"openssl says: {reason}. The key has to be an EC P-256 private key in PEM form, as `cosign import-key-pair` takes "
+        "it; its password, if any, is read from COSIGN_PASSWORD.",
         "Make one, and go on:",
         "openssl ecparam -genkey -name prime256v1 -noout -out key.pem && " + make("release"),
     )
@@ -1332,9 +1346,15 @@ def not_signed(key: PathLike, reason: str) -> Problem:
 def push_failed(image: str, last: Sequence[str]) -> Problem:
     said = " ".join(last).lower()
     if "unauthorized" in said or "denied" in said or "authentication required" in said or "no basic auth" in said:
-        advice, command = "The registry knows you not, or you may not write there. Log in, and push again:", f"docker login {image.partition('/')[0]}"
+        advice, command = (
+            "The registry knows you not, or you may not write there. Log in, and push again:",
+            f"docker login {image.partition('/')[0]}",
+        )
     elif "no such host" in said or "connection refused" in said or "timeout" in said or "deadline" in said:
-        advice, command = "The registry does not answer. Look at its name and the network, and push again:", make("push", IMAGE=image)
+        advice, command = (
+            "The registry does not answer. Look at its name and the network, and push again:",
+            make("push", IMAGE=image),
+        )
     else:
         advice, command = "Mend that, and push again:", make("push", IMAGE=image)
     return Problem("the push failed", image, f"The builder says:\n\n{_indented(last)}", advice, command)
@@ -1344,7 +1364,8 @@ def push_what(image: str, dist: PathLike) -> Problem:
     return Problem(
         "nothing to push",
         dist,
-        f"IMAGE is {image!r}, and {shown(dist)} {'is' if Path(dist).is_dir() else 'is not'} there. A release's archive is pushed, under a name with a registry in it.",
+        f"IMAGE is {image!r}, and {shown(dist)} {'is' if Path(dist).is_dir() else 'is not'} there. "
+        "A release's archive is pushed, under a name with a registry in it.",
         "Release first, then say where to:",
         "make release VERSION=1.0.0 && make push VERSION=1.0.0 IMAGE=registry.example/llama:1.0.0",
     )

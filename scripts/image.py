@@ -116,7 +116,9 @@ def check_host(srv: Path) -> str:
     about = read_passport(srv)
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
         toolbox = serve.find_toolbox(Path(folder))
-        environment = serve.server_environment(os.environ, toolbox, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1)
+        environment = serve.server_environment(
+            os.environ, toolbox, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1
+        )
         preflight.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
     if about["engine"]["kind"] == "torch":
         return f"{os.cpu_count()} cores for {about['engine']['world_size']} ranks" + (
@@ -164,7 +166,9 @@ COMMANDS: Dict[str, Callable[[Path], int]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="docker run IMAGE", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="docker run IMAGE", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=list(COMMANDS))
     # reports end in what is typed to docker, not to make
     os.environ["BAKED_IMAGE"] = os.environ.get("BAKED_IMAGE") or "IMAGE"

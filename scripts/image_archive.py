@@ -94,7 +94,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._tar = tarfile.open(path, "r:")
+            self._tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed in __exit__)
             self._members = {member.name: member for member in self._tar}
             [described] = json.loads(self._read("manifest.json"))
             self.config_bytes = self._read(described["Config"])
@@ -193,13 +193,14 @@ def write_layer(tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo], out: "
 
 
 def canonical_config(
-    config: Mapping[str, Any], diff_ids: Sequence[str], base_history: Sequence[Mapping[str, Any]], added: Sequence[Layer]
+    config: Mapping[str, Any],
+    diff_ids: Sequence[str],
+    base_history: Sequence[Mapping[str, Any]],
+    added: Sequence[Layer],
 ) -> Dict[str, Any]:
     """The image's configuration: what the Dockerfile and its base say, and nothing of the builder's."""
     settings = {key: config["config"][key] for key in CONFIG_KEYS if config["config"].get(key)}
-    history = [
-        {"created": EPOCH, "created_by": layer.instruction, "comment": layer.why} for layer in added
-    ]
+    history = [{"created": EPOCH, "created_by": layer.instruction, "comment": layer.why} for layer in added]
     return {
         "architecture": config["architecture"],
         "os": config["os"],
@@ -279,10 +280,10 @@ def write_canonical(
     below: Set[str] = set()
     for number in range(base_layers):
         below.update(clean(member.name) for _, member in source.entries(number) if member.isdir())
-        tar = source.layer(number)
+        layer = source.layer(number)
 
-        def copied(blob: Hashed, tar: IO[bytes] = tar) -> None:
-            while block := tar.read(BLOCK_BYTES):
+        def copied(blob: Hashed, layer: IO[bytes] = layer) -> None:
+            while block := layer.read(BLOCK_BYTES):
                 blob.write(block)
 
         digest, size_bytes, _ = blobs.add(copied)
@@ -315,9 +316,20 @@ def write_canonical(
     }
     manifest_digest, manifest_bytes = blobs.add_json(manifest)
     descriptor = {"mediaType": f"{OCI}.manifest.v1+json", "digest": manifest_digest, "size": manifest_bytes}
-    named = {"annotations": {"io.containerd.image.name": names[0], "org.opencontainers.image.ref.name": names[0].rpartition(":")[2]}} if names else {}
+    named = (
+        {
+            "annotations": {
+                "io.containerd.image.name": names[0],
+                "org.opencontainers.image.ref.name": names[0].rpartition(":")[2],
+            }
+        }
+        if names
+        else {}
+    )
     index = {"schemaVersion": 2, "mediaType": f"{OCI}.index.v1+json", "manifests": [{**descriptor, **named}]}
-    docker = [{"Config": blob_name(iid), "RepoTags": list(names), "Layers": [blob_name(layer.digest) for layer in layers]}]
+    docker = [
+        {"Config": blob_name(iid), "RepoTags": list(names), "Layers": [blob_name(layer.digest) for layer in layers]}
+    ]
     blobs.file("oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
     blobs.file("index.json", _json(index))
     blobs.file("manifest.json", _json(docker))

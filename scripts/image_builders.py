@@ -1,4 +1,4 @@
-"""What builds, keeps and runs images: docker (any version, BuildKit or not) or buildah. One Dockerfile, one canonical result (image_archive.py).
+"""What builds, keeps and runs images: docker (any version, BuildKit or not) or buildah. One Dockerfile, one canonical result.
 
 docker also runs them. buildah builds without a daemon and without root; what it made is loaded with the archive that `make release` writes.
 """
@@ -16,7 +16,7 @@ from scripts import errors
 
 QUESTION_SECONDS = 120
 LAST_LINES = 20
-NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large", re.IGNORECASE)
 
 
 class Builder:
@@ -28,7 +28,9 @@ class Builder:
         """Whether it keeps an image of that name or id."""
         raise NotImplementedError
 
-    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
+    def build(
+        self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
+    ) -> None:
         """Build the stage `server` of context/Dockerfile under a name. Without network: what is needed is in the context."""
         raise NotImplementedError
 
@@ -69,7 +71,9 @@ class Builder:
         raise NotImplementedError
 
     def _push(self, *words: str) -> str:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
         if done.returncode:
             raise errors.push_failed(words[2], (done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
         return done.stdout
@@ -112,8 +116,20 @@ class Docker(Builder):
     def has(self, image: str) -> bool:
         return self._asked("docker", "image", "inspect", image) is not None
 
-    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
-        words = ["docker", "build", "--network", "none", "--target", "server", "--tag", tag, *(["--no-cache"] if no_cache else [])]
+    def build(
+        self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
+    ) -> None:
+        words = [
+            "docker",
+            "build",
+            "--network",
+            "none",
+            "--target",
+            "server",
+            "--tag",
+            tag,
+            *(["--no-cache"] if no_cache else []),
+        ]
         words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         words += [f"--label={name}={value}" for name, value in labels.items()]
         self._run(*words, str(context), environment=self._buildkit())
@@ -172,9 +188,22 @@ class Buildah(Builder):
     def has(self, image: str) -> bool:
         return self._asked("buildah", "inspect", "--type", "image", image) is not None
 
-    def build(self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool) -> None:
+    def build(
+        self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
+    ) -> None:
         # a layer for each instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc
-        words = ["buildah", "bud", "--isolation", "chroot", "--network", "none", "--pull-never", "--format", "docker", "--layers"]
+        words = [
+            "buildah",
+            "bud",
+            "--isolation",
+            "chroot",
+            "--network",
+            "none",
+            "--pull-never",
+            "--format",
+            "docker",
+            "--layers",
+        ]
         words += [*(["--no-cache"] if no_cache else []), "--target", "server", "--tag", tag]
         words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         words += [f"--label={name}={value}" for name, value in labels.items()]
@@ -232,9 +261,15 @@ def find_builder(asked: str) -> Builder:
         if not shutil.which(name):
             seen[name] = "not on PATH"
             continue
-        question = {"docker": ["docker", "version", "--format", "{{.Server.Version}}"], "buildah": ["buildah", "info"]}[name]
+        question = {"docker": ["docker", "version", "--format", "{{.Server.Version}}"], "buildah": ["buildah", "info"]}[
+            name
+        ]
         done = subprocess.run(question, capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False)
         if done.returncode == 0:
             return BUILDERS[name]()
-        seen[name] = (done.stderr or done.stdout).strip().splitlines()[-1][:200] if (done.stderr or done.stdout).strip() else "no answer"
+        seen[name] = (
+            (done.stderr or done.stdout).strip().splitlines()[-1][:200]
+            if (done.stderr or done.stdout).strip()
+            else "no answer"
+        )
     raise errors.no_builder(seen)

@@ -43,14 +43,17 @@ def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> Dict[str
     for described in rooms.values():
         noted = described["manifest"]["facts"].get("weights")
         if isinstance(noted, dict) and noted:
-            return {name: dict(record) if isinstance(record, dict) else {"sha256": record} for name, record in sorted(noted.items())}
+            return {
+                name: dict(record) if isinstance(record, dict) else {"sha256": record}
+                for name, record in sorted(noted.items())
+            }
     files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern) if path.is_file()})
     return {path.name: vars(room.sha256_of(path)) for path in files}
 
 
 def passport(
-    model: str, rooms: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Any], report: Mapping[str, Any], engine_config: Mapping[str, Any],
-    revision: Optional[str], licence: str,
+    model: str, rooms: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Any],
+    report: Mapping[str, Any], engine_config: Mapping[str, Any], revision: Optional[str], licence: str,
 ) -> Dict[str, Any]:  # fmt: skip
     """The passport. revision: of git, with '+changes' where the tree had some; None outside of a repository."""
     engines = rooms["engines"]["manifest"]
@@ -101,7 +104,8 @@ def labels(passport: Mapping[str, Any], digest: str) -> Dict[str, str]:
     engine, toolchain, base = passport["engine"], passport["toolchain"], passport["base"]
     found: Dict[str, Optional[str]] = {
         "org.opencontainers.image.title": passport["model"],
-        "org.opencontainers.image.description": f"{passport['model']} on Triton Inference Server, {engine['kind']} engines, TP={engine['tp_size']}",
+        "org.opencontainers.image.description": f"{passport['model']} on Triton Inference Server, "
+        f"{engine['kind']} engines, TP={engine['tp_size']}",
         "org.opencontainers.image.licenses": passport["licence"],
         "org.opencontainers.image.revision": passport["revision"],
         "org.opencontainers.image.base.name": base.get("image") or base.get("made_from"),

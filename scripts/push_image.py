@@ -13,7 +13,9 @@ from pathlib import Path
 from scripts import build_release, errors, image_archive, image_builders, room
 
 # a registry, which has a dot, a port or is localhost; a name; a tag
-NAMED = re.compile(r"(?:[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::\d+)?|[a-z0-9-]+:\d+|localhost)(?:/[a-z0-9._-]+)+:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+NAMED = re.compile(
+    r"(?:[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::\d+)?|[a-z0-9-]+:\d+|localhost)(?:/[a-z0-9._-]+)+:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+)
 
 
 def main() -> None:
@@ -33,7 +35,10 @@ def main() -> None:
     builder.tag(name, image)
     digest = builder.push(image)
     # beside the release, not in it: SHA256SUMS is closed
-    room.write_synced(args.dist.with_name(f"{args.dist.name}.pushed.json"), json.dumps({"image": image, "iid": iid, "digest": digest}).encode())
+    room.write_synced(
+        args.dist.with_name(f"{args.dist.name}.pushed.json"),
+        json.dumps({"image": image, "iid": iid, "digest": digest}).encode(),
+    )
     room.say("push", f"{image} {iid[:19]}, in the registry {digest}")
 
 

@@ -17,12 +17,17 @@ RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:800
 def run_command(tag: str, passport: Dict[str, Any]) -> str:
     """How to serve it. --stop-timeout: running requests get 20 s, docker's own patience is 10 s."""
     gpus = passport["engine"]["kind"] == "tensorrt"
-    return RUN.format(gpus="--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824 " if gpus else "", tag=tag)
+    return RUN.format(
+        gpus="--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824 " if gpus else "", tag=tag
+    )
 
 
 def table(described: Dict[str, Any]) -> List[str]:
     """A line for each layer, and one for the sum."""
-    lines = [f"{room.human_bytes(layer['size_bytes']):>10}  {layer['instruction'] or '(base)':<46} {layer['why']}" for layer in described["layers"]]
+    lines = [
+        f"{room.human_bytes(layer['size_bytes']):>10}  {layer['instruction'] or '(base)':<46} {layer['why']}"
+        for layer in described["layers"]
+    ]
     total_bytes = sum(layer["size_bytes"] for layer in described["layers"])
     return [*lines, f"{room.human_bytes(total_bytes):>10}  {described['tag']}"]
 
@@ -32,9 +37,18 @@ def beyond(described: Dict[str, Any], root: Path) -> Dict[str, int]:
     total = sum(layer["size_bytes"] for layer in described["layers"])
     base = sum(layer["size_bytes"] for layer in described["layers"] if not layer["instruction"])
     engines = room.read_manifest(root / "engines")["files"]
-    tokenizer = {name: record for name, record in room.read_manifest(root / "model_repo")["files"].items() if "/tokenizer/" in name}
+    tokenizer = {
+        name: record
+        for name, record in room.read_manifest(root / "model_repo")["files"].items()
+        if "/tokenizer/" in name
+    }
     rooms = sum(record["size_bytes"] for record in [*engines.values(), *tokenizer.values()])
-    return {"image_bytes": total, "base_bytes": base, "engines_and_tokenizer_bytes": rooms, "added_bytes": total - base - rooms}
+    return {
+        "image_bytes": total,
+        "base_bytes": base,
+        "engines_and_tokenizer_bytes": rooms,
+        "added_bytes": total - base - rooms,
+    }
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ What cannot be recomputed from an image: that the weights are Meta's, and that t
 
 import argparse
 import email.parser
+import hashlib
+import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
@@ -45,8 +46,6 @@ class Content:
 
 
 def _digest_of(archive: Archive, number: int) -> str:
-    import hashlib
-
     digest, file = hashlib.sha256(), archive.layer(number)
     while block := file.read(1 << 20):
         digest.update(block)
@@ -54,8 +53,6 @@ def _digest_of(archive: Archive, number: int) -> str:
 
 
 def _record_of(tar: Any, member: Any) -> Tuple[room.FileRecord, Optional[bytes]]:
-    import hashlib
-
     digest, file, kept = hashlib.sha256(), tar.extractfile(member), []
     keep = member.size <= image_archive.JSON_MAX_BYTES and not image_archive.clean(member.name).endswith(".py")
     while block := file.read(1 << 20):
@@ -70,13 +67,17 @@ Finding = Tuple[str, List[str]]
 
 def findings(archive: Archive) -> Iterator[Finding]:
     """(what was recomputed, what differs) one after the other; nothing differs where the list is empty."""
-    import json
-
     base_layers = len(archive.diff_ids) - sum(
-        1 for entry in archive.config.get("history", []) if str(entry.get("created_by", "")).startswith("COPY ") and entry.get("created") == image_archive.EPOCH
+        1
+        for entry in archive.config.get("history", [])
+        if str(entry.get("created_by", "")).startswith("COPY ") and entry.get("created") == image_archive.EPOCH
     )
     content = Content(archive, base_layers)
-    differ = [f"layer {n}: {says[:19]} in the configuration, {is_[:19]} recomputed" for n, (says, is_) in enumerate(zip(archive.diff_ids, content.digests)) if says != is_]
+    differ = [
+        f"layer {n}: {says[:19]} in the configuration, {is_[:19]} recomputed"
+        for n, (says, is_) in enumerate(zip(archive.diff_ids, content.digests))
+        if says != is_
+    ]
     yield f"{len(archive.diff_ids)} layers are what the configuration says", differ
     try:
         about = json.loads(content.texts["srv/passport.json"])
@@ -85,7 +86,11 @@ def findings(archive: Archive) -> Iterator[Finding]:
         yield "there is a passport", [f"srv/passport.json or the labels: {type(error).__name__}: {error}"]
         return
     expected = passport.labels(about, content.files["srv/passport.json"].sha256)
-    differ = [f"label {name}: {labels.get(name)!r}, the passport gives {value!r}" for name, value in expected.items() if labels.get(name) != value]
+    differ = [
+        f"label {name}: {labels.get(name)!r}, the passport gives {value!r}"
+        for name, value in expected.items()
+        if labels.get(name) != value
+    ]
     yield "the labels are the passport's, its sha256 included", differ
     yield "each room's manifest was made from the ones before it", list(_chain(about["rooms"]))
     differ = []
@@ -96,18 +101,27 @@ def findings(archive: Archive) -> Iterator[Finding]:
     for name, record in expected_files.items():
         actual = content.files.get(name)
         if actual != record:
-            differ.append(f"{name}: sha256 {record.sha256[:12]} in the passport, {actual.sha256[:12] if actual else 'no such file'} in the image")
+            differ.append(
+                f"{name}: sha256 {record.sha256[:12]} in the passport, {actual.sha256[:12] if actual else 'no such file'} in the image"
+            )
     extra = {name for name in content.files if name.startswith("srv/")} - {*expected_files, "srv/passport.json"}
-    yield f"{len(expected_files)} files of engines and model repository are the rooms'", [*differ, *(f"{name}: in no manifest" for name in sorted(extra))]
+    yield (
+        f"{len(expected_files)} files of engines and model repository are the rooms'",
+        [*differ, *(f"{name}: in no manifest" for name in sorted(extra))],
+    )
     wheels = {wheel_name(name) for name in about["rooms"]["wheels"]["manifest"]["files"] if not name.startswith("pip-")}
     found = {package(text) for name, text in content.texts.items() if ENV_SITE.fullmatch(name)}
-    yield f"{len(wheels)} Python packages are the wheels of the passport", [f"{' '.join(each)}: in one of them only" for each in sorted(wheels ^ found)]
+    yield (
+        f"{len(wheels)} Python packages are the wheels of the passport",
+        [f"{' '.join(each)}: in one of them only" for each in sorted(wheels ^ found)],
+    )
     revision = about.get("revision") or ""
     if re.fullmatch(r"[0-9a-f]{40}", revision) and _git("cat-file", "-e", revision) is not None:
         differ = [
             f"{name}: not what revision {revision[:12]} has"
             for name, record in sorted(content.files.items())
-            if name.startswith(LAUNCHER) and passport.sha256(_git("show", f"{revision}:{name[len(LAUNCHER):]}") or b"") != record.sha256
+            if name.startswith(LAUNCHER)
+            and passport.sha256(_git("show", f"{revision}:{name[len(LAUNCHER) :]}") or b"") != record.sha256
         ]
         yield f"the launcher is git revision {revision[:12]}'s", differ
 
@@ -146,7 +160,9 @@ def verify(archive: Archive, image: str) -> None:
     for text, differ in findings(archive):
         print(f"[{'✗' if differ else '✓'}] {text}", flush=True)
         failed += differ
-    print("[!] not recomputed: that the weights are their publisher's, and what the accuracy report measured", flush=True)
+    print(
+        "[!] not recomputed: that the weights are their publisher's, and what the accuracy report measured", flush=True
+    )
     if failed:
         raise errors.image_not_what_it_says(image, failed)
 
@@ -160,11 +176,14 @@ def main() -> None:
         raise errors.which_image()
     if Path(image).is_file():
         with Archive(Path(image)) as archive:
-            return verify(archive, image)
+            verify(archive, image)
+        return
     builder = image_builders.find_builder(args.builder)
     if not builder.has(image):
         raise errors.no_such_image(image, builder.name)
-    with tempfile.TemporaryDirectory(dir=PROJECT / "build" if (PROJECT / "build").is_dir() else None, prefix="verify-") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=PROJECT / "build" if (PROJECT / "build").is_dir() else None, prefix="verify-"
+    ) as folder:
         saved = Path(folder) / "saved.tar"
         builder.save(image, saved)
         with Archive(saved) as archive:
@@ -172,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    errors.run(main)
