@@ -24,7 +24,7 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
     os.environ.pop(name, None)
 
 # What the project is made of; build/, .venv/ and caches stay behind.
-PARTS = ("Makefile", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
+PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
 
 
 def copy_of_project(target: Path) -> Path:
