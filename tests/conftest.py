@@ -17,6 +17,8 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# fixtures of tests/image
+pytest_plugins = ["baking"]
 sys.path.insert(0, str(ROOT))
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.

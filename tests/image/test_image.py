@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, copy_of_project, free_ports, make
 from test_journey import STORY
 
-from image.conftest import PLANTED, Baked, Container, bake, committed, docker, until
+from baking import PLANTED, Baked, Container, bake, committed, docker, until
 from scripts import image_archive
 
 Run = Callable[..., Container]
