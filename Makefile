@@ -113,7 +113,8 @@ ADDRESS = --host $(HOST) $(PORTS)
 
 GROUND      := build/ground-$(ENGINE)-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
 STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
-IMAGE_LOCKS := image $(if $(filter torch,$(ENGINE)),run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
+# NVIDIA's image has its own packages
+IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
 REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
 HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
 export IMAGE KEY
@@ -184,7 +185,7 @@ release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, ch
 	@$(HOST_PY) -m scripts.release $(RELEASE)
 	@$(MAKE) image
 	@$(MAKE) $(addsuffix release.txt,$(HAS))
-	@$(PY) -m scripts.build_release --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
+	@$(PY) -m scripts.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
 RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED) \
           --license=$(LICENSE) --weights '$(WEIGHTS)'
 push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
@@ -216,8 +217,8 @@ model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.
 base_CODE       = scripts/build_base.py scripts/room.py scripts/image_archive.py scripts/image_builders.py
 wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
 image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/contracts.py scripts/image_archive.py scripts/image_builders.py \
-                  scripts/passport.py scripts/release.py docker/Dockerfile LICENSE docker/contracts/sources.json \
-                  docker/toolchains.json docker/gpus.json $(addprefix scripts/,__init__.py all_reduce.py gpus.py image.py preflight.py processes.py serve.py)
+                  scripts/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
+                  $(addprefix scripts/,__init__.py all_reduce.py errors.py gpus.py image.py preflight.py processes.py serve.py)
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
@@ -241,8 +242,8 @@ $(VARIANT)/image/manifest.json: export ROOM_ARGS = $(call asked,image)
 $(GROUND)/%/manifest.json: export BASE = $(STANDS_ON)
 $(GROUND)/base/manifest.json: $(base_CODE) $$(call changed,base,$$(@D)) | $(REFUSE) $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
 	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
-$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(addsuffix run.txt,$(HAS))
-	@$(PY) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
+$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(if $(IMAGE_LOCKS),$(addsuffix run.txt,$(HAS)))
+	@$(if $(IMAGE_LOCKS),$(PY),$(HOST_PY)) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
 $(VARIANT)/image/manifest.json: $(image_CODE) $$(call changed,image,$$(@D)) | $(REFUSE)
 	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 
@@ -264,7 +265,7 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ##
 ## Development:
 
-test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt)) ## every test that this machine can run
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin

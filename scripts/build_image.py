@@ -193,6 +193,7 @@ def assemble(
     for rank in range(world_size):
         if not (context / f"rank{rank}").is_dir():
             raise errors.rank_file_missing(root / "engines", rank, world_size)
+    (context / "wheels").mkdir()
     for wheel in rooms["wheels"]["manifest"]["files"]:
         place(settings.wheels / wheel, context / "wheels" / wheel)
     for file in APP:

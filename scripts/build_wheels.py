@@ -70,6 +70,9 @@ def build_wheels(settings: Settings) -> None:
     arguments = {"locks": list(settings.locks), "target": settings.target}
     with room.filling(settings.output, {"base": settings.base}, arguments) as filling:
         python = room.read_manifest(settings.base)["facts"]["python"]
+        if not settings.locks:
+            room.say("wheels", "none: the base has its own packages")
+            return
         room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{name}.txt' for name in settings.locks)}")
         requirements = []
         for name in settings.locks:
@@ -94,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--output", "--base"):
         parser.add_argument(flag, type=Path, required=True)
-    parser.add_argument("--lock", action="append", required=True)
+    parser.add_argument("--lock", action="append", default=[])
     parser.add_argument("--target", choices=["cpu", "cuda"], required=True)
     args = parser.parse_args()
     build_wheels(Settings(args.output, args.base, args.lock, args.target))

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from scripts import build_release, errors, image_archive, image_builders, room
+from scripts import dist, errors, image_archive, image_builders, room
 
 # a registry, which has a dot, a port or is localhost; a name; a tag
 NAMED = re.compile(
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--builder", default="")
     args = parser.parse_args()
     image = os.environ.get("IMAGE", "").strip()
-    archive = args.dist / build_release.ARCHIVE
+    archive = args.dist / dist.ARCHIVE
     if not NAMED.fullmatch(image) or not archive.is_file():
         raise errors.push_what(image, args.dist)
     builder = image_builders.find_builder(args.builder)

@@ -1,4 +1,4 @@
-"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/build_release.py then writes it.
+"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/dist.py then writes it.
 
 Reads   git, docker/toolchains.json, docker/contracts/sources.json, the weights' licence
 Needs   nothing but the standard library

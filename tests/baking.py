@@ -129,5 +129,3 @@ def run(baked: Baked) -> Iterator[Callable[..., Container]]:
     yield start
     for container in started:
         docker("rm", "--force", "--volumes", container.name, check=False)
-
-

@@ -14,7 +14,13 @@ from scripts import errors, image_archive
 
 Entry = Tuple[str, Optional[bytes], int]  # name, content (None: a folder), mode
 BASE: List[Entry] = [("usr", None, 0o755), ("usr/bin", None, 0o755), ("usr/bin/sh", b"base", 0o755)]
-OURS: List[Entry] = [("usr", None, 0o755), ("srv", None, 0o755), ("srv/a", b"engine", 0o600), ("srv/.keep", b"", 0o644), ("srv/run", b"x", 0o700)]
+OURS: List[Entry] = [
+    ("usr", None, 0o755),
+    ("srv", None, 0o755),
+    ("srv/a", b"engine", 0o600),
+    ("srv/.keep", b"", 0o644),
+    ("srv/run", b"x", 0o700),
+]
 DOCKERFILE = "FROM x AS base\nFROM base AS server\n# why it is there\nCOPY rank0 /srv\nENV A=1\n"
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 import pytest
 from conftest import ROOT, copy_of_project, make
 
-from scripts import settings
+from scripts import build_image, settings
 
 ROOMS = ["hf", "checkpoint", "engines", "model_repo"]
 HF = Path("build/stories/hf")
@@ -603,12 +603,20 @@ def test_the_makefile_knows_what_a_room_is_made_from(script: Path) -> None:
     listed = set(
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     )
-    assert {path for path in listed if path.startswith("scripts/")} == imported(script)
+    # an image holds the launcher's files themselves, the words of its reports included
+    contained = {path for path in build_image.APP if path.startswith("scripts/")} if room == "image" else set()
+    assert {path for path in listed if path.startswith("scripts/")} == imported(script) | contained
     kinds = {
         Path(path).parent.name for path in listed if path.startswith("docker/contracts/") and path.endswith(".json")
     }
     assert kinds == tables_read(imported(script))
     assert all((ROOT / path).is_file() for path in listed)
+
+
+def test_the_image_holds_what_its_launcher_imports_and_starts() -> None:
+    launcher = set().union(*(imported(ROOT / f"scripts/{name}.py") for name in ("image", "serve", "preflight")))
+    held = {path for path in build_image.APP if path.startswith("scripts/")}
+    assert held == launcher | {"scripts/__init__.py", "scripts/errors.py"}
 
 
 def test_the_makefile_and_the_reports_refuse_the_same_characters(own_tree: Path) -> None:

@@ -43,6 +43,23 @@ def test_a_release_is_asked_what_can_be_known_before_anything_is_made(own_tree: 
     assert "INFERRED=accept" in report and "contracts/quantize" not in report
 
 
+def test_a_llama_is_passed_on_with_its_licence(own_tree: Path, tmp_path: Path) -> None:
+    """Llama 2's licence, 1.b: whoever passes the model on passes licence, use policy and notice on."""
+    committed(own_tree)
+    weights = tmp_path / "meta" / "llama-2-7b"
+    weights.mkdir(parents=True)
+    words = ("VERSION=1.0.0", "MODEL=llama-2-7b", f"WEIGHTS={weights}")
+    report = make(own_tree, "release", *words).stderr
+    assert "THE MODEL'S LICENCE IS NOT WITH IT" in report and "LICENSE and USE_POLICY" in report
+    (weights.parent / "LICENSE").write_text("terms")
+    assert "pass on USE_POLICY too" in make(own_tree, "release", *words).stderr
+    (weights / "USE_POLICY.md").write_text("policy")
+    release.check_license("llama2", weights)
+    assert "Meta Platforms" in release.NOTICES["llama2"]
+    folder = make(own_tree, "release", "VERSION=1.0.0", f"MODEL={weights}").stderr
+    assert "WHICH LICENCE HAS THE MODEL?" in folder and "LICENSE=llama2" in folder
+
+
 def test_quantizing_uses_more_tables(tmp_path: Path) -> None:
     row = contracts.toolchain("0.8.0")
     plain, quantized = (set(release.inferred_cells(row, SOURCES, quant)) for quant in ("", "fp8"))

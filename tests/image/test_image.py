@@ -16,6 +16,7 @@ from test_journey import STORY
 from baking import PLANTED, Baked, Container, bake, committed, docker, until
 from scripts import image_archive
 
+pytestmark = pytest.mark.timeout(1500)
 Run = Callable[..., Container]
 LOCKED_DOWN = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "512"]
 TORCH_LIMIT_BYTES = 1_200_000_000
@@ -65,7 +66,9 @@ def test_layers_are_told_with_bytes_and_reasons(baked: Baked) -> None:
     ranks = [layer["size_bytes"] for layer in described["layers"] if layer["instruction"].startswith("COPY rank")]
     files = sorted(baked.variant.glob("engines/rank*.safetensors"))
     # a layer for each rank, and in it the rank's file and tar's own blocks alone
-    assert [size - file.stat().st_size for size, file in zip(ranks, files)] == [size - files[0].stat().st_size for size in ranks]
+    assert [size - file.stat().st_size for size, file in zip(ranks, files)] == [
+        size - files[0].stat().st_size for size in ranks
+    ]
     assert len(ranks) == 2 and ranks[0] - files[0].stat().st_size < 4096
     assert described["base_bytes"] + described["added_bytes"] <= TORCH_LIMIT_BYTES, described
     assert "why" not in make(baked.tree, "size").stderr
@@ -188,7 +191,9 @@ def test_a_taken_port_is_named_with_a_free_one(baked: Baked) -> None:
 
 def test_the_passport_is_printed_and_labelled(baked: Baked) -> None:
     about = json.loads(docker("run", "--rm", "--network", "none", "--read-only", baked.tag, "passport").stdout)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=baked.tree, capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=baked.tree, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert about["revision"] == head and about["engine"]["tp_size"] == 2
     assert about["weights"]["consolidated.00.pth"]["sha256"].startswith("ad12b003adec")
     assert {"base", "wheels", "checkpoint", "engines", "verified", "model_repo"} <= set(about["rooms"])
@@ -225,11 +230,15 @@ def test_verify_image_names_what_was_changed(baked: Baked, run: Run, tmp_path: P
     docker("cp", f"{name}:{file}", str(tmp_path / "changed"))
     docker("rm", "--volumes", name)
     data = (tmp_path / "changed").read_bytes()
-    (tmp_path / "changed").write_bytes(data[:-3] + b" " + data[-3:] if file.endswith(".json") else data[:-1] + bytes([data[-1] ^ 1]))
+    (tmp_path / "changed").write_bytes(
+        data[:-3] + b" " + data[-3:] if file.endswith(".json") else data[:-1] + bytes([data[-1] ^ 1])
+    )
     docker("build", "--tag", made, str(tmp_path))
     try:
         done = make(baked.tree, "verify-image", f"IMAGE={made}")
-        assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+        assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, (
+            done.stdout + done.stderr
+        )
     finally:
         docker("image", "rm", "--force", made)
 
@@ -316,11 +325,11 @@ def test_compose_brings_it_up_healthy_and_down(baked: Baked) -> None:
         [name] = say("ps", "--quiet").split()
         container = Container(name)
         container.wait_until_ready()
-        assert ask(int(ports["HTTP_PORT"]), text_input="Once upon a time", max_tokens=8)["text_output"].startswith(STORY[:20])
+        assert ask(int(ports["HTTP_PORT"]), text_input="Once upon a time", max_tokens=8)["text_output"].startswith(
+            STORY[:20]
+        )
         assert container.inspect()["State"]["Health"]["Status"] in ("starting", "healthy")
         say("stop")
         assert container.inspect()["State"]["ExitCode"] == 0
     finally:
         say("down", "--volumes")
-
-

@@ -50,7 +50,7 @@ class Settings:
         return self.image_room.parent
 
     @property
-    def dist(self) -> Path:
+    def folder(self) -> Path:
         return PROJECT / "dist" / f"{self.root.parent.name}-{self.version}"
 
 
@@ -322,13 +322,13 @@ def commit_time() -> datetime:
     return datetime.fromtimestamp(int(done.stdout), timezone.utc)
 
 
-def build_release(settings: Settings) -> None:
+def write_release(settings: Settings) -> None:
     release.check_rooms(settings.root)
     room.read_manifest(settings.image_room)
     described = json.loads((settings.image_room / "layers.json").read_bytes())
     about = json.loads((settings.image_room / "passport.json").read_bytes())
     check_base(settings.base, about)
-    dist = settings.dist
+    dist = settings.folder
     name = f"{described['tag'].partition(':')[0]}:{settings.version}"
     if (dist / "passport.json").is_file():
         if (dist / "passport.json").read_bytes() == (settings.image_room / "passport.json").read_bytes():
@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--timing-cache", type=Path, default=Path("build/timing-cache"))
     args = parser.parse_args()
     key = os.environ.get("KEY", "").strip()
-    build_release(
+    write_release(
         Settings(args.image_room, args.base, args.version, args.builder, Path(key) if key else None, args.timing_cache)
     )
 
