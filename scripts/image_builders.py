@@ -191,14 +191,15 @@ class Buildah(Builder):
     def build(
         self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
     ) -> None:
-        # a layer for each instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc
+        # a layer for each instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc, and knows
+        # no network of its own (nothing in the Dockerfile asks for one: pip is told --no-index)
         words = [
             "buildah",
             "bud",
             "--isolation",
             "chroot",
             "--network",
-            "none",
+            "host",
             "--pull-never",
             "--format",
             "docker",
