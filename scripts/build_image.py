@@ -238,15 +238,10 @@ def bake(
     base_layers = builder.layers(base_image)
     if base.get("layers") and base["layers"] != base_layers:
         raise errors.base_changed(base_image, base["layers"][-1], base_layers[-1])
-    history: Optional[List[Dict[str, Any]]] = None
+    below = image_archive.Base(len(base_layers))
     if not base.get("image"):
-        history = [
-            {
-                "created": image_archive.EPOCH,
-                "created_by": build_base.CREATED_BY,
-                "comment": "the base, from Debian packages",
-            }
-        ]
+        made = {"created": image_archive.EPOCH, "created_by": build_base.CREATED_BY, "comment": "from Debian packages"}
+        below = image_archive.Base(1, settings.base / "base.tar", [made])
     labels = passport.labels(about, passport.sha256(passport.as_bytes(about)))
     arguments = {
         "BASE": base_image,
@@ -268,14 +263,7 @@ def bake(
             total_bytes = sum(source.layer_bytes(number) for number in range(len(source.diff_ids)))
             with shown(total_bytes) as heard:
                 image = image_archive.write_canonical(
-                    source,
-                    len(base_layers),
-                    image_archive.layers_of(dockerfile),
-                    history,
-                    out,
-                    [settings.tag],
-                    labels,
-                    heard,
+                    source, below, image_archive.layers_of(dockerfile), out, [settings.tag], labels, heard
                 )
         built.unlink()
         builder.load(canonical, settings.tag)

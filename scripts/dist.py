@@ -347,7 +347,7 @@ def write_release(settings: Settings) -> None:
     labels = passport.labels(about, room.record_of(room.read_manifest(settings.image_room), "passport.json").sha256)
     with image_archive.Archive(saved) as source, open(partial / ARCHIVE, "wb") as out:
         image = image_archive.write_canonical(
-            source, len(source.diff_ids) - len(added), added, None, out, [name], labels
+            source, image_archive.Base(len(source.diff_ids) - len(added)), added, out, [name], labels
         )
         image_archive.synced(out)
     saved.unlink()

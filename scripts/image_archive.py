@@ -211,6 +211,16 @@ def canonical_config(
     }
 
 
+@dataclass(frozen=True)
+class Base:
+    """What of an image is its base. tar: where it is one layer that was made here, that very file (buildah writes it anew, in another
+    order); history: to take the place of the base's own, or None."""
+
+    layers: int
+    tar: Optional[Path] = None
+    history: Optional[Sequence[Mapping[str, Any]]] = None
+
+
 class Hashed:
     """A file that is hashed while it is written."""
 
@@ -266,44 +276,35 @@ class Blobs:
 
 
 def write_canonical(
-    source: Archive, base_layers: int, added: Sequence[Tuple[str, str]], base_history: Optional[Sequence[Mapping[str, Any]]],
+    source: Archive, base: Base, added: Sequence[Tuple[str, str]],
     out: IO[bytes], names: Sequence[str], annotations: Mapping[str, str], heard: Callable[[int], object] = lambda _: None,
 ) -> Image:  # fmt: skip
     """Write `source` in canonical form.
 
-    base_layers: how many of its layers are the base's; these stay as they are, so that they are shared with every other image of that
-    base. base_history: to take the place of the base's, or None. added: layers_of the Dockerfile. names: what docker calls it.
+    The base's layers stay as they are, so that they are shared with every other image of that base. added: layers_of the Dockerfile.
+    names: what docker calls it.
     """
-    if len(source.diff_ids) - base_layers != len(added):
-        raise errors.layers_do_not_match(source.path, len(source.diff_ids) - base_layers, [line for line, _ in added])
+    if len(source.diff_ids) - base.layers != len(added):
+        raise errors.layers_do_not_match(source.path, len(source.diff_ids) - base.layers, [line for line, _ in added])
     blobs, layers = Blobs(out, heard), []
     below: Set[str] = set()
-    for number in range(base_layers):
+    for number in range(base.layers):
         below.update(clean(member.name) for _, member in source.entries(number) if member.isdir())
-        layer = source.layer(number)
-
-        def copied(blob: Hashed, layer: IO[bytes] = layer) -> None:
-            while block := layer.read(BLOCK_BYTES):
-                blob.write(block)
-
-        digest, size_bytes, _ = blobs.add(copied)
-        if digest != source.diff_ids[number]:
+        with source.layer(number) if base.tar is None else open(base.tar, "rb") as layer:
+            digest, size_bytes, _ = blobs.add(lambda blob: copy_to(blob, layer))  # noqa: B023
+        if base.tar is None and digest != source.diff_ids[number]:
             raise errors.layer_damaged(source.path, number, source.diff_ids[number], digest)
         layers.append(Layer(digest, size_bytes, why="the base image"))
-    for number, (instruction, why) in enumerate(added, base_layers):
+    for number, (instruction, why) in enumerate(added, base.layers):
         with tarfile.open(fileobj=source.layer(number), mode="r:") as tar:
             members = canonical_members(tar, below)
             digest, size_bytes, files = blobs.add(lambda blob: write_layer(tar, members, blob))  # noqa: B023
         layers.append(Layer(digest, size_bytes, instruction, why, files))
-    if base_history is None:
-        kept, filled = [], 0
-        for entry in source.config.get("history", []):
-            filled += not entry.get("empty_layer", False)
-            if filled > base_layers:
-                break
-            kept.append(entry)
-        base_history = kept[: _up_to(kept, base_layers)]
-    config = canonical_config(source.config, [layer.digest for layer in layers], base_history, layers[base_layers:])
+    history = base.history
+    if history is None:
+        written = source.config.get("history", [])
+        history = written[: _up_to(written, base.layers)]
+    config = canonical_config(source.config, [layer.digest for layer in layers], history, layers[base.layers :])
     iid, config_bytes = blobs.add_json(config)
     manifest = {
         "schemaVersion": 2,
@@ -335,6 +336,11 @@ def write_canonical(
     blobs.file("manifest.json", _json(docker))
     blobs.end()
     return Image(iid, manifest_digest, config, layers)
+
+
+def copy_to(blob: Hashed, source: IO[bytes]) -> None:
+    while block := source.read(BLOCK_BYTES):
+        blob.write(block)
 
 
 def blob_name(digest: str) -> str:

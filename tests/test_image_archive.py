@@ -65,7 +65,9 @@ def canonical(path: Path, added: int = 1) -> Tuple[image_archive.Image, bytes]:
     out = io.BytesIO()
     with image_archive.Archive(path) as source:
         instructions = image_archive.layers_of(DOCKERFILE) * added
-        image = image_archive.write_canonical(source, 1, instructions, None, out, ["name:tag"], {"k": "v"})
+        image = image_archive.write_canonical(
+            source, image_archive.Base(1), instructions, out, ["name:tag"], {"k": "v"}
+        )
     return image, out.getvalue()
 
 
