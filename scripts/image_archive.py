@@ -200,6 +200,8 @@ def canonical_config(
 ) -> Dict[str, Any]:
     """The image's configuration: what the Dockerfile and its base say, and nothing of the builder's."""
     settings = {key: config["config"][key] for key in CONFIG_KEYS if config["config"].get(key)}
+    # buildah adds its own version
+    settings["Labels"] = {k: v for k, v in settings.get("Labels", {}).items() if not k.startswith("io.buildah.")}
     history = [{"created": EPOCH, "created_by": layer.instruction, "comment": layer.why} for layer in added]
     return {
         "architecture": config["architecture"],
