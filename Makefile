@@ -267,6 +267,8 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 
 test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
+test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
+	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py $(wildcard tests/test_fuzz*.py))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
 lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
@@ -279,9 +281,11 @@ lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements
 	@scripts/lock.sh $(PY)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
 	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
+bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models on one server: ratios from one run
+	@$(PY) -m scripts.bench_text --root $(VARIANT) $(BENCH)
 bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ratios from one run
 	@$(PY) -m scripts.bench_convert $(BENCH)
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test pin lint lock lock-base bench-serve bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     args = parser.parse_args()
     result: Dict[str, object] = {
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "machine": machine(),
         "python": platform.python_version(),
     }
     result["idle_make_seconds"] = round(idle_make_seconds(), 2)
@@ -129,9 +129,10 @@ def main() -> None:
         print(f"{key:<20} {value}")
 
 
-def _processor() -> str:
+def machine() -> str:
+    """Cores and processor, for the results."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    return f"{os.cpu_count()} cores, {found[1] if found else platform.machine()}"
 
 
 if __name__ == "__main__":

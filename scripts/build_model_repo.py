@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping
 
 from scripts import contracts, errors, room
 
@@ -79,6 +79,7 @@ def hole_values(
         "max_beam_width": str(build["max_beam_width"]),
         # not NVIDIA's: what our text models must know of the engine
         "max_input_len": str(build["max_input_len"]),
+        "max_seq_len": str(build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]),
         "vocab_size": str(network["vocab_size"]),
         # in-flight batching already batches: waiting at the door only adds to the time to first token
         "max_queue_delay_microseconds": "0",
@@ -134,12 +135,12 @@ def config_holes(table: Mapping[str, Any], values: Mapping[str, str], both_names
         parameters[key] = values.get(hole, literal)
 
     def tensor(described: Mapping[str, Any]) -> str:
-        return _tensor({**described, "data_type": filled(described["data_type"], values, where)})
+        return tensor_line({**described, "data_type": filled(described["data_type"], values, where)})
 
     return {
         "inputs": ",\n".join(map(tensor, inputs.values())),
         "outputs": ",\n".join(map(tensor, outputs.values())),
-        "dynamic_batching": filled(_message("dynamic_batching", table["dynamic_batching"]), values, where),
+        "dynamic_batching": filled(_message("dynamic_batching", table["dynamic_batching"] or {}), values, where),
         "parameters": "\n".join(
             f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
             for key, value in parameters.items()
@@ -147,7 +148,7 @@ def config_holes(table: Mapping[str, Any], values: Mapping[str, str], both_names
     }
 
 
-def _tensor(tensor: Mapping[str, Any]) -> str:
+def tensor_line(tensor: Mapping[str, Any]) -> str:
     """One line of ModelConfig.input or .output."""
     parts = [f'name: "{tensor["name"]}"', f"data_type: {tensor['data_type']}"]
     parts.append("dims: [ " + ", ".join(str(size) for size in tensor["dims"]) + " ]")
@@ -157,10 +158,8 @@ def _tensor(tensor: Mapping[str, Any]) -> str:
     return "  { " + " ".join(parts) + " }"
 
 
-def _message(name: str, fields: Optional[Mapping[str, Any]]) -> str:
-    """A table's nested message in text format; nothing when the table has none."""
-    if fields is None:
-        return ""
+def _message(name: str, fields: Mapping[str, Any]) -> str:
+    """A table's nested message in text format."""
     parts = []
     for key, value in fields.items():
         if isinstance(value, dict):

@@ -1026,6 +1026,27 @@ def no_rehearsal_image(seen: str) -> Problem:
     )
 
 
+def bench_server_failed(what: str, last_lines: Sequence[str]) -> Problem:
+    return Problem(
+        "the measured server failed",
+        "bench-text",
+        f"Of the server that was measured: {what}. Its last complaints:\n\n"
+        + "\n".join(f"    {line}" for line in last_lines),
+        "Measure again, on a machine with nothing else to do:",
+        make("bench-text"),
+    )
+
+
+def text_is_wrong(model: str) -> Problem:
+    return Problem(
+        "wrong text",
+        model,
+        f"Answers of {model} were not the text of their tokens (the table above says how many), so its speed says nothing.",
+        "See what the text models' tests say:",
+        make("test", TESTS="tests/test_text.py tests/test_text_models.py"),
+    )
+
+
 def bench_step_failed(command: Sequence[str], status: int) -> Problem:
     return Problem(
         "a measured step failed",

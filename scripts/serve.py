@@ -89,6 +89,11 @@ class Settings:
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return f"http://{host}:{self.http_port}"
 
+    @property
+    def grpc_address(self) -> str:
+        """Where the text models find tensorrt_llm (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
+        return f"{self.url.split('/')[2].rsplit(':', 1)[0]}:{self.grpc_port}"
+
 
 @dataclass(frozen=True)
 class Toolbox:
@@ -100,6 +105,17 @@ class Toolbox:
     open_mpi: int = 5
 
 
+def server_command(toolbox: Toolbox, shared_memory: str) -> List[str]:
+    """tritonserver over the folder model_repo. shared_memory: what the names of the Python backend's begin with."""
+    return [
+        str(toolbox.tritonserver),
+        "--model-repository=model_repo",
+        "--disable-auto-complete-config",
+        *([f"--backend-directory={toolbox.backends}"] if toolbox.backends else []),
+        f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+    ]
+
+
 def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "") -> List[str]:
     """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
 
@@ -107,12 +123,6 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
     shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away.
     """
-    server = [
-        str(toolbox.tritonserver),
-        "--model-repository=model_repo",
-        "--disable-auto-complete-config",
-        *([f"--backend-directory={toolbox.backends}"] if toolbox.backends else []),
-    ]
     leader = [
         f"--http-address={settings.host}", f"--http-port={settings.http_port}",
         f"--grpc-address={settings.host}", f"--grpc-port={settings.grpc_port}",
@@ -127,13 +137,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):
         role = leader if rank == 0 else follower
-        command += [":"] * (rank > 0) + [
-            "-n",
-            "1",
-            *server,
-            *role,
-            f"--backend-config=python,shm-region-prefix-name={run}prefix{rank}_",
-        ]
+        command += [":"] * (rank > 0) + ["-n", "1", *server_command(toolbox, f"{run}prefix{rank}_"), *role]
     return command
 
 
@@ -455,6 +459,7 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))
             environment = server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+            environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
             with open_log(self.settings) as log:
                 room.say(
                     "serve",

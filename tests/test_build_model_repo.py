@@ -20,9 +20,9 @@ TEMPLATES = {path.parent.name: path.read_text() for path in build_model_repo.TEM
 TEXT_MODELS = {"ensemble", "tensorrt_llm_bls"}
 # Parameters of our own text models, which NVIDIA's tables do not have
 OWN = {
-    "preprocessing": {"vocab_size", "max_input_len"},
-    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len", "unary_response_sender"},
-    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len", "unary_response_sender"},
+    "preprocessing": {"vocab_size", "max_input_len", "max_seq_len"},
+    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len", "max_seq_len", "unary_response_sender"},
+    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len", "max_seq_len", "unary_response_sender"},
 }
 # What a Llama has no use for: images, encoders, draft models, prompt tables; the text models do not translate it.
 NOT_FOR_LLAMA = {
@@ -104,7 +104,14 @@ def test_tensors_are_those_of_the_table(version: str, kind: str) -> None:
             for one, other in (("min_length", "min_tokens"), ("random_seed", "seed")):
                 named = inputs.get(one) or inputs.get(other)
                 inputs.update({one: named, other: named} if named else {})
-        assert {tensor.name: described(tensor) for tensor in configs[model].input} == inputs
+        # ours: special tokens are hidden or shown as a request says
+        ours = {
+            "postprocessing": "SKIP_SPECIAL_TOKENS",
+            "ensemble": "skip_special_tokens",
+            "tensorrt_llm_bls": "skip_special_tokens",
+        }
+        declared = {tensor.name: described(tensor) for tensor in configs[model].input if tensor.name != ours.get(model)}
+        assert declared == inputs
         assert len(configs[model].output) == len({tensor["name"] for tensor in table["outputs"]})
         assert {tensor.name: described(tensor) for tensor in configs[model].output} == {
             tensor["name"]: tabled(tensor) for tensor in table["outputs"]

@@ -35,8 +35,9 @@ class TritonPythonModel:
             )
         if lengths.size and not 0 <= lengths.min() <= lengths.max() <= ids.shape[-1]:
             raise sent.Refused(f"SEQUENCE_LENGTH is {lengths.tolist()}; TOKENS_BATCH has {ids.shape[-1]} tokens")
+        skip = bool(sent.scalar(given, "SKIP_SPECIAL_TOKENS", self.skip_special_tokens))
         texts = [
-            self.text.decode(beam[:length].tolist(), self.skip_special_tokens).encode()
+            self.text.decode(beam[:length].tolist(), skip).encode()
             for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
         values = {"OUTPUT": np.array(texts, dtype=object).reshape(lengths.shape)}

@@ -22,26 +22,57 @@ class TritonPythonModel:
         self.text = Text(Path(parameters["tokenizer_dir"]))
         self.add_special_tokens = sent.is_true(parameters["add_special_tokens"])
         self.vocab_size = int(parameters["vocab_size"])
-        self.max_prompt_bytes = int(parameters["max_input_len"]) * self.text.longest_piece_bytes
+        self.limits = sent.Limits.of(parameters, self.text.longest_piece_bytes)
         self.outputs = {tensor["name"] for tensor in config["output"]}
 
     def execute(self, requests: List[Any]) -> List[Any]:
-        return [sent.answered(request, self._outputs) for request in requests]
+        """All texts of all requests are tokenized in one call. A request may be a batch: its rows are padded to the longest."""
+        responses: List[Any] = [None] * len(requests)
+        readable = []
+        for n, request in enumerate(requests):
+            try:
+                given = sent.read(request)
+                readable.append((n, given, sent.texts(given, "QUERY", self.limits.prompt_bytes)))
+            except Exception as problem:
+                responses[n] = sent.failed(problem)
+        all_ids = iter(self.text.encode([text for *_, texts in readable for text in texts], self.add_special_tokens))
+        for n, given, texts in readable:
+            ids = [next(all_ids) for _ in texts]
+            try:
+                responses[n] = sent.response(requests[n], self._outputs(given, ids))
+            except Exception as problem:
+                responses[n] = sent.failed(problem)
+        return responses
 
-    def _outputs(self, given: sent.Sent) -> Dict[str, sent.Array]:
-        prompt = sent.one_text(given, "QUERY", self.max_prompt_bytes)
-        [ids] = self.text.encode([prompt], self.add_special_tokens)
-        bias = sent.weighted_words(given, "EMBEDDING_BIAS_WORDS", "EMBEDDING_BIAS_WEIGHTS")
-        no_bias = np.zeros((1, 0), dtype=np.float32)
-        end_id = given.get("END_ID", np.array([[-1 if self.text.end_id is None else self.text.end_id]], dtype=np.int32))
+    def _outputs(self, given: sent.Sent, ids: List[List[int]]) -> Dict[str, sent.Array]:
+        """ids: of each row."""
+        rows = sent.rows(given, len(ids))
+        for row, tokens in zip(rows, ids):
+            self.limits.check(len(tokens), sent.scalar(row, "REQUEST_OUTPUT_LEN"), "REQUEST_OUTPUT_LEN")
+        biased = [sent.weighted_words(row, "EMBEDDING_BIAS_WORDS", "EMBEDDING_BIAS_WEIGHTS") for row in rows]
+        bias = [self.text.embedding_bias(words, self.vocab_size if any(biased) else 0) for words in biased]
+        own_end_id = np.full((len(rows), 1), -1 if self.text.end_id is None else self.text.end_id, dtype=np.int32)
+        end_id = given.get("END_ID", own_end_id)
+        pad_id = given.get("PAD_ID", end_id)
         values = {
-            "INPUT_ID": np.array([ids], dtype=np.int32),
-            "REQUEST_INPUT_LEN": np.array([[len(ids)]], dtype=np.int32),
+            "INPUT_ID": padded([np.array(tokens, dtype=np.int32) for tokens in ids], pad_id.reshape(-1)[0]),
+            "REQUEST_INPUT_LEN": np.array([[len(tokens)] for tokens in ids], dtype=np.int32),
             "REQUEST_OUTPUT_LEN": given["REQUEST_OUTPUT_LEN"],
-            "BAD_WORDS_IDS": self.text.word_list(sent.words(given, "BAD_WORDS_DICT")),
-            "STOP_WORDS_IDS": self.text.word_list(sent.words(given, "STOP_WORDS_DICT")),
-            "EMBEDDING_BIAS": self.text.embedding_bias(bias, self.vocab_size) if bias else no_bias,
+            "BAD_WORDS_IDS": self._word_lists(rows, "BAD_WORDS_DICT"),
+            "STOP_WORDS_IDS": self._word_lists(rows, "STOP_WORDS_DICT"),
+            "EMBEDDING_BIAS": np.concatenate(bias),
             "OUT_END_ID": end_id,
-            "OUT_PAD_ID": given.get("PAD_ID", end_id),
+            "OUT_PAD_ID": pad_id,
         }
         return {name: value for name, value in values.items() if name in self.outputs}
+
+    def _word_lists(self, rows: List[sent.Sent], name: str) -> sent.Array:
+        """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1."""
+        lists = [self.text.word_list(sent.words(row, name))[0] for row in rows]
+        return np.stack([padded([ids for ids, _ in lists], 0), padded([ends for _, ends in lists], -1)], axis=1)
+
+
+def padded(rows: List[sent.Array], value: int) -> sent.Array:
+    """Rows of different lengths as one array (rows, longest)."""
+    longest = max(len(row) for row in rows)
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=value) for row in rows])

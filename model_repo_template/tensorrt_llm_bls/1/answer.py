@@ -26,9 +26,15 @@ class Answer:
     """
 
     def __init__(
-        self, text: Text, stops: Sequence[str], wanted: Mapping[str, Any], asked: Sequence[str], n_input_tokens: int
+        self,
+        text: Text,
+        stops: Sequence[str],
+        wanted: Mapping[str, Any],
+        asked: Sequence[str],
+        n_input_tokens: int,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self.stream, self.stops = text.stream(), StopStrings(stops)
+        self.stream, self.stops = text.stream(skip_special_tokens), StopStrings(stops)
         self.wanted, self.asked = wanted, asked
         self.n_input_tokens, self.n_output_tokens, self.n_waiting = n_input_tokens, 0, 0
         self.parts: Dict[str, List[Array]] = {name: [] for name in asked}

@@ -1,5 +1,6 @@
 """What a client sent to a text model, read and checked: what cannot be served is refused in a sentence for the client."""
 
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import numpy as np
@@ -7,10 +8,44 @@ import triton_python_backend_utils as pb_utils
 
 Array = np.ndarray[Any, Any]
 REQUIRED = object()
+# Of a list of words: each is looked for in every piece of text, and spelt in tokens
+MAX_WORDS, MAX_WORD_BYTES = 128, 512
 
 
 class Refused(Exception):
     """A request that cannot be served; the text goes to the client."""
+
+
+class Busy(Exception):
+    """A request that could be served, but not now; the text goes to the client."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes, so that a request which it would refuse does not wait for that in its queue."""
+
+    input_tokens: int
+    all_tokens: int
+    # what is longer cannot fit the engine; tokenizing it would take seconds a megabyte
+    prompt_bytes: int
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, str], longest_piece_bytes: int) -> "Limits":
+        """From a config's parameters."""
+        input_tokens = int(parameters["max_input_len"])
+        return cls(input_tokens, int(parameters["max_seq_len"]), input_tokens * longest_piece_bytes)
+
+    def check(self, n_tokens: int, max_tokens: int, name: str) -> None:
+        """Raises Refused, in the torch engine's words. name: the input that says max_tokens."""
+        if n_tokens > self.input_tokens:
+            raise Refused(f"the prompt has {n_tokens} tokens; this engine takes at most {self.input_tokens}")
+        if max_tokens <= 0:
+            raise Refused(f"{name} is {max_tokens}; it must be greater than 0")
+        if n_tokens + max_tokens > self.all_tokens:
+            raise Refused(
+                f"the prompt's {n_tokens} tokens and {name} {max_tokens} make {n_tokens + max_tokens};"
+                f" this engine takes at most {self.all_tokens}"
+            )
 
 
 class Sent(Dict[str, Array]):
@@ -49,6 +84,8 @@ def failed(problem: Exception) -> Any:
     """The response to a request that failed: the client learns why when it can mend it, else the log does."""
     if isinstance(problem, Refused):
         return error(str(problem), pb_utils.TritonError.INVALID_ARG)
+    if isinstance(problem, Busy):
+        return error(str(problem), pb_utils.TritonError.UNAVAILABLE)
     pb_utils.Logger.log_error(f"a request failed: {type(problem).__name__}: {problem}")
     return error("internal error; the server's log says more", pb_utils.TritonError.INTERNAL)
 
@@ -63,26 +100,50 @@ def is_true(parameter: str) -> bool:
 
 
 def one_text(sent: Sent, name: str, max_bytes: int) -> str:
-    """The one text of a request. max_bytes: what is longer cannot fit the engine; tokenizing it would take seconds a megabyte."""
-    values = sent[name].reshape(-1)
-    if len(values) != 1:
-        raise Refused(f"{name} holds {len(values)} texts; a request is one text")
-    if len(values[0]) > max_bytes:
-        raise Refused(f"{name} has {len(values[0])} bytes; the tokens that this engine takes spell at most {max_bytes}")
-    if not len(values[0]):
-        raise Refused(f"{name} is empty")
-    return _utf8(name, values[0])
+    """The one text of a request."""
+    n_texts = sent[name].size
+    if n_texts != 1:
+        raise Refused(f"{name} holds {n_texts} texts; a request is one text")
+    return texts(sent, name, max_bytes)[0]
+
+
+def texts(sent: Sent, name: str, max_bytes: int) -> List[str]:
+    """The texts of a batch, one a row. max_bytes: what is longer cannot fit the engine (Limits)."""
+    values = sent[name]
+    if values.size != len(values):
+        raise Refused(f"{name} has shape {list(values.shape)}; a row is one text")
+    for value in values.reshape(-1):
+        if len(value) > max_bytes:
+            raise Refused(f"{name} has {len(value)} bytes; the tokens that this engine takes spell at most {max_bytes}")
+        if not len(value):
+            raise Refused(f"{name} is empty")
+    return [_utf8(name, value) for value in values.reshape(-1)]
 
 
 def words(sent: Sent, name: str) -> List[str]:
     """A list of words; NVIDIA's clients send [""] for none."""
-    return [_utf8(name, value) for value in sent[name].reshape(-1) if value] if name in sent else []
+    values = sent[name].reshape(-1) if name in sent else ()
+    if len(values) > MAX_WORDS:
+        raise Refused(f"{name} holds {len(values)} words; a request may have {MAX_WORDS}")
+    for value in values:
+        if len(value) > MAX_WORD_BYTES:
+            raise Refused(f"{name} holds a word of {len(value)} bytes; one may have {MAX_WORD_BYTES}")
+    return [_utf8(name, value) for value in values if value]
+
+
+def rows(sent: Sent, n_rows: int) -> List[Sent]:
+    """A batch as one Sent a row, each with a batch dimension of 1."""
+    for name, values in sent.items():
+        if len(values) != n_rows:
+            raise Refused(f"{name} has {len(values)} rows; the batch has {n_rows}")
+    return [Sent({name: values[n : n + 1] for name, values in sent.items()}) for n in range(n_rows)]
 
 
 def weighted_words(sent: Sent, words_name: str, weights_name: str) -> List[Tuple[str, float]]:
     """Words with their weights, as many of these as of those."""
     values = sent[words_name].reshape(-1).tolist() if words_name in sent else []
     weights = sent[weights_name].reshape(-1).tolist() if weights_name in sent else []
+    words(sent, words_name)  # within their limits
     if values == [b""] and len(weights) <= 1:
         return []
     if len(values) != len(weights):

@@ -1,15 +1,20 @@
 """Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer streams."""
 
 import codecs
+import heapq
+import itertools
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from tokenizers import Tokenizer
 
 # U+FFFD, what a byte that is no part of a character is shown as
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# How many ways to spell a word are listed at most; a word of six letters has at most 32
+MAX_SPELLINGS = 64
 # What a token stands for: text, or bytes that are a character only together with their neighbours
 Piece = Union[str, bytes]
 
@@ -67,17 +72,64 @@ class Text:
         return text[1:] if from_start and text.startswith(" ") else text
 
     def spellings(self, word: str) -> List[List[int]]:
-        """The token sequences that a word is likely to be generated as: at the start of a text, after a space, inside a word."""
-        alone, line, inside, spaced = self.encode([word, "\n", "\n" + word, "\n " + word], add_special_tokens=False)
-        found = [alone, *(ids[len(line) :] for ids in (inside, spaced) if ids[: len(line)] == line)]
-        return [ids for n, ids in enumerate(found) if ids and ids not in found[:n]]
+        """The token sequences that spell a word, alone and with a space before it: all of them, the shortest MAX_SPELLINGS of each.
 
-    def word_list(self, words: Sequence[str]) -> "np.ndarray[Any, Any]":
+        Byte tokens count where they are needed: SentencePiece never spells a character in bytes that has a token of its own.
+        """
+        return [ids for text in (word, " " + word) for ids in itertools.islice(self._cuts(text), MAX_SPELLINGS)]
+
+    def _cuts(self, text: str) -> Iterator[List[int]]:
+        """Every way to cut a text into tokens, those of fewest tokens first: best-first search, bound by what the rest needs."""
+        data = text.encode()
+        options: List[List[Tuple[int, int]]] = [[] for _ in data]  # at each byte: (where a token ends, the token)
+        at = 0
+        for character in map(str.encode, text):
+            if character not in self._tokens_of:
+                for n in range(at, at + len(character)):
+                    options[n] += [(n + 1, token) for token in self._byte_tokens_of.get(data[n : n + 1], ())]
+            at += len(character)
+        needed: List[float] = [float("inf")] * len(data) + [0]
+        for at in range(len(data) - 1, -1, -1):
+            for end in range(at + 1, min(len(data), at + self.longest_piece_bytes) + 1):
+                options[at] += [(end, token) for token in self._tokens_of.get(data[at:end], ())]
+            options[at] = [(end, token) for end, token in options[at] if needed[end] < float("inf")]
+            needed[at] = 1 + min((needed[end] for end, _ in options[at]), default=float("inf"))
+        # (tokens at least, minus the bytes spelt: of equals the nearest to its end, tokens so far)
+        waiting: List[Tuple[float, int, List[int]]] = [(needed[0], 0, [])]
+        while waiting:
+            _, at, ids = heapq.heappop(waiting)
+            at = -at
+            if at == len(data):
+                yield ids
+            for end, token in options[at] if at < len(data) else ():
+                heapq.heappush(waiting, (len(ids) + 1 + needed[end], -end, [*ids, token]))
+
+    @cached_property
+    def _tokens_of(self) -> Dict[bytes, List[int]]:
+        """The tokens that stand for a text; with byte-level BPE for any bytes."""
+        return self._by_bytes(bytes if self.nothing == b"" else str)
+
+    @cached_property
+    def _byte_tokens_of(self) -> Dict[bytes, List[int]]:
+        """SentencePiece's tokens of single bytes."""
+        return {} if self.nothing == b"" else self._by_bytes(bytes)
+
+    def _by_bytes(self, kind: type) -> Dict[bytes, List[int]]:
+        found: Dict[bytes, List[int]] = {}
+        for token, piece in self.pieces.items():
+            if isinstance(piece, kind) and piece and token not in self.special:
+                found.setdefault(piece if isinstance(piece, bytes) else piece.encode(), []).append(token)
+        return found
+
+    def word_list(self, words: Sequence[str], after: Sequence[int] = ()) -> "np.ndarray[Any, Any]":
         """Words in the form of TensorRT-LLM's stop_words_list and bad_words_list.
 
+        after: a prompt in which no sequence may begin. TensorRT-LLM compares with the prompt too, and would end an answer whose first
+        tokens complete a word that the prompt's last ones began; those sequences are left out.
         Returns int32 (1, 2, n): row 0 the ids of all sequences in a row, row 1 where each sequence ends, padded with -1.
         """
-        sequences = [ids for word in words if word for ids in self.spellings(word)]
+        spelt = [ids for word in words if word for ids in self.spellings(word)]
+        sequences = [ids for ids in spelt if not any(list(after[-n:]) == ids[:n] for n in range(1, len(ids)))]
         flat = [token for ids in sequences for token in ids]
         ends = np.cumsum([len(ids) for ids in sequences], dtype=np.int32).tolist()
         return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32)
@@ -122,20 +174,35 @@ class TextStream:
 class StopStrings:
     """Cuts a streamed text where the first stop string is complete, and shows nothing that may turn out to be the start of one.
 
-    When several are complete with the same character, the longest counts.
+    When several are complete with the same character, the longest counts. Knuth, Morris and Pratt's search, a character at a time: the
+    cost of a piece depends on its length and on how many stop strings there are, not on theirs.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = [stop for stop in stops if stop]
+        self.stops = [(stop, _fallbacks(stop)) for stop in stops if stop]
+        self.begun = [0] * len(self.stops)  # how much of each the text ends with
         self.held = ""
 
     def push(self, piece: str) -> Tuple[str, bool]:
         """Take a piece of text; return (what can be shown now, whether a stop string was reached)."""
-        text, self.held = self.held + piece, ""
-        found = [(at + len(stop), at) for stop in self.stops for at in [text.find(stop)] if at >= 0]
+        if not self.stops:
+            return piece, False
+        text = self.held + piece
+        found = []
+        for n, (stop, fallbacks) in enumerate(self.stops):
+            begun = self.begun[n]
+            for end, character in enumerate(piece, len(self.held) + 1):
+                while begun and stop[begun] != character:
+                    begun = fallbacks[begun - 1]
+                begun += stop[begun] == character
+                if begun == len(stop):
+                    found.append((end, end - begun))
+                    break
+            self.begun[n] = begun
         if found:
+            self.held = ""
             return text[: min(found)[1]], True
-        shown = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
+        shown = len(text) - max(self.begun)
         self.held = text[shown:]
         return text[:shown], False
 
@@ -145,9 +212,15 @@ class StopStrings:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a start of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def _fallbacks(stop: str) -> List[int]:
+    """For each start of `stop`: the length of its longest own end that is a start of `stop` too."""
+    lengths = [0] * len(stop)
+    for n in range(1, len(stop)):
+        length = lengths[n - 1]
+        while length and stop[n] != stop[length]:
+            length = lengths[length - 1]
+        lengths[n] = length + (stop[n] == stop[length])
+    return lengths
 
 
 def sentencepiece_pieces(vocabulary: Mapping[str, int]) -> Dict[int, Piece]:

@@ -1,28 +1,34 @@
-"""Text in, text out: tokenizes a request, asks tensorrt_llm, and streams the text of its answer as it comes."""
+"""Text in, text out: tokenizes requests, asks tensorrt_llm, and streams the text of its answers as they come."""
 
 import json
+import os
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Deque, Dict, List, Mapping, Optional
 
 import numpy as np
 import sent
 import triton_python_backend_utils as pb_utils
 from answer import ASKED_BY, Answer
+from engine_link import EngineLink, Failed, outputs_of
 from text import Text
 
-# Requests in progress at once. More wait in line here; the engine's own batch is smaller.
-MAX_CONCURRENT = 256
-# Asking Triton whether a client has gone costs a round trip between processes: not at every token.
+# Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own batch is smaller.
+MAX_CONCURRENT = 1024
+# Asking Triton whether a client has gone costs a round trip between processes: each request at most so often ...
 POLL_SECONDS = 0.1
+# ... and all together no more than so many, 1 % of a core
+POLLS_PER_SECOND = 100
+# Where this server's gRPC port is (scripts/serve.py says); Triton's own default
+ADDRESS_VARIABLE, DEFAULT_ADDRESS = "BAKE_GRPC_ADDRESS", "127.0.0.1:8001"
 # What tensorrt_llm calls what clients of the text models call otherwise (docker/contracts/backend, ensemble_steps)
 RENAMED = {"top_k": "runtime_top_k", "top_p": "runtime_top_p", "length_penalty": "len_penalty"}
 # Inputs that become something else on their way; all others are passed on as they are
 TRANSLATED = {
     "text_input", "max_tokens", "stop_words", "bad_words", "embedding_bias_words", "embedding_bias_weights", "stream",
-    "exclude_input_in_output",
+    "exclude_input_in_output", "skip_special_tokens",
 }  # fmt: skip
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -34,7 +40,15 @@ class Call:
         self.request = request
         self.sender = request.get_response_sender() if has_sender else None
         self.inner_id = uuid.uuid4().hex
-        self.ended = False
+        self.answer: Optional[Answer] = None
+        self.streaming = False
+        self.whole = ""
+        # what tensorrt_llm has said and nobody has looked at yet
+        self.arrived: Deque[Any] = deque()
+        self.queued = False
+        self.begun = False
+        self.last: Any = None
+        self.ended = threading.Event()
         self._lock = threading.Lock()
 
     def send(self, response: Any) -> None:
@@ -43,24 +57,31 @@ class Call:
     def end(self, response: Any = None) -> None:
         """Send the last response, unless execute() is to return it; nothing may be asked of the sender after it."""
         with self._lock:
-            self.ended = True
-            if self.sender is not None:
-                self.sender.send(*([] if response is None else [response]), flags=FINAL)
+            if not self.ended.is_set():
+                self.last = response
+                if self.sender is not None:
+                    self.sender.send(*([] if response is None else [response]), flags=FINAL)
+                self.ended.set()
 
     def is_cancelled(self) -> bool:
         with self._lock:
-            return not self.ended and bool((self.sender or self.request).is_cancelled())
+            return not self.ended.is_set() and bool((self.sender or self.request).is_cancelled())
 
 
 class TritonPythonModel:
-    """Triton's interface. One instance serves many requests at once, each in a thread that mostly waits."""
+    """Triton's interface. One instance serves many requests at once.
+
+    Three threads share the work: Triton's own tokenizes and asks, the link's collects what tensorrt_llm says, and `_deliver` turns
+    it into text. What has come for a request while others were served becomes one response: where there is much to do, there are
+    fewer responses, not later ones.
+    """
 
     def initialize(self, args: Dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
         self.vocab_size = int(parameters["vocab_size"])
-        self.max_prompt_bytes = int(parameters["max_input_len"]) * self.text.longest_piece_bytes
+        self.limits = sent.Limits.of(parameters, self.text.longest_piece_bytes)
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.has_sender = self.decoupled or sent.is_true(parameters["unary_response_sender"])
         self.accumulate_tokens = sent.is_true(parameters.get("accumulate_tokens", ""))
@@ -69,79 +90,71 @@ class TritonPythonModel:
             for output in config["output"]
             if output["name"] != "text_output"
         }
+        self.link = EngineLink(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
         self.calls: Dict[str, Call] = {}
+        self.ready: Deque[Call] = deque()
+        self.changed = threading.Condition()
         self.closing = threading.Event()
-        self.threads = ThreadPoolExecutor(MAX_CONCURRENT)
-        self.watcher = threading.Thread(target=self._watch, daemon=True)
-        self.watcher.start()
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._deliver, self._watch)]
+        for thread in self.threads:
+            thread.start()
 
     def execute(self, requests: List[Any]) -> Optional[List[Any]]:
         """Returns at once; but where Triton has no response sender for unary models, with the last of the responses."""
-        served = [self.threads.submit(self._serve, Call(request, self.has_sender)) for request in requests]
-        return None if self.has_sender else [serving.result() for serving in served]
+        calls = [Call(request, self.has_sender) for request in requests]
+        given, prompts = {}, {}
+        for call in calls:
+            try:
+                given[call] = sent.read(call.request)
+                prompts[call] = sent.one_text(given[call], "text_input", self.limits.prompt_bytes)
+            except Exception as problem:
+                call.end(sent.failed(problem))
+        for call, ids in zip(prompts, self.text.encode(list(prompts.values()))):
+            try:
+                self._ask(call, given[call], prompts[call], ids)
+            except Exception as problem:
+                self._forget(call)
+                call.end(sent.failed(problem))
+        if self.has_sender:
+            return None
+        for call in calls:
+            call.ended.wait()
+        return [call.last for call in calls]
 
     def finalize(self) -> None:
-        self.threads.shutdown(wait=True)
+        for call in list(self.calls.values()):
+            call.ended.wait()
+        self.link.close()
         self.closing.set()
-        self.watcher.join()
+        with self.changed:
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join()
 
-    def _serve(self, call: Call) -> Any:
-        """Answer one request to the end; returns its last response."""
-        try:
-            last = self._answer(call)
-        except Exception as error:
-            last = sent.failed(error)
-        self.calls.pop(call.inner_id, None)
-        call.end(last)
-        return last
-
-    def _answer(self, call: Call) -> Any:
-        """Serve one request but for its last response, which is returned; None when everything has been sent.
+    def _ask(self, call: Call, given: sent.Sent, prompt: str, ids: List[int]) -> None:
+        """Check a request and hand it to tensorrt_llm.
 
         A request that does not stream gets exactly one response: Triton's HTTP generate takes no other number.
         """
-        given = sent.read(call.request)
-        prompt = sent.one_text(given, "text_input", self.max_prompt_bytes)
-        [ids] = self.text.encode([prompt])
+        self.limits.check(len(ids), sent.scalar(given, "max_tokens"), "max_tokens")
+        if sent.scalar(given, "stream", False):
+            if not self.decoupled:  # in TensorRT-LLM's words; what tensorrt_llm says loses its code on the way
+                raise sent.Refused("Streaming is only supported if model is deployed using decoupled mode.")
+            call.streaming = True
         wanted = {name: self.dtypes[name] for name in call.request.requested_output_names() if name in self.dtypes}
         asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"), False)]
-        answer = Answer(self.text, sent.words(given, "stop_words"), wanted, asked, len(ids))
-        streaming = sent.scalar(given, "stream", False)
-        if streaming and not self.decoupled:  # in TensorRT-LLM's words; what tensorrt_llm says loses its code on the way (Triton 2.51)
-            raise sent.Refused("Streaming is only supported if model is deployed using decoupled mode.")
-        whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
+        stops = sent.words(given, "stop_words")
+        skip_special_tokens = sent.scalar(given, "skip_special_tokens", True)
+        call.answer = Answer(self.text, stops, wanted, asked, len(ids), skip_special_tokens)
+        call.whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
+        inputs = self._engine_inputs(given, ids, stops)
+        with self.changed:
+            if len(self.calls) >= MAX_CONCURRENT:
+                raise sent.Busy(f"the server is busy: {MAX_CONCURRENT} requests are in progress")
+            self.calls[call.inner_id] = call
+        self.link.ask(call.inner_id, inputs, ["output_ids", *asked], lambda said: self._receive(call, said))
 
-        def response() -> Any:
-            nonlocal whole
-            values = answer.take()
-            shown = values["text_output"]
-            if self.accumulate_tokens or not streaming:
-                whole = shown = whole + shown
-            values["text_output"] = np.array([[shown.encode()]], dtype=object)
-            return sent.response(call.request, values)
-
-        engine = pb_utils.InferenceRequest(
-            model_name="tensorrt_llm",
-            request_id=call.inner_id,
-            inputs=self._engine_inputs(given, ids),
-            requested_output_names=["output_ids", *asked],
-        )
-        self.calls[call.inner_id] = call
-        for part in engine.exec(decoupled=True):
-            if part.has_error():
-                # the client knows this input by its own name
-                message = part.error().message().replace("request_output_len", "max_tokens")
-                return sent.error(message, part.error().code())
-            outputs = {tensor.name(): tensor.as_numpy() for tensor in part.output_tensors()}
-            if "output_ids" not in outputs or answer.stopped:
-                continue
-            if answer.push(outputs) and streaming:
-                call.send(response())
-            if answer.stopped:
-                self._stop(call)
-        return response() if answer.finish() or not streaming else None
-
-    def _engine_inputs(self, given: sent.Sent, ids: List[int]) -> List[Any]:
+    def _engine_inputs(self, given: sent.Sent, ids: List[int], stops: List[str]) -> Mapping[str, sent.Array]:
         """The tensors that tensorrt_llm is asked with."""
         values: Dict[str, sent.Array] = {
             # some inputs come without their axis of one value (`reshape` in the config)
@@ -154,8 +167,8 @@ class TritonPythonModel:
         values["request_output_len"] = np.array([[sent.scalar(given, "max_tokens")]], dtype=np.int32)
         # streaming whenever it can be: so that a stop string ends the work at the next token; else only one that is whole tokens does
         values["streaming"] = np.array([[self.decoupled]])
-        if not self.decoupled and (stop_words := sent.words(given, "stop_words")):
-            values["stop_words_list"] = self.text.word_list(stop_words)
+        if not self.decoupled and stops:
+            values["stop_words_list"] = self.text.word_list(stops, after=ids)
         if self.text.end_id is not None:
             values.setdefault("end_id", np.array([[self.text.end_id]], dtype=np.int32))
         if "end_id" in values:
@@ -164,7 +177,77 @@ class TritonPythonModel:
             values["bad_words_list"] = self.text.word_list(bad_words)
         if bias := sent.weighted_words(given, "embedding_bias_words", "embedding_bias_weights"):
             values["embedding_bias"] = self.text.embedding_bias(bias, self.vocab_size)
-        return [pb_utils.Tensor(name, value) for name, value in values.items()]
+        return values
+
+    def _receive(self, call: Call, said: Any) -> None:
+        """Called in the link's thread."""
+        with self.changed:
+            call.arrived.append(said)
+            if not call.queued:
+                call.queued = True
+                # a first token waits for no one else's next
+                (self.ready.append if call.begun else self.ready.appendleft)(call)
+                self.changed.notify()
+
+    def _deliver(self) -> None:
+        """Send what is ready, request after request, each with all that has come for it."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.ready or self.closing.is_set())
+                if not self.ready:
+                    return
+                call = self.ready.popleft()
+                call.queued = False
+                said = list(call.arrived)
+                call.arrived.clear()
+            call.begun = True
+            try:
+                if not call.ended.is_set():
+                    self._tell(call, said)
+            except Exception as problem:
+                self.link.stop(call.inner_id)
+                self._end(call, sent.failed(problem))
+
+    def _tell(self, call: Call, said: List[Any]) -> None:
+        """One response at most, of everything that tensorrt_llm has said of a request since the last one."""
+        answer = call.answer
+        assert answer is not None
+        has_text = False
+        for one in said:
+            if isinstance(one, Failed):
+                # the client knows this input by its own name
+                message = str(one).replace("request_output_len", "max_tokens")
+                code = pb_utils.TritonError.INVALID_ARG if one.is_refusal else pb_utils.TritonError.INTERNAL
+                self._end(call, sent.error(message, code))
+                return
+            if one is None:
+                has_rest = answer.finish()
+                self._end(call, self._response(call) if has_rest or not call.streaming else None)
+                return
+            has_text |= answer.push(outputs_of(one))
+            if answer.stopped:
+                self.link.stop(call.inner_id)
+                self._end(call, self._response(call))
+                return
+        if has_text and call.streaming:
+            call.send(self._response(call))
+
+    def _response(self, call: Call) -> Any:
+        assert call.answer is not None
+        values = call.answer.take()
+        shown = values["text_output"]
+        if self.accumulate_tokens or not call.streaming:
+            call.whole = shown = call.whole + shown
+        values["text_output"] = np.array([[shown.encode()]], dtype=object)
+        return sent.response(call.request, values)
+
+    def _end(self, call: Call, last: Any) -> None:
+        self._forget(call)
+        call.end(last)
+
+    def _forget(self, call: Call) -> None:
+        with self.changed:
+            self.calls.pop(call.inner_id, None)
 
     def _watch(self) -> None:
         """Ends the requests whose client has gone, also those that wait for their first token.
@@ -175,19 +258,8 @@ class TritonPythonModel:
             for call in list(self.calls.values()):
                 try:
                     if call.is_cancelled():
-                        self._stop(call)
+                        self.link.stop(call.inner_id)
                 except Exception as problem:  # of one request; the others are still to be watched
                     sent.failed(problem)
-
-    def _stop(self, call: Call) -> None:
-        """End a running request: the contract's `stop` input, with the same request id."""
-        one = np.array([[1]], dtype=np.int32)
-        inputs = [pb_utils.Tensor(name, one) for name in ("input_ids", "input_lengths", "request_output_len")]
-        stop = pb_utils.InferenceRequest(
-            model_name="tensorrt_llm",
-            request_id=call.inner_id,
-            inputs=[*inputs, pb_utils.Tensor("stop", np.array([[True]]))],
-            requested_output_names=["output_ids"],
-        )
-        for _ in stop.exec(decoupled=True):
-            pass
+                if len(self.calls) > POLL_SECONDS * POLLS_PER_SECOND and self.closing.wait(1 / POLLS_PER_SECOND):
+                    return

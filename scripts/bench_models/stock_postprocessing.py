@@ -1,0 +1,36 @@
+"""What NVIDIA's postprocessing of v0.8.0 does, for `make bench-text`, said anew from notes on its behaviour: every response by itself.
+
+The tokens of a response through Hugging Face's tokenizer without those before them; log probabilities and logits copied through.
+"""
+
+import json
+from typing import Any, Dict, List
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from transformers import AutoTokenizer
+
+COPIED = ("CUM_LOG_PROBS", "OUTPUT_LOG_PROBS", "CONTEXT_LOGITS", "GENERATION_LOGITS")
+
+
+class TritonPythonModel:
+    """Triton's interface."""
+
+    def initialize(self, args: Dict[str, str]) -> None:
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.tokenizer = AutoTokenizer.from_pretrained(parameters["tokenizer_dir"]["string_value"])
+
+    def execute(self, requests: List[Any]) -> List[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        lengths = given["SEQUENCE_LENGTH"].reshape(-1)
+        beams = given["TOKENS_BATCH"].reshape(len(lengths), -1)
+        texts = [
+            str(self.tokenizer.decode(beam[:length], skip_special_tokens=True)).encode()
+            for beam, length in zip(beams, lengths)
+        ]
+        values = {"OUTPUT": np.array(texts, dtype=object).reshape(1, -1)}
+        values.update({f"OUT_{name}": given[name] for name in COPIED})
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items()])

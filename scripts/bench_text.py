@@ -1,0 +1,370 @@
+"""`make bench-text`: the text models against NVIDIA's of v0.8.0, side by side on one real tritonserver, over an engine without weights.
+
+alone   tensorrt_llm asked with token ids: a stand-in (scripts/bench_models/stand_in.py), the most that anything over it can reach
+stock   Triton's ensemble of NVIDIA's pre- and postprocessing, its behaviour said anew (scripts/bench_models/stock_*.py)
+ours    the ensemble that `make model_repo` makes
+
+Each client keeps one request on its way over a gRPC stream of its own: 128 tokens in, 64 out, streamed. Every answer of ours is compared
+with the text of its tokens. Ratios are of one run; a round asks all three in turn, the numbers are medians over the rounds.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import grpc
+import numpy as np
+
+from scripts import bench_serve, build_model_repo, contracts, errors, serve
+
+MODELS = Path(__file__).parent / "bench_models"
+WRITTEN = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm_bls" / "1"
+VERSION = "0.8.0"
+IN_TOKENS, OUT_TOKENS = 128, 64
+MAX_BATCH_SIZE = 64
+WARM_SECONDS = 1.0
+# English, Korean, Chinese, joined emoji, two spaces: what streams break on
+SAMPLE = "Once upon a time  there was 다람쥐 한 마리, 숲속의 작은 집. 你好 👩‍👩‍👧 and a fox 🦊 who said: naïve! "
+
+
+@dataclass
+class Measured:
+    """What the clients saw in one window."""
+
+    seconds: float
+    answers: int = 0
+    responses: int = 0
+    wrong_texts: int = 0
+    first_token_seconds: List[float] = field(default_factory=list)
+    answer_seconds: List[float] = field(default_factory=list)
+
+    def summary(self) -> Dict[str, float]:
+        first = sorted(self.first_token_seconds) or [float("nan")]
+        return {
+            "tokens_per_second": self.answers * OUT_TOKENS / self.seconds,
+            "responses_per_second": self.responses / self.seconds,
+            "first_token_p50_ms": 1e3 * first[len(first) // 2],
+            "first_token_p99_ms": 1e3 * first[min(len(first) - 1, int(len(first) * 0.99))],
+            "answer_seconds": statistics.mean(self.answer_seconds) if self.answer_seconds else float("nan"),
+            "wrong_texts": self.wrong_texts,
+        }
+
+
+# --- the repository: the made one with the stand-in for its engine, and stock's three models beside it ---
+
+
+def stock_configs(tokenizer_dir: str) -> Dict[str, str]:
+    """config.pbtxt of NVIDIA's three models of v0.8.0 under names of their own, from the version's contract table."""
+    table = contracts.table("backend", VERSION)
+    renamed = {"preprocessing": "stock_preprocessing", "postprocessing": "stock_postprocessing"}
+    configs = {}
+    for model in ("preprocessing", "postprocessing", "ensemble"):
+        tensors = "".join(
+            f"{kind} [\n"
+            + ",\n".join(build_model_repo.tensor_line(tensor) for tensor in table[model][f"{kind}s"])
+            + "\n]\n"
+            for kind in ("input", "output")
+        )
+        text = f'name: "stock_{model}"\nmax_batch_size: {MAX_BATCH_SIZE}\n{tensors}'
+        if model == "ensemble":
+            text += 'platform: "ensemble"\nensemble_scheduling {\n'
+            for step in table[model]["ensemble_steps"]:
+                name = renamed.get(step["model_name"], step["model_name"])
+                maps = "".join(
+                    f'    {kind} {{ key: "{key}" value: "{value}" }}\n'
+                    for kind in ("input_map", "output_map")
+                    for key, value in step[kind].items()
+                )
+                text += f'  step {{\n    model_name: "{name}" model_version: -1\n{maps}  }}\n'
+            text += "}\n"
+        else:
+            text += 'backend: "python"\ninstance_group [ { count: 1 kind: KIND_CPU } ]\n'
+            text += f'parameters {{ key: "tokenizer_dir" value {{ string_value: "{tokenizer_dir}" }} }}\n'
+        configs[f"stock_{model}"] = text
+    return configs
+
+
+def write_repository(made: Path, folder: Path) -> None:
+    """folder/model_repo, ready to be served from `folder`."""
+    repository = folder / "model_repo"
+    shutil.copytree(made, repository, ignore=shutil.ignore_patterns("manifest.json", "args"))
+    for config in repository.glob("*/config.pbtxt"):  # as many as the clients, whatever the engines were built for
+        config.write_text(re.sub(r"(?m)^max_batch_size: \d+", f"max_batch_size: {MAX_BATCH_SIZE}", config.read_text()))
+    engine = repository / "tensorrt_llm" / "1"
+    shutil.rmtree(engine)
+    engine.mkdir()
+    shutil.copy(MODELS / "stand_in.py", engine / "model.py")
+    for model, text in stock_configs(f"model_repo/{build_model_repo.TOKENIZER}").items():
+        version = repository / model / "1"
+        version.mkdir(parents=True)
+        (version.parent / "config.pbtxt").write_text(text)
+        if model != "stock_ensemble":
+            shutil.copy(MODELS / f"{model}.py", version / "model.py")
+
+
+class Server:
+    """One tritonserver over such a repository, on free ports of this machine."""
+
+    def __init__(self, made: Path, run_dir: Path) -> None:
+        self.folder = run_dir / "served"
+        write_repository(made, self.folder)
+        self.pace(1000, at_once=True)
+        toolbox = serve.find_toolbox(run_dir)
+        environment = serve.server_environment(os.environ, toolbox, run_dir, 1, os.cpu_count() or 1)
+        environment["HF_HUB_OFFLINE"] = "1"
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            http_port, self.grpc_port = first.getsockname()[1], second.getsockname()[1]
+        environment["BAKE_GRPC_ADDRESS"] = f"127.0.0.1:{self.grpc_port}"
+        command = serve.server_command(toolbox, f"{run_dir.name}-") + [
+            "--http-address=127.0.0.1", f"--http-port={http_port}", "--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}",
+            "--allow-metrics=false",
+        ]  # fmt: skip
+        self.log = open(run_dir / "log", "w+")  # noqa: SIM115 (closed in end)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not serve.http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready", None, 2):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
+                raise errors.bench_server_failed("it did not become ready", self.tail())
+            time.sleep(0.1)
+
+    def pace(self, step_microseconds: int, at_once: bool) -> None:
+        """How the stand-in steps from its next idle moment on."""
+        text = f"{step_microseconds} {'ready' if at_once else 'one'}"
+        (self.folder / "model_repo" / "tensorrt_llm" / "1" / "pace").write_text(text)
+
+    def tail(self) -> List[str]:
+        """What it has to say of its failure."""
+        lines = Path(self.log.name).read_text().splitlines()
+        return [line for line in lines if line[:1] in ("E", "F")][-serve.LOG_LINES :]
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+# --- the clients ---
+
+
+def prompt_of(tokenizer_dir: Path) -> Tuple[str, List[int], str]:
+    """A text of IN_TOKENS tokens, BOS included; its ids; and the text that the stand-in makes of it."""
+    sys.path.insert(0, str(WRITTEN))
+    from text import Text
+
+    text = Text(tokenizer_dir)
+    prompt = SAMPLE * (IN_TOKENS // 8)
+    while len(text.encode([prompt])[0]) > IN_TOKENS:
+        prompt = prompt[:-1]
+    ids = text.encode([prompt])[0]
+    said = [token for token in ids if token > 2]
+    return prompt, ids, text.decode([said[n % len(said)] for n in range(OUT_TOKENS)])
+
+
+def request_of(model: str, prompt: str, ids: Sequence[int]) -> Any:
+    """The gRPC message that each client sends again and again."""
+    import tritonclient.grpc as triton
+    from tritonclient.grpc import service_pb2
+
+    if model == "tensorrt_llm":
+        values = {
+            "input_ids": np.array([ids], np.int32), "input_lengths": np.array([[len(ids)]], np.int32),
+            "request_output_len": np.array([[OUT_TOKENS]], np.int32), "streaming": np.array([[True]]),
+        }  # fmt: skip
+    else:
+        values = {
+            "text_input": np.array([[prompt.encode()]], dtype=object), "max_tokens": np.array([[OUT_TOKENS]], np.int32),
+            "stream": np.array([[True]]), "bad_words": np.array([[b""]], dtype=object), "stop_words": np.array([[b""]], dtype=object),
+        }  # fmt: skip
+    types = {"i": "INT32", "?": "BOOL", "O": "BYTES"}
+    message = service_pb2.ModelInferRequest(model_name=model)
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    for name, value in values.items():
+        tensor = triton.InferInput(name, list(value.shape), types[value.dtype.char])
+        tensor.set_data_from_numpy(value)
+        message.inputs.append(tensor._get_tensor())
+        message.raw_input_contents.append(tensor._get_content())
+    return message
+
+
+ANSWER_SECONDS = 60
+
+
+async def client(stub: Any, request: Any, expected: Optional[str], until: float, begins: float, seen: Measured) -> None:
+    """Ask, read to the end, ask again. Only what begins after `begins` and ends before `until` counts."""
+    stream = stub.ModelStreamInfer()
+    while time.monotonic() < until:
+        asked, first, text, responses, done = time.monotonic(), 0.0, [], 0, False
+        await stream.write(request)
+        while not done:
+            answer = await stream.read()
+            if answer.error_message:
+                raise errors.request_refused(answer.error_message)
+            response = answer.infer_response
+            if response.outputs:
+                responses += 1
+                first = first or time.monotonic()
+                if expected is not None:
+                    at = next(n for n, output in enumerate(response.outputs) if output.name == "text_output")
+                    text.append(response.raw_output_contents[at][4:])
+            done = response.parameters["triton_final_response"].bool_param
+        now = time.monotonic()
+        if asked >= begins:
+            seen.first_token_seconds.append(first - asked)
+        if asked >= begins and now <= until:
+            seen.answer_seconds.append(now - asked)
+        if begins <= now <= until:
+            seen.answers += 1
+            seen.responses += responses
+            seen.wrong_texts += expected is not None and b"".join(text).decode() != expected
+    await stream.done_writing()
+    stream.cancel()
+
+
+async def window(port: int, request: Any, expected: Optional[str], clients: int, seconds: float) -> Measured:
+    """Warm up, then measure. An answer's tokens count in the window that it ends in."""
+    from tritonclient.grpc import service_pb2_grpc
+
+    begins = time.monotonic() + WARM_SECONDS
+    seen = Measured(seconds)
+    channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("bench", n)]) for n in range(4)]
+    stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
+    await asyncio.gather(
+        *(client(stubs[n % 4], request, expected, begins + seconds, begins, seen) for n in range(clients))
+    )
+    for channel in channels:
+        await channel.close()
+    return seen
+
+
+def median_of(rounds: Sequence[Measured]) -> Dict[str, float]:
+    """The median of each number over the rounds; wrong texts are summed."""
+    found = [one.summary() for one in rounds]
+    summary = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    summary["wrong_texts"] = sum(one.wrong_texts for one in rounds)
+    summary["answers"] = sum(one.answers for one in rounds)
+    return summary
+
+
+def measure(
+    server: Server, cases: Mapping[str, Tuple[Any, Optional[str]]], clients: int, rounds: int, seconds: float
+) -> Dict[str, Any]:
+    """All cases in turn, `rounds` times."""
+    seen: Dict[str, List[Measured]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, (request, expected) in cases.items():
+            asked = window(server.grpc_port, request, expected, clients, seconds)
+            try:
+                seen[name].append(asyncio.run(asyncio.wait_for(asked, seconds + ANSWER_SECONDS)))
+            except (grpc.RpcError, TimeoutError) as problem:
+                raise errors.bench_server_failed(
+                    f"{name} did not answer: {type(problem).__name__}", server.tail()
+                ) from None
+    return {name: median_of(found) for name, found in seen.items()}
+
+
+# name of a measurement: (microseconds of a step of the stand-in, all ready tokens in a response?, clients, what it shows)
+PACES = {
+    "one": (
+        2000,
+        False,
+        32,
+        "the engine sends one token a response, as NVIDIA's does: where stock's numbers were first taken",
+    ),
+    "ready": (2000, True, 32, "the engine sends all tokens that are ready, as the torch engine does"),
+    "paced": (
+        8000,
+        True,
+        8,
+        "an engine of 1,000 tokens a second for 8 clients: what the text adds to an answer's time",
+    ),
+}
+
+
+def verdicts(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Dict[str, float]:
+    """The ratios that the README states."""
+    one, ready, paced = found["one"], found["ready"], found["paced"]
+    speed = "tokens_per_second"
+    return {
+        "ours_to_stock": ready["ours"][speed] / one["stock"][speed],
+        "ours_to_stock_on_one_engine": ready["ours"][speed] / ready["stock"][speed],
+        "alone_to_target": ready["alone"][speed] / (5 * one["stock"][speed]),
+        "first_token_p99_ms": ready["ours"]["first_token_p99_ms"],
+        "stock_first_token_p99_ms": one["stock"]["first_token_p99_ms"],
+        "added_percent": 100 * (paced["ours"]["answer_seconds"] / paced["alone"]["answer_seconds"] - 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="the folder that holds the room model_repo")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each window, after a second of warming up")
+    args = parser.parse_args()
+    made = args.root / "model_repo"
+    prompt, ids, expected = prompt_of(made / build_model_repo.TOKENIZER)
+    cases = {
+        "alone": (request_of("tensorrt_llm", prompt, ids), None),
+        "stock": (request_of("stock_ensemble", prompt, ids), expected),
+        "ours": (request_of("ensemble", prompt, ids), expected),
+    }
+    found: Dict[str, Dict[str, Dict[str, float]]] = {}
+    print(
+        f"{'':<14}{'tokens/s':>10}{'responses/s':>13}{'first token p50':>17}{'p99':>8}{'answer':>9}{'wrong texts':>13}"
+    )
+    with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+        server = Server(made, Path(folder))
+        try:
+            for pace, (step, at_once, clients, what) in PACES.items():
+                server.pace(step, at_once)
+                print(f"\n{what}; {clients} clients")
+                found[pace] = measure(server, cases, clients, args.rounds, args.seconds)
+                for name, numbers in found[pace].items():
+                    wrong = f"{numbers['wrong_texts']:.0f} of {numbers['answers']:.0f}" if name != "alone" else ""
+                    print(
+                        f"  {name:<12}{numbers['tokens_per_second']:>10.0f}{numbers['responses_per_second']:>13.0f}"
+                        f"{numbers['first_token_p50_ms']:>14.1f} ms{numbers['first_token_p99_ms']:>8.1f}"
+                        f"{1e3 * numbers['answer_seconds']:>9.0f}{wrong:>13}",
+                        flush=True,
+                    )
+        finally:
+            server.end()
+    result = {
+        "machine": bench_serve.machine(),
+        "python": platform.python_version(),
+        "found": found,
+        "ratios": verdicts(found),
+    }
+    Path("build").mkdir(exist_ok=True)
+    (Path("build") / "bench-text.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{result['machine']}")
+    for key, value in verdicts(found).items():
+        print(f"{key:<28} {value:.2f}")
+    if any(found[pace]["ours"]["wrong_texts"] for pace in found):
+        raise errors.text_is_wrong("ensemble")
+
+
+if __name__ == "__main__":
+    errors.run(main)
