@@ -349,7 +349,10 @@ class Ranks:
         Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
         """
         now, current = time.monotonic(), processes.of_session(self.session)
-        self.expected.update({key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"})
+        servers = {key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"}
+        # a server that starts another program is two of that name for a moment
+        pids = {p.pid for p in servers.values()}
+        self.expected.update({key: p for key, p in servers.items() if p.parent not in pids})
         gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
         if gone:
             self.gone_since = self.gone_since or now

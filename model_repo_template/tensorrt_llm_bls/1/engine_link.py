@@ -1,19 +1,29 @@
 """The way from a text model to tensorrt_llm in the same server: Triton's own gRPC port, all requests on one stream.
 
-Not the Python backend's call for this (BLS, exec(decoupled=True)): with 32 streams it ends the server within seconds (seen with
-Triton 2.51). It drops what an answer was made of in a thread that does not hold Python's lock (Stub::SendCleanupId), and keeps its
-running calls in a map that several threads change at once (ModelInstanceState::infer_payload_). It also holds one of 32 threads for
-every request that waits for its first token. May go when both are mended upstream.
+The Python backend has a call for this (BLS), but with 32 streams at full speed it ends the server within seconds (seen with Triton
+2.51): it keeps its running calls in a map that several threads change at once (ModelInstanceState::infer_payload_), and drops what an
+answer was made of in a thread that does not hold Python's lock (Stub::SendCleanupId). So it is used only where there is no gRPC
+client, as in some of NVIDIA's containers. May go when both are mended upstream.
 """
 
 import asyncio
 import threading
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, Mapping, Optional, Sequence, Tuple, Union
 
-import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
+import triton_python_backend_utils as pb_utils
+
+try:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+    from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
+
+    HAS_CLIENT = True
+except ImportError:
+    HAS_CLIENT = False
 
 Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
@@ -32,15 +42,24 @@ class Failed(Exception):
         self.is_refusal = is_refusal
 
 
-# Is given what comes for a request: any number of ModelInferResponse, then None, or a Failed instead.
+# Is given what comes for a request: responses (of the link's own kind, see its outputs_of), then None, or a Failed instead.
 Receive = Callable[[Any], None]
 
+# The contract's way to end a running request with what it has: another one with its id, and with these inputs
+ONE = np.array([[1]], dtype=np.int32)
+STOP = {"input_ids": ONE, "input_lengths": ONE, "request_output_len": ONE, "stop": np.array([[True]])}
 
-class EngineLink:
+
+def open_link(address: str, decoupled: bool) -> "Union[GrpcLink, BlsLink]":
+    """address: of this server's gRPC port; empty where it is not to be used. decoupled: Triton's mode of tensorrt_llm."""
+    return GrpcLink(address, decoupled) if HAS_CLIENT and address else BlsLink()
+
+
+class GrpcLink:
     """Asks tensorrt_llm. All methods may be called from any thread; what is received is handed over in a thread of the link's own."""
 
     def __init__(self, address: str, decoupled: bool) -> None:
-        """decoupled: Triton's mode of tensorrt_llm. Undecoupled models take unary calls, which do not wait for each other."""
+        """An undecoupled tensorrt_llm is asked by unary calls, which do not wait for each other."""
         self._address, self._decoupled = address, decoupled
         self._receivers: Dict[str, Receive] = {}
         self._stream: Any = None
@@ -57,11 +76,17 @@ class EngineLink:
         self._loop.call_soon_threadsafe(self._ask, message, receive)
 
     def stop(self, request_id: str) -> None:
-        """End a running request with what it has: the contract's `stop` input, with the same request id."""
-        one = np.array([[1]], dtype=np.int32)
-        inputs = dict.fromkeys(("input_ids", "input_lengths", "request_output_len"), one)
-        message = request_message(request_id, {**inputs, "stop": np.array([[True]])}, ["output_ids"])
+        """End a running request with what it has."""
+        message = request_message(request_id, STOP, ["output_ids"])
         self._loop.call_soon_threadsafe(self._ask, message, None)
+
+    @staticmethod
+    def outputs_of(response: Any) -> Mapping[str, Array]:
+        """The tensors of a response."""
+        return {
+            output.name: np.frombuffer(content, dtype=triton_to_np_dtype(output.datatype)).reshape(output.shape)
+            for output, content in zip(response.outputs, response.raw_output_contents)
+        }
 
     def close(self) -> None:
         """Nothing is on its way any more."""
@@ -163,10 +188,60 @@ def request_message(request_id: str, inputs: Mapping[str, Array], outputs: Seque
     return message
 
 
-def outputs_of(response: Any) -> Dict[str, Array]:
-    """The tensors of a ModelInferResponse."""
-    contents: List[bytes] = list(response.raw_output_contents)
-    return {
-        output.name: np.frombuffer(content, dtype=triton_to_np_dtype(output.datatype)).reshape(output.shape)
-        for output, content in zip(response.outputs, contents)
-    }
+# --- where there is no gRPC client ---
+
+# Triton holds one of 32 threads for each request that waits for its first token, and needs some for what is sent meanwhile.
+MAX_WAITING = 24
+MAX_RUNNING = 256
+# How long an answer is kept from being dropped: far longer than the backend's own thread takes to drop it
+KEPT_SECONDS = 5.0
+
+
+class BlsLink:
+    """The same over the Python backend's own call, a thread for each request."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MAX_RUNNING)
+        self._waiting = threading.Semaphore(MAX_WAITING)
+        self._kept: Deque[Tuple[float, Any]] = deque()
+
+    def ask(self, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str], receive: Receive) -> None:
+        self._threads.submit(self._ask, request_id, inputs, outputs, receive)
+
+    def stop(self, request_id: str) -> None:
+        for _ in self._request(request_id, STOP, ["output_ids"]).exec(decoupled=True):
+            pass
+
+    @staticmethod
+    def outputs_of(response: Any) -> Mapping[str, Array]:
+        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    @staticmethod
+    def _request(request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:
+        tensors = [pb_utils.Tensor(name, value) for name, value in inputs.items()]
+        return pb_utils.InferenceRequest(
+            model_name=MODEL, request_id=request_id, inputs=tensors, requested_output_names=list(outputs)
+        )
+
+    def _ask(self, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str], receive: Receive) -> None:
+        responses = None
+        try:
+            with self._waiting:  # exec() returns with the first response
+                responses = self._request(request_id, inputs, outputs).exec(decoupled=True)
+            for response in responses:
+                if response.has_error():
+                    error = response.error()
+                    receive(Failed(error.message(), error.code() == pb_utils.TritonError.INVALID_ARG))
+                    return
+                if response.output_tensors():
+                    receive(response)
+            receive(None)
+        except Exception as problem:
+            receive(Failed(f"tensorrt_llm does not answer: {problem}"))
+        finally:
+            self._kept.append((time.monotonic(), responses))
+            while self._kept[0][0] < time.monotonic() - KEPT_SECONDS:
+                self._kept.popleft()

@@ -12,7 +12,7 @@ import numpy as np
 import sent
 import triton_python_backend_utils as pb_utils
 from answer import ASKED_BY, Answer
-from engine_link import EngineLink, Failed, outputs_of
+from engine_link import Failed, open_link
 from text import Text
 
 # Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own batch is smaller.
@@ -21,7 +21,7 @@ MAX_CONCURRENT = 1024
 POLL_SECONDS = 0.1
 # ... and all together no more than so many, 1 % of a core
 POLLS_PER_SECOND = 100
-# Where this server's gRPC port is (scripts/serve.py says); Triton's own default
+# Where this server's gRPC port is (scripts/serve.py says; empty: not to be used); Triton's own default
 ADDRESS_VARIABLE, DEFAULT_ADDRESS = "BAKE_GRPC_ADDRESS", "127.0.0.1:8001"
 # What tensorrt_llm calls what clients of the text models call otherwise (docker/contracts/backend, ensemble_steps)
 RENAMED = {"top_k": "runtime_top_k", "top_p": "runtime_top_p", "length_penalty": "len_penalty"}
@@ -90,7 +90,7 @@ class TritonPythonModel:
             for output in config["output"]
             if output["name"] != "text_output"
         }
-        self.link = EngineLink(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
+        self.link = open_link(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
         self.calls: Dict[str, Call] = {}
         self.ready: Deque[Call] = deque()
         self.changed = threading.Condition()
@@ -224,7 +224,7 @@ class TritonPythonModel:
                 has_rest = answer.finish()
                 self._end(call, self._response(call) if has_rest or not call.streaming else None)
                 return
-            has_text |= answer.push(outputs_of(one))
+            has_text |= answer.push(self.link.outputs_of(one))
             if answer.stopped:
                 self.link.stop(call.inner_id)
                 self._end(call, self._response(call))
