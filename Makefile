@@ -27,9 +27,13 @@ PP             = 1
 DTYPE          =
 # int8_wo, int4_awq, fp8 or sq, by TensorRT-LLM's own tools, with ENGINE=tensorrt only; empty: the weights stay as they are
 QUANT          =
+# on: heads of zeros are added where TP does not divide the heads (for instance 9 heads at TP=2)
+PAD_HEADS      = off
 # a TensorRT-LLM of docker/toolchains.json; empty: for ENGINE=torch its first, for ENGINE=tensorrt the newest that runs on the GPU
 TOOLCHAIN      =
 WEIGHTS        =
+# where they are fetched from when they are not there (scripts/sources.py): hf:NAME/MODEL@COMMIT, https://host/folder, s3://bucket/folder, ...
+SOURCE         =
 # positions the model was trained on; empty: what the weights say
 CONTEXT        =
 MAX_BATCH_SIZE = 8
@@ -74,9 +78,11 @@ IMAGE          =
 LICENSE        =
 KEY            =
 
-SETTINGS = MODEL ENGINE TP PP DTYPE QUANT TOOLCHAIN WEIGHTS CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
+SETTINGS = MODEL ENGINE TP PP DTYPE QUANT PAD_HEADS TOOLCHAIN WEIGHTS SOURCE CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL \
            TARGET BUILDER LICENSE
+# of presets: gguf where that is the form of their weights
+FORM           =
 include scripts/settings.mk
 
 # --- where things are ---
@@ -85,18 +91,29 @@ VENV    := .venv
 PY       = $(or $(PYTHON),$(VENV)/bin/python)
 # what has to be installed before a script runs; nothing, when an interpreter was given
 HAS     := $(if $(PYTHON),,$(VENV)/locks/)
+CONFIG  := build/$(NAME)/config
 HF      := build/$(NAME)/hf
-VARIANT := build/$(NAME)/$(or $(REFUSE),$(if $(REHEARSAL),rehearsal-)$(ENGINE)-$(TOOLCHAIN)-tp$(TP)$(if $(filter-out 1,$(PP)),-pp$(PP))-$(or $(DTYPE),source)$(if $(QUANT),-$(QUANT)))
+VARIANT := build/$(NAME)/$(or $(REFUSE),$(if $(REHEARSAL),rehearsal-)$(ENGINE)-$(TOOLCHAIN)-tp$(TP)$(if $(filter on,$(PAD_HEADS)),-padded)$(if $(filter-out 1,$(PP)),-pp$(PP))-$(or $(DTYPE),source)$(if $(QUANT),-$(QUANT)))
 LOCK    := $(shell cat requirements/run.txt requirements/torch.txt | sha256sum | cut -c1-12)
+# Weights that are not there are fetched first, where somebody says from where.
+FETCH   := $(if $(REFUSE),,$(if $(SOURCE),$(if $(wildcard $(WEIGHTS)/.),,weights)))
 # Weights are not ours: where they are, their names, sizes and times stand for their content. In the C locale and without CDPATH,
 # because the environment never decides.
-SEEN    := $(if $(REFUSE),,$(shell realpath -m --relative-base=. '$(WEIGHTS)'; CDPATH= cd -- '$(WEIGHTS)' 2>/dev/null && find -L . ../tokenizer.model \
+seen     = $(if $(REFUSE),,$(shell realpath -m --relative-base=. '$(WEIGHTS)'; CDPATH= cd -- '$(WEIGHTS)' 2>/dev/null && find -L . ../tokenizer.model \
              -maxdepth 1 -type f -not -name '.*' -printf '%p %s %T@\n' 2>/dev/null | LC_ALL=C sort))
+ifeq ($(FETCH),)
+  SEEN  := $(seen)
+else
+  SEEN   = $(seen)
+endif
+# packages that only some forms and sources of weights need
+FORMS   := $(if $(filter gguf,$(FORM))$(wildcard $(WEIGHTS)/*.gguf),gguf.txt)
+FETCHER := run.txt $(if $(filter hf: s3: gs: az:,$(firstword $(subst :,: ,$(SOURCE)))),fetch.txt)
 
 # --- where scripts run: in the venv, or (ENGINE=tensorrt) in NVIDIA's container ---
 
 ifneq ($(ENGINE),tensorrt)
-  NEEDED  := $(addsuffix run.txt,$(HAS))
+  NEEDED  := $(if $(HAS),$(addprefix $(HAS),run.txt $(FORMS)))
   MADE_IN  = lock=$(LOCK)
   in       = $(PY)
   LISTEN   = --host $(HOST) $(PORTS)
@@ -122,23 +139,26 @@ export IMAGE KEY
 # --- what each room is asked to be; the room keeps it in its file `args`, written by room.py from ROOM_ARGS ---
 # The question may hold a path of this machine; the answer (every other file of a room) never does.
 
-hf_ARGS         = --max-position-embeddings=$(CONTEXT)
-checkpoint_ARGS = --hf $(HF) --tp-size $(TP) --pp-size $(PP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN) \
+config_ARGS     = --max-position-embeddings=$(CONTEXT)
+hf_ARGS         = $(config_ARGS)
+checkpoint_ARGS = --model $(if $(QUANT),$(HF),$(CONFIG)) --pad-heads $(PAD_HEADS) --tp-size $(TP) --pp-size $(PP) --dtype=$(DTYPE) --trtllm-version $(TOOLCHAIN) \
                   $(if $(QUANT),--quant $(QUANT) --examples build/TensorRT-LLM-$(TOOLCHAIN))
 engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) \
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
                   --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/$(if $(REHEARSAL),rehearsal-)timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
-model_repo_ARGS = --engines $(VARIANT)/engines --hf $(HF) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE)
+model_repo_ARGS = --engines $(VARIANT)/engines --config $(CONFIG) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE)
 
 base_ARGS       = --builder=$(BUILDER) $(if $(filter tensorrt,$(ENGINE)),--trtllm-version $(TOOLCHAIN) $(if $(BASE_IMAGE),,--by-table))
 wheels_ARGS     = --base $(GROUND)/base --target $(TARGET) $(addprefix --lock ,$(IMAGE_LOCKS))
 image_ARGS      = --root $(VARIANT) --base $(GROUND)/base --wheels $(GROUND)/wheels --weights '$(WEIGHTS)' --model $(NAME) --license=$(LICENSE) \
                   --revision=$(REVISION) --builder=$(BUILDER)
 
-# hf depends on the model alone; the rooms after it also on the pinned packages, or the image, that made them. The count of files tells when
-# one was taken away, which leaves no newer time behind.
-asked   = $(if $(filter hf,$1),$(SEEN),$(if $(filter base wheels image,$1),base=$(BASE_IMAGE),$(MADE_IN)) files=$(words $($1_CODE))) $($1_ARGS)
+# What reads the weights themselves; where they are is in SEEN, however it is spelled.
+weights = $(if $(filter config hf $(if $(QUANT),,checkpoint),$1),--weights $(WEIGHTS) )
+# config and hf depend on the model alone; the rooms after them also on the pinned packages, or the image, that made them. The count of files
+# tells when one was taken away, which leaves no newer time behind.
+asked   = $(if $(call weights,$1),$(SEEN)) $(if $(filter config hf,$1),,$(if $(filter base wheels image,$1),base=$(BASE_IMAGE),$(MADE_IN)) files=$(words $($1_CODE))) $($1_ARGS)
 changed = $(if $(subst x$(file <$2/args),,x$(call asked,$1))$(subst x$(call asked,$1),,x$(file <$2/args)),FORCE)
 
 # --- the journey ---
@@ -155,12 +175,18 @@ plan: ## the same journey as a table: bytes, memory, commands, what fits on the 
 think = set -- $(if $(JSON),--json); py=$$(type -P $(PY) python3 | head -n 1 || true); if [ "$$py" ] || [ $(ENGINE) != tensorrt ]; then exec "$${py:-python3}" -m scripts.$1 "$$@"; fi; \
         $(if $(filter-out WEIGHTS,$(REFUSED)),REFUSED_SETTINGS="$$CHOSEN" exec scripts/toolchain.sh refuse;) \
         $(if $(TOOLCHAIN),$(call in,$1) -m scripts.$1 "$$@",version=$$(scripts/toolchain.sh version '$(ASSUME_GPU)'); exec $(MAKE) $1 TOOLCHAIN="$$version")
-doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
+doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRETER=$(PY)$(NEWLINE)CONFIG=$(CONFIG)$(NEWLINE)HF=$(HF)$(NEWLINE)VARIANT=$(VARIANT)
 doctor plan: export REFUSED_NAMES = $(REFUSED)
 doctor plan: TOOLCHAIN_IMAGE = $(NVIDIA)
 
-hf: $(HF)/manifest.json ## weights -> one Hugging Face model
-checkpoint: $(VARIANT)/checkpoint/manifest.json ## -> a TensorRT-LLM checkpoint, one file per rank
+# a room's own question is not theirs; and what was fetched stays whatever code changes
+weights: export ROOM_ARGS = $(SOURCE)
+weights: export ROOM_NEEDS =
+weights: | $(REFUSE) $(if $(HAS),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
+	@env -u ROOM_NEEDS $(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
+config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
+hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
+checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank
 engines: $(VARIANT)/engines/manifest.json ## -> one engine per rank
 verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face's model says: a report
 model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
@@ -192,25 +218,27 @@ push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y
 	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
 # Who reads whom.
-$(VARIANT)/checkpoint/manifest.json: $(HF)/manifest.json
+$(VARIANT)/checkpoint/manifest.json: $(if $(QUANT),$(HF),$(CONFIG))/manifest.json
 $(VARIANT)/engines/manifest.json:    $(VARIANT)/checkpoint/manifest.json
 $(VARIANT)/verified/manifest.json:   $(VARIANT)/engines/manifest.json $(HF)/manifest.json
-$(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(HF)/manifest.json
+$(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(CONFIG)/manifest.json
 
 $(VARIANT)/image/manifest.json:      $(addprefix $(VARIANT)/,$(addsuffix /manifest.json,engines model_repo verified)) $(GROUND)/wheels/manifest.json
 $(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
 
 # Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
-hf_CODE         = scripts/build_hf.py scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/meta_weights.py \
-                  scripts/safetensors_file.py scripts/tokenizer.py scripts/torch_file.py
-checkpoint_CODE = scripts/build_checkpoint.py scripts/room.py scripts/contracts.py scripts/hf_model.py scripts/llama_shape.py \
-                  scripts/safetensors_file.py scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
+forms_CODE    = scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/llama_weights.py scripts/meta_weights.py scripts/gguf_file.py \
+                  scripts/byte_bpe.py scripts/safetensors_file.py scripts/tokenizer.py scripts/torch_file.py
+config_CODE     = scripts/build_config.py $(forms_CODE)
+hf_CODE         = scripts/build_hf.py $(config_CODE)
+checkpoint_CODE = scripts/build_checkpoint.py scripts/contracts.py $(forms_CODE) \
+                  scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
                   $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))
 engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
                   scripts/processes.py scripts/memory_model.py scripts/llama_shape.py $(call tables,engine-config) \
                   $(wildcard docker/contracts/trtllm-build/*.json)
 verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
-                  scripts/processes.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
+                  scripts/processes.py scripts/torch_file.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
                   scripts/preflight.py scripts/contracts.py scripts/gpus.py scripts/trtllm_runtime.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
@@ -224,14 +252,14 @@ TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_templ
 
 # How any room is filled. room.py asks make's own question again when it has the lock: another make may have answered it.
 needs = $(if $(findstring B,$(firstword -$(MAKEFLAGS))),,$(filter-out FORCE,$^))
-$(HF)/manifest.json: export ROOM_NEEDS = $(needs)
-$(VARIANT)/%/manifest.json: export ROOM_NEEDS = $(needs)
+$(CONFIG)/manifest.json $(HF)/manifest.json $(VARIANT)/%/manifest.json: export ROOM_NEEDS = $(needs)
+$(CONFIG)/manifest.json: export ROOM_ARGS = $(call asked,config)
 $(HF)/manifest.json: export ROOM_ARGS = $(call asked,hf)
 $(VARIANT)/%/manifest.json: export ROOM_ARGS = $(call asked,$*)
-$(HF)/manifest.json: $(hf_CODE) $$(call changed,hf,$$(@D)) | $(REFUSE) $(NEEDED)
-	@$(call in,hf) -m scripts.build_hf --weights $(WEIGHTS) $(hf_ARGS) --output $(@D)
+$(CONFIG)/manifest.json $(HF)/manifest.json: build/$(NAME)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(REFUSE) $(FETCH) $(NEEDED)
+	@$(call in,$*) -m scripts.build_$* $(call weights,$*)$($*_ARGS) --output $(@D)
 $(VARIANT)/%/manifest.json: $$($$*_CODE) $$(call changed,$$*,$$(@D)) | $(NEEDED)
-	@$(call in,$*) -m scripts.build_$* $($*_ARGS) --output $(@D)
+	@$(call in,$*) -m scripts.build_$* $(call weights,$*)$($*_ARGS) --output $(@D)
 $(VARIANT)/verified/manifest.json: | $(if $(filter tensorrt,$(ENGINE)),,$(addsuffix verify.txt,$(HAS)))
 
 # What the image stands on is made once for all models: the base, and the packages for its Python.
@@ -255,7 +283,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,verify.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,gguf.txt fetch.txt verify.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
@@ -288,4 +316,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE weights config

@@ -1,5 +1,6 @@
-# llama-2-13b-chat: Meta's Llama 2 as its download leaves it. Put the folder (or a link to it) at weights/llama-2-13b-chat, or say WEIGHTS=/path.
+# llama-2-13b-chat: Meta's Llama 2. make weights fetches it; or put the folder (or a link to it) at weights/llama-2-13b-chat, or say WEIGHTS=/path.
 WEIGHTS = weights/llama-2-13b-chat
+SOURCE = meta:llama-2-13b-chat
 # float16 is what Meta's own inference code computes in, and all that a V100 can do
 DTYPE = float16
 TP = 2

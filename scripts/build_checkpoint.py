@@ -1,24 +1,34 @@
-"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank, from the room hf.
+"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank, straight from the weights in any form.
 
 Room:   checkpoint
-Reads:  hf: config.json, *.safetensors
+Reads:  config: config.json; and the weights' folder (Meta's, Hugging Face's, a GGUF file). Or the room hf, which has both
 Writes: config.json, rank0.safetensors ... rankN-1.safetensors
-Needs:  numpy
+Needs:  numpy; for a GGUF file the package gguf
 """
 
 import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from scripts import contracts, errors, quantize, safetensors_file
-from scripts.hf_model import HfModel, read_hf_model
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape, possible_tp_sizes, why_impossible
+from scripts.hf_model import HfConfig, read_hf_config, read_hf_model
+from scripts.llama_shape import (
+    EMBEDDING,
+    HEAD,
+    LAST_NORM,
+    LlamaShape,
+    Shape,
+    padded_heads,
+    possible_tp_sizes,
+    why_impossible,
+)
+from scripts.llama_weights import Weights, open_weights
 from scripts.room import filling, human_bytes, progress, say
-from scripts.safetensors_file import DTYPES, ITEM_BYTES, Raw, StoredTensor, row_blocks
+from scripts.safetensors_file import DTYPES, ITEM_BYTES, Raw
 
 # rope scaling of Llama 3.1 is known to TensorRT-LLM from 0.12 on (upstream's release notes)
 LLAMA3_ROPE_SINCE = (0, 12)
@@ -26,14 +36,20 @@ LLAMA3_ROPE_SINCE = (0, 12)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the room is asked to be: tp_size * pp_size ranks. dtype None: the source's own."""
+    """What the room is asked to be: tp_size * pp_size ranks. dtype None: the source's own.
 
-    hf: Path
+    model: a room with config.json and tokenizer, config or hf; weights: the folder of the weights, None where the room has them.
+    pad_heads: heads of zeros where the heads cannot be divided among tp_size ranks.
+    """
+
+    model: Path
     output: Path
     tp_size: int
     trtllm_version: str
     dtype: Optional[str] = None
     pp_size: int = 1
+    weights: Optional[Path] = None
+    pad_heads: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= 1024:
@@ -49,11 +65,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cut:
-    """A rectangle of one of Hugging Face's tensors, [first, end) each; columns None: all. source None: rows of zeros."""
+    """A rectangle of one of Hugging Face's tensors, [first, end) each; columns None: all. Zeros follow it, on the right and below."""
 
-    source: Optional[str]
+    source: str
     rows: Tuple[int, int]
     columns: Optional[Tuple[int, int]] = None
+    zero_columns: int = 0
+    zero_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,8 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     - lm_head: rows, after zero rows up to the next multiple of tp. vocab_size in config.json stays what it was.
     - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts them from 0;
       the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of tensorrt_llm/mapping.py).
+    - Where the heads do not divide, as if they had been followed by heads of zeros up to padded_heads(shape, tp_size), which is ours:
+      such a head's query is 0, its value is 0, and dense does not look at it, so nothing is added to the sum.
     """
     hidden, head = shape.hidden_size, shape.head_size
     stage, place = divmod(rank, tp_size)
@@ -85,29 +105,26 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     def part(size: int) -> Tuple[int, int]:
         return place * (size // tp_size), (place + 1) * (size // tp_size)
 
-    if tp_size > shape.n_kv_heads:
-        kv_head = place // (tp_size // shape.n_kv_heads)
-        kv = kv_head * head, (kv_head + 1) * head
-    else:
-        kv = part(shape.n_kv_heads * head)
+    q, k_v = _rank_heads(shape, tp_size, place)
+
+    def heads(name: str, span: Tuple[int, int, int]) -> Cut:
+        first, end, count = span
+        return Cut(name, (first * head, end * head), zero_rows=(count - (end - first)) * head)
 
     def stack(columns: int, *cuts: Cut) -> RankTensor:
-        return RankTensor((sum(cut.rows[1] - cut.rows[0] for cut in cuts), columns), cuts)
+        return RankTensor((sum(cut.rows[1] - cut.rows[0] + cut.zero_rows for cut in cuts), columns), cuts)
 
     def whole(name: str, *size: int) -> RankTensor:
         return RankTensor(size, (Cut(name, (0, size[0])),))
 
-    def columns(name: str, rows: int, size: int) -> RankTensor:
-        return RankTensor((rows, size // tp_size), (Cut(name, (0, rows), part(size)),))
+    def columns(name: str, first: int, end: int, size: int) -> RankTensor:
+        return RankTensor((hidden, size), (Cut(name, (0, hidden), (first, end), size - (end - first)),))
 
     first, end = part(-(-shape.vocab_size // tp_size) * tp_size)
     inside = min(first, shape.vocab_size), min(end, shape.vocab_size)
-    head_cuts = [Cut(HEAD, inside)] if inside[0] < inside[1] else []
-    if end > shape.vocab_size:
-        head_cuts.append(Cut(None, (0, end - max(first, shape.vocab_size))))
     tensors: Dict[str, RankTensor] = {}
     if stage == pp_size - 1:
-        tensors["lm_head.weight"] = stack(hidden, *head_cuts)
+        tensors["lm_head.weight"] = stack(hidden, Cut(HEAD, inside, zero_rows=end - first - (inside[1] - inside[0])))
         tensors["transformer.ln_f.weight"] = whole(LAST_NORM, hidden)
     if stage == 0:
         tensors["transformer.vocab_embedding.weight"] = whole(EMBEDDING, shape.vocab_size, hidden)
@@ -118,14 +135,18 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
             {
                 f"{ours}attention.qkv.weight": stack(
                     hidden,
-                    Cut(f"{attention}q_proj.weight", part(hidden)),
-                    Cut(f"{attention}k_proj.weight", kv),
-                    Cut(f"{attention}v_proj.weight", kv),
+                    heads(f"{attention}q_proj.weight", q),
+                    heads(f"{attention}k_proj.weight", k_v),
+                    heads(f"{attention}v_proj.weight", k_v),
                 ),
-                f"{ours}attention.dense.weight": columns(f"{attention}o_proj.weight", hidden, hidden),
+                f"{ours}attention.dense.weight": columns(
+                    f"{attention}o_proj.weight", q[0] * head, q[1] * head, q[2] * head
+                ),
                 f"{ours}mlp.fc.weight": stack(hidden, Cut(f"{mlp}gate_proj.weight", part(shape.intermediate_size))),
                 f"{ours}mlp.gate.weight": stack(hidden, Cut(f"{mlp}up_proj.weight", part(shape.intermediate_size))),
-                f"{ours}mlp.proj.weight": columns(f"{mlp}down_proj.weight", hidden, shape.intermediate_size),
+                f"{ours}mlp.proj.weight": columns(
+                    f"{mlp}down_proj.weight", *part(shape.intermediate_size), shape.intermediate_size // tp_size
+                ),
                 f"{ours}input_layernorm.weight": whole(f"{hf}input_layernorm.weight", hidden),
                 f"{ours}post_layernorm.weight": whole(f"{hf}post_attention_layernorm.weight", hidden),
             }
@@ -133,19 +154,34 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     return tensors
 
 
+def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> Tuple[Tuple[int, int, int], Tuple[int, int, int]]:
+    """(first, end, count) of the heads of a rank, and of its key/value heads; count - (end - first) heads of zeros follow."""
+    n_heads, n_kv_heads = padded_heads(shape, tp_size)
+    group, wide_group = shape.n_heads // shape.n_kv_heads, n_heads // n_kv_heads
+    count, kv_count = n_heads // tp_size, max(1, n_kv_heads // tp_size)
+    kv_first = place * n_kv_heads // tp_size
+    kv = min(kv_first, shape.n_kv_heads), min(kv_first + kv_count, shape.n_kv_heads), kv_count
+    # in their group, and of the groups that are there; only whole groups, or a part of one, lie on a rank
+    inside = place * count - kv_first * wide_group
+    first = min(kv_first * group + min(inside, group), shape.n_heads)
+    end = min(first + count, (kv_first + kv_count) * group, shape.n_heads)
+    return (first, end, count), kv
+
+
 def checkpoint_config(
-    golden: Mapping[str, Any], model: HfModel, dtype: str, tp_size: int, pp_size: int = 1
+    golden: Mapping[str, Any], model: HfConfig, dtype: str, tp_size: int, pp_size: int = 1
 ) -> Dict[str, Any]:
     """config.json: the keys of the chosen version's golden file in their order, with this model's values."""
     shape = model.shape
+    n_heads, n_kv_heads = padded_heads(shape, tp_size)
     ours = {
         "architecture": "LlamaForCausalLM",
         "dtype": dtype,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.n_layers,
-        "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": shape.n_kv_heads,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": model.max_position_embeddings,
         "norm_epsilon": model.norm_eps,
@@ -198,103 +234,131 @@ def infinite(values: Raw, dtype: str) -> int:
 
 
 def build_checkpoint(settings: Settings) -> None:
-    """Fill the room, rank by rank; a rank file that an interrupted try finished is kept."""
+    """Fill the room, the ranks of a stage at once; what an interrupted try brought to the disk is kept."""
     tp_size, pp_size = settings.tp_size, settings.pp_size
     arguments = {
         "tp_size": tp_size,
         "pp_size": pp_size,
         "dtype": settings.dtype,
         "trtllm_version": settings.trtllm_version,
+        **({"pad_heads": True} if settings.pad_heads else {}),
     }
-    with filling(settings.output, {"hf": settings.hf}, arguments, {"numpy": np.__version__}) as room:
-        model = read_hf_model(settings.hf)
-        dtype = settings.dtype or model.dtype
-        impossible = why_impossible(model.shape, tp_size)
-        if impossible:
-            raise errors.split_impossible(settings.hf, tp_size, *impossible, possible_tp_sizes(model.shape))
-        if model.shape.n_layers % pp_size:
-            raise errors.stages_impossible(settings.hf, pp_size, model.shape.n_layers)
-        golden = contracts.table("checkpoint-config", settings.trtllm_version)
-        if (model.rope_scaling or {}).get("type") == "llama3" and _version(settings.trtllm_version) < LLAMA3_ROPE_SINCE:
-            raise errors.model_unfit(
-                settings.hf / "config.json",
-                "rope scaling is of the type llama3",
-                f"none, linear or dynamic with TensorRT-LLM {settings.trtllm_version}",
-            )
-        room.write_json("config.json", checkpoint_config(golden, model, dtype, tp_size, pp_size))
-        plans = [
-            {
-                name: (DTYPES[dtype], tensor.shape)
-                for name, tensor in rank_tensors(model.shape, tp_size, rank, pp_size).items()
-            }
-            for rank in range(tp_size * pp_size)
-        ]
-        total_bytes = sum(math.prod(shape) * ITEM_BYTES[code] for plan in plans for code, shape in plan.values())
-        stages = f"PP={pp_size}, " if pp_size > 1 else ""
-        say(
-            "checkpoint",
-            f"<- {errors.shown(settings.hf)}: {model.dtype} -> {dtype}, TP={tp_size}, {stages}{human_bytes(total_bytes)}",
+    reads = {"hf" if settings.weights is None else "config": settings.model}
+    with filling(settings.output, reads, arguments, {"numpy": np.__version__}) as room:
+        config = read_hf_config(settings.model / "config.json")
+        weights = (
+            read_hf_model(settings.model, config)
+            if settings.weights is None
+            else open_weights(settings.weights, config)
         )
+        dtype = settings.dtype or weights.dtype
+        golden = contracts.table("checkpoint-config", settings.trtllm_version)
+        _check_split(settings, config, golden)
+        room.write_json("config.json", checkpoint_config(golden, config, dtype, tp_size, pp_size))
+        plans = [rank_tensors(config.shape, tp_size, rank, pp_size) for rank in range(tp_size * pp_size)]
+        total_bytes = ITEM_BYTES[DTYPES[dtype]] * sum(math.prod(t.shape) for plan in plans for t in plan.values())
+        stages = f"PP={pp_size}, " if pp_size > 1 else ""
+        source = errors.shown(settings.model if settings.weights is None else settings.weights)
+        say("checkpoint", f"<- {source}: {weights.dtype} -> {dtype}, TP={tp_size}, {stages}{human_bytes(total_bytes)}")
         with progress(total_bytes, "checkpoint") as bar:
-            for rank, plan in enumerate(plans):
-                name = f"rank{rank}.safetensors"
-                if name in room.kept:
-                    say("checkpoint", f"{name} was finished before; kept")
-                    bar.update(room.kept[name].size_bytes)
-                    room.add(name, room.kept[name])
+            for stage in range(pp_size):
+                ranks = range(stage * tp_size, (stage + 1) * tp_size)
+                names = [f"rank{rank}.safetensors" for rank in ranks]
+                if all(name in room.kept for name in names):
+                    say(
+                        "checkpoint", f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} finished before; kept"
+                    )
+                    bar.update(sum(room.kept[name].size_bytes for name in names))
+                    for name in names:
+                        room.add(name, room.kept[name])
                     continue
-                reader = _RankReader(model, rank_tensors(model.shape, tp_size, rank, pp_size), DTYPES[dtype])
-                room.add(name, safetensors_file.write(room.path / name, plan, reader.blocks, advance=bar.update))
-        for rank, plan in enumerate(plans):  # the proof: what lies there is what was planned
-            written = safetensors_file.read_header(room.path / f"rank{rank}.safetensors")
-            seen = {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()}
-            assert seen == plan, f"rank{rank}.safetensors is not what was planned"
+                reader = _StageReader(weights, [plans[rank] for rank in ranks], DTYPES[dtype])
+                safetensors_file.write_together(room, names, reader.tensors, reader.blocks, advance=bar.update)
+                for name in names:  # the proof: what lies there is what was planned
+                    written = safetensors_file.read_header(room.path / name)
+                    seen = {tensor: (stored.dtype, stored.shape) for tensor, stored in written.items()}
+                    assert seen == reader.tensors, f"{name} is not what was planned"
         room.facts.update({"dtype": dtype, "tp_size": tp_size, "pp_size": pp_size, "tensors_per_rank": len(plans[0])})
 
 
-class _RankReader:
-    """Gives the tensors of one rank by blocks of rows, cast, each value checked to be a number."""
-
-    def __init__(self, model: HfModel, plan: Mapping[str, RankTensor], dtype: str) -> None:
-        self.tensors, self.plan, self.dtype = model.tensors, plan, dtype
-
-    def blocks(self, name: str) -> Iterator[Raw]:
-        tensor = self.plan[name]
-        for cut in tensor.cuts:
-            if cut.source is None:
-                raw = np.uint16 if ITEM_BYTES[self.dtype] == 2 else np.uint32
-                yield np.zeros((cut.rows[1] - cut.rows[0], *tensor.shape[1:]), raw)
-                continue
-            stored = self.tensors[cut.source]
-            for first, end in row_blocks(*cut.rows, stored.row_bytes):
-                values = stored.rows(first, end)
-                if cut.columns is not None:
-                    values = values[:, slice(*cut.columns)]
-                result = cast(np.ascontiguousarray(values), stored.dtype, self.dtype)
-                if infinite(result, self.dtype):
-                    _refuse(stored, self.dtype)
-                yield result
+def _check_split(settings: Settings, config: HfConfig, golden: Mapping[str, Any]) -> None:
+    """A Problem for a split that cannot be, and for what the version's config.json cannot say."""
+    shape, tp_size, version = config.shape, settings.tp_size, settings.trtllm_version
+    impossible = why_impossible(shape, tp_size, settings.pad_heads)
+    if impossible:
+        by_padding = why_impossible(shape, tp_size, pad_heads=True) is None
+        raise errors.split_impossible(settings.model, tp_size, *impossible, possible_tp_sizes(shape), by_padding)
+    if shape.n_layers % settings.pp_size:
+        raise errors.stages_impossible(settings.model, settings.pp_size, shape.n_layers)
+    n_heads = padded_heads(shape, tp_size)[0]
+    if n_heads * shape.head_size != shape.hidden_size and "head_size" not in golden:
+        able = [name for name in contracts.versions() if "head_size" in contracts.table("checkpoint-config", name)]
+        raise errors.no_head_size(settings.model, n_heads, shape.head_size, shape.hidden_size, version, able)
+    if (config.rope_scaling or {}).get("type") == "llama3" and _version(version) < LLAMA3_ROPE_SINCE:
+        raise errors.model_unfit(
+            config.path, "rope scaling is of the type llama3", f"none, linear or dynamic with TensorRT-LLM {version}"
+        )
 
 
-def _refuse(stored: StoredTensor, target: str) -> None:
+class _StageReader:
+    """Gives the tensors of all ranks of a stage by blocks of rows, cast, each value checked to be a number. Each row is read once."""
+
+    def __init__(self, weights: Weights, plans: Sequence[Mapping[str, RankTensor]], dtype: str) -> None:
+        self.weights, self.plans, self.dtype = weights, plans, dtype
+        self.tensors = {name: (dtype, tensor.shape) for name, tensor in plans[0].items()}
+
+    def blocks(self, name: str) -> Iterator[Sequence[Raw]]:
+        """For each rank the next rows of a tensor, perhaps none. The ranks' rectangles are of the same sources in the same order."""
+        for cuts in zip(*(plan[name].cuts for plan in self.plans)):
+            at = 0
+            for block in self._cast(cuts[0].source):
+                yield [_rows_of(cut, block, at) for cut in cuts]
+                at += len(block)
+            yield [_zeros(cut, self.tensors[name][1], ITEM_BYTES[self.dtype]) for cut in cuts]
+
+    def _cast(self, source: str) -> Iterator[Raw]:
+        stored_dtype = self.weights.tensors[source][0]
+        for values in self.weights.blocks(source):
+            result = cast(values, stored_dtype, self.dtype)
+            if infinite(result, self.dtype):
+                _refuse(self.weights, source, self.dtype)
+            yield result
+
+
+def _rows_of(cut: Cut, block: Raw, at: int) -> Raw:
+    """What a rectangle has of the rows that begin at `at`."""
+    rows = block[max(0, cut.rows[0] - at) : max(0, cut.rows[1] - at)]
+    if cut.columns is not None:
+        rows = rows[:, slice(*cut.columns)]
+    if cut.zero_columns:
+        rows = np.pad(rows, ((0, 0), (0, cut.zero_columns)))
+    return rows
+
+
+def _zeros(cut: Cut, shape: Shape, item_bytes: int) -> Raw:
+    return np.zeros((cut.zero_rows, *shape[1:]), np.uint16 if item_bytes == 2 else np.uint32)
+
+
+def _refuse(weights: Weights, name: str, target: str) -> None:
     """Look at the whole tensor again and report: the source itself is damaged, or its values are too large for the target."""
-    total, damaged, too_large, largest = math.prod(stored.shape), 0, 0, 0.0
-    for first, end in row_blocks(0, stored.shape[0], stored.row_bytes):
-        values = stored.rows(first, end)
-        damaged += infinite(values, stored.dtype)
-        too_large += infinite(cast(values, stored.dtype, target), target)
-        single = cast(values, stored.dtype, "F32").view(np.float32)
+    source, shape = weights.tensors[name]
+    total, damaged, too_large, largest = math.prod(shape), 0, 0, 0.0
+    for values in weights.blocks(name):
+        damaged += infinite(values, source)
+        too_large += infinite(cast(values, source, target), target)
+        single = cast(values, source, "F32").view(np.float32)
         largest = max(largest, float(np.abs(single).max()))
+    path, stored_name = weights.origin(name)
     if damaged:
-        raise errors.weights_not_finite(stored.path, stored.name, damaged, total)
+        raise errors.weights_not_finite(path, stored_name, damaged, total)
     limit = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38}[target]
     raise errors.cast_overflows(
-        stored.path,
-        stored.name,
+        path,
+        stored_name,
         too_large,
         total,
         largest,
-        safetensors_file.DTYPE_NAMES[stored.dtype],
+        safetensors_file.DTYPE_NAMES[source],
         safetensors_file.DTYPE_NAMES[target],
         limit,
     )
@@ -306,13 +370,17 @@ def _version(text: str) -> Tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", type=Path, required=True, metavar="ROOM")
+    parser.add_argument("--model", type=Path, required=True, metavar="ROOM", help="config, or hf")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="absent: they are in that room")
     parser.add_argument("--tp-size", type=int, required=True, metavar="N")
     parser.add_argument("--pp-size", type=int, default=1, metavar="N")
     parser.add_argument(
         "--dtype", type=lambda text: text or None, metavar="|".join(DTYPES), help="absent or empty: the source's own"
     )
     parser.add_argument("--trtllm-version", required=True, metavar="X.Y.Z")
+    parser.add_argument(
+        "--pad-heads", choices=("on", "off"), default="off", help="heads of zeros where TP does not divide the heads"
+    )
     parser.add_argument("--quant", default="", metavar="|".join(quantize.WAYS), help="by TensorRT-LLM's own tools")
     parser.add_argument(
         "--examples", type=Path, default=Path(), metavar="FOLDER", help="of TensorRT-LLM, where these are"
@@ -320,11 +388,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="ROOM")
     args = vars(parser.parse_args())
     quant, examples = args.pop("quant"), args.pop("examples")
-    if quant:
+    pad_heads = args.pop("pad_heads") == "on"
+    if quant:  # make has refused PAD_HEADS with it
+        args["hf"] = args.pop("model")
+        args.pop("weights")
         args["dtype"] = args["dtype"] or read_hf_model(args["hf"]).dtype
         quantize.build_quantized(quantize.Settings(**args, quant=quant, examples=examples))
     else:
-        build_checkpoint(Settings(**args))
+        build_checkpoint(Settings(**args, pad_heads=pad_heads))
 
 
 if __name__ == "__main__":

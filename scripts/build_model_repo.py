@@ -1,6 +1,6 @@
 """Room `model_repo`: Triton's model repository, model_repo_template/ with every hole filled.
 
-Reads   the rooms engines and hf (its tokenizer), model_repo_template/, the backend's contract table of the version
+Reads   the rooms engines and config (its tokenizer), model_repo_template/, the backend's contract table of the version
 Writes  <model>/config.pbtxt and <model>/1/ for five models; preprocessing/1/tokenizer/
 Needs   Triton's ModelConfig protobuf: every config is parsed before the room is published
 
@@ -51,7 +51,7 @@ class Settings:
     """Where the rooms are, and whose tensors the configs declare."""
 
     engines: Path
-    hf: Path
+    config: Path
     output: Path
     trtllm_version: str
     streaming: bool
@@ -318,12 +318,14 @@ def render(
 
 def build_model_repo(settings: Settings) -> None:
     """Fill the room `model_repo`."""
-    engines, hf = room.read_manifest(settings.engines), room.read_manifest(settings.hf)
+    engines, described = room.read_manifest(settings.engines), room.read_manifest(settings.config)
     engine = json.loads((settings.engines / "config.json").read_bytes())
     kind = json.loads((contracts.DOCKER / "engines.json").read_text())[engines["facts"]["engine"]]
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        if name not in hf["files"]:
-            raise errors.tokenizer_unreadable(settings.hf / name, "there is no such file, and the text models need it")
+        if name not in described["files"]:
+            raise errors.tokenizer_unreadable(
+                settings.config / name, "there is no such file, and the text models need it"
+            )
     tables = contracts.table("backend", settings.trtllm_version)
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
     configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse)
@@ -334,7 +336,7 @@ def build_model_repo(settings: Settings) -> None:
     )
     with room.filling(
         settings.output,
-        reads={"engines": settings.engines, "hf": settings.hf},
+        reads={"engines": settings.engines, "config": settings.config},
         arguments={
             "trtllm_version": settings.trtllm_version,
             "streaming": settings.streaming,
@@ -349,8 +351,8 @@ def build_model_repo(settings: Settings) -> None:
             if not code:  # Triton wants the version folder; git and docker lose empty ones
                 filling.write(f"{model}/1/.keep", b"")
         for name in TOKENIZER_FILES:
-            if name in hf["files"]:
-                filling.write(f"{TOKENIZER}/{name}", _without_path(name, (settings.hf / name).read_bytes()))
+            if name in described["files"]:
+                filling.write(f"{TOKENIZER}/{name}", _without_path(name, (settings.config / name).read_bytes()))
         filling.facts = {"models": sorted(configs)}
 
 
@@ -367,14 +369,16 @@ def _without_path(name: str, data: bytes) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--engines", "--hf", "--output"):
+    for flag in ("--engines", "--config", "--output"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--trtllm-version", required=True)
     parser.add_argument("--kv-reuse", choices=("on", "off"), default="off", help="share the cache of equal beginnings")
     parser.add_argument("--streaming", choices=("on", "off"), required=True, help="Triton's decoupled mode")
     args = parser.parse_args()
     build_model_repo(
-        Settings(args.engines, args.hf, args.output, args.trtllm_version, args.streaming == "on", args.kv_reuse == "on")
+        Settings(
+            args.engines, args.config, args.output, args.trtllm_version, args.streaming == "on", args.kv_reuse == "on"
+        )
     )
 
 

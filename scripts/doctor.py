@@ -106,7 +106,9 @@ def check_weights(case: Case) -> str:
     """The weights are there, and each file is as long as the model's shape or its own header says."""
     folder = case.choice.weights
     if not folder.is_dir():
-        raise errors.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder)
+        raise errors.weights_not_there(
+            "MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, case.choice["SOURCE"]
+        )
     names = sorted(path.name for path in folder.iterdir())
     if "params.json" in names:
         form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)
@@ -219,8 +221,10 @@ def check_disk(case: Case) -> str:
     """Room for the rooms that are not made yet, and for the packages while there are none."""
     free = shutil.disk_usage("build" if Path("build").is_dir() else ".").free  # build/ may be a link
     rows = case.rows()
-    folders = {"hf": Path(case.choice["HF"] or "build/hf")}
-    for name in ("checkpoint", "engines", "verified", "model_repo"):
+    folders = {"config": Path(case.choice["CONFIG"] or "build/config")}
+    if case.choice["QUANT"]:  # what else needs the whole model in Hugging Face's form is asked for by name
+        folders["hf"] = Path(case.choice["HF"] or "build/hf")
+    for name in ("checkpoint", "engines", "model_repo"):
         folders[name] = Path(case.choice["VARIANT"] or "build") / name
     missing = [name for name, folder in folders.items() if not (folder / MANIFEST).is_file()]
     rooms = sum(rows[name].disk_bytes or 0 for name in missing)

@@ -1,71 +1,132 @@
-"""Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors files, checked against each other."""
+"""Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors or .bin files, checked against each other."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from scripts import errors
-from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, number, positive, read_json, rope_of, shape_of_config
-from scripts.safetensors_file import DTYPE_NAMES, StoredTensor, read_header
+from scripts.llama_shape import (
+    EMBEDDING,
+    HEAD,
+    LlamaShape,
+    Shape,
+    number,
+    positive,
+    read_json,
+    rope_of,
+    shape_of_config,
+)
+from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, read_header
+from scripts.torch_file import read_torch_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BIN_INDEX = "pytorch_model.bin.index.json"
+BIN_SINGLE = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
-class HfModel:
-    """A folder whose tensors are exactly those that its config.json says. Defaults are those of transformers' LlamaConfig."""
+class HfConfig:
+    """A config.json of Hugging Face's. Defaults are those of transformers' LlamaConfig."""
 
-    folder: Path
-    config: Mapping[str, Any]
+    path: Path
+    values: Mapping[str, Any]
     shape: LlamaShape
-    dtype: str  # float16, bfloat16, float32
-    tensors: Mapping[str, StoredTensor]  # lm_head.weight included, also where it is the embedding
-    files: Tuple[str, ...]  # the weight files, without the index
 
     @property
     def max_position_embeddings(self) -> int:
-        return positive(self.config, "max_position_embeddings", self.folder / "config.json", 2048)
+        return positive(self.values, "max_position_embeddings", self.path, 2048)
 
     @property
     def norm_eps(self) -> float:
-        return number(self.config, "rms_norm_eps", self.folder / "config.json", 1e-6)
+        return number(self.values, "rms_norm_eps", self.path, 1e-6)
 
     @property
     def rope_theta(self) -> float:
-        return number(rope_of(self.config), "rope_theta", self.folder / "config.json", 10000.0)
+        return number(rope_of(self.values), "rope_theta", self.path, 10000.0)
 
     @property
     def rope_scaling(self) -> Optional[Dict[str, Any]]:
         """None, or type and factor, whichever of transformers' spellings config.json has."""
-        rope = dict(rope_of(self.config))
+        rope = dict(rope_of(self.values))
         rope.pop("rope_theta", None)
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
         return None if kind == "default" else {"type": kind, **rope}
 
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return bool(self.values.get("tie_word_embeddings"))
 
-def read_hf_model(folder: Path) -> HfModel:
-    """Read and check a folder; opens headers only, never weights. A Problem names the first thing that does not fit."""
-    path = folder / "config.json"
-    config = read_json(path)
-    shape = shape_of_config(config, path)
-    files = weight_files(folder)
+
+def read_hf_config(path: Path) -> HfConfig:
+    """A config.json; a Problem where it is no plain Llama's."""
+    values = read_json(path)
+    return HfConfig(path, values, shape_of_config(values, path))
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A folder whose tensors are exactly those that its config.json says."""
+
+    config: HfConfig
+    dtype: str  # float16, bfloat16, float32
+    stored: Mapping[str, StoredTensor]  # lm_head.weight included, also where it is the embedding
+    files: Tuple[Path, ...]  # the weight files, without the index
+
+    @property
+    def shape(self) -> LlamaShape:
+        return self.config.shape
+
+    @property
+    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+        """Hugging Face's tensor name -> its stored type and shape."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.stored.items()}
+
+    def origin(self, hf_name: str) -> Tuple[Path, str]:
+        """The file that holds a tensor, and what it is called there."""
+        return self.stored[hf_name].path, self.stored[hf_name].name
+
+    def blocks(self, hf_name: str) -> Iterator[Raw]:
+        """The rows of a tensor, in order: arrays of (rows, columns) or (rows,)."""
+        return self.stored[hf_name].blocks()
+
+
+def read_hf_model(folder: Path, config: Optional[HfConfig] = None) -> HfModel:
+    """Read and check a folder; opens headers only, never weights. A Problem names the first thing that does not fit.
+
+    config: where the folder's own config.json was read before.
+    """
+    config = config or read_hf_config(folder / "config.json")
     found: Dict[str, StoredTensor] = {}
-    for name in files:
-        part = read_header(folder / name)
+    files = [folder / name for name in weight_files(folder)]
+    for path in files:
+        part = read_header(path) if path.suffix == ".safetensors" else read_bin(path)
         twice = sorted(set(part) & set(found))
         if twice:
-            raise errors.weights_unreadable(folder / name, f"{twice[0]} is in it and in {found[twice[0]].path.name}")
+            raise errors.weights_unreadable(path, f"{twice[0]} is in it and in {found[twice[0]].path.name}")
         found.update(part)
     # rotary frequencies are computed, not learnt; transformers before 4.32 stored them
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    expected = shape.hf_tensors()
-    if config.get("tie_word_embeddings") and EMBEDDING in found:
+    if config.tied and EMBEDDING in found:
         found[HEAD] = found[EMBEDDING]
-    check_tensors(folder, "config.json", expected, {name: tensor.shape for name, tensor in found.items()})
-    return HfModel(folder, config, shape, _dtype_of(config, found, path), found, tuple(files))
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_tensors(folder, "config.json", config.shape.hf_tensors(), shapes)
+    return HfModel(config, _dtype_of(config.values, found, config.path), found, tuple(files))
+
+
+def read_bin(path: Path) -> Dict[str, StoredTensor]:
+    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run. A Problem where it is anything else."""
+    found = read_torch_file(path)
+    for name, tensor in found.items():
+        if tensor.dtype not in ITEM_BYTES:
+            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
+    return {
+        name: StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start, tensor.crc32)
+        for name, tensor in found.items()
+    }
 
 
 def check_tensors(
@@ -83,31 +144,33 @@ def check_tensors(
 
 
 def weight_files(folder: Path) -> List[str]:
-    """The .safetensors files of a model, in the index's order; no name leaves the folder."""
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise errors.weights_file_missing(
-                folder, f"{SINGLE} or {INDEX}", sorted(p.name for p in folder.glob("*.safetensors"))
-            )
-        return [SINGLE]
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map")
+    """The .safetensors files of a model, or its .bin files where it has no others, in order; no name leaves the folder."""
+    kind = "*.safetensors"
+    index, single = INDEX, SINGLE
+    if not any(folder.glob(kind)) and not (folder / INDEX).is_file() and any(folder.glob("pytorch_model*.bin*")):
+        kind, index, single = "*.bin", BIN_INDEX, BIN_SINGLE
+    here = sorted(path.name for path in folder.glob(kind))
+    if not (folder / index).is_file():
+        if not (folder / single).is_file():
+            raise errors.weights_file_missing(folder, f"{single} or {index}", here)
+        return [single]
+    weight_map = read_json(folder / index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
-        raise errors.weights_unreadable(folder / INDEX, "it has no weight_map of names")
+        raise errors.weights_unreadable(folder / index, "it has no weight_map of names")
     files = sorted(set(weight_map.values()))
-    if SINGLE not in files and (folder / SINGLE).is_file():
-        raise errors.weights_extra_file(folder, [SINGLE], files[0])
+    if single not in files and (folder / single).is_file():
+        raise errors.weights_extra_file(folder, [single], files[0])
     for name in files:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not re.fullmatch(r"[\w.-]+" + re.escape(kind[1:]), name):
             raise errors.weights_unreadable(
-                folder / INDEX, f"it names {name!r}, which is no .safetensors file of this folder"
+                folder / index, f"it names {name!r}, which is no {kind[1:]} file of this folder"
             )
         if not (folder / name).is_file():
-            raise errors.weights_file_missing(folder, name, sorted(p.name for p in folder.glob("*.safetensors")))
+            raise errors.weights_file_missing(folder, name, here)
     return files
 
 

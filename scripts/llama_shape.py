@@ -12,6 +12,10 @@ from scripts import errors
 
 Shape = Tuple[int, ...]
 
+# A Mistral without its window is a Llama.
+MISTRAL = ["MistralForCausalLM"]
+ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL)
+
 JSON_MAX_BYTES = 64 << 20
 
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -19,7 +23,7 @@ EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "mod
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The six numbers that decide every tensor's shape."""
+    """The numbers that decide every tensor's shape. head_dim: None where it is hidden_size / n_heads, as in Meta's models."""
 
     hidden_size: int
     intermediate_size: int
@@ -27,20 +31,21 @@ class LlamaShape:
     n_heads: int
     n_kv_heads: int
     vocab_size: int
+    head_dim: Optional[int] = None
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.n_heads
+        return self.head_dim or self.hidden_size // self.n_heads
 
     def hf_tensors(self) -> Dict[str, Shape]:
         """Hugging Face's tensor names -> shapes; a linear layer's weight is (output, input)."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
-        kv_size = self.n_kv_heads * self.head_size
+        q_size, kv_size = self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         layer = {
-            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.q_proj": (q_size, hidden),
             "self_attn.k_proj": (kv_size, hidden),
             "self_attn.v_proj": (kv_size, hidden),
-            "self_attn.o_proj": (hidden, hidden),
+            "self_attn.o_proj": (hidden, q_size),
             "mlp.gate_proj": (intermediate, hidden),
             "mlp.up_proj": (intermediate, hidden),
             "mlp.down_proj": (hidden, intermediate),
@@ -139,8 +144,15 @@ def max_positions(asked: Optional[int], params: Params) -> Tuple[int, str]:
 def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     """config.json -> dimensions; a Problem where it is no plain Llama."""
     architectures = config.get("architectures")
-    if architectures != ["LlamaForCausalLM"]:
-        raise errors.model_unfit(path, f"architectures is {architectures}", "['LlamaForCausalLM']")
+    if architectures not in ARCHITECTURES:
+        raise errors.model_unfit(path, f"architectures is {architectures}", " or ".join(map(str, ARCHITECTURES)))
+    positions = positive(config, "max_position_embeddings", path, 2048)
+    # where config.json does not say, transformers' Mistral has a window of 4096
+    window = config.get("sliding_window", 4096 if architectures == MISTRAL else None)
+    if window is not None and not (type(window) is int and window >= positions):
+        raise errors.model_unfit(
+            path, f"sliding_window is {window!r}", f"null, or at least the {positions} positions of the model"
+        )
     for name, allowed in (
         ("hidden_act", "silu"),
         ("attention_bias", False),
@@ -155,11 +167,11 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     hidden = positive(config, "hidden_size", path)
     kv_heads = positive(config, "num_key_value_heads", path, heads)
     head_size = positive(config, "head_dim", path, hidden // heads)
-    if head_size * heads != hidden or head_size % 2 or heads % kv_heads:
+    if (config.get("head_dim") is None and hidden % heads) or head_size % 2 or heads % kv_heads:
         raise errors.model_unfit(
             path,
-            f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {head_size}",
-            "heads * head_dim = hidden_size, an even head_dim, and key/value heads that divide the heads",
+            f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {config.get('head_dim')}",
+            "an even head_dim (where it is not said, hidden_size / heads), and key/value heads that divide the heads",
         )
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
@@ -174,6 +186,7 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         n_heads=heads,
         n_kv_heads=kv_heads,
         vocab_size=positive(config, "vocab_size", path),
+        head_dim=head_size if head_size * heads != hidden else None,
     )
 
 
@@ -223,12 +236,26 @@ def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> List[int]:
     return [tp for tp in range(1, limit + 1) if why_impossible(shape, tp) is None]
 
 
-def why_impossible(shape: LlamaShape, tp_size: int) -> Optional[Tuple[str, int, str]]:
+def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> Optional[Tuple[str, int, str]]:
     """None, or (what, its size, the rule that it breaks). Upstream: convert_checkpoint.py and layers/attention.py of v0.8.0."""
-    if shape.n_heads % tp_size:
-        return "the number of heads", shape.n_heads, "each rank takes the same number of whole heads"
-    if shape.n_kv_heads % tp_size and tp_size % shape.n_kv_heads:
-        return "the number of key/value heads", shape.n_kv_heads, "it must be a multiple of TP or divide TP"
+    if not pad_heads:
+        if shape.n_heads % tp_size:
+            return "the number of heads", shape.n_heads, "each rank takes the same number of whole heads"
+        if shape.n_kv_heads % tp_size and tp_size % shape.n_kv_heads:
+            return "the number of key/value heads", shape.n_kv_heads, "it must be a multiple of TP or divide TP"
     if shape.intermediate_size % tp_size:
         return "the feed-forward size", shape.intermediate_size, "each rank takes the same number of its rows"
     return None
+
+
+def padded_heads(shape: LlamaShape, tp_size: int) -> Tuple[int, int]:
+    """(heads, key/value heads) when heads of zeros are added until tp_size ranks can share them; what divides already stays.
+
+    Whole groups are added (9 heads in 3 groups at TP=2: 12 in 4), or each group grows where it is shared by several ranks
+    (14 heads in 2 groups at TP=4: 16 in 2).
+    """
+    group, n_kv_heads = shape.n_heads // shape.n_kv_heads, shape.n_kv_heads
+    if tp_size % n_kv_heads:
+        n_kv_heads = -(-n_kv_heads // tp_size) * tp_size
+    ranks_of_group = max(1, tp_size // n_kv_heads)
+    return -(-group // ranks_of_group) * ranks_of_group * n_kv_heads, n_kv_heads

@@ -14,5 +14,7 @@ mapfile -t cuda < <(grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' torch-cuda.txt)
 lock "${cuda[@]/#/--no-emit-package=}" --no-emit-package torch verify.in -o verify.txt
 lock image.in -o image.txt
 lock release.in -o release.txt
+lock --no-deps gguf.in -o gguf.txt
+lock fetch.in -o fetch.txt
 lock test.in -o test.txt
 lock dev.in -o dev.txt

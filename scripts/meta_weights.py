@@ -4,17 +4,16 @@ Nothing of a .pth is run (see torch_file.py); the weights are read by rows and c
 """
 
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Tuple
 
 import numpy as np
 
 from scripts import errors
 from scripts.hf_model import check_tensors
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params
-from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, row_blocks
+from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params, Shape
+from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor
 from scripts.torch_file import read_torch_file
 
 # How the shards of a tensor make the whole: rows and columns are laid side by side, the same is in every shard.
@@ -41,28 +40,7 @@ LAYER = {
 DROPPED = "rope.freqs"
 
 
-@dataclass(frozen=True)
-class ShardTensor:
-    """One tensor of one .pth: where it lies, and the CRC-32 that the file carries for it (None: for more than this tensor)."""
-
-    stored: StoredTensor
-    crc32: Optional[int]
-
-    def blocks(self, multiple: int = 1, other_row_bytes: int = 0) -> Iterator[Raw]:
-        """All rows in order, some at a time (a multiple of `multiple`); a Problem at the end where the checksum does not fit.
-
-        other_row_bytes: what lies beside each row in the other shards, so that joined blocks stay small.
-        """
-        crc = 0
-        for first, end in row_blocks(0, self.stored.shape[0], self.stored.row_bytes + other_row_bytes, multiple):
-            block = self.stored.rows(first, end)
-            crc = zlib.crc32(block.data.cast("B"), crc)
-            yield block
-        if self.crc32 is not None and crc != self.crc32:
-            raise errors.tensor_damaged(self.stored.path, self.stored.name, f"{self.crc32:08x}", f"{crc:08x}")
-
-
-Shard = Mapping[str, ShardTensor]
+Shard = Mapping[str, StoredTensor]
 
 
 def shard_paths(folder: Path) -> List[Path]:
@@ -90,7 +68,7 @@ def read_shard(path: Path) -> Shard:
             continue
         if tensor.dtype not in ITEM_BYTES:
             raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
-        shard[name] = ShardTensor(StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start), tensor.crc32)
+        shard[name] = StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start, tensor.crc32)
     return shard
 
 
@@ -104,6 +82,21 @@ class MetaModel:
     # Hugging Face's tensor name -> (Meta's name, how its shards are laid together)
     names: Mapping[str, Tuple[str, str]]
 
+    @property
+    def files(self) -> Tuple[Path, ...]:
+        """The shards."""
+        return tuple(next(iter(shard.values())).path for shard in self.shards)
+
+    @property
+    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+        """Hugging Face's tensor name -> its stored type and shape."""
+        return {name: (DTYPES[self.dtype], shape) for name, shape in self.shape.hf_tensors().items()}
+
+    def origin(self, hf_name: str) -> Tuple[Path, str]:
+        """The first file that holds a tensor, and what it is called there."""
+        stored = self.shards[0][self.names[hf_name][0]]
+        return stored.path, stored.name
+
     def blocks(self, hf_name: str) -> Iterator[Raw]:
         """The rows of Hugging Face's tensor, in order: arrays of (rows, columns) or (rows,)."""
         name, how = self.names[hf_name]
@@ -113,14 +106,14 @@ class MetaModel:
             for part, values in zip(parts, same, strict=True):
                 if not np.array_equal(values, same[0]):
                     raise errors.weights_contradict(
-                        part.stored.path,
+                        part.path,
                         name,
                         "it must be the same in all shards",
-                        f"it differs from the one in {parts[0].stored.path.name}",
+                        f"it differs from the one in {parts[0].path.name}",
                     )
             yield same[0]
         elif how == COLUMNS:
-            row_bytes = sum(part.stored.row_bytes for part in parts)
+            row_bytes = sum(part.row_bytes for part in parts)
             for blocks in zip(*(part.blocks(1, row_bytes) for part in parts), strict=True):
                 yield np.concatenate(blocks, axis=1)
         else:
@@ -138,7 +131,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
             folder, "n_layers", f"params.json says {params.n_layers}", f"the tensors have {len(layers)}"
         )
     shape = params.shape(vocab_size)
-    found = [{name: tensor.stored.shape for name, tensor in shard.items()} for shard in shards]
+    found = [{name: tensor.shape for name, tensor in shard.items()} for shard in shards]
     _check_feed_forward(folder / "consolidated.00.pth", params, shape, len(shards), found[0])
     model_vocab_size = found[0].get("output.weight", (0,))[0] * len(shards)
     if model_vocab_size not in (0, vocab_size):
@@ -157,7 +150,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
     expected = _shard_shapes(shape, len(shards), names)
     for index, shapes in enumerate(found):
         check_tensors(folder / f"consolidated.{index:02d}.pth", "params.json", expected, shapes)
-    dtypes = {tensor.stored.dtype: tensor.stored for shard in shards for tensor in shard.values()}
+    dtypes = {tensor.dtype: tensor for shard in shards for tensor in shard.values()}
     if len(dtypes) > 1:
         one, other = list(dtypes.values())[:2]
         raise errors.weights_contradict(
@@ -193,7 +186,7 @@ def _names(shape: LlamaShape, shards: List[Shard]) -> Dict[str, Tuple[str, str]]
         )
     # Llama 2 splits the embedding by columns, some Llama 3 files by rows: the shape tells
     meta_embedding = names[EMBEDDING][0]
-    if meta_embedding in shards[0] and shards[0][meta_embedding].stored.shape[0] * len(shards) == shape.vocab_size:
+    if meta_embedding in shards[0] and shards[0][meta_embedding].shape[0] * len(shards) == shape.vocab_size:
         names[EMBEDDING] = (meta_embedding, ROWS)
     return names
 

@@ -36,6 +36,8 @@ QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": 
 # tokenizer, configs and code of the five models
 MODEL_REPO_BYTES = 5_000_000
 VERIFIED_BYTES = 1_000_000
+# tokenizer and configs
+CONFIG_BYTES = 5_000_000
 WEIGHTS_FILES = ("consolidated.*.pth", "*.safetensors")
 LIMITS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 WIDTH = 120
@@ -310,7 +312,7 @@ def rows(journey: Journey) -> List[Row]:
     engine, model, choice = journey.engine, journey.model, journey.choice
     hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
     rank_bytes, all_bytes = max(memory_model.stage_bytes(engine)), memory_model.checkpoint_bytes(engine)
-    copying = "up to 5x a copy"  # what make bench-convert is there to show
+    copying = "up to 2x a copy"  # what make bench-convert is there to show
     # NVIDIA's tools for QUANT hold the whole model and the rank that they write (read from the code of 0.8.0)
     checkpoint_memory = hf_bytes + rank_bytes if engine.quant else memory_model.CONVERSION_BYTES
     build_bytes: Optional[int] = None
@@ -321,6 +323,7 @@ def rows(journey: Journey) -> List[Row]:
     yours = f"# {'yours' if model.stored_bytes else 'not here yet'}: {choice['WEIGHTS']}"
     made = [
         Row("weights", model.stored_bytes or hf_bytes, None, "", yours),
+        Row("config", CONFIG_BYTES, None, "seconds", ""),
         Row("hf", 0 if model.form == "hf" else hf_bytes, memory_model.CONVERSION_BYTES, copying, ""),
         Row("checkpoint", all_bytes, checkpoint_memory, "not known" if engine.quant else copying, ""),
         Row("engines", all_bytes if choice.tensorrt else 0, build_bytes, "not known" if choice.tensorrt else "seconds", ""),

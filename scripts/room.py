@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from scripts import errors
 
@@ -24,30 +24,43 @@ MANIFEST_MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of one file."""
+    """What a manifest says of one file. tensors: of a file of weights, the CRC-32 of each tensor's bytes, so that damage has a name."""
 
     size_bytes: int
     sha256: str
+    tensors: Optional[Mapping[str, str]] = None
+
+    def as_json(self) -> Dict[str, Any]:
+        """As the manifest holds it."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass
 class Filling:
     """A room while it is being filled; `path` is its .partial folder.
 
-    `kept` holds the files that an interrupted try with the same question had finished: they need not be made again.
+    Of an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun` holds
+    the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors_file.write_together goes on behind them).
     """
 
     room: Path
     path: Path
     question: Dict[str, Any]
     kept: Dict[str, FileRecord] = field(default_factory=dict)
+    begun: Dict[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Dict[str, FileRecord] = field(default_factory=dict)
     facts: Dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, record: FileRecord) -> None:
         """Take a finished file into the room. It must lie whole and synced at `path / name`; its hash comes from writing it."""
         self.files[name] = record
-        finished = {"question": self.question, "files": {name: vars(record) for name, record in self.files.items()}}
+        self.note({name: parts for name, parts in self.begun.items() if name not in self.files})
+
+    def note(self, begun: Mapping[str, Mapping[str, Any]]) -> None:
+        """Remember what is whole, should this try be interrupted. begun: of the files that are not, what of them is on the disk."""
+        self.begun = dict(begun)
+        files = {name: record.as_json() for name, record in {**self.kept, **self.files}.items()}
+        finished = {"question": self.question, "files": files, "begun": begun}
         write_synced(self.path / FINISHED, json.dumps(finished).encode())
 
     def write(self, name: str, data: bytes) -> None:
@@ -147,6 +160,7 @@ def filling(
     reads: Optional[Mapping[str, Path]] = None,
     arguments: Optional[Mapping[str, Any]] = None,
     tools: Optional[Mapping[str, str]] = None,
+    name: Optional[str] = None,
 ) -> Iterator[Filling]:
     """Fill `room` from the rooms it `reads`.
 
@@ -156,6 +170,7 @@ def filling(
     A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
     name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
     made from) come from the Makefile. `args` may hold a path of this machine: it is the question, not part of the answer.
+    name: what the room is called, where its folder is named after something else.
     """
     room = room.absolute()
     partial, old = room.with_name(room.name + ".partial"), room.with_name(room.name + ".old")
@@ -180,22 +195,22 @@ def filling(
         question = {"asked": asked, "arguments": dict(arguments or {}), "reads": reads_sha256}
         for path in (reads or {}).values():
             read_manifest(path)
-        filling_room = Filling(room, partial, question, kept=_keep_finished(partial, question))
+        filling_room = Filling(room, partial, question, *_keep_finished(partial, question))
         yield filling_room
         manifest = {
-            "room": room.name,
+            "room": name or room.name,
             "arguments": question["arguments"],
             "reads": reads_sha256,
             "tools": {"python": platform.python_version(), **(tools or {})},
             "facts": filling_room.facts,
-            "files": {name: vars(filling_room.files[name]) for name in sorted(filling_room.files)},
+            "files": {name: filling_room.files[name].as_json() for name in sorted(filling_room.files)},
         }
         write_synced(partial / ARGS, asked.encode())
         write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         _publish(partial, room, old)
         size_bytes = sum(record.size_bytes for record in filling_room.files.values())
         say(
-            room.name,
+            name or room.name,
             f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
             f"{time.monotonic() - started:.1f} s",
         )
@@ -265,28 +280,42 @@ def _newer_than_needs(path: Path) -> bool:
     return bool(needs) and path.stat().st_mtime_ns >= max(os.stat(need).st_mtime_ns for need in needs)
 
 
-def _keep_finished(partial: Path, question: Mapping[str, Any]) -> Dict[str, FileRecord]:
-    """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished."""
+def interrupted_arguments(room: Path) -> Dict[str, Any]:
+    """What an interrupted try to fill a room was made with; nothing where there is none."""
+    try:
+        return dict(
+            json.loads((room.with_name(room.name + ".partial") / FINISHED).read_bytes())["question"]["arguments"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _keep_finished(
+    partial: Path, question: Mapping[str, Any]
+) -> Tuple[Dict[str, FileRecord], Dict[str, Mapping[str, Any]]]:
+    """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished, or began."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
         same = finished["question"] == question and (
             "ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED)
         )
         kept = {name: FileRecord(**record) for name, record in finished["files"].items()} if same else {}
+        begun = dict(finished["begun"]) if same else {}
     except (OSError, ValueError, KeyError, TypeError):
-        kept = {}
+        kept, begun = {}, {}
     kept = {
         name: record
         for name, record in kept.items()
         if (partial / name).is_file() and (partial / name).stat().st_size == record.size_bytes
     }
+    begun = {name: tensors for name, tensors in begun.items() if name not in kept and (partial / name).is_file()}
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif str(path.relative_to(partial)) not in {*kept, FINISHED}:
+        elif str(path.relative_to(partial)) not in {*kept, *begun, FINISHED}:
             path.unlink()
-    return kept
+    return kept, begun
 
 
 def _publish(partial: Path, room: Path, old: Path) -> None:

@@ -3,23 +3,25 @@
 Numbers stay what they are on disk: a tensor of 16 bits is an array of uint16, of 32 bits of uint32 (numpy has no bfloat16).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import math
 import os
 import struct
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
 from scripts import errors
-from scripts.room import FileRecord
+from scripts.room import FileRecord, Filling, say
 
 Raw = npt.NDArray[Any]  # uint16 or uint32: the bits as stored
 Shape = Tuple[int, ...]
@@ -30,9 +32,9 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 # 1 MB stays in the processor's cache from reading to hashing; 8 MB took twice the system time (page faults)
 BLOCK_BYTES = 1 << 20
-# blocks that wait to be written: enough to keep the writer busy
-BLOCKS_WAITING = 4
-# how much is written before the disk is told to begin with it: without that it idles until the last block and then takes as long again
+# blocks that wait to be written, for each file: enough to keep its threads busy, and more where there are cores for more ranks' threads
+BLOCKS_WAITING = 4 * min(8, os.cpu_count() or 1)
+# how much is written before it is brought to the disk and noted as kept, should the conversion be interrupted
 SYNC_BYTES = 256 << 20
 # the format's own limit (safetensors' MAX_HEADER_SIZE)
 HEADER_MAX_BYTES = 100_000_000
@@ -40,13 +42,17 @@ HEADER_MAX_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `start` is the offset of its first byte in the file; rows follow each other without gaps."""
+    """Where a tensor lies: `start` is the offset of its first byte in the file; rows follow each other without gaps.
+
+    crc32: what its file says of its bytes; None where it says nothing of this tensor alone.
+    """
 
     path: Path
     name: str
     dtype: str
     shape: Shape
     start: int
+    crc32: Optional[int] = None
 
     @property
     def row_bytes(self) -> int:
@@ -69,6 +75,20 @@ class StoredTensor:
         if values.size != count:
             raise errors.weights_unreadable(self.path, f"it ends inside of {self.name}")
         return values.reshape(end - first, *self.shape[1:])
+
+    def blocks(self, multiple: int = 1, other_row_bytes: int = 0) -> Iterator[Raw]:
+        """All rows in order, some at a time (a multiple of `multiple`); a Problem at the end where the checksum does not fit.
+
+        other_row_bytes: what lies beside each row in other files, so that joined blocks stay small.
+        """
+        crc = 0
+        for first, end in row_blocks(0, self.shape[0], self.row_bytes + other_row_bytes, multiple):
+            block = self.rows(first, end)
+            if self.crc32 is not None:
+                crc = zlib.crc32(block.data.cast("B"), crc)
+            yield block
+        if self.crc32 is not None and crc != self.crc32:
+            raise errors.tensor_damaged(self.path, self.name, f"{self.crc32:08x}", f"{crc:08x}")
 
 
 def row_blocks(first: int, end: int, row_bytes: int, multiple: int = 1) -> Iterator[Tuple[int, int]]:
@@ -101,39 +121,163 @@ def stored_order(tensors: Mapping[str, Tuple[str, Shape]]) -> List[str]:
     return sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
 
 
-def write(
-    path: Path,
+def write_together(
+    room: Filling,
+    names: Sequence[str],
     tensors: Mapping[str, Tuple[str, Shape]],
-    blocks: Callable[[str], Iterable[Raw]],
+    blocks: Callable[[str], Iterable[Sequence[Raw]]],
     metadata: Optional[Mapping[str, str]] = None,
     advance: Callable[[int], Any] = lambda size_bytes: None,
-) -> FileRecord:
-    """Write a file whole and synced; returns its size and sha256, taken while writing.
+) -> None:
+    """Write files of the same tensors (names and shapes) at once, each by threads of its own; they are synced and taken into the room.
 
-    blocks(name) gives a tensor's rows in order, as raw arrays; it is called in stored order. advance hears of every block's bytes.
+    blocks(tensor) gives its rows in order: for each file a raw array, perhaps of no rows. It is called in stored order. Size, sha256 and
+    the CRC-32 of each tensor are taken while writing. What an interrupted try left is kept up to the last tensor that was on the disk
+    in all files. advance hears of every byte.
     """
-    digest = hashlib.sha256()
-    size_bytes = unsynced_bytes = 0
     _keep_freed_memory()
-    with open(path, "wb", buffering=0) as file, _Worker() as writer, _Worker() as syncer:
+    order = stored_order(tensors)
+    sizes = [math.prod(tensors[name][1]) * ITEM_BYTES[tensors[name][0]] for name in order]
+    with contextlib.ExitStack() as stack:
+        header = header_bytes(tensors, metadata)
+        files = [stack.enter_context(_File(room.path / name, header)) for name in names]
+        done = _go_on(files, list(zip(order, sizes)), [room.begun.get(name, {}) for name in names])
+        if done:
+            say(room.room.name, f"{done} of {len(order)} tensors of {', '.join(names)} were written before; kept")
+            advance(sum(sizes[:done]) * len(files))
+        syncer = stack.enter_context(_Worker())
+        unsynced_bytes = 0
 
-        def take(data: memoryview) -> None:
-            digest.update(data)
-            _write_all(file.fileno(), data)
+        def sync(written: List["Future[Any]"]) -> None:
+            begun = {name: future.result() for name, future in zip(names, written)}
+            for file in files:
+                os.fdatasync(file.fd)
+            room.note(begun)
 
-        for data in _pieces(tensors, blocks, metadata):
-            writer.do(take, data)
-            size_bytes += len(data)
-            unsynced_bytes += len(data)
+        for name, size in zip(order[done:], sizes[done:]):
+            left = [size] * len(files)
+            for parts in blocks(name):
+                for index, part in enumerate(parts):
+                    if part.size:
+                        data = np.ascontiguousarray(part).data.cast("B")
+                        files[index].put(data)
+                        left[index] -= len(data)
+                        unsynced_bytes += len(data)
+                        advance(len(data))
+            assert not any(left), f"{name}: {left} bytes are missing"
+            ended = [file.end_tensor(name) for file in files]
+            # told to begin now, the disk does not idle until the last block and then take as long again
             if unsynced_bytes >= SYNC_BYTES and syncer.idle():
-                syncer.do(os.fdatasync, file.fileno())
+                syncer.do(sync, ended)
                 unsynced_bytes = 0
-            advance(len(data))
-        writer.finish()
         syncer.finish()
-        os.fchmod(file.fileno(), 0o644)
-        os.fsync(file.fileno())
-    return FileRecord(size_bytes, digest.hexdigest())
+        for file in files:
+            file.finish()
+    for name, file in zip(names, files):
+        room.add(name, FileRecord(file.size_bytes, file.digest.hexdigest(), file.crcs))
+
+
+def fingerprint(path: Path, advance: Callable[[int], Any] = lambda size_bytes: None) -> FileRecord:
+    """Size, sha256 and the CRC-32 of each tensor of a file that was not written by us (so that it must be read once)."""
+    tensors = sorted(read_header(path).values(), key=lambda tensor: tensor.start)
+    digest, crcs = hashlib.sha256(), {}
+    size_bytes = 0
+    ends = [(None, tensors[0].start)] if tensors else [(None, path.stat().st_size)]
+    with path.open("rb", buffering=0) as file:
+        for name, size in [*ends, *((tensor.name, tensor.size_bytes) for tensor in tensors)]:
+            crc, end = 0, size_bytes + size
+            while size_bytes < end:
+                data = file.read(min(BLOCK_BYTES, end - size_bytes))
+                if not data:
+                    raise errors.weights_unreadable(path, f"it ends inside of {name or 'its header'}")
+                digest.update(data)
+                crc = zlib.crc32(data, crc)
+                size_bytes += len(data)
+                advance(len(data))
+            if name is not None:
+                crcs[name] = f"{crc:08x}"
+    return FileRecord(size_bytes, digest.hexdigest(), crcs)
+
+
+def _go_on(files: List["_File"], order: List[Tuple[str, int]], begun: List[Mapping[str, str]]) -> int:
+    """Bring all files to the same tensor, behind what an interrupted try wrote, or behind the header; how many tensors they have."""
+    done = min(len(crcs) for crcs in begun)
+    if done:
+        with ThreadPoolExecutor(len(files)) as pool:
+            kept = [pool.submit(file.keep, order[:done], crcs) for file, crcs in zip(files, begun)]
+        if all(future.result() for future in kept):
+            return done
+    for file in files:
+        file.begin()
+    return 0
+
+
+class _File:
+    """One file while it is written: what comes is hashed by one thread and written by another, while the next block is made."""
+
+    def __init__(self, path: Path, header: bytes) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.header, self.size_bytes = header, 0
+        self.digest, self.crc = hashlib.sha256(), 0
+        self.crcs: Dict[str, str] = {}
+        self.hasher, self.writer = _Worker(), _Worker()
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.hasher.shutdown()
+        self.writer.shutdown()
+        os.close(self.fd)
+
+    def begin(self) -> None:
+        """Nothing but the header."""
+        os.ftruncate(self.fd, 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        _write_all(self.fd, memoryview(self.header))
+        self.size_bytes, self.digest, self.crcs = len(self.header), hashlib.sha256(self.header), {}
+
+    def keep(self, tensors: List[Tuple[str, int]], crcs: Mapping[str, str]) -> bool:
+        """Read again what an interrupted try wrote, tensor after tensor (name, bytes), and cut off the rest; False where it is not that."""
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        if self._read(len(self.header)) != zlib.crc32(self.header):
+            return False
+        self.crcs = {name: f"{self._read(size):08x}" for name, size in tensors}
+        os.ftruncate(self.fd, self.size_bytes)
+        return self.crcs == crcs
+
+    def _read(self, size: int) -> int:
+        crc, end = 0, self.size_bytes + size
+        while self.size_bytes < end and (data := os.read(self.fd, min(BLOCK_BYTES, end - self.size_bytes))):
+            self.digest.update(data)
+            crc = zlib.crc32(data, crc)
+            self.size_bytes += len(data)
+        return crc
+
+    def put(self, data: memoryview) -> None:
+        """The next bytes."""
+        self.size_bytes += len(data)
+        self.hasher.do(self.digest.update, data)
+        self.writer.do(self._write, data)
+
+    def _write(self, data: memoryview) -> None:
+        self.crc = zlib.crc32(data, self.crc)
+        _write_all(self.fd, data)
+
+    def end_tensor(self, name: str) -> "Future[Any]":
+        """A tensor has come; what is returned gives the CRC-32 of each until this one, once they are written."""
+        return self.writer.do(self._end_tensor, name)
+
+    def _end_tensor(self, name: str) -> Mapping[str, str]:
+        self.crcs, self.crc = {**self.crcs, name: f"{self.crc:08x}"}, 0
+        return self.crcs
+
+    def finish(self) -> None:
+        """Everything is on the disk."""
+        self.hasher.finish()
+        self.writer.finish()
+        os.fchmod(self.fd, 0o644)
+        os.fsync(self.fd)
 
 
 def read_header(path: Path) -> Dict[str, StoredTensor]:
@@ -181,22 +325,6 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
     return tensors
 
 
-def _pieces(
-    tensors: Mapping[str, Tuple[str, Shape]],
-    blocks: Callable[[str], Iterable[Raw]],
-    metadata: Optional[Mapping[str, str]],
-) -> Iterator[memoryview]:
-    yield memoryview(header_bytes(tensors, metadata))
-    for name in stored_order(tensors):
-        dtype, shape = tensors[name]
-        left = math.prod(shape) * ITEM_BYTES[dtype]
-        for block in blocks(name):
-            data = np.ascontiguousarray(block).data.cast("B")
-            left -= len(data)
-            yield data
-        assert left == 0, f"{name}: {left} bytes are missing"
-
-
 class _Worker(ThreadPoolExecutor):
     """One thread that does one thing after the other; what fails there is raised here.
 
@@ -207,10 +335,11 @@ class _Worker(ThreadPoolExecutor):
         super().__init__(max_workers=1)
         self.waiting: Deque[Future[object]] = deque()
 
-    def do(self, what: Callable[..., object], *words: object) -> None:
+    def do(self, what: Callable[..., object], *words: object) -> "Future[Any]":
         if len(self.waiting) >= BLOCKS_WAITING:
             self.waiting.popleft().result()
         self.waiting.append(self.submit(what, *words))
+        return self.waiting[-1]
 
     def idle(self) -> bool:
         return all(future.done() for future in self.waiting)

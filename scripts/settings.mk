@@ -22,7 +22,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
 NOTHING     :=
 HASH        := \#
 NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
-REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST,$v),,:),$(findstring $c,$($v))) \
+REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST SOURCE,$v),,:),$(findstring $c,$($v))) \
                  $(if $(filter ASSUME_GPU REHEARSAL,$v),,$(filter-out 0 1,$(words $($v))))),$v))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
 REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH JSON VERSION INFERRED BASE_IMAGE NO_CACHE IMAGE KEY,$(TYPED)))
@@ -68,15 +68,17 @@ else ifeq ($(TOOLCHAIN),)
   TOOLCHAIN := $(shell scripts/toolchain.sh versions | head -n 1)
 endif
 
+# Missing weights are fetched where SOURCE says from where; Meta's only with the URL that Meta sends.
+FETCHABLE = $(if $(filter meta:%,$(SOURCE)),|| [ "$${META_URL:-}$${META_URL_FILE:-}" ],$(if $(SOURCE),|| true))
 COMMA := ,
 check = [[ '$($1)' =~ ^($2)$$ ]] || echo $1;
 ifeq ($(strip $(REFUSED)),)
   REFUSED := $(shell $(call check,ENGINE,torch|tensorrt) $(call check,QUANT,$(if $(filter torch,$(ENGINE)),,|int8_wo|int4_awq|fp8|sq)) \
-    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) $(call check,TARGET,cpu|cuda) $(call check,BUILDER,|docker|buildah) $(call check,KV_REUSE,$(if $(filter torch,$(ENGINE)),off,on|off)) \
+    $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) $(call check,PAD_HEADS,$(if $(QUANT),off,on|off)) $(call check,TARGET,cpu|cuda) $(call check,BUILDER,|docker|buildah) $(call check,KV_REUSE,$(if $(filter torch,$(ENGINE)),off,on|off)) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]{0$(COMMA)8})) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]{0$(COMMA)8})) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
     [ -z '$(if $(filter tensorrt,$(ENGINE)),$(if $(ASKED),,$(filter-out $(NO_TOOLCHAIN),$(MAKECMDGOALS))))' ] || [ -z '$(ASSUME_GPU)' ] || echo ASSUME_GPU; \
-    $(if $(ASKED),,[ -d '$(WEIGHTS)' ] || echo WEIGHTS;) [ -z '$(PYTHON)' ] || [ "$$('$(PYTHON)' -c 'print(7)' 2>/dev/null)" = 7 ] || echo PYTHON)
+    $(if $(ASKED)$(filter weights,$(MAKECMDGOALS)),,[ -d '$(WEIGHTS)' ] $(FETCHABLE) || echo WEIGHTS;) [ -z '$(PYTHON)' ] || [ "$$('$(PYTHON)' -c 'print(7)' 2>/dev/null)" = 7 ] || echo PYTHON)
 endif
 REFUSE := $(if $(strip $(REFUSED)),refuse)

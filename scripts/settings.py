@@ -25,26 +25,34 @@ NUMBERS = {
     "METRICS_PORT": 8002,
     "OPENAI_PORT": 9000,
 }
+SECRETS = ("META_URL", "HF_TOKEN")
 NUMBERS_OR_EMPTY = {"CONTEXT": 4096, "MAX_INPUT_LEN": 2048, "MAX_SEQ_LEN": 4096, "MAX_NUM_TOKENS": 8192}
 
 
 def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolchains: Sequence[str]) -> errors.Problem:
     """Why make refuses the setting `name`. settings: all that make knows, name -> value as typed."""
+    if name in SECRETS:
+        return errors.secret_typed(name)
     if name not in settings:
         near = difflib.get_close_matches(name.upper(), settings, 1, 0)
         return errors.no_such_setting(name, sorted(settings), near[0] if near else "MODEL")
     value = settings[name]
     bad = sorted(
-        {character for character in value if character in NOT_IN_WORDS or (character == ":" and name != "HOST")}
+        {
+            character
+            for character in value
+            if character in NOT_IN_WORDS or (character == ":" and name not in ("HOST", "SOURCE"))
+        }
     )
-    if name in ("MODEL", "WEIGHTS", "PYTHON") and bad:
+    if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON") and bad:
         return errors.path_not_for_make(name, value, bad)
     if name == "MODEL":
         return errors.no_such_model(value, presets)
     if name == "WEIGHTS":
         if "/" in settings["MODEL"] and value != settings["MODEL"]:
             return errors.weights_named_twice(settings["MODEL"], value)
-        return errors.weights_not_there("MODEL" if value == settings["MODEL"] else "WEIGHTS", value)
+        name = "MODEL" if value == settings["MODEL"] else "WEIGHTS"
+        return errors.weights_not_there(name, value, settings.get("SOURCE", ""))
     if name == "PYTHON":
         return errors.interpreter_missing(value)
     if name == "TOOLCHAIN":
@@ -57,6 +65,7 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         "ENGINE": ("torch or tensorrt", "torch"),
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
         "STREAMING": ("on or off", "on"),
+        "PAD_HEADS": ("on or off; with QUANT off", "off"),
         "KV_REUSE": ("off; with ENGINE=tensorrt also on", "off"),
         "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),

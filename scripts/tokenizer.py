@@ -7,7 +7,7 @@ rooms need neither sentencepiece nor a particular version of protobuf.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
 from scripts import errors
 
@@ -226,9 +226,8 @@ def _refuse_other_kinds(
     model_type = trainer.get(3, 1)
     if model_type != BPE:
         raise unfit(f"It is a SentencePiece model of type {MODEL_TYPES.get(model_type, model_type)}, not BPE")
-    missing = {f"<0x{byte:02X}>" for byte in range(256)} - {piece.text for piece in pieces if piece.type == BYTE}
-    if not trainer.get(35, 0) or missing:
-        raise unfit(f"It has no byte fallback ({len(missing)} of 256 byte pieces are missing)")
+    if not trainer.get(35, 0):
+        raise unfit("It has no byte fallback")
     if trainer.get(24, 0):
         raise unfit("It writes spaces behind words (treat_whitespace_as_suffix), not before them")
     # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces: on where the file says nothing
@@ -239,6 +238,18 @@ def _refuse_other_kinds(
             f"Its normalizer is {name!r} with add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces = {switches} "
             "where Llama 2 has 'identity' with (True, False, True)"
         )
+    check_pieces(path, pieces)
+
+
+def check_pieces(path: Union[str, Path], pieces: Sequence[Piece]) -> None:
+    """A Problem where the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
+
+    def unfit(what: str) -> errors.Problem:
+        return errors.tokenizer_unfit(path, what)
+
+    missing = {f"<0x{byte:02X}>" for byte in range(256)} - {piece.text for piece in pieces if piece.type == BYTE}
+    if missing:
+        raise unfit(f"It has no byte fallback ({len(missing)} of 256 byte pieces are missing)")
     for token_id, piece in enumerate(pieces):
         if piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE):
             raise unfit(

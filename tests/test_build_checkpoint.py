@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,11 +190,9 @@ def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: in
         for name, tensor in build_checkpoint.rank_tensors(shape, tp_size, rank).items():
             parts: List[Any] = []
             for cut in tensor.cuts:
-                rows = slice(*cut.rows)
-                zeros = np.zeros((cut.rows[1], *tensor.shape[1:]), int)
-                parts.append(
-                    zeros if cut.source is None else hf[cut.source][rows][..., slice(*(cut.columns or (None, None)))]
-                )
+                part = hf[cut.source][slice(*cut.rows)][..., slice(*(cut.columns or (None, None)))]
+                below_and_right = [(0, cut.zero_rows), (0, cut.zero_columns)][: part.ndim]
+                parts.append(np.pad(part, below_and_right))
             tensors[name] = np.concatenate(parts)
             assert tensors[name].shape == tensor.shape
         return tensors
@@ -392,41 +391,74 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
 
 def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
     """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
-    imports = "import os, sys, errno\nfrom scripts import build_checkpoint, errors, safetensors_file as s"
+    imports = "import os, sys, errno\nfrom scripts import build_checkpoint, errors, safetensors_file as s\ns.SYNC_BYTES = 200_000"
     script = f"{imports}\n{code}\nerrors.run(build_checkpoint.main)"
-    words = ["--hf", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
+    words = ["--model", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
     return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-# in the middle of the third rank file
+# in the middle of the third rank file, when it is noted that something is on the disk
 BREAK_IN_RANK_2 = """
+import threading
+from scripts import room
 s.BLOCK_BYTES = 3000
-plain = s._write_all
+plain, plain_note, noted = s._write_all, room.Filling.note, threading.Event()
+def note(filling, begun):
+    plain_note(filling, begun)
+    if begun:
+        noted.set()
+room.Filling.note = note
 def broken(fd, data):
     plain(fd, data)
     path = os.readlink(f"/proc/self/fd/{{fd}}")
-    if path.endswith("rank2.safetensors") and os.path.getsize(path) > 100_000:
+    if path.endswith("rank2.safetensors") and os.path.getsize(path) > 150_000 and noted.wait(60):
         {}
 s._write_all = broken
 """
 
 
+TELL_WHAT_IS_READ = """
+import atexit
+plain, read = s.StoredTensor.rows, set()
+def rows(tensor, *words):
+    read.add(tensor.name)
+    return plain(tensor, *words)
+s.StoredTensor.rows = rows
+atexit.register(lambda: print("read", *read))
+"""
+
+
 @pytest.mark.parametrize("blow", ["os.kill(os.getpid(), 9)", "raise OSError(errno.ENOSPC, 'No space left on device')"])
-def test_after_a_pulled_plug_or_a_full_disk_finished_ranks_are_kept_and_the_bytes_are_the_same(
+def test_after_a_pulled_plug_or_a_full_disk_what_was_on_the_disk_is_kept_and_the_bytes_are_the_same(
     blow: str, tmp_path: Path
 ) -> None:
     hf, room = hf_room(tmp_path), tmp_path / "checkpoint"
     broken = run(BREAK_IN_RANK_2.format(blow), hf, room)
     assert broken.returncode != 0 and not room.exists() and "Traceback" not in broken.stderr
     assert ("DISK IS FULL" in broken.stderr) == ("ENOSPC" in blow)
-    finished = {rank: (tmp_path / "checkpoint.partial" / f"rank{rank}.safetensors").stat().st_ino for rank in (0, 1)}
-    again = run("", hf, room)
+    begun = json.loads((tmp_path / "checkpoint.partial/finished.json").read_text())["begun"]
+    assert sorted(begun) == [f"rank{rank}.safetensors" for rank in range(4)]
+    again = run(TELL_WHAT_IS_READ, hf, room)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("was finished before") == 2
-    assert finished == {rank: (room / f"rank{rank}.safetensors").stat().st_ino for rank in (0, 1)}
+    [kept] = re.findall(r"(\d+) of 24 tensors of .* were written before; kept", again.stdout)
+    assert int(kept) == len(begun["rank0.safetensors"]) > 1
+    assert "lm_head.weight" not in re.findall(r"^read (.*)", again.stdout, re.MULTILINE)[0].split()
     assert_as_upstream(room, hf, GROUPED, 4, "float16", tmp_path)
     undisturbed = build(hf, tmp_path / "undisturbed" / "checkpoint", 4)
     assert read_manifest(room) == read_manifest(undisturbed)
+
+
+def test_what_was_kept_is_not_trusted_unread(tmp_path: Path) -> None:
+    """A bit that flips between two tries: the files are begun anew, and are what they should be."""
+    hf, room = hf_room(tmp_path), tmp_path / "checkpoint"
+    run(BREAK_IN_RANK_2.format("os.kill(os.getpid(), 9)"), hf, room)
+    path = tmp_path / "checkpoint.partial/rank1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    again = run("", hf, room)
+    assert again.returncode == 0 and "; kept" not in again.stdout
+    assert_as_upstream(room, hf, GROUPED, 4, "float16", tmp_path)
 
 
 def test_no_tensor_is_ever_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

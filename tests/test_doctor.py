@@ -128,14 +128,14 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     free = namedtuple("free", "free")
-    rooms = tensorrt(VARIANT="variant", HF="hf")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(42 * 10**9))
-    is_fine("disk", rooms, "take 41.0 GB")  # 13.5 + 13.7 + 13.7
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(40 * 10**9))
-    stops("disk", rooms, "40.0 GB", "41.0 GB", "make plan")
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/manifest.json").write_text("{}")  # what is made already takes nothing more
-    is_fine("disk", rooms, "take 27.5 GB")
+    rooms = tensorrt(VARIANT="variant", HF="hf", CONFIG="config")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(28 * 10**9))
+    is_fine("disk", rooms, "take 27.5 GB")  # 13.7 + 13.7
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(27 * 10**9))
+    stops("disk", rooms, "27.0 GB", "27.5 GB", "make plan")
+    (tmp_path / "variant/checkpoint").mkdir(parents=True)
+    (tmp_path / "variant/checkpoint/manifest.json").write_text("{}")  # what is made already takes nothing more
+    is_fine("disk", rooms, "take 13.7 GB")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free(10**9))
     is_noted("disk", case(INTERPRETER="/nowhere/python"), "packages 3.0 GB")
 

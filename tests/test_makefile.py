@@ -24,10 +24,10 @@ from conftest import ROOT, copy_of_project, make
 
 from scripts import build_image, settings
 
-ROOMS = ["hf", "checkpoint", "engines", "model_repo"]
-HF = Path("build/stories/hf")
+ROOMS = ["config", "checkpoint", "engines", "model_repo"]
+CONFIG, HF = Path("build/stories/config"), Path("build/stories/hf")
 VARIANT = Path("build/stories/torch-0.8.0-tp2-float16")
-PLACES = {"hf": HF, **{room: VARIANT / room for room in ROOMS[1:]}}
+PLACES = {"config": CONFIG, **{room: VARIANT / room for room in ROOMS[1:]}}
 
 
 def asked_for(tree: Path, *words: str) -> List[str]:
@@ -100,7 +100,8 @@ def test_nothing_is_made_again_and_nothing_is_opened_for_writing(made_tree: Path
 
 
 TOUCHED = [
-    ("scripts/build_hf.py", ROOMS),
+    ("scripts/build_config.py", ROOMS),
+    ("scripts/build_hf.py", []),
     ("scripts/tokenizer.py", ROOMS),
     ("scripts/room.py", ROOMS),
     ("models/stories/tokenizer.model", ROOMS),
@@ -136,7 +137,7 @@ def test_a_touched_file_costs_exactly_the_rooms_made_from_it(made: Path, path: s
     assert asked_for(made) == []
 
 
-def test_another_engine_has_rooms_of_its_own_but_the_same_hf(made: Path) -> None:
+def test_another_engine_has_rooms_of_its_own_but_the_same_config(made: Path) -> None:
     assert asked_for(made, "ENGINE=tensorrt", "TOOLCHAIN=0.8.0") == ROOMS[1:]
 
 
@@ -168,7 +169,9 @@ def test_a_changed_setting_costs_exactly_the_rooms_that_depend_on_it(
 @pytest.mark.parametrize(
     ("lock", "expected"), [("run.txt", ROOMS[1:]), ("torch.txt", ROOMS[1:]), ("test.txt", []), ("dev.txt", [])]
 )
-def test_a_changed_lock_of_the_run_time_costs_all_rooms_but_hf(made_tree: Path, lock: str, expected: List[str]) -> None:
+def test_a_changed_lock_of_the_run_time_costs_all_rooms_but_config(
+    made_tree: Path, lock: str, expected: List[str]
+) -> None:
     with (made_tree / "requirements" / lock).open("a") as file:
         file.write("# another package\n")
     assert asked_for(made_tree) == expected
@@ -199,7 +202,7 @@ def test_a_template_that_was_taken_away_is_noticed(made_tree: Path) -> None:
 
 
 def test_there_and_back_again_costs_only_what_was_changed(made_tree: Path) -> None:
-    before, rooms = stats_below(made_tree / HF), files_below(made_tree / "build")
+    before, rooms = stats_below(made_tree / CONFIG), files_below(made_tree / "build")
     for words in (["MAX_SEQ_LEN=384"], []):
         done = make(made_tree, "model_repo", *words)
         assert (done.returncode, filled(done.stdout)) == (0, ["engines", "model_repo"]), done.stderr
@@ -207,7 +210,7 @@ def test_there_and_back_again_costs_only_what_was_changed(made_tree: Path) -> No
     done = make(made_tree, "model_repo", "TP=1")
     assert (done.returncode, filled(done.stdout)) == (0, ["checkpoint", "engines", "model_repo"]), done.stderr
     assert asked_for(made_tree) == []
-    assert stats_below(made_tree / HF) == before
+    assert stats_below(made_tree / CONFIG) == before
 
 
 def test_the_environment_never_decides(made: Path, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_the_environment_never_decides(made: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     done = make(made, "-q", "model_repo", **environment)
     assert (done.returncode, done.stderr) == (0, "")
-    done = make(made, "-B", "hf", "-n", **environment)
+    done = make(made, "-B", "config", "-n", **environment)
     assert "--weights models/stories --max-position-embeddings=512" in done.stdout
 
 
@@ -245,8 +248,8 @@ def test_make_alone_prints_the_help_page_in_the_order_of_the_journey(own_tree: P
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == make(own_tree, "help").stdout
     words = re.findall(r"^  ([a-z_-]+) +\S", done.stdout, re.MULTILINE)
-    assert [word for word in words if word in {*ROOMS, "verified", "serve", "ask", "demo"}] == [
-        "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "ask", "demo",
+    assert [word for word in words if word in {*ROOMS, "hf", "verified", "serve", "ask", "demo"}] == [
+        "config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "ask", "demo",
     ]  # fmt: skip
     assert {"help", "doctor", "test", "lint", "clean"} <= set(words)
 
@@ -367,6 +370,7 @@ def test_a_missing_interpreter_is_a_report(own_tree: Path) -> None:
     ids=" ".join,
 )
 def test_what_this_model_cannot_do_is_a_report(made_tree: Path, words: List[str], title: str) -> None:
+    assert make(made_tree, "hf").returncode == 0
     assert title in the_report(make(made_tree, "engines", *words))[0]
 
 
@@ -384,19 +388,20 @@ def test_a_folder_is_one_room_however_it_is_spelled(made_tree: Path, tmp_path: P
     (tmp_path / "link").symlink_to(real)
     (tmp_path / "above").symlink_to(real.parent)
     room = made_tree / f"build/Llama_2-{hashlib.sha256(str(real).encode()).hexdigest()[:8]}"
-    done = make(made_tree, "hf", f"MODEL={tmp_path}/link", "CONTEXT=512")
-    assert (done.returncode, filled(done.stdout)) == (0, ["hf"]), done.stderr
-    assert files_below(room / "hf") == files_below(made_tree / HF)
+    done = make(made_tree, "config", f"MODEL={tmp_path}/link", "CONTEXT=512")
+    assert (done.returncode, filled(done.stdout)) == (0, ["config"]), done.stderr
+    assert files_below(room / "config") == files_below(made_tree / CONFIG)
     (tmp_path / "plain").symlink_to("link")
     for spelling in (f"{tmp_path}/link/", "../link", f"{tmp_path}/./plain//", "../copy/../plain"):
-        assert make(made_tree, "-q", "hf", f"MODEL={spelling}", "CONTEXT=512").returncode == 0, spelling
-    assert make(made_tree, "-q", "hf", f"MODEL={tmp_path}/link", "CONTEXT=256").returncode == 1
+        assert make(made_tree, "-q", "config", f"MODEL={spelling}", "CONTEXT=512").returncode == 0, spelling
+    assert make(made_tree, "-q", "config", f"MODEL={tmp_path}/link", "CONTEXT=256").returncode == 1
 
 
 def test_a_hugging_face_folder_is_told_by_its_content(made_tree: Path, tmp_path: Path) -> None:
+    assert make(made_tree, "hf").returncode == 0
     shutil.copytree(made_tree / HF, tmp_path / "hf-llama", ignore=shutil.ignore_patterns("args", "manifest.json"))
-    done = make(made_tree, "checkpoint", f"MODEL={tmp_path}/hf-llama")
-    assert (done.returncode, filled(done.stdout)) == (0, ["hf", "checkpoint"]), done.stderr
+    done = make(made_tree, "checkpoint", "hf", f"MODEL={tmp_path}/hf-llama")
+    assert (done.returncode, filled(done.stdout)) == (0, ["config", "checkpoint", "hf"]), done.stderr
     [room] = made_tree.glob("build/hf-llama-*")
     assert os.path.samefile(room / "hf/model.safetensors", tmp_path / "hf-llama/model.safetensors")
     ours = {
@@ -405,6 +410,18 @@ def test_a_hugging_face_folder_is_told_by_its_content(made_tree: Path, tmp_path:
         if "rank" in name
     }
     assert ours and ours.items() <= files_below(made_tree / VARIANT / "checkpoint").items()
+
+
+def test_the_whole_model_is_made_for_those_who_need_it_and_costs_the_others_nothing(made_tree: Path) -> None:
+    done = make(made_tree, "hf")
+    assert (done.returncode, filled(done.stdout)) == (0, ["hf"]), done.stderr
+    assert asked_for(made_tree) == []
+    os.utime(made_tree / "scripts/build_hf.py")
+    assert asked_for(made_tree) == []
+    wanted = make(made_tree, "-n", "verified").stdout
+    assert re.findall(r"-m scripts\.build_(\w+)", wanted) == ["hf", "verified"]
+    quantized = make(made_tree, "-n", "checkpoint", "ENGINE=tensorrt", "TOOLCHAIN=0.8.0", "QUANT=int8_wo").stdout
+    assert re.findall(r"-m scripts\.build_(\w+)", quantized) == ["hf", "checkpoint"]
 
 
 def test_an_empty_folder_is_a_report(own_tree: Path, tmp_path: Path) -> None:
@@ -507,11 +524,11 @@ def test_two_makes_at_once_fill_each_room_once(own_tree: Path, made: Path) -> No
     assert make(own_tree, "-q", "model_repo").returncode == 0
 
 
-def test_two_makes_for_two_variants_share_hf(own_tree: Path) -> None:
+def test_two_makes_for_two_variants_share_config(own_tree: Path) -> None:
     processes = [start(own_tree, "engines", f"TP={tp}") for tp in (1, 4)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sorted(filled("".join(outputs))) == ["checkpoint", "checkpoint", "engines", "engines", "hf"]
+    assert sorted(filled("".join(outputs))) == ["checkpoint", "checkpoint", "config", "engines", "engines"]
 
 
 @contextlib.contextmanager
@@ -539,20 +556,19 @@ def test_a_full_disk_is_a_report_and_the_next_make_goes_on(own_tree: Path, made:
         subprocess.run(["mount", "-o", f"remount,size={2 * size_bytes}", own_tree / "build"], check=True)
         done = make(own_tree, "model_repo")
         assert (done.returncode, filled(done.stdout)) == (0, ROOMS[1:]), done.stderr
-        assert "rank0.safetensors was finished before; kept" in done.stdout
         assert files_below(own_tree / "build") == rooms
 
 
 def test_a_limit_on_file_sizes_is_a_report_and_the_old_room_stays(made_tree: Path) -> None:
-    before = stats_below(made_tree / HF)
-    os.utime(made_tree / "scripts/build_hf.py")
+    before = stats_below(made_tree / VARIANT / "checkpoint")
+    os.utime(made_tree / "scripts/build_checkpoint.py")
     process = start(
         made_tree, "model_repo", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "-- DISK IS FULL" in output and "File too large" in output and "Traceback" not in output
-    assert stats_below(made_tree / HF) == before
+    assert stats_below(made_tree / VARIANT / "checkpoint") == before
 
 
 # --- which code makes what ------------------------------------------------------------------------------------------------

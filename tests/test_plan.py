@@ -388,8 +388,9 @@ def test_a_laptop_plans_and_nothing_is_written(own_tree: Path, laptop: Path) -> 
         assert done.returncode == 0 and "checkpoint" in done.stdout, done.stdout + done.stderr
     as_json = json.loads(type_make(own_tree, laptop, "plan", *words, "JSON=1").stdout)
     assert as_json["fit"]["verdict"] == "fits" and as_json["fit"]["weights_bytes"] == 69_240_111_104
-    assert as_json["toolchain"] == NEWEST and [room["room"] for room in as_json["rooms"]][1:4] == [
+    assert as_json["toolchain"] == NEWEST and [room["room"] for room in as_json["rooms"]][1:5] == [
         "weights",
+        "config",
         "hf",
         "checkpoint",
     ]

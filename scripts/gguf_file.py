@@ -1,0 +1,214 @@
+"""Reads a Llama from a GGUF file: its config and tokenizer in Hugging Face's form, its weights dequantized to float32 as in transformers.
+
+The package gguf (requirements/gguf.txt) reads the file and dequantizes; it is imported only where there is such a file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Tuple
+
+import numpy as np
+
+from scripts import byte_bpe, errors, tokenizer
+from scripts.hf_model import check_tensors
+from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape
+from scripts.meta_weights import pairs_to_halves
+from scripts.safetensors_file import Raw, row_blocks
+
+# llama.cpp's names -> Hugging Face's (gguf-py, tensor_mapping.py)
+GLOBAL = {"token_embd.weight": EMBEDDING, "output_norm.weight": LAST_NORM, "output.weight": HEAD}
+LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+# token_type of llama.cpp (llama.h, llama_token_type); those of SentencePiece have the same numbers
+CONTROL, USER_DEFINED = 3, 4
+
+
+@dataclass(frozen=True)
+class GgufWeights:
+    """The tensors of a GGUF file, dequantized block by block: numbers of float32."""
+
+    path: Path
+    shape: LlamaShape
+    names: Mapping[str, str]  # Hugging Face's tensor name -> llama.cpp's
+    stored: Mapping[str, Any]  # llama.cpp's name -> gguf.ReaderTensor
+    dtype: str = "float32"
+
+    @property
+    def files(self) -> Tuple[Path, ...]:
+        return (self.path,)
+
+    @property
+    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+        """Hugging Face's tensor name -> its type and shape, dequantized."""
+        return {name: ("F32", shape) for name, shape in self.shape.hf_tensors().items()}
+
+    def origin(self, hf_name: str) -> Tuple[Path, str]:
+        """The file that holds a tensor, and what it is called there."""
+        return self.path, self.names[hf_name]
+
+    def blocks(self, hf_name: str) -> Iterator[Raw]:
+        """The rows of a tensor, in order: arrays of (rows, columns) or (rows,).
+
+        llama.cpp rotates neighbours as Meta does, so q and k are in Meta's order.
+        """
+        import gguf
+
+        stored = self.stored[self.names[hf_name]]
+        rows, *rest = self.tensors[hf_name][1]
+        row_bytes = 4 * int(np.prod(rest))
+        permuted = hf_name.endswith(("q_proj.weight", "k_proj.weight"))
+        for first, end in row_blocks(0, rows, row_bytes, self.shape.head_size if permuted else 1):
+            values = gguf.dequantize(stored.data[first:end], stored.tensor_type).astype(np.float32, copy=False)
+            raw = np.ascontiguousarray(values).view(np.uint32)
+            yield pairs_to_halves(raw, self.shape.head_size) if permuted else raw
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """One GGUF file. fields: its metadata, name -> value."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    stored: Mapping[str, Any]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding: then the file has no tensor for it."""
+        return "output.weight" not in self.stored
+
+    def number(self, name: str, default: Any = None) -> Any:
+        """A field of the architecture; a Problem where it is missing, and for what is no plain number."""
+        value = self.fields.get(f"llama.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
+            raise errors.weights_contradict(
+                self.path, f"llama.{name}", "it must be a number above 0", f"it is {value!r}"
+            )
+        return value
+
+    @property
+    def config(self) -> Dict[str, Any]:
+        """What its metadata says, in the words of Hugging Face's config.json."""
+        heads, hidden = self.number("attention.head_count"), self.number("embedding_length")
+        config = {
+            "hidden_size": hidden,
+            "intermediate_size": self.number("feed_forward_length"),
+            "num_hidden_layers": self.number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.number("attention.head_count_kv", heads),
+            "head_dim": self.number("attention.key_length", self.number("rope.dimension_count", hidden // heads)),
+            "max_position_embeddings": self.number("context_length"),
+            # stored in single precision: the shortest number that is the same there
+            "rms_norm_eps": float(str(np.float32(self.number("attention.layer_norm_rms_epsilon")))),
+            "rope_theta": float(str(np.float32(self.number("rope.freq_base", 10000.0)))),
+            "vocab_size": len(self.fields.get("tokenizer.ggml.tokens") or ()),
+            "tie_word_embeddings": self.tied,
+        }
+        if self.scaling == "linear":
+            config["rope_scaling"] = {"type": "linear", "factor": float(self.number("rope.scaling.factor"))}
+        return config
+
+    @property
+    def scaling(self) -> str:
+        return str(self.fields.get("llama.rope.scaling.type", "none"))
+
+    def weights(self, shape: LlamaShape) -> GgufWeights:
+        """Its tensors, held against the shape; a Problem where they are others."""
+        names = {hf: ours for ours, hf in GLOBAL.items()}
+        for layer in range(shape.n_layers):
+            names.update(
+                {f"model.layers.{layer}.{hf}.weight": f"blk.{layer}.{ours}.weight" for ours, hf in LAYER.items()}
+            )
+        if self.tied:
+            names[HEAD] = names[EMBEDDING]
+        # llama.cpp writes the sizes in reverse
+        found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self.stored.items()}
+        expected = {names[hf]: size for hf, size in shape.hf_tensors().items()}
+        check_tensors(self.path, "the metadata", expected, found)
+        return GgufWeights(self.path, shape, names, self.stored)
+
+    def tokenizer_files(self) -> Dict[str, Any]:
+        """tokenizer.json and its side files, as values; the chat template is in tokenizer_config.json."""
+        field = {name: self.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "token_type")}
+        ids = {
+            f"{name}_token": self.fields.get(f"tokenizer.ggml.{long}_token_id")
+            for name, long in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        }
+        tokens = field["tokens"] or []
+        special = {
+            name: tokens[number] for name, number in ids.items() if isinstance(number, int) and number < len(tokens)
+        }
+        template = self.fields.get("tokenizer.chat_template")
+        add_bos = self.fields.get("tokenizer.ggml.add_bos_token")
+        if field["model"] == "llama":
+            pieces = self._pieces(tokens, field["token_type"] or [], ids)
+            made, config = tokenizer.tokenizer_json(pieces), tokenizer.tokenizer_config(pieces)
+        elif field["model"] == "gpt2":
+            types = dict(enumerate(field["token_type"] or []))
+            added = {number: types[number] == CONTROL for number in types if types[number] in (CONTROL, USER_DEFINED)}
+            merges = self.fields.get("tokenizer.ggml.merges") or []
+            bos = ids["bos_token"] if add_bos else None
+            made = byte_bpe.tokenizer_json(self.path, tokens, merges, added, str(field["pre"] or "default"), bos)
+            config = byte_bpe.tokenizer_config(special, bool(add_bos))
+        else:
+            raise errors.tokenizer_unfit(
+                self.path, f"Its tokenizer is of the kind {field['model']!r}, not llama or gpt2"
+            )
+        if isinstance(template, str):
+            config["chat_template"] = template
+        return {
+            "tokenizer.json": made,
+            "tokenizer_config.json": config,
+            "special_tokens_map.json": special,
+            "generation_config.json": {
+                name: ids[f"{name[:3]}_token"]
+                for name in ("bos_token_id", "eos_token_id")
+                if ids[f"{name[:3]}_token"] is not None
+            },
+        }
+
+    def _pieces(self, tokens: Any, types: Any, ids: Mapping[str, Any]) -> tokenizer.SentencePieceModel:
+        scores = self.fields.get("tokenizer.ggml.scores") or []
+        if not len(tokens) == len(scores) == len(types):
+            raise errors.tokenizer_unreadable(
+                self.path, f"it has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types"
+            )
+        if not self.fields.get("tokenizer.ggml.add_space_prefix", True):
+            raise errors.tokenizer_unfit(self.path, "It puts no space in front (add_space_prefix is false)")
+        pieces = tuple(tokenizer.Piece(*piece) for piece in zip(tokens, scores, types))
+        tokenizer.check_pieces(self.path, pieces)
+        return tokenizer.SentencePieceModel(pieces, ids["unk_token"], ids["bos_token"], ids["eos_token"])
+
+
+def read_gguf(folder: Path) -> GgufModel:
+    """The one GGUF file of a folder; only its metadata is read. A Problem where it is damaged or no Llama."""
+    paths = sorted(folder.glob("*.gguf"))
+    if len(paths) != 1:
+        raise errors.weights_extra_file(folder, [path.name for path in paths[1:]], paths[0].name)
+    [path] = paths
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise errors.weights_unreadable(path, f"it is cut off, damaged or no GGUF file ({error})") from None
+    model = GgufModel(path, fields, stored)
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise errors.model_unfit(path, f"general.architecture is {architecture!r}", "llama")
+    for name in ("expert_count", "attention.sliding_window"):
+        if fields.get(f"llama.{name}"):
+            raise errors.model_unfit(path, f"llama.{name} is {fields[f'llama.{name}']}", "none of it")
+    if model.scaling not in ("none", "linear"):
+        raise errors.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear")
+    return model

@@ -1,0 +1,81 @@
+"""Opens the weights of a Llama in whatever form they have; every form gives Hugging Face's tensors by blocks of rows."""
+
+from pathlib import Path
+from typing import Iterator, Mapping, Protocol, Sequence, Tuple
+
+from scripts import errors, gguf_file
+from scripts.hf_model import BIN_INDEX, INDEX, HfConfig, read_hf_model
+from scripts.llama_shape import LlamaShape, Shape, read_params
+from scripts.meta_weights import MetaModel, joined, read_shard, shard_paths
+from scripts.safetensors_file import Raw
+
+
+class Weights(Protocol):
+    """The tensors of a model under Hugging Face's names, lm_head.weight included, also where it is the embedding."""
+
+    @property
+    def shape(self) -> LlamaShape: ...
+
+    @property
+    def dtype(self) -> str:
+        """float16, bfloat16 or float32; where it is mixed, what config.json says."""
+        ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold them."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+        """Name -> stored type (F16, BF16, F32) and shape."""
+        ...
+
+    def blocks(self, hf_name: str) -> Iterator[Raw]:
+        """The rows of a tensor in order, some at a time; a Problem where they are not what was saved."""
+        ...
+
+    def origin(self, hf_name: str) -> Tuple[Path, str]:
+        """The file that holds a tensor, and what it is called there."""
+        ...
+
+
+def form_of(folder: Path) -> str:
+    """Which form the model of a folder has: meta, hf, or gguf; a Problem where it has none or two."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    meta = [
+        name for name in names if name == "params.json" or (name.startswith("consolidated.") and name.endswith(".pth"))
+    ]
+    hf = [name for name in names if name in ("config.json", INDEX, BIN_INDEX) or name.endswith(".safetensors")]
+    hf = hf or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    found = {form: files for form, files in (("meta", meta), ("hf", hf), ("gguf", gguf)) if files}
+    if meta and not any(name == "config.json" for name in hf):
+        found.pop("hf", None)  # as it always was: Meta's own folder may hold other formats of the same weights
+    if not found:
+        raise errors.weights_unknown_form(folder, names)
+    if len(found) > 1:
+        (one, ours), (other, theirs) = list(found.items())[:2]
+        raise errors.weights_two_forms(folder, one, ours, other, theirs)
+    return next(iter(found))
+
+
+def open_weights(folder: Path, config: HfConfig) -> Weights:
+    """The weights of a folder, held against the model's config.json (the room config's); headers only are read."""
+    form = form_of(folder)
+    if form == "meta":
+        return open_meta(folder, config.shape.vocab_size, config.path)
+    if form == "gguf":
+        return gguf_file.read_gguf(folder).weights(config.shape)
+    return read_hf_model(folder, config)
+
+
+def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
+    """Meta's shards, held against their params.json and the size of the tokenizer."""
+    return joined(
+        folder,
+        [read_shard(path) for path in shard_paths(folder)],
+        read_params(folder / "params.json"),
+        tokenizer_path,
+        vocab_size,
+    )
