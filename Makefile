@@ -62,7 +62,9 @@ REHEARSAL      =
 # which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
 TESTS          =
 BENCH          =
-# JSON=1: plan and doctor answer in JSON
+# of make fsck: one room by its name, or a folder; empty: all that are made
+ROOM           =
+# JSON=1: plan, doctor and fsck answer in JSON
 JSON           =
 # of make release; INFERRED=accept: tables without a primary source may be used (docker/contracts/README.md)
 VERSION        =
@@ -191,6 +193,12 @@ engines: $(VARIANT)/engines/manifest.json ## -> one engine per rank
 verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face's model says: a report
 model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
 
+fsck: | $(REFUSE) $(NEEDED) ## read rooms again, byte by byte, against their manifests: make fsck [ROOM=checkpoint]
+	@$(call in,fsck) -m scripts.fsck $(if $(JSON),--json) $(TO_CHECK)
+TO_CHECK = $(if $(ROOM),$(or $(if $(findstring /,$(ROOM)),$(ROOM)),$(patsubst %/manifest.json,%,$(filter %/$(ROOM)/manifest.json,$(PLACES))),$(if $(filter weights,$(ROOM)),$(WEIGHTS),$(VARIANT)/$(ROOM))),\
+           $(patsubst %/manifest.json,%,$(wildcard $(PLACES))) $(if $(wildcard $(WEIGHTS)/manifest.json $(WEIGHTS)/*.pth),$(WEIGHTS)))
+PLACES   = $(foreach r,$(CONFIG) $(HF) $(addprefix $(VARIANT)/,checkpoint engines verified model_repo image),$r/manifest.json)
+
 serve: model_repo ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
@@ -316,4 +324,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE weights config
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE weights config fsck

@@ -192,6 +192,29 @@ def manifest_unreadable(room: PathLike, reason: str) -> Problem:
     )
 
 
+def damage_found(room: PathLike, file: str, part: str, count: int) -> Problem:
+    name, folder = Path(room).name, Path(room)
+    more = f" In all, {count} things are damaged; each has a line above." if count > 1 else ""
+    again = make("weights") if folder.parent.name == "weights" else make(name)
+    return Problem(
+        "not what was written",
+        folder / file,
+        f"{part or file} is not as it was when {name} was made{f' (it lies in {file})' if part else ''}.{more}",
+        "Nothing can mend it; make it again:",
+        f"rm -r {shown(folder)} && {again}",
+    )
+
+
+def nothing_to_check(folder: PathLike) -> Problem:
+    return Problem(
+        "nothing to compare with",
+        folder,
+        f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth: nothing in it says what its bytes should be.",
+        "Fetched weights have a manifest; these can be compared with their source:",
+        f"sha256sum {shown(folder)}/*",
+    )
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

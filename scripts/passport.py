@@ -48,7 +48,7 @@ def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> Dict[str
                 for name, record in sorted(noted.items())
             }
     files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern) if path.is_file()})
-    return {path.name: vars(room.sha256_of(path)) for path in files}
+    return {path.name: room.sha256_of(path).as_json() for path in files}
 
 
 def passport(

@@ -133,20 +133,28 @@ def manifest_sha256(room: Path) -> str:
     return hashlib.sha256(_manifest_bytes(room)).hexdigest()
 
 
-def read_manifest(room: Path) -> Dict[str, Any]:
-    """A finished room's manifest; a Problem if the room is missing, damaged, or a file has not the size that was written."""
+def read_manifest_only(room: Path) -> Dict[str, Any]:
+    """A finished room's manifest, whatever became of its files; a Problem if it is missing or no manifest."""
     try:
         manifest = json.loads(_manifest_bytes(room))
-        files = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+        for name in manifest["files"]:
+            record_of(manifest, name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise errors.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
-    for name, record in files.items():
+    return dict(manifest)
+
+
+def read_manifest(room: Path) -> Dict[str, Any]:
+    """A finished room's manifest; a Problem if the room is missing, damaged, or a file has not the size that was written."""
+    manifest = read_manifest_only(room)
+    for name in manifest["files"]:
+        record = record_of(manifest, name)
         path = room / name
         actual = path.stat().st_size if path.is_file() else None
         if actual != record.size_bytes:
             seen = "no such file" if actual is None else f"{actual} bytes"
             raise errors.room_damaged(room, name, f"{record.size_bytes} bytes", seen)
-    return dict(manifest)
+    return manifest
 
 
 def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:

@@ -1,0 +1,195 @@
+"""Reads whole rooms again and holds every byte to their manifests: says which file is damaged, and which tensor in it.
+
+python -m scripts.fsck [--json] ROOM...   a room is a folder with a manifest.json, or a folder of weights in Meta's form
+
+Weights that were not fetched by make have no manifest; of Meta's the files themselves say what they should be (checklist.chk, and the
+CRC-32 of each tensor in a .pth), of .bin files the latter.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from scripts import errors, room, safetensors_file
+from scripts.hf_model import read_bin
+from scripts.meta_weights import read_shard
+
+# Reading and hashing release the interpreter's lock.
+AT_ONCE = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is not as it was written. part: the tensor, or another part of the file; empty: the file as such."""
+
+    room: str
+    file: str
+    part: str
+    expected: str
+    actual: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One room. held_to: what its bytes were compared with; by: how many files that was."""
+
+    room: str
+    files: int
+    size_bytes: int
+    held_to: str
+    damages: Tuple[Damage, ...] = ()
+
+
+# --- core --------------------------------------------------------------------------------------------------------------
+
+
+def differences(expected: room.FileRecord, found: room.FileRecord) -> List[Tuple[str, str, str]]:
+    """(part, expected, actual) for everything in which a file is not what its record says; nothing where it is."""
+    if expected.size_bytes != found.size_bytes:
+        return [("", f"{expected.size_bytes} bytes", f"{found.size_bytes} bytes")]
+    if expected.sha256 == found.sha256:
+        return []
+    tensors, now = dict(expected.tensors or {}), dict(found.tensors or {})
+    parts = [
+        (name, f"CRC-32 {crc}", f"CRC-32 {now[name]}" if name in now else "no such tensor")
+        for name, crc in tensors.items()
+        if now.get(name) != crc
+    ]
+    where = "its header" if tensors else ""
+    return parts or [(where, f"sha256 {expected.sha256[:16]}...", f"sha256 {found.sha256[:16]}...")]
+
+
+# --- shell -------------------------------------------------------------------------------------------------------------
+
+
+def check_room(folder: Path, advance: Any, seen: Dict[Tuple[int, int], room.FileRecord]) -> Checked:
+    """Every file of a room against its manifest. seen: files that were read before, by device and inode (engines are links)."""
+    manifest = room.read_manifest_only(folder)
+    records = {name: room.record_of(manifest, name) for name in manifest["files"]}
+
+    def check(name: str) -> List[Damage]:
+        path, record = folder / name, records[name]
+        try:
+            stat = path.stat()
+            found = seen.get((stat.st_dev, stat.st_ino))
+            if found is None or (record.tensors is not None and found.tensors is None):
+                found = _read(path, record, advance)
+                seen[(stat.st_dev, stat.st_ino)] = found
+        except FileNotFoundError:
+            return [Damage(str(folder), name, "", f"{record.size_bytes} bytes", "no such file")]
+        except errors.Problem as problem:
+            return [Damage(str(folder), name, "its header", "as it was written", problem.seen)]
+        return [Damage(str(folder), name, *difference) for difference in differences(record, found)]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        damages = [damage for found in pool.map(check, records) for damage in found]
+    size_bytes = sum(record.size_bytes for record in records.values())
+    return Checked(str(folder), len(records), size_bytes, "its manifest", tuple(damages))
+
+
+def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:
+    if record.tensors is not None and path.stat().st_size == record.size_bytes:
+        return safetensors_file.fingerprint(path, advance)
+    found = room.sha256_of(path)
+    advance(found.size_bytes)
+    return found
+
+
+def check_weights(folder: Path, advance: Any) -> Checked:
+    """Weights that make did not fetch, against what their own files say."""
+    lists = {}
+    for name in ("checklist.chk", "tokenizer_checklist.chk"):
+        if (folder / name).is_file():
+            lines = (folder / name).read_text(errors="replace").splitlines()
+            matches = [re.fullmatch(r"([0-9a-f]{32})\s+\*?(?:\./)?([\w.-]+)", line.strip()) for line in lines]
+            lists.update({match[2]: match[1] for match in matches if match and (folder / match[2]).is_file()})
+    torch_files = sorted([*folder.glob("*.pth"), *folder.glob("*.bin")])
+
+    def check(path: Path) -> List[Damage]:
+        parts: List[Damage] = []
+        size_bytes = path.stat().st_size
+        if path in torch_files:
+            try:
+                tensors = read_shard(path) if path.suffix == ".pth" else read_bin(path)
+            except errors.Problem as problem:
+                return [Damage(str(folder), path.name, "its directory", "as it was saved", problem.seen)]
+            for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+                try:
+                    for block in tensor.blocks():
+                        advance(block.nbytes)
+                except errors.Problem as problem:
+                    parts.append(Damage(str(folder), path.name, name, "as it was saved", problem.seen))
+        elif path.name in lists:
+            advance(size_bytes)
+        if path.name in lists and not parts:
+            actual = _md5(path)
+            if actual != lists[path.name]:
+                parts.append(Damage(str(folder), path.name, "", f"md5 {lists[path.name]}", f"md5 {actual}"))
+        return parts
+
+    paths = sorted({*torch_files, *(folder / name for name in lists)})
+    if not paths:
+        raise errors.nothing_to_check(folder)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        damages = [damage for found in pool.map(check, paths) for damage in found]
+    held_to = " and ".join([*(["checklist.chk"] if lists else []), *(["the checksums in them"] if torch_files else [])])
+    return Checked(str(folder), len(paths), sum(path.stat().st_size for path in paths), held_to, tuple(damages))
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def total_bytes(folder: Path) -> int:
+    """How much there is to read."""
+    if (folder / room.MANIFEST).is_file():
+        files: Mapping[str, Any] = room.read_manifest_only(folder)["files"]
+        return sum(int(record["size_bytes"]) for record in files.values())
+    return sum(path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".pth", ".bin"))
+
+
+def main() -> Optional[int]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object for each room")
+    parser.add_argument("rooms", type=Path, nargs="+", metavar="ROOM")
+    args = parser.parse_args()
+    checked: List[Checked] = []
+    seen: Dict[Tuple[int, int], room.FileRecord] = {}
+    for folder in args.rooms:
+        if not folder.is_dir():
+            raise errors.room_missing(folder)
+    with room.progress(sum(map(total_bytes, args.rooms)), "fsck") as bar:
+        for folder in args.rooms:
+            ours = (folder / room.MANIFEST).is_file()
+            checked.append(check_room(folder, bar.update, seen) if ours else check_weights(folder, bar.update))
+            one = checked[-1]
+            if args.json:
+                print(json.dumps(asdict(one)), flush=True)
+                continue
+            says = f"{one.files} files, {room.human_bytes(one.size_bytes)}"
+            if not one.damages:
+                room.say("fsck", f"{errors.shown(folder)}: {says}, as {one.held_to} says")
+            for damage in one.damages:
+                part = f", {damage.part}" if damage.part else ""
+                room.say(
+                    "fsck",
+                    f"{errors.shown(folder)}: DAMAGED {damage.file}{part}: {damage.expected} expected, {damage.actual}",
+                )
+    damaged = [damage for one in checked for damage in one.damages]
+    if damaged and not args.json:
+        raise errors.damage_found(damaged[0].room, damaged[0].file, damaged[0].part, len(damaged))
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    errors.run(main)
