@@ -130,7 +130,7 @@ ADDRESS = --host $(HOST) $(PORTS)
 
 # --- the image: what it stands on; its programs run on the host, with any Python 3 (a rehearsal's stand-ins are not for them) ---
 
-GROUND      := build/ground-$(ENGINE)-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
+GROUND      := build/ground-$(if $(REFUSE),refused,$(ENGINE))-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
 STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
 # NVIDIA's image has its own packages
 IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch $(if $(filter cuda,$(TARGET)),torch-cuda))

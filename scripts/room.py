@@ -137,7 +137,7 @@ def read_manifest_only(room: Path) -> Dict[str, Any]:
     """A finished room's manifest, whatever became of its files; a Problem if it is missing or no manifest."""
     try:
         manifest = json.loads(_manifest_bytes(room))
-        for name in manifest["files"]:
+        for name, _ in manifest["files"].items():
             record_of(manifest, name)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise errors.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
