@@ -134,5 +134,6 @@ def files_of(passport: Mapping[str, Any]) -> Dict[str, room.FileRecord]:
     for name in ("engines", "model_repo"):
         files: List[str] = passport["rooms"][name]["manifest"]["files"]
         for file in files:
-            found[f"srv/{name}/{file}"] = room.record_of(passport["rooms"][name]["manifest"], file)
+            record = room.record_of(passport["rooms"][name]["manifest"], file)
+            found[f"srv/{name}/{file}"] = room.FileRecord(record.size_bytes, record.sha256)
     return found
