@@ -50,6 +50,10 @@ HTTP_PORT      = 8000
 GRPC_PORT      = 8001
 METRICS_PORT   = 8002
 OPENAI_PORT    = 9000
+# a Jinja file; empty: the model's own, if it has one
+CHAT_TEMPLATE  =
+# keys that clients of the OpenAI-compatible endpoint need, one a line; empty: none, or the variable BAKE_API_KEY
+API_KEY_FILE   =
 PROMPT         = Once upon a time
 MAX_TOKENS     = 48
 # an interpreter that has requirements/run.txt and torch.txt; empty: .venv, made when missing or when the lock changed
@@ -81,8 +85,8 @@ LICENSE        =
 KEY            =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT PAD_HEADS TOOLCHAIN WEIGHTS SOURCE CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
-           STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT MAX_TOKENS PYTHON ASSUME_GPU REHEARSAL \
-           TARGET BUILDER LICENSE
+           STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT CHAT_TEMPLATE API_KEY_FILE MAX_TOKENS PYTHON \
+           ASSUME_GPU REHEARSAL TARGET BUILDER LICENSE
 # of presets: gguf where that is the form of their weights
 FORM           =
 include scripts/settings.mk
@@ -118,14 +122,15 @@ ifneq ($(ENGINE),tensorrt)
   NEEDED  := $(if $(HAS),$(addprefix $(HAS),run.txt $(FORMS)))
   MADE_IN  = lock=$(LOCK)
   in       = $(PY)
-  LISTEN   = --host $(HOST) $(PORTS)
-  DEMO_ON  = $(LISTEN)
+  LISTEN   = --host $(HOST) $(PORTS) $(ENDPOINT)
+  DEMO_ON  = --host $(HOST) $(PORTS)
   NVIDIA  :=
   LACKS   :=
 else
   include docker/container.mk
 endif
 PORTS   = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+ENDPOINT = --openai-port $(OPENAI_PORT) $(if $(API_KEY_FILE),--api-key-file $(API_KEY_FILE))
 ADDRESS = --host $(HOST) $(PORTS)
 
 # --- the image: what it stands on; its programs run on the host, with any Python 3 (a rehearsal's stand-ins are not for them) ---
@@ -133,7 +138,7 @@ ADDRESS = --host $(HOST) $(PORTS)
 GROUND      := build/ground-$(if $(REFUSE),refused,$(ENGINE))-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
 STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
 # NVIDIA's image has its own packages
-IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
+IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch openai $(if $(filter cuda,$(TARGET)),torch-cuda))
 REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
 HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
 export IMAGE KEY
@@ -149,7 +154,8 @@ engines_ARGS    = --checkpoint $(VARIANT)/checkpoint --engine $(ENGINE) --trtllm
                   --max-batch-size=$(MAX_BATCH_SIZE) --max-input-len=$(MAX_INPUT_LEN) --max-seq-len=$(MAX_SEQ_LEN) \
                   --max-num-tokens=$(MAX_NUM_TOKENS) $(if $(filter tensorrt,$(ENGINE)),--timing-cache build/$(if $(REHEARSAL),rehearsal-)timing-cache)
 verified_ARGS   = --engines $(VARIANT)/engines --hf $(HF)
-model_repo_ARGS = --engines $(VARIANT)/engines --config $(CONFIG) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE)
+model_repo_ARGS = --engines $(VARIANT)/engines --config $(CONFIG) --trtllm-version $(TOOLCHAIN) --streaming $(STREAMING) --kv-reuse $(KV_REUSE) \
+                  --name $(notdir $(patsubst %/,%,$(MODEL))) --chat-template=$(CHAT_TEMPLATE)
 
 base_ARGS       = --builder=$(BUILDER) $(if $(filter tensorrt,$(ENGINE)),--trtllm-version $(TOOLCHAIN) $(if $(BASE_IMAGE),,--by-table))
 wheels_ARGS     = --base $(GROUND)/base --target $(TARGET) $(addprefix --lock ,$(IMAGE_LOCKS))
@@ -199,7 +205,7 @@ TO_CHECK = $(if $(ROOM),$(or $(if $(findstring /,$(ROOM)),$(ROOM)),$(patsubst %/
            $(patsubst %/manifest.json,%,$(wildcard $(PLACES))) $(if $(wildcard $(WEIGHTS)/manifest.json $(WEIGHTS)/*.pth),$(WEIGHTS)))
 PLACES   = $(foreach r,$(CONFIG) $(HF) $(addprefix $(VARIANT)/,checkpoint engines verified model_repo image),$r/manifest.json)
 
-serve: model_repo ## serve it; Ctrl-C ends
+serve: model_repo | $(if $(NVIDIA),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
 image: $(VARIANT)/image/manifest.json ## -> the serving image, in docker or buildah: make image && docker run ...
@@ -229,7 +235,7 @@ push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y
 $(VARIANT)/checkpoint/manifest.json: $(if $(QUANT),$(HF),$(CONFIG))/manifest.json
 $(VARIANT)/engines/manifest.json:    $(VARIANT)/checkpoint/manifest.json
 $(VARIANT)/verified/manifest.json:   $(VARIANT)/engines/manifest.json $(HF)/manifest.json
-$(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(CONFIG)/manifest.json
+$(VARIANT)/model_repo/manifest.json: $(VARIANT)/engines/manifest.json $(CONFIG)/manifest.json $(CHAT_TEMPLATE)
 
 $(VARIANT)/image/manifest.json:      $(addprefix $(VARIANT)/,$(addsuffix /manifest.json,engines model_repo verified)) $(GROUND)/wheels/manifest.json
 $(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
@@ -254,7 +260,8 @@ base_CODE       = scripts/build_base.py scripts/room.py scripts/image_archive.py
 wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
 image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/contracts.py scripts/image_archive.py scripts/image_builders.py \
                   scripts/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
-                  $(addprefix scripts/,__init__.py all_reduce.py errors.py gpus.py image.py preflight.py processes.py serve.py)
+                  $(addprefix scripts/,__init__.py all_reduce.py errors.py gpus.py image.py preflight.py processes.py serve.py) \
+                  $(wildcard scripts/openai/*.py) scripts/openai/page.html
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
@@ -291,7 +298,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,gguf.txt fetch.txt verify.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
@@ -301,13 +308,13 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ##
 ## Development:
 
-test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt release.txt)) ## every test that this machine can run
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt openai.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
-test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt test.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
-	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py $(wildcard tests/test_fuzz*.py))
+test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt openai.txt test.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
+	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py tests/test_chat_template.py $(wildcard tests/test_fuzz*.py))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
-lint: $(addprefix $(HAS),$(if $(HAS),run.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
+lint: $(addprefix $(HAS),$(if $(HAS),run.txt openai.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
 	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
 	  && $(dir $(PY))hadolint docker/Dockerfile
@@ -319,9 +326,11 @@ bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one
 	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
 bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models on one server: ratios from one run
 	@$(PY) -m scripts.bench_text --root $(VARIANT) $(BENCH)
+bench-openai: model_repo | $(addsuffix openai.txt,$(HAS)) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU a token
+	@$(PY) -m scripts.bench_openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
 bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ratios from one run
 	@$(PY) -m scripts.bench_convert $(BENCH)
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-convert clean refuse FORCE weights config fsck
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck

@@ -15,7 +15,7 @@ in       = scripts/toolchain.sh check $(TOOLCHAIN_IMAGE)$(if $(filter $1,$(GPU_J
            $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(TOOLCHAIN_IMAGE) $(BREAK)python3
 BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
 ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
-                --env CHOSEN --env REFUSED_NAMES
+                --env CHOSEN --env REFUSED_NAMES --env BAKE_API_KEY
 GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASSUME_GPU),,doctor plan)
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
 GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824
@@ -23,9 +23,9 @@ room_NETWORK  = --network none
 # texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
 checkpoint_NETWORK =
 ask_NETWORK   = --network host
-serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
-FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT)
-LISTEN        = --host 0.0.0.0 --shown-host $(HOST) $(PORTS)
+serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT) $(OPENAI_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)
+FREE          = scripts/toolchain.sh free $(HOST) $(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT) $(OPENAI_PORT)
+LISTEN        = --host 0.0.0.0 --shown-host $(HOST) $(PORTS) $(ENDPOINT)
 DEMO_ON       = --host 127.0.0.1 $(PORTS)
 
 # NVIDIA's image, completed where it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.

@@ -8,3 +8,5 @@ LICENSE = llama2
 CONTEXT = 4096
 MAX_SEQ_LEN = 4096
 MAX_BATCH_SIZE = 8
+# Meta's files have none
+CHAT_TEMPLATE = models/llama-2.jinja

@@ -27,6 +27,8 @@ DOCKERFILE = PROJECT / "docker" / "Dockerfile"
 APP = (
     "scripts/__init__.py", "scripts/all_reduce.py", "scripts/contracts.py", "scripts/errors.py", "scripts/gpus.py", "scripts/image.py",
     "scripts/preflight.py", "scripts/processes.py", "scripts/room.py", "scripts/serve.py", "docker/toolchains.json", "docker/gpus.json",
+    *(f"scripts/openai/{name}" for name in ("__init__.py", "__main__.py", "answers.py", "app.py", "chat_template.py", "engine.py",
+                                            "messages.py", "page.html")),
 )  # fmt: skip
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 # The archive as the builder writes it, and the canonical one, beside each other for a moment; 1.5 GB: the packages of a CPU image.

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 from scripts import contracts, errors, room
 
@@ -21,12 +21,16 @@ TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
 # FileDescriptorProto of model_config.proto (BSD-3-Clause), as tritonclient carries it
 MODEL_CONFIG = contracts.DOCKER / "contracts" / "model_config.binpb"
 TOKENIZER = "preprocessing/1/tokenizer"
+CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE_MAX_BYTES = 1 << 20
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
+    # several tokens may end an answer
+    "generation_config.json",
 )
 # Names that later versions gave to the same inputs; the torch engine takes both.
 ALSO_CALLED = {"min_length": "min_tokens", "random_seed": "seed", "min_tokens": "min_length", "seed": "random_seed"}
@@ -56,6 +60,10 @@ class Settings:
     trtllm_version: str
     streaming: bool
     kv_reuse: bool = False
+    # what clients of the OpenAI-compatible endpoint call the model
+    name: str = "model"
+    # instead of the model's own
+    chat_template: Optional[Path] = None
 
 
 def hole_values(
@@ -326,6 +334,7 @@ def build_model_repo(settings: Settings) -> None:
             raise errors.tokenizer_unreadable(
                 settings.config / name, "there is no such file, and the text models need it"
             )
+    template = read_chat_template(settings.chat_template)
     tables = contracts.table("backend", settings.trtllm_version)
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
     configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse)
@@ -341,6 +350,7 @@ def build_model_repo(settings: Settings) -> None:
             "trtllm_version": settings.trtllm_version,
             "streaming": settings.streaming,
             "kv_reuse": settings.kv_reuse,
+            "name": settings.name,
         },
     ) as filling:
         for model, config in configs.items():
@@ -350,10 +360,27 @@ def build_model_repo(settings: Settings) -> None:
                 filling.write(f"{model}/1/{path.name}", path.read_bytes())
             if not code:  # Triton wants the version folder; git and docker lose empty ones
                 filling.write(f"{model}/1/.keep", b"")
+        if template is not None:
+            filling.write(f"{TOKENIZER}/{CHAT_TEMPLATE}", template)
         for name in TOKENIZER_FILES:
-            if name in described["files"]:
+            if name in described["files"] and not (template is not None and name == CHAT_TEMPLATE):
                 filling.write(f"{TOKENIZER}/{name}", _without_path(name, (settings.config / name).read_bytes()))
         filling.facts = {"models": sorted(configs)}
+
+
+def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
+    """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is no template."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            data = file.read(CHAT_TEMPLATE_MAX_BYTES + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise errors.chat_template_unfit(path, str(error)) from None
+    if len(data) > CHAT_TEMPLATE_MAX_BYTES or "messages" not in text:
+        raise errors.chat_template_unfit(path, "a chat template says what is done with `messages`, in at most 1 MB")
+    return data
 
 
 def _code_of(model: str) -> List[Path]:
@@ -374,12 +401,15 @@ def main() -> None:
     parser.add_argument("--trtllm-version", required=True)
     parser.add_argument("--kv-reuse", choices=("on", "off"), default="off", help="share the cache of equal beginnings")
     parser.add_argument("--streaming", choices=("on", "off"), required=True, help="Triton's decoupled mode")
+    parser.add_argument("--name", default="model", help="what clients of the OpenAI-compatible endpoint call it")
+    parser.add_argument("--chat-template", default="", help="a Jinja file, instead of the model's own")
     args = parser.parse_args()
     build_model_repo(
         Settings(
-            args.engines, args.config, args.output, args.trtllm_version, args.streaming == "on", args.kv_reuse == "on"
+            args.engines, args.config, args.output, args.trtllm_version, args.streaming == "on", args.kv_reuse == "on",
+            name=args.name, chat_template=Path(args.chat_template) if args.chat_template else None,
         )
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

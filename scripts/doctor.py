@@ -189,17 +189,17 @@ def safetensors_bytes(path: Path) -> int:
 
 
 def check_ports(case: Case) -> str:
-    """The three ports are free."""
+    """Every port is free."""
     choice = case.choice
     if in_container():
         return "note this runs in the container: make serve looks at the host's ports"
     settings = serve.settings_from(argparse.Namespace(
         root=Path("."), log=None, startup_seconds=0.0, host=choice["HOST"],
         http_port=choice["HTTP_PORT"], grpc_port=choice["GRPC_PORT"], metrics_port=choice["METRICS_PORT"],
+        openai_port=choice["OPENAI_PORT"],
     ))  # fmt: skip
     serve.check_ports(settings)
-    ports = f"{settings.http_port}, {settings.grpc_port}, {settings.metrics_port}"
-    return f"fine ports {ports} on {settings.host} are free"
+    return f"fine ports {', '.join(map(str, settings.ports.values()))} on {settings.host} are free"
 
 
 def check_memory(case: Case) -> str:

@@ -374,6 +374,16 @@ def config_not_accepted(config: PathLike, reason: str) -> Problem:
 # --- weights: Meta's or Hugging Face's folder ------------------------------------------------------------------------
 
 
+def chat_template_unfit(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "this is no chat template",
+        path,
+        f"CHAT_TEMPLATE is {shown(path)}: {reason}.",
+        "See what a template looks like, or leave CHAT_TEMPLATE unset for the model's own:",
+        "cat models/llama-2.jinja",
+    )
+
+
 def tokenizer_unreadable(path: PathLike, reason: str) -> Problem:
     return Problem(
         "tokenizer cannot be read",
@@ -1112,7 +1122,7 @@ def ports_equal(ports: Mapping[str, int]) -> Problem:
         "Makefile",
         f"Each needs one of its own: {seen}.",
         "For instance:",
-        make("serve", HTTP_PORT=8000, GRPC_PORT=8001, METRICS_PORT=8002),
+        make("serve", **{name: 9000 if name == "OPENAI_PORT" else 8000 + n for n, name in enumerate(ports)}),
     )
 
 
@@ -1142,7 +1152,7 @@ def log_in_use(path: PathLike) -> Problem:
         path,
         f"Other servers of these rooms write {shown(path)} and the log named after this port.",
         "Take another port:",
-        make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102),
+        make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102, OPENAI_PORT=9100),
     )
 
 
@@ -1187,6 +1197,37 @@ def rank_failed(rank: int, event: str, when: str, last_lines: Sequence[str]) -> 
         f"The last lines of rank {rank}:\n\n{lines}",
         "When the cause is mended:",
         make("serve"),
+    )
+
+
+def endpoint_failed(event: str, when: str, last_lines: Sequence[str]) -> Problem:
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"the OpenAI endpoint failed {when}",
+        "scripts/openai",
+        f"The OpenAI-compatible endpoint: {event}. Everything was ended with it.\n\nIts last lines:\n\n{lines}",
+        "When the cause is mended:",
+        make("serve"),
+    )
+
+
+def openai_package_missing(module: str) -> Problem:
+    return Problem(
+        f"no package {module}",
+        sys.executable,
+        f"The interpreter {sys.executable} lacks {module}; the OpenAI-compatible endpoint needs what requirements/openai.txt pins.",
+        "Install it there, or leave PYTHON unset so that make installs it into .venv:",
+        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
+    )
+
+
+def no_api_key(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "no API key in the file",
+        path,
+        f"API_KEY_FILE is {shown(path)}: {reason}. With API_KEY_FILE every client of the OpenAI-compatible endpoint needs one of its keys.",
+        "Write one into it, or leave API_KEY_FILE unset to ask for none:",
+        f"head -c 24 /dev/urandom | base64 > {shlex.quote(str(path))} && {make('serve')}",
     )
 
 

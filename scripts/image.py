@@ -1,6 +1,7 @@
 """What the image runs: `serve` (its default), `health`, `doctor`, `passport`. Process 1 is the supervisor of scripts/serve.py itself.
 
-Reads   /srv: the rooms engines and model_repo, passport.json; HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT from the environment
+Reads   /srv: the rooms engines and model_repo, passport.json; from the environment HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, OPENAI_PORT,
+        API_KEY_FILE
 Needs   nothing that the image does not have; writes to /dev/shm alone
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Callable, Dict, List, Tuple, cast
 from scripts import errors, preflight, room, serve
 
 SRV = Path("/srv")
-PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002"}
+PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
 # A token takes milliseconds; a queue in front of it, seconds. HEALTHCHECK's own limit is 20 s, and Python has to start in it.
 HEALTH_SECONDS = 15.0
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
@@ -35,6 +36,7 @@ def settings_of(srv: Path) -> serve.Settings:
     words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
     for name, port in PORTS.items():
         words += [f"--{name.lower().replace('_', '-')}", os.environ.get(name, port)]
+    words += ["--api-key-file", os.environ.get("API_KEY_FILE", "")]
     return serve.settings_from(parser.parse_args(words))
 
 
@@ -107,7 +109,7 @@ def check_temporary(srv: Path) -> str:
 def check_ports(srv: Path) -> str:
     settings = settings_of(srv)
     serve.check_ports(settings)
-    return f"{settings.http_port}, {settings.grpc_port}, {settings.metrics_port} are free on {settings.host}"
+    return f"{', '.join(map(str, settings.ports.values()))} are free on {settings.host}"
 
 
 def check_host(srv: Path) -> str:

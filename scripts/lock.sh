@@ -16,5 +16,6 @@ lock image.in -o image.txt
 lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt
+lock --no-deps openai.in -o openai.txt
 lock test.in -o test.txt
 lock dev.in -o dev.txt

@@ -1,4 +1,5 @@
-"""Supervisor: serves a model repository in leader mode, one tritonserver per rank under one mpirun, and ends them all together.
+"""Supervisor: serves a model repository in leader mode, one tritonserver per rank under one mpirun, and the OpenAI-compatible endpoint
+(scripts/openai) beside them; ends them all together.
 
 Reads   engines/ and model_repo/ under --root
 Needs   mpirun; tritonserver, from NVIDIA's container or from the wheel nvidia-pytriton
@@ -58,6 +59,18 @@ TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
 REQUESTS_DONE = "All models are stopped"
 # From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
 UNLOAD_SECONDS = 3.0
+PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
+# What the endpoint imports that the text models do not (requirements/openai.txt)
+OPENAI_MODULES = (
+    "starlette",
+    "uvicorn",
+    "httptools",
+    "uvloop",
+    "pydantic",
+    "jinja2",
+    "tritonclient.grpc.aio",
+    "tokenizers",
+)
 # What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
 
@@ -75,24 +88,44 @@ class Settings:
     startup_seconds: float = STARTUP_SECONDS
     # where clients find it, when that differs from `host`: a container listens on all its addresses, docker publishes one of the host's
     shown_host: str = ""
+    # None: no endpoint
+    openai_port: Optional[int] = None
+    api_key_file: str = ""
 
     def __post_init__(self) -> None:
-        ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+        ports = self.ports
         for name, port in ports.items():
             if not 1 <= port <= 65535:
-                raise errors.bad_setting(name, port, "a port from 1 to 65535", errors.make("serve", **{name: 8000}))
+                raise errors.bad_setting(
+                    name, port, "a port from 1 to 65535", errors.make("serve", **{name: PORTS[name]})
+                )
         if len(set(ports.values())) < len(ports):
             raise errors.ports_equal(ports)
 
     @property
+    def ports(self) -> Dict[str, int]:
+        """The ports that are opened, by the names of their settings."""
+        ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+        return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
+
+    @property
+    def reached_at(self) -> str:
+        """The address under which this machine reaches its own ports, as a URL has it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def url(self) -> str:
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
-        return f"http://{host}:{self.http_port}"
+        return f"http://{self.reached_at}:{self.http_port}"
+
+    @property
+    def openai_url(self) -> str:
+        return f"http://{self.reached_at}:{self.openai_port}"
 
     @property
     def grpc_address(self) -> str:
         """Where the text models find tensorrt_llm (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
-        return f"{self.url.split('/')[2].rsplit(':', 1)[0]}:{self.grpc_port}"
+        return f"{self.reached_at}:{self.grpc_port}"
 
 
 @dataclass(frozen=True)
@@ -234,11 +267,7 @@ def open_mpi_major() -> int:
 
 def check_ports(settings: Settings) -> None:
     """Every port must be free on the address that is asked for, before anything is loaded."""
-    for name, port in (
-        ("HTTP_PORT", settings.http_port),
-        ("GRPC_PORT", settings.grpc_port),
-        ("METRICS_PORT", settings.metrics_port),
-    ):
+    for name, port in settings.ports.items():
         try:
             family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
             with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -250,6 +279,16 @@ def check_ports(settings: Settings) -> None:
             raise errors.port_not_free(
                 name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
             ) from None
+
+
+def check_api_keys(settings: Settings) -> None:
+    """A file for API keys that has none would leave the endpoint open, or shut."""
+    path = settings.api_key_file
+    try:
+        if path and not Path(path).read_text(encoding="utf-8").strip():
+            raise errors.no_api_key(path, "it has no line with a key")
+    except (OSError, ValueError) as error:
+        raise errors.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None
 
 
 def _free_port(host: str) -> int:
@@ -405,6 +444,61 @@ class Ranks:
         self.reader.join(timeout=2)
 
 
+class Endpoint:
+    """The OpenAI-compatible endpoint: one process, in a session of its own so that signals meant for us do not reach it."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str], log: Optional[IO[str]]) -> None:
+        name = room.read_manifest(settings.root / "model_repo")["arguments"]["name"]
+        command = [
+            sys.executable, "-m", "scripts.openai", "--root", str(settings.root.resolve()), "--host", settings.host,
+            "--port", str(settings.openai_port), "--grpc", settings.grpc_address, "--name", name,
+            "--api-key-file", settings.api_key_file and os.path.abspath(settings.api_key_file),
+            "--drain-seconds", str(DRAIN_SECONDS), "--parent", str(os.getpid()),
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=PROJECT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
+        )  # fmt: skip
+        self.last_lines: Deque[str] = deque(maxlen=LOG_LINES)
+        self.last_alive = time.monotonic()
+        self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def _read(self, log: Optional[IO[str]]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip():
+                self.last_lines.append(line.rstrip("\n"))
+                print(f"openai: {line}", end="", file=log or sys.stdout, flush=True)
+
+    def failure(self) -> Optional[str]:
+        """What happened to it, as soon as it has ended or no longer answers."""
+        if self.process.poll() is not None:
+            self.reader.join(timeout=1)
+            return f"its process (pid {self.process.pid}) ended with status {self.process.returncode}"
+        if time.monotonic() - self.last_alive > SILENT_SECONDS:
+            return f"its port has not answered for {SILENT_SECONDS:.0f} s"
+        return None
+
+    def end(self) -> None:
+        """At once, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self.reader.join(timeout=2)
+
+
+def openai_lacks() -> List[str]:
+    """The endpoint's modules that this interpreter has not."""
+    missing = []
+    for module in OPENAI_MODULES:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # its parent is missing
+            found = False
+        missing += [] if found else [module.partition(".")[0]]
+    return missing
+
+
 def open_log(settings: Settings) -> IO[str]:
     """The file for the servers' output; a second server of the same rooms takes one that is named after its port."""
     path = settings.log or Path(os.devnull)
@@ -446,6 +540,7 @@ class Supervisor:
         self.settings = settings
         self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
         self.last_alive = time.monotonic()
+        self.endpoint: Optional[Endpoint] = None
 
     def run(self) -> int:
         """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
@@ -458,11 +553,15 @@ class Supervisor:
         check_mpirun()
         check_ports(self.settings)
         check_temporary()
+        check_api_keys(self.settings)
         check_shared_memory(world_size)
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))
-            environment = server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+            # the endpoint's secret is none of Triton's business
+            inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
+            environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
             environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
+            opens = self._opens_endpoint(toolbox)
             with open_log(self.settings) as log:
                 room.say(
                     "serve",
@@ -471,21 +570,45 @@ class Supervisor:
                 )
                 command = mpirun_command(world_size, toolbox, self.settings, f"{Path(folder).name}-")
                 preflight.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
-                ranks = Ranks(
-                    command, environment, self.settings.root, Path(folder), log if self.settings.log else None
-                )
+                kept = log if self.settings.log else None
+                ranks = Ranks(command, environment, self.settings.root, Path(folder), kept)
                 try:
+                    if opens:
+                        self.endpoint = Endpoint(self.settings, os.environ, kept)
                     self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
                         self._announce(world_size, time.monotonic() - started)
                         self._watch(ranks)
                         room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
-                        if not ranks.drain(DRAIN_SECONDS):
+                        if not self._drain(ranks):
                             room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
                 finally:
+                    if self.endpoint is not None:
+                        self.endpoint.end()
                     ranks.end()
         room.say("serve", "ended")
         return 0
+
+    def _opens_endpoint(self, toolbox: Toolbox) -> bool:
+        """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
+        missing = openai_lacks() if self.settings.openai_port is not None else []
+        if missing and toolbox.backends is not None and "REHEARSAL_BACKENDS" not in os.environ:
+            raise errors.openai_package_missing(missing[0])
+        if missing:
+            room.say("serve", f"no OpenAI endpoint: this image's Python lacks {', '.join(missing)} (docker/README.md)")
+        return self.settings.openai_port is not None and not missing
+
+    def _drain(self, ranks: Ranks) -> bool:
+        """Let running requests finish, the endpoint's first; True when none was cut off."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        if self.endpoint is not None:
+            self.endpoint.process.terminate()  # it takes no new requests and ends with the last that it has
+            while self.endpoint.process.poll() is None and time.monotonic() < deadline:
+                if failure := ranks.failure():
+                    raise errors.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
+                time.sleep(0.05)
+        finished = self.endpoint is None or self.endpoint.process.poll() == 0
+        return ranks.drain(max(UNLOAD_SECONDS, deadline - time.monotonic())) and finished
 
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""
@@ -500,6 +623,9 @@ class Supervisor:
                 return
             if failure := ranks.failure():
                 raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
+            if self.endpoint is not None and self.endpoint.process.poll() is not None:
+                event = self.endpoint.failure() or ""
+                raise errors.endpoint_failed(event, "while starting", list(self.endpoint.last_lines))
             if time.monotonic() - started > self.settings.startup_seconds:
                 tails = {rank: ranks.tail(rank)[-3:] for rank in sorted(ranks.last_lines)}
                 raise errors.start_too_slow(self.settings.startup_seconds, tails)
@@ -508,17 +634,27 @@ class Supervisor:
         while not self.asked_to_end.wait(0.1) and not self.answered.is_set():
             if http_ok(f"{self.settings.url}/v2/health/ready", None, 2):
                 self.loaded.set()
-                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30):
+                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30) and self._endpoint_answers():
                     self.answered.set()
+
+    def _endpoint_answers(self) -> bool:
+        """A token comes through the endpoint too, where there is one."""
+        return self.endpoint is None or http_ok(f"{self.settings.openai_url}/health", None, 30)
 
     def _announce(self, world_size: int, seconds: float) -> None:
         settings = replace(self.settings, host=self.settings.shown_host or self.settings.host)
-        host = settings.url.split("/")[2].rsplit(":", 1)[0]
+        host = settings.reached_at
         room.say("serve", f"ready after {seconds:.1f} s: a token went through {world_size} ranks")
         print(
             f"  HTTP      {settings.url}/v2/models/ensemble/generate\n"
             f"  gRPC      {host}:{settings.grpc_port}\n"
-            f"  metrics   http://{host}:{settings.metrics_port}/metrics\n\n"
+            f"  metrics   http://{host}:{settings.metrics_port}/metrics\n"
+            + (
+                f"  OpenAI    {settings.openai_url}/v1   (a page to try it: {settings.openai_url})\n"
+                if self.endpoint
+                else ""
+            )
+            + "\n"
             f"  curl -s {settings.url}/v2/models/ensemble/generate -d "
             f"""'{{"text_input": "Once upon a time", "max_tokens": 48}}'\n""",
             flush=True,
@@ -528,17 +664,27 @@ class Supervisor:
         """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
         self.last_alive = time.monotonic()
         threading.Thread(target=self._ask_if_alive, daemon=True).start()
+        if self.endpoint is not None:
+            self.endpoint.last_alive = self.last_alive
+            threading.Thread(target=self._ask_if_endpoint_alive, args=(self.endpoint,), daemon=True).start()
         while not self.asked_to_end.wait(0.25):
             failure = ranks.failure()
             if failure is None and time.monotonic() - self.last_alive > SILENT_SECONDS:
                 failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")
             if failure:
                 raise errors.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
+            if self.endpoint is not None and (event := self.endpoint.failure()):
+                raise errors.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
 
     def _ask_if_alive(self) -> None:
         while not self.asked_to_end.wait(1):
             if http_ok(f"{self.settings.url}/v2/health/live", None, SILENT_SECONDS):
                 self.last_alive = time.monotonic()
+
+    def _ask_if_endpoint_alive(self, endpoint: Endpoint) -> None:
+        while not self.asked_to_end.wait(1):
+            if http_ok(f"{self.settings.openai_url}/health/live", None, SILENT_SECONDS):
+                endpoint.last_alive = time.monotonic()
 
 
 def settings_parser() -> argparse.ArgumentParser:
@@ -549,6 +695,10 @@ def settings_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shown-host", default="", help="the address clients use (default: HOST)")
     for flag, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
         parser.add_argument(flag, default=str(port))
+    parser.add_argument("--openai-port", default="", help="of the OpenAI-compatible endpoint (default: none is opened)")
+    parser.add_argument(
+        "--api-key-file", default="", help="API keys of its clients, one a line (default: none is asked for)"
+    )
     parser.add_argument(
         "--log", type=Path, help="file for the servers' output (default: ROOT/serve.log; - is standard output)"
     )
@@ -559,16 +709,24 @@ def settings_parser() -> argparse.ArgumentParser:
 def settings_from(args: argparse.Namespace) -> Settings:
     """argparse's result -> Settings."""
     ports = {}
-    for name in ("http_port", "grpc_port", "metrics_port"):
-        value = getattr(args, name)
+    for name in ("http_port", "grpc_port", "metrics_port", "openai_port"):
+        value = getattr(args, name, "")
+        if name == "openai_port" and value == "":
+            continue
         if not (value.isascii() and value.isdigit()):
             raise errors.bad_setting(
-                name.upper(), value, "a port from 1 to 65535", errors.make("serve", **{name.upper(): 8000})
+                name.upper(),
+                value,
+                "a port from 1 to 65535",
+                errors.make("serve", **{name.upper(): PORTS[name.upper()]}),
             )
         ports[name] = int(value)
     log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
     shown_host = getattr(args, "shown_host", "")
-    return Settings(args.root, args.host, log=log, startup_seconds=args.startup_seconds, shown_host=shown_host, **ports)
+    return Settings(
+        args.root, args.host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
+        shown_host, ports.get("openai_port"), getattr(args, "api_key_file", ""),
+    )  # fmt: skip
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ ifneq ($(REHEARSAL),)
 endif
 
 # Which TensorRT-LLM, where nobody said so. build/gpu.mk keeps what the GPUs decided; it is made when it is needed and they changed.
-NO_TOOLCHAIN := help doctor plan test lint lock pin clean refuse
+NO_TOOLCHAIN := help doctor plan test test-long lint lock pin clean refuse
 ifeq ($(ENGINE)$(TOOLCHAIN),tensorrt)
   ifneq ($(if $(strip $(REFUSED)),,$(filter-out $(NO_TOOLCHAIN),$(or $(MAKECMDGOALS),help))),)
     ifneq ($(ASKED),)
@@ -77,6 +77,7 @@ ifeq ($(strip $(REFUSED)),)
     $(call check,PP,$(if $(filter torch,$(ENGINE)),1,[1-9][0-9]*)) $(call check,DTYPE,|float16|bfloat16|float32) $(call check,HOST,.+) $(call check,STREAMING,on|off) $(call check,PAD_HEADS,$(if $(QUANT),off,on|off)) $(call check,TARGET,cpu|cuda) $(call check,BUILDER,|docker|buildah) $(call check,KV_REUSE,$(if $(filter torch,$(ENGINE)),off,on|off)) \
     $(foreach v,TP MAX_BATCH_SIZE MAX_TOKENS HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT,$(call check,$v,[1-9][0-9]{0$(COMMA)8})) \
     $(foreach v,CONTEXT MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS,$(call check,$v,|[1-9][0-9]{0$(COMMA)8})) \
+    $(foreach v,CHAT_TEMPLATE API_KEY_FILE,[ -z '$($v)' ] || [ -f '$($v)' ] || echo $v;) \
     [ -z '$(TOOLCHAIN)' ] || grep -qsF '    "$(TOOLCHAIN)":' docker/toolchains.json || echo TOOLCHAIN; \
     [ -z '$(if $(filter tensorrt,$(ENGINE)),$(if $(ASKED),,$(filter-out $(NO_TOOLCHAIN),$(MAKECMDGOALS))))' ] || [ -z '$(ASSUME_GPU)' ] || echo ASSUME_GPU; \
     $(if $(ASKED)$(filter weights,$(MAKECMDGOALS)),,[ -d '$(WEIGHTS)' ] $(FETCHABLE) || echo WEIGHTS;) [ -z '$(PYTHON)' ] || [ "$$('$(PYTHON)' -c 'print(7)' 2>/dev/null)" = 7 ] || echo PYTHON)

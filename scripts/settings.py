@@ -44,7 +44,7 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
             if character in NOT_IN_WORDS or (character == ":" and name not in ("HOST", "SOURCE"))
         }
     )
-    if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON") and bad:
+    if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE") and bad:
         return errors.path_not_for_make(name, value, bad)
     if name == "MODEL":
         return errors.no_such_model(value, presets)
@@ -68,6 +68,8 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         "PAD_HEADS": ("on or off; with QUANT off", "off"),
         "KV_REUSE": ("off; with ENGINE=tensorrt also on", "off"),
         "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
+        "CHAT_TEMPLATE": ("a Jinja file that is there, or empty for the model's own template", ""),
+        "API_KEY_FILE": ("a file that is there, with one API key a line, or empty", ""),
         "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
         "REHEARSAL": (
             "the GPUs to stand in for, for instance 2x A100-80GB, with ENGINE=tensorrt (docker/README.md)",

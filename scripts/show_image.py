@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 from scripts import errors, image_builders, room
 
 # Docker publishes where it is told; the container listens on all its addresses.
-RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 {tag}"
+RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 --publish 127.0.0.1:9000:9000 {tag}"
 
 
 def run_command(tag: str, passport: Dict[str, Any]) -> str:

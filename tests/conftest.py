@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,9 @@ sys.path.insert(0, str(ROOT))
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
     os.environ.pop(name, None)
+
+# make test-long: tests look for its name on the command line and make more of what they make at random
+hypothesis.settings.register_profile("long")
 
 # What the project is made of; build/, .venv/ and caches stay behind.
 PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
@@ -75,6 +79,7 @@ class Served:
     http_port: int
     grpc_port: int
     metrics_port: int
+    openai_port: int
     lines: List[str] = field(default_factory=list)
     ready: threading.Event = field(default_factory=threading.Event)
     reader: threading.Thread = field(default_factory=threading.Thread)
@@ -86,6 +91,10 @@ class Served:
     @property
     def grpc(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def openai(self) -> str:
+        return f"http://127.0.0.1:{self.openai_port}"
 
     @property
     def supervisor(self) -> int:
@@ -140,16 +149,16 @@ class Served:
 
 def serve(tree: Path, *words: str, wait: bool = True) -> Served:
     """`make serve` on free ports, ready unless told not to wait."""
-    http_port, grpc_port, metrics_port = free_ports(3)
-    command = ["make", f"PYTHON={sys.executable}", "serve", *words]
+    http_port, grpc_port, metrics_port, openai_port = free_ports(4)
+    command = ["make", f"PYTHON={sys.executable}", "serve", f"OPENAI_PORT={openai_port}", *words]
     command += [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
     process = subprocess.Popen(
         command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    served = Served(tree, process, http_port, grpc_port, metrics_port)
+    served = Served(tree, process, http_port, grpc_port, metrics_port, openai_port)
     served.reader = threading.Thread(target=served._read, daemon=True)
     served.reader.start()
-    if wait and (not served.ready.wait(120) or process.poll() is not None):
+    if wait and (not served.ready.wait(120) or not any("ready after" in line for line in served.lines)):
         end_tree_of(process.pid)
         raise AssertionError("make serve did not become ready:\n" + "".join(served.lines))
     return served

@@ -24,11 +24,11 @@ STORIES = str(ROOT / "models/stories")
 
 def case(gpu: str = "", **changed: str) -> doctor.Case:
     """The bundled model by the torch engine, or what is changed; gpu: as ASSUME_GPU names it."""
-    http_port, grpc_port, metrics_port = free_ports(3)
+    http_port, grpc_port, metrics_port, openai_port = free_ports(4)
     settings = {
         "MODEL": "stories", "WEIGHTS": STORIES, "CONTEXT": "512", "ENGINE": "torch", "TP": "2", "DTYPE": "float16", "MAX_BATCH_SIZE": "16",
         "TOOLCHAIN": "", "HOST": "127.0.0.1", "HTTP_PORT": str(http_port), "GRPC_PORT": str(grpc_port), "METRICS_PORT": str(metrics_port),
-        "INTERPRETER": sys.executable, "ASSUME_GPU": gpu, **changed,
+        "OPENAI_PORT": str(openai_port), "INTERPRETER": sys.executable, "ASSUME_GPU": gpu, **changed,
     }  # fmt: skip
     return doctor.case_of(plan.Choice(settings))
 
@@ -110,6 +110,7 @@ def test_ports() -> None:
         listening.listen()
         port = listening.getsockname()[1]
         stops("ports", case(HTTP_PORT=str(port)), f"HTTP_PORT is {port}")
+        stops("ports", case(OPENAI_PORT=str(port)), f"OPENAI_PORT is {port}")
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

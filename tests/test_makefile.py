@@ -631,6 +631,13 @@ def test_the_makefile_knows_what_a_room_is_made_from(script: Path) -> None:
 
 def test_the_image_holds_what_its_launcher_imports_and_starts() -> None:
     launcher = set().union(*(imported(ROOT / f"scripts/{name}.py") for name in ("image", "serve", "preflight")))
+    endpoint = {
+        f"scripts/openai/{path.name}" for path in (ROOT / "scripts/openai").iterdir() if path.suffix in (".py", ".html")
+    }
+    text = "".join((ROOT / path).read_text() for path in endpoint)
+    launcher |= endpoint | {
+        f"scripts/{name}.py" for name in re.findall(r"^from scripts import (\w+)$", text, re.MULTILINE)
+    }
     held = {path for path in build_image.APP if path.startswith("scripts/")}
     assert held == launcher | {"scripts/__init__.py", "scripts/errors.py"}
 

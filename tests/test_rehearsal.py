@@ -23,8 +23,8 @@ def gpus_for(version: str) -> str:
 
 
 def rehearse(tree: Path, *words: str, docker: str = "no") -> "subprocess.CompletedProcess[str]":
-    names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
-    ports = [f"{name}={port}" for name, port in zip(names, free_ports(3))]
+    names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
+    ports = [f"{name}={port}" for name, port in zip(names, free_ports(4))]
     return make(tree, *words, "ENGINE=tensorrt", *ports, REHEARSAL_DOCKER=docker)
 
 

@@ -102,7 +102,7 @@ def host(own_tree: Path, tmp_path: Path) -> Host:
 
 
 def ports_typed(ports: List[int]) -> List[str]:
-    return [f"{name}_PORT={port}" for name, port in zip(("HTTP", "GRPC", "METRICS"), ports)]
+    return [f"{name}_PORT={port}" for name, port in zip(("HTTP", "GRPC", "METRICS", "OPENAI"), ports)]
 
 
 def one(words: List[str], flag: str) -> List[str]:
@@ -263,7 +263,7 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
             assert one(step, "--trtllm-version") == [version]
             assert one(step, "--output") == [f"{variant}/{room}"]
     assert one(steps[1], "--tp-size") == [tp]
-    assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
+    assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002, 9000)]
 
 
 def test_make_n_without_a_gpu_says_what_is_missing(tree: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_words_that_need_no_toolchain_ask_no_gpu(tree: Path, tmp_path: Path, wor
 
 
 def test_the_journey_runs_on_a_host_without_python_and_a_second_make_only_serves(host: Host) -> None:
-    ports = free_ports(3)
+    ports = free_ports(4)
     words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", "HOST=0.0.0.0", *ports_typed(ports)]
     done = host.make(*words)
     assert done.returncode == 0, done.stderr
@@ -378,7 +378,7 @@ def test_ask_reaches_the_server_over_the_hosts_network(host: Host) -> None:
 def test_sigterm_reaches_the_server_through_docker(host: Host, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    command = ["make", *SERVE, *ports_typed(free_ports(3))]
+    command = ["make", *SERVE, *ports_typed(free_ports(4))]
     environment = host.environment(FIFO=str(fifo))
     with subprocess.Popen(command, cwd=host.tree, env=environment, stdout=subprocess.DEVNULL) as make:
         with open(fifo) as up:  # until docker runs

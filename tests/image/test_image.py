@@ -40,7 +40,8 @@ def refused(baked: Baked, *flags: str, command: Tuple[str, ...] = ()) -> str:
 
 
 def test_make_image_says_how_to_run_it(baked: Baked) -> None:
-    assert f"docker run --rm --stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 {baked.tag}" in baked.printed
+    ports = "--publish 127.0.0.1:8000-8002:8000-8002 --publish 127.0.0.1:9000:9000"
+    assert f"docker run --rm --stop-timeout 40 {ports} {baked.tag}" in baked.printed
     assert (baked.variant / "image/image.iid").read_text() == baked.iid
     assert docker("image", "inspect", "--format", "{{.Id}}", baked.tag).stdout.strip() == baked.iid
 
@@ -100,13 +101,20 @@ def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Pa
 
 
 def test_it_serves_read_only_as_any_user_with_no_network_but_its_own(baked: Baked, run: Run) -> None:
-    http, grpc, metrics = free_ports(3)
-    publish = [f"--publish=127.0.0.1:{port}:{inside}" for port, inside in ((http, 8000), (grpc, 8001), (metrics, 8002))]
+    http, grpc, metrics, openai = free_ports(4)
+    inside = {http: 8000, grpc: 8001, metrics: 8002, openai: 9000}
+    publish = [f"--publish=127.0.0.1:{port}:{number}" for port, number in inside.items()]
     container = run(*LOCKED_DOWN, *publish, "--user", "4321:4321", "--health-interval", "1s")
     container.wait_until_ready()
     assert ask(http, text_input="Once upon a time", max_tokens=48)["text_output"].startswith(STORY)
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30) as answer:
         assert b"nv_inference_request_success" in answer.read()
+    asked = json.dumps({"model": "stories", "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{openai}/v1/completions", asked, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.loads(answer.read())["choices"][0]["text"].startswith(STORY)
     until(lambda: container.health == "healthy", "healthy")
     assert container.python("import os; print(os.getuid())").strip() == "4321"
     docker("stop", "--time", "40", container.name)

@@ -1,0 +1,161 @@
+"""`make bench-openai`: what the OpenAI-compatible endpoint costs, against gRPC straight to tensorrt_llm, in one run on this machine.
+
+Streams of exactly --tokens tokens each, 1 and --streams of them at once, both ways in turn; the best of three.
+cpu   microseconds of the endpoint's process for each streamed token (its own clock, whatever else the machine does)
+"""
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+
+from scripts import errors, serve
+
+PROMPT = "Once upon a time"
+
+
+def over_grpc(settings: serve.Settings, ids: List[int], tokens: int) -> float:
+    """One answer of tensorrt_llm; seconds until its first token."""
+    import tritonclient.grpc as triton
+
+    done, first = threading.Event(), [0.0]
+    failures: List[object] = []
+    began = time.monotonic()
+
+    def receive(result: Any, error: Any) -> None:
+        first[0] = first[0] or time.monotonic() - began
+        if error is not None:
+            failures.append(error)
+        if error is not None or result.get_response().parameters["triton_final_response"].bool_param:
+            done.set()
+
+    values = {
+        "input_ids": (ids, "INT32"), "input_lengths": ([len(ids)], "INT32"), "request_output_len": ([tokens], "INT32"),
+        "end_id": ([-1], "INT32"), "streaming": ([True], "BOOL"),
+    }  # fmt: skip
+    inputs = []
+    for name, (value, kind) in values.items():
+        array = np.array([value], dtype={"INT32": np.int32, "BOOL": np.bool_}[kind])
+        inputs.append(triton.InferInput(name, list(array.shape), kind))
+        inputs[-1].set_data_from_numpy(array)
+    with triton.InferenceServerClient(f"{settings.reached_at}:{settings.grpc_port}") as client:
+        client.start_stream(receive)
+        client.async_stream_infer(
+            "tensorrt_llm",
+            inputs,
+            outputs=[triton.InferRequestedOutput("output_ids")],
+            enable_empty_final_response=True,
+        )
+        done.wait(600)
+        client.stop_stream()
+    if failures:
+        raise errors.request_refused(str(failures[0]))
+    return first[0]
+
+
+def over_openai(settings: serve.Settings, ids: List[int], tokens: int) -> float:
+    """The same answer through the endpoint; seconds until its first token."""
+    # with a bias the end token is never chosen: every stream has all its tokens
+    asked = {"model": settings.root.parent.name, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
+    connection = http.client.HTTPConnection(settings.reached_at, settings.openai_port, timeout=600)
+    body = json.dumps({**asked, "logit_bias": {"2": -100}, "stream_options": {"include_usage": True}})
+    began = time.monotonic()
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    first = answer.read1()
+    seconds = time.monotonic() - began
+    whole = first + answer.read()
+    if answer.status != 200 or f'"completion_tokens":{tokens}'.encode() not in whole:
+        raise errors.request_refused(whole[-300:].decode(errors="replace"))
+    return seconds
+
+
+def together(
+    one: Callable[..., float], settings: serve.Settings, ids: List[int], tokens: int, count: int
+) -> Dict[str, float]:
+    """Tokens a second of `count` answers at once, and the median time until a first token."""
+    firsts: List[float] = []
+    threads = [threading.Thread(target=lambda: firsts.append(one(settings, ids, tokens))) for _ in range(count)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.monotonic() - began
+    return {"tokens_per_second": count * tokens / seconds, "first_token_ms": 1000 * float(np.median(firsts))}
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def endpoint_of(supervisor: int) -> int:
+    """The endpoint's process among the supervisor's children."""
+    for child in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
+        if b"scripts.openai" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+            return int(child)
+    raise errors.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
+
+
+def measure(settings: serve.Settings, streams: int, tokens: int) -> Dict[str, Any]:
+    """Serve, measure, end."""
+    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
+    command += [
+        word for name, port in settings.ports.items() for word in (f"--{name.lower().replace('_', '-')}", str(port))
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    result: Dict[str, Any] = {}
+    try:
+        assert server.stdout is not None
+        if not any("ready after" in line for line in server.stdout):
+            raise errors.server_not_there(settings.openai_url, "it did not become ready")
+        endpoint = endpoint_of(server.pid)
+        ids = [1, 403, 407, 261, 378]
+        ways = {"grpc": over_grpc, "openai": over_openai}
+        for one in ways.values():
+            together(one, settings, ids, tokens, streams)  # warm
+        for count in (1, streams):
+            runs: Dict[str, List[Dict[str, float]]] = {way: [] for way in ways}
+            used = 0.0
+            for _ in range(3):
+                for way, one in ways.items():
+                    before = cpu_seconds(endpoint)
+                    runs[way].append(together(one, settings, ids, tokens, count))
+                    used += cpu_seconds(endpoint) - before if way == "openai" else 0.0
+            best = {way: max(of, key=lambda run: run["tokens_per_second"]) for way, of in runs.items()}
+            for way, run in best.items():
+                result.update({f"{way} {name}, {count} at once": value for name, value in run.items()})
+            share = best["openai"]["tokens_per_second"] / best["grpc"]["tokens_per_second"]
+            result[f"openai / grpc, {count} at once"] = share
+            result[f"cpu microseconds a token, {count} at once"] = 1e6 * used / (3 * count * tokens)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+    return result
+
+
+def main() -> None:
+    parser = serve.settings_parser()
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=200)
+    args = parser.parse_args()
+    result = measure(serve.settings_from(args), args.streams, args.tokens)
+    Path("build").mkdir(exist_ok=True)
+    (Path("build") / "bench-openai.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, value in result.items():
+        print(f"{key:<44} {value:.2f}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

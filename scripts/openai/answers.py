@@ -1,0 +1,211 @@
+"""An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token; whole or as chunks."""
+
+import asyncio
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
+
+Entry = Dict[str, Any]
+
+
+class Choice:
+    """One alternative. Knows nothing of HTTP.
+
+    stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops: a StopStrings of it.
+    """
+
+    def __init__(
+        self, index: int, stream: Any, text: Any, stops: Any, max_tokens: int, end_ids: Iterable[int] = ()
+    ) -> None:
+        self.index, self.stream, self.text, self.stops = index, stream, text, stops
+        self.max_tokens, self.end_ids = max_tokens, frozenset(end_ids)
+        self.detokenizer = text.stream()
+        self.n_tokens, self.n_shown = 0, 0
+        self.finish_reason: Optional[str] = None
+        self.starts_with_space = False
+        self.prefix = ""
+        # tokens whose text is not shown yet: (where it begins in the answer, token id, log probability)
+        self.untold: List[Any] = []
+        self.decoded = 0
+
+    def take(self) -> "Part":
+        """What is new; afterwards finish_reason is set if nothing more comes."""
+        stream = self.stream
+        ids, log_probs, ended = stream.ids, stream.log_probs, stream.ended
+        stream.ids, stream.log_probs = [], []
+        if self.finish_reason is not None:
+            return Part("", [])
+        self.n_tokens += len(ids)
+        reached_end = bool(ids) and ids[-1] in self.end_ids
+        shown, stopped = self.stops.push(self._decoded(ids, log_probs))
+        if stopped:
+            self.finish_reason = "stop"
+            stream.cancel()
+        elif ended and stream.failure is None:
+            self.finish_reason = "length" if self.n_tokens >= self.max_tokens and not reached_end else "stop"
+            rest, stopped = self.stops.push(self.detokenizer.finish())
+            shown += rest if stopped else rest + self.stops.finish()
+            self.finish_reason = "stop" if stopped else self.finish_reason
+        self.n_shown += len(shown)
+        told = [one for one in self.untold if one[0] < self.n_shown or (self.finish_reason and not stopped)]
+        self.untold = [] if self.finish_reason else self.untold[len(told) :]
+        if self.starts_with_space and shown:
+            # of the spaces that SentencePiece's decoder takes off again
+            shown, self.starts_with_space = shown[1:] if shown[0] == " " else shown, False
+        prefix, self.prefix = self.prefix, ""
+        return Part(prefix + shown, told)
+
+    def _decoded(self, ids: Sequence[int], log_probs: Sequence[float]) -> str:
+        if not log_probs:
+            return self.detokenizer.push(ids)  # type: ignore[no-any-return]
+        pieces = []
+        for token, log_prob in zip(ids, log_probs):
+            if token not in self.end_ids:
+                self.untold.append((self.decoded, token, log_prob))
+            pieces.append(self.detokenizer.push([token]))
+            self.decoded += len(pieces[-1])
+        return "".join(pieces)
+
+
+@dataclass
+class Part:
+    """Text that can be shown now, and the tokens that it is made of, where they are asked for."""
+
+    text: str
+    tokens: List[Any]
+
+
+@dataclass
+class Job:
+    """One request to the endpoint: all its alternatives."""
+
+    model: str
+    chat: bool
+    choices: List[Choice]
+    prompt_tokens: int
+    logprobs: bool = False
+    include_usage: bool = False
+    # set when there is something to take; called once, when the request is over in whatever way
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: Callable[[], None] = lambda: None
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        self._head = ("data: " + _json(head)[:-1] + ',"choices":[').encode()
+        self._usage = b',"usage":null' if self.include_usage else b""
+
+    @property
+    def failure(self) -> Any:
+        return next((choice.stream.failure for choice in self.choices if choice.stream.failure is not None), None)
+
+    @property
+    def done(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    def cancel(self) -> None:
+        for choice in self.choices:
+            choice.stream.cancel()
+
+    def usage(self) -> Dict[str, int]:
+        n = sum(choice.n_tokens for choice in self.choices)
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": n, "total_tokens": self.prompt_tokens + n}
+
+    # --- streamed ---
+
+    def opening(self) -> bytes:
+        """Whose turn it is, before the first token: chat only."""
+        if not self.chat:
+            return b""
+        role = {"role": "assistant", "content": "", "refusal": None}
+        return b"".join(
+            self._event({"index": c.index, "delta": role, "logprobs": None, "finish_reason": None})
+            for c in self.choices
+        )
+
+    def events(self) -> bytes:
+        """Server-sent events for everything that is new: whole events, so no character is ever split."""
+        out = []
+        for choice in self.choices:
+            if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or choice.prefix):
+                continue
+            part = choice.take()
+            if self.chat:
+                if part.text or part.tokens:
+                    out.append(self._event(self._delta(choice, {"content": part.text}, part.tokens, None)))
+                if choice.finish_reason is not None:
+                    out.append(self._event(self._delta(choice, {}, [], choice.finish_reason)))
+            elif part.text or part.tokens or choice.finish_reason is not None:
+                logprobs = self._legacy(choice, part.tokens) if self.logprobs else None
+                shown = {"index": choice.index, "text": part.text, "logprobs": logprobs}
+                out.append(self._event({**shown, "finish_reason": choice.finish_reason}))
+        return b"".join(out)
+
+    def closing(self) -> bytes:
+        usage = b""
+        if self.include_usage:
+            usage = self._head + b'],"usage":' + _json(self.usage()).encode() + b"}\n\n"
+        return usage + b"data: [DONE]\n\n"
+
+    def _event(self, choice: Dict[str, Any]) -> bytes:
+        return self._head + _json(choice).encode() + b"]" + self._usage + b"}\n\n"
+
+    def _delta(self, choice: Choice, delta: Dict[str, Any], tokens: List[Any], reason: Optional[str]) -> Dict[str, Any]:
+        logprobs = self._told(choice, tokens) if self.logprobs and tokens else None
+        return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    # --- whole ---
+
+    def whole(self, parts: Sequence[List[Part]]) -> Dict[str, Any]:
+        """The answer in one; parts: for each choice all its parts in order."""
+        choices: List[Dict[str, Any]] = []
+        for choice, own in zip(self.choices, parts):
+            shown, tokens = "".join(part.text for part in own), [token for part in own for token in part.tokens]
+            if self.chat:
+                logprobs = self._told(choice, tokens) if self.logprobs else None
+                message = {"role": "assistant", "content": shown, "refusal": None}
+                choices.append({"index": choice.index, "message": message, "logprobs": logprobs})
+            else:
+                legacy = self._legacy(choice, tokens) if self.logprobs else None
+                choices.append({"index": choice.index, "text": shown, "logprobs": legacy})
+            choices[-1]["finish_reason"] = choice.finish_reason
+        kind = "chat.completion" if self.chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "choices": choices, "usage": self.usage()}
+
+    def _told(self, choice: Choice, tokens: Sequence[Any]) -> Dict[str, Any]:
+        content = []
+        for _, token, log_prob in tokens:
+            spelt = spelling(choice.text, token)
+            content.append(
+                {
+                    "token": spelt.decode("utf-8", "replace"),
+                    "bytes": list(spelt),
+                    "logprob": log_prob,
+                    "top_logprobs": [],
+                }
+            )
+        return {"content": content, "refusal": None}
+
+    def _legacy(self, choice: Choice, tokens: Sequence[Any]) -> Dict[str, Any]:
+        return {
+            "tokens": [spelling(choice.text, token).decode("utf-8", "replace") for _, token, _ in tokens],
+            "token_logprobs": [log_prob for _, _, log_prob in tokens],
+            "top_logprobs": None,
+            "text_offset": [offset for offset, _, _ in tokens],
+        }
+
+
+# UTF-8 as it is, and no spaces
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def spelling(text: Any, token: int) -> bytes:
+    """The bytes that a token stands for."""
+    piece: Union[str, bytes] = text.pieces.get(token, b"")
+    return piece if isinstance(piece, bytes) else piece.encode()

@@ -1,0 +1,191 @@
+"""Chat: a conversation becomes token ids by the model's own template, rendered by Jinja in a sandbox.
+
+Only the template makes special tokens. The spelling of one in a message is plain text, also when a message and the template's own text
+would spell one together.
+"""
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+# A template comes with a model, from outside: what it writes is bounded by what the messages say, many times over.
+MAX_OUTPUT_CHARACTERS = 32 << 20
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+
+
+class Refused(ValueError):
+    """A conversation that the template does not take; the text goes to the client."""
+
+
+def template_of(folder: Path) -> Optional[str]:
+    """The template of a tokenizer folder; None where it has none (a base model).
+
+    As transformers has it: chat_template.jinja counts before tokenizer_config.json, and of several the one called `default`.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates (utils/chat_template_utils.py), without what tools and images need."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise Refused(str(message))
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    jinja.filters["tojson"] = tojson
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return jinja
+
+
+class ChatTemplate:
+    """A template and the tokenizer that it writes for.
+
+    text: model_repo/tensorrt_llm_bls/1/text.py's Text of the same folder.
+    """
+
+    def __init__(self, template: str, folder: Path, text: Any) -> None:
+        if len(template) > MAX_TEMPLATE_CHARACTERS:
+            raise ValueError(
+                f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE_CHARACTERS} are taken"
+            )
+        self.source, self.text = template, text
+        self.template = environment().from_string(template)
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = [token for token in described.get("added_tokens") or [] if token.get("special")]
+        self.special: Dict[str, int] = {token["content"]: token["id"] for token in added}
+        # bos_token and so on, by which templates name them
+        self.names = {
+            name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)
+        }
+        # the longest first, as tokenizers finds them; lstrip and rstrip swallow the spaces beside a token
+        spelt = sorted(added, key=lambda token: -len(token["content"]))
+        self.boundary = re.compile("|".join(map(_pattern, spelt)) or r"(?!)")
+        self.spelling = re.compile("|".join(re.escape(token["content"]) for token in spelt) or r"(?!)")
+        self.continues = self._space_only_at_the_start(described)
+
+    def _space_only_at_the_start(self, described: Mapping[str, Any]) -> bool:
+        """Whether text behind a special token is tokenized without the space that SentencePiece writes before a text.
+
+        Llama 2's rule is that every stretch between special tokens gets one; that of later tokenizers (Metaspace, prepend_scheme
+        `first`) that only the start of everything does.
+        """
+        if not self.special:
+            return False
+        whole = Tokenizer.from_str(json.dumps({**described, "padding": None, "truncation": None}))
+        spelt, token_id = next(iter(self.special.items()))
+        ids = whole.encode(f"{spelt}x", add_special_tokens=False).ids
+        [alone] = self.text.encode(["x"], add_special_tokens=False)
+        return bool(ids != [token_id, *alone])
+
+    def render(self, messages: Sequence[Mapping[str, str]], **more: Any) -> str:
+        """The conversation as text, special tokens spelt out. Raises Refused where the template says so or fails."""
+        try:
+            pieces, size = [], 0
+            for piece in self.template.generate(
+                messages=list(messages), add_generation_prompt=True, **self.names, **more
+            ):
+                size += len(piece)
+                if size > MAX_OUTPUT_CHARACTERS:
+                    raise Refused(f"the chat template wrote more than {MAX_OUTPUT_CHARACTERS} characters")
+                pieces.append(piece)
+            return "".join(pieces)
+        except Refused:
+            raise
+        except (
+            TemplateError,
+            ArithmeticError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise Refused(f"the model's chat template does not take these messages: {error}") from None
+
+    def token_ids(self, messages: Sequence[Mapping[str, str]], **more: Any) -> List[int]:
+        """The conversation as token ids, up to where the answer begins."""
+        mark = _unused(
+            [self.source, *self.names.values(), *(value for message in messages for value in message.values())]
+        )
+        masked = [
+            {key: value if key == "role" else self._masked(value, mark) for key, value in m.items()} for m in messages
+        ]
+        rendered = self.render(masked, **more)
+        stretches, specials, at = [], [], 0
+        for match in self.boundary.finditer(rendered):
+            stretches.append(rendered[at : match.start()])
+            specials.append(self.special[match[0].strip() if match[0] not in self.special else match[0]])
+            at = match.end()
+        stretches = [stretch.replace(mark, "") for stretch in (*stretches, rendered[at:])]
+        encoded = iter(self._encoded([stretch for stretch in stretches if stretch], starts=bool(stretches[0])))
+        ids: List[int] = []
+        for n, stretch in enumerate(stretches):
+            ids += next(encoded) if stretch else []
+            ids += specials[n : n + 1]
+        return ids
+
+    def _encoded(self, stretches: Sequence[str], starts: bool) -> List[List[int]]:
+        """Token ids of stretches of plain text; starts: whether the first of them is the start of everything."""
+        if not self.continues:
+            return list(self.text.encode(stretches, add_special_tokens=False))
+        # behind a line break there is no space either: tokenize one more and take it away again
+        [line] = self.text.encode(["\n"], add_special_tokens=False)
+        first = [stretches[0]] if starts and stretches else []
+        later = self.text.encode(["\n" + stretch for stretch in stretches[len(first) :]], add_special_tokens=False)
+        return [*self.text.encode(first, add_special_tokens=False), *(ids[len(line) :] for ids in later)]
+
+    def _masked(self, value: str, mark: str) -> str:
+        """A message's text with a mark inside whatever spells a special token, or would together with text before or behind it.
+
+        Nothing else changes, so that a template which looks into a message (for `</think>`, for its end) sees what is there.
+        """
+        value = self.spelling.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+        end, start = value.rstrip(), len(value) - len(value.lstrip())
+        head, tail = 0, 0
+        for token in self.special:
+            head = max(head, next((n for n in range(len(token) - 1, 0, -1) if value.startswith(token[-n:], start)), 0))
+            tail = max(tail, next((n for n in range(len(token) - 1, 0, -1) if end.endswith(token[:n])), 0))
+        if tail:
+            value = end[: len(end) - tail + 1] + mark + end[len(end) - tail + 1 :] + value[len(end) :]
+        if head:
+            value = value[: start + head - 1] + mark + value[start + head - 1 :]
+        return value
+
+
+def _content(token: object) -> str:
+    """A special token of tokenizer_config.json, written as a string or as an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
+
+
+def _pattern(token: Mapping[str, Any]) -> str:
+    before, behind = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
+    return before + re.escape(str(token["content"])) + behind
+
+
+def _unused(texts: Sequence[str]) -> str:
+    """A character of a private-use plane that occurs in none of the texts."""
+    used = set().union(*map(set, texts))
+    return next(chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in used)
