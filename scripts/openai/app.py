@@ -527,7 +527,7 @@ class Door:
 
     async def _discard(self, receive: Receive) -> None:
         """Most clients read no answer before all is sent: of a body that is somewhat too large the rest is let run out."""
-        left = 4 * self.max_body_bytes
+        left = 4 * MOST_BODY_BYTES
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         more = True
         while more and left > 0 and (seconds := deadline - asyncio.get_running_loop().time()) > 0:
