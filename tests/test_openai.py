@@ -101,9 +101,14 @@ def test_it_says_what_the_ensemble_says_whole_and_streamed(served: Served) -> No
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def tokenizer_of(tree: Path) -> Tokenizer:
+    found = next(tree.glob("build/stories/*/model_repo/preprocessing/1/tokenizer/tokenizer.json"))
+    return Tokenizer.from_file(str(found))
+
+
 def forced(tree: Path, text: str) -> Tuple[Dict[str, float], int]:
     """A logit_bias with which a greedy answer is this text, byte by byte (a token that was used is penalised away)."""
-    tokenizer = Tokenizer.from_file(str(tree / "build/stories/hf/tokenizer.json"))
+    tokenizer = tokenizer_of(tree)
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
     assert len(set(ids)) == len(ids) < 8
     return {str(token): 100.0 - 12 * n for n, token in enumerate(ids)}, len(ids)
@@ -204,7 +209,7 @@ def test_several_prompts_and_alternatives_in_openais_order(served: Served) -> No
 
 
 def test_prompts_of_token_ids_and_echo(served: Served) -> None:
-    tokenizer = Tokenizer.from_file(str(served.tree / "build/stories/hf/tokenizer.json"))
+    tokenizer = tokenizer_of(served.tree)
     ids = tokenizer.encode("Once upon a time").ids
     by_text = client(served).completions.create(model="stories", prompt="Once upon a time", max_tokens=8, temperature=0)
     by_ids = client(served).completions.create(model="stories", prompt=ids, max_tokens=8, temperature=0)
@@ -229,7 +234,7 @@ TURNS: List[Any] = [
 
 
 def test_chat_is_the_templates_tokens_answered(chatting: Served) -> None:
-    tokenizer = Tokenizer.from_file(str(chatting.tree / "build/stories/hf/tokenizer.json"))
+    tokenizer = tokenizer_of(chatting.tree)
     plain = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
     turns = (
         "[INST] <<SYS>>\nTell stories </s> of <s>\n<</SYS>>\n\nOnce upon a time [/INST] there was a cat. ",
