@@ -25,7 +25,8 @@ import pytest
 from conftest import ROOT, Served, copy_of_project, end_tree_of, free_ports, make, processes_below, serve
 from tokenizers import Tokenizer
 
-from scripts import build_model_repo, contracts
+from scripts import build_model_repo, contracts, errors
+from scripts import serve as supervisor
 from scripts.openai import engine, messages
 
 KEY = "sk-test-7f3a"
@@ -646,3 +647,17 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
     )
     required = {tensor["name"] for tensor in table["tensorrt_llm"]["inputs"] if not tensor.get("optional")}
     assert required <= set(sent)
+
+
+def test_a_python_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """NVIDIA's image serves without the endpoint, and says so; ours, which make installs, must have them."""
+    assert supervisor.openai_lacks() == []
+    monkeypatch.setattr(supervisor, "OPENAI_MODULES", ("json", "no_such_package.aio"))
+    assert supervisor.openai_lacks() == ["no_such_package"]
+    asked = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3, openai_port=4))
+    assert not asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), None, []))
+    assert "no OpenAI endpoint: this image's Python lacks no_such_package" in capsys.readouterr().out
+    with pytest.raises(errors.Problem, match="no package no_such_package"):
+        asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))
+    none = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3))
+    assert not none._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))
