@@ -1,4 +1,4 @@
-"""The way from a text model to tensorrt_llm in the same server: Triton's own gRPC port, all requests on one stream.
+"""The way from a text model to tensorrt_llm in the same server: Triton's own gRPC port.
 
 The Python backend has a call for this (BLS), but with 32 streams at full speed it ends the server within seconds (seen with Triton
 2.51): it keeps its running calls in a map that several threads change at once (ModelInstanceState::infer_payload_), and drops what an
@@ -7,11 +7,12 @@ client, as in some of NVIDIA's containers. May go when both are mended upstream.
 """
 
 import asyncio
+import functools
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Coroutine, Deque, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -29,9 +30,8 @@ Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
 # Logits of a whole prompt are some hundred megabytes.
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-# How long the stream is kept when no request is on its way. tritonserver does not end before it is closed.
+# How long a stream is kept when no request is on its way. tritonserver does not end before it is closed.
 LINGER_SECONDS = 0.5
-FINAL = "triton_final_response"
 
 
 class Failed(Exception):
@@ -56,14 +56,16 @@ def open_link(address: str, decoupled: bool) -> "Union[GrpcLink, BlsLink]":
 
 
 class GrpcLink:
-    """Asks tensorrt_llm. All methods may be called from any thread; what is received is handed over in a thread of the link's own."""
+    """Asks tensorrt_llm. All methods may be called from any thread; what comes is handed over in a thread of the link's own.
+
+    A stream carries one request at a time, as with other clients that are known to work: Triton 2.51 was seen to hang, and to end,
+    when a stream carried many. A stream that is free is used again.
+    """
 
     def __init__(self, address: str, decoupled: bool) -> None:
-        """An undecoupled tensorrt_llm is asked by unary calls, which do not wait for each other."""
-        self._address, self._decoupled = address, decoupled
-        self._receivers: Dict[str, Receive] = {}
-        self._stream: Any = None
-        self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
+        """An undecoupled tensorrt_llm is asked by unary calls."""
+        self._address, self._work = address, self._streamed if decoupled else self._unary
+        self._free: List[Tuple[float, Any]] = []  # since when, the stream
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="engine link", daemon=True)
@@ -73,12 +75,11 @@ class GrpcLink:
         """Send a request; `receive` gets each response as it comes, then None, or a Failed instead."""
         message = request_message(request_id, inputs, outputs)
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        self._loop.call_soon_threadsafe(self._ask, message, receive)
+        self._loop.call_soon_threadsafe(self._start, functools.partial(self._work, message, receive))
 
     def stop(self, request_id: str) -> None:
         """End a running request with what it has."""
-        message = request_message(request_id, STOP, ["output_ids"])
-        self._loop.call_soon_threadsafe(self._ask, message, None)
+        self.ask(request_id, STOP, ["output_ids"], lambda said: None)
 
     @staticmethod
     def outputs_of(response: Any) -> Mapping[str, Array]:
@@ -105,76 +106,53 @@ class GrpcLink:
         self._loop.run_until_complete(asyncio.gather(self._channel.close(), *self._tasks, return_exceptions=True))
         self._loop.close()
 
-    def _start(self, work: Any) -> None:
-        task = self._loop.create_task(work)
+    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = self._loop.create_task(work())
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
 
-    def _ask(self, message: Any, receive: Optional[Receive]) -> None:
-        if not self._decoupled:
-            self._start(self._unary(message, receive))
-            return
-        if receive is not None:
-            self._receivers[message.id] = receive
-        if self._stream is None:
-            self._stream, self._outgoing = self._stub.ModelStreamInfer(), asyncio.Queue()
-            self._start(self._write(self._stream, self._outgoing))
-            self._start(self._read(self._stream))
-        self._outgoing.put_nowait(message)
-
-    async def _unary(self, message: Any, receive: Optional[Receive]) -> None:
+    async def _unary(self, message: Any, receive: Receive) -> None:
         try:
-            response = await self._stub.ModelInfer(message)
-        except grpc.RpcError as error:
-            if receive is not None:
-                receive(Failed(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT))
-            return
-        if receive is not None:
-            receive(response)
+            receive(await self._stub.ModelInfer(message))
             receive(None)
-
-    async def _write(self, stream: Any, outgoing: "asyncio.Queue[Any]") -> None:
-        try:
-            while (message := await outgoing.get()) is not None:
-                await stream.write(message)
-            await stream.done_writing()
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # the reader tells
-
-    async def _read(self, stream: Any) -> None:
-        why = Failed("the stream to tensorrt_llm has ended")
-        try:
-            while (answer := await stream.read()) is not grpc.aio.EOF:
-                self._hand_over(answer)
         except grpc.RpcError as error:
-            why = Failed(f"tensorrt_llm does not answer: {error.details()}")
-        if stream is self._stream:
-            self._stream = None
-            receivers, self._receivers = self._receivers, {}
-            for receive in receivers.values():
-                receive(why)
+            receive(Failed(error.details(), error.code() is grpc.StatusCode.INVALID_ARGUMENT))
 
-    def _hand_over(self, answer: Any) -> None:
-        response = answer.infer_response
-        receive = self._receivers.get(response.id)
-        if receive is None:  # answers to a request to stop
-            return
-        is_last = bool(answer.error_message) or response.parameters[FINAL].bool_param
-        if answer.error_message:
-            receive(Failed(answer.error_message))
-        elif response.outputs:
-            receive(response)
-        if is_last:
-            del self._receivers[response.id]
-            if not answer.error_message:
-                receive(None)
-            if not self._receivers:
-                self._loop.call_later(LINGER_SECONDS, self._close_if_idle, self._stream)
+    async def _streamed(self, message: Any, receive: Receive) -> None:
+        stream = self._free.pop()[1] if self._free else self._stub.ModelStreamInfer()
+        try:
+            await stream.write(message)
+            while (answer := await stream.read()) is not grpc.aio.EOF:
+                if answer.error_message:
+                    receive(Failed(answer.error_message))
+                    await self._end(stream)
+                    return
+                if answer.infer_response.outputs:
+                    receive(answer.infer_response)
+                if answer.infer_response.parameters["triton_final_response"].bool_param:
+                    receive(None)
+                    self._free.append((self._loop.time(), stream))
+                    self._loop.call_later(LINGER_SECONDS, self._end_free)
+                    return
+            receive(Failed("tensorrt_llm has ended the stream"))
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            why = error.details() if isinstance(error, grpc.RpcError) else error
+            receive(Failed(f"tensorrt_llm does not answer: {why}"))
 
-    def _close_if_idle(self, stream: Any) -> None:
-        if stream is self._stream and not self._receivers:
-            self._stream = None
-            self._outgoing.put_nowait(None)
+    def _end_free(self) -> None:
+        """The latest is taken first, so what has been free for long is in front."""
+        while self._free and self._free[0][0] <= self._loop.time() - LINGER_SECONDS:
+            _, stream = self._free.pop(0)
+            self._start(functools.partial(self._end, stream))
+
+    @staticmethod
+    async def _end(stream: Any) -> None:
+        try:
+            await stream.done_writing()
+            while await stream.read() is not grpc.aio.EOF:
+                pass
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass
 
 
 def request_message(request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:

@@ -206,7 +206,10 @@ class TritonPythonModel:
                     self._tell(call, said)
             except Exception as problem:
                 self.link.stop(call.inner_id)
-                self._end(call, sent.failed(problem))
+                try:
+                    self._end(call, sent.failed(problem))
+                except Exception as another:  # its sender does not work; the others are still to be served
+                    sent.failed(another)
 
     def _tell(self, call: Call, said: List[Any]) -> None:
         """One response at most, of everything that tensorrt_llm has said of a request since the last one."""
