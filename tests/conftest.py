@@ -16,6 +16,10 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import hypothesis
 import pytest
+from hypothesis import settings
+
+# `make test-long`: fifty times as many examples
+settings.register_profile("long", max_examples=5000, deadline=None)
 
 ROOT = Path(__file__).resolve().parent.parent
 # fixtures of tests/image
