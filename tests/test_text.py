@@ -18,7 +18,8 @@ from scripts import tokenizer
 
 sys.path.insert(0, str(ROOT / "model_repo_template" / "tensorrt_llm_bls" / "1"))
 
-from text import REPLACEMENT, StopStrings, Text  # noqa: E402
+from answer import Answer  # noqa: E402
+from text import MAX_SPELLINGS, REPLACEMENT, StopStrings, Text  # noqa: E402
 
 STORIES = (ROOT / "models" / "stories" / "tokenizer.model").read_bytes()
 SLOW = sentencepiece.SentencePieceProcessor(model_proto=STORIES)
@@ -263,6 +264,44 @@ def test_a_word_is_listed_in_every_spelling_that_a_text_has_it_in(stories: Text,
         if whole[: len(begun)] == begun:
             assert whole[len(begun) :] in listed
     assert all(stories.decode(ids).strip(" ") == word.strip(" ") for ids in listed)
+
+
+def every_cut(word: str) -> List[List[int]]:
+    """The independent statement: all ways to write a word with SentencePiece's pieces, by trying every piece at every place."""
+    if not word:
+        return [[]]
+    starts = [word[:n] for n in range(1, len(word) + 1)]
+    found = [(len(start), SLOW.piece_to_id(start.replace(" ", "\u2581"))) for start in starts]
+    return [[token, *rest] for n, token in found if token > 2 for rest in every_cut(word[n:])]
+
+
+@MANY
+@given(word=st.text("the dog", min_size=1, max_size=7))
+def test_a_word_is_listed_in_every_sequence_that_can_spell_it(stories: Text, word: str) -> None:
+    """Alone and with a space before it; the shortest ones of those that are too many."""
+    listed = stories.spellings(word)
+    for text in (word, " " + word):
+        ours, expected = [ids for ids in listed if stories.stream().push(ids) == text], every_cut(text)
+        assert all(ids in expected for ids in ours) and len(ours) == min(len(expected), MAX_SPELLINGS)
+        assert [len(ids) for ids in ours] == sorted(len(ids) for ids in expected)[:MAX_SPELLINGS]
+
+
+def test_no_word_of_a_list_may_begin_in_the_prompt(stories: Text) -> None:
+    """TensorRT-LLM compares with the prompt too: an answer that goes on with `o`, `g` after `... a d` would end at the word `dog`."""
+    d, o, g = (SLOW.piece_to_id(letter) for letter in "dog")
+    listed = sequences(stories.word_list(["dog"]))
+    assert [d, o, g] in listed
+    assert sequences(stories.word_list(["dog"], after=[1, 300, d])) == [ids for ids in listed if ids != [d, o, g]]
+    assert [d, o, g] not in sequences(stories.word_list(["dog"], after=[1, 300, d, o]))
+
+
+def test_special_tokens_are_shown_to_who_asks(stories: Text) -> None:
+    said = {"output_ids": np.array([[[300, 2]]], np.int32)}
+    for skip, expected in ((True, SLOW.decode([300])), (False, SLOW.decode([300]) + "</s>")):
+        answer = Answer(stories, [], {}, [], 1, skip_special_tokens=skip)
+        answer.push(said)
+        answer.finish()
+        assert answer.take()["text_output"].strip() == expected.strip()
 
 
 def test_byte_level_words_are_listed_with_and_without_their_space(byte_level: Tuple[Text, Any]) -> None:

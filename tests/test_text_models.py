@@ -149,6 +149,31 @@ def test_end_to_end_grpc_client(served: Served, model: str, streaming: bool) -> 
         assert sum(response["output_log_probs"].size for response in responses) == 12
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_genai_perf(served: Served, streaming: bool) -> None:
+    """--service-kind triton --backend tensorrtllm, with --output-tokens-mean 12 --output-tokens-mean-deterministic."""
+    asked = {
+        "text_input": texts(PROMPT),
+        "max_tokens": ints(12),
+        "min_length": ints(12),
+        **({"stream": yes()} if streaming else {}),
+    }
+    responses = ask(served, "ensemble", **asked)
+    assert STORY.startswith(text_of(responses)) and (len(responses) > 1) == streaming
+    metadata = json.loads(urllib.request.urlopen(f"{served.http}/v2/models/ensemble/config", timeout=60).read())
+    assert metadata["model_transaction_policy"]["decoupled"] is True  # perf_analyzer streams only then
+
+
+def test_special_tokens_are_hidden_or_shown_by_request(served: Served) -> None:
+    request = {"TOKENS_BATCH": ints(1, 2, 300)[None], "SEQUENCE_LENGTH": ints(3), **NO_LOG_PROBS}
+    hidden, shown = (
+        infer(served, "postprocessing", **request, **asked)["OUTPUT"].item()
+        for asked in ({}, {"SKIP_SPECIAL_TOKENS": yes(False)})
+    )
+    assert (hidden, shown) == (b"The", b"<s></s> The")
+    assert tell(served, skip_special_tokens=yes(False)) == tell(served)
+
+
 def test_inflight_batcher_llm_client(served: Served) -> None:
     ids = preprocessed(served)["INPUT_ID"]
     [whole] = ask(served, "tensorrt_llm", **core_request(ids, 12))
