@@ -293,7 +293,7 @@ PACES = {
         32,
         "the engine sends one token a response, as NVIDIA's does: where stock's numbers were first taken",
     ),
-    "ready": (2000, True, 32, "the engine sends all tokens that are ready, as the torch engine does"),
+    "ready": (1000, True, 32, "the engine sends all tokens that are ready, as the torch engine does"),
     "paced": (
         8000,
         True,

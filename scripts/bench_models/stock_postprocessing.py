@@ -11,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 from transformers import AutoTokenizer
 
 COPIED = ("CUM_LOG_PROBS", "OUTPUT_LOG_PROBS", "CONTEXT_LOGITS", "GENERATION_LOGITS")
+INPUTS = ("TOKENS_BATCH", "SEQUENCE_LENGTH", *COPIED)
 
 
 class TritonPythonModel:
@@ -24,7 +25,7 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        given = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS}
         lengths = given["SEQUENCE_LENGTH"].reshape(-1)
         beams = given["TOKENS_BATCH"].reshape(len(lengths), -1)
         texts = [
