@@ -561,6 +561,10 @@ class Supervisor:
             inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
             environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
             environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
+            if importlib.util.find_spec("tritonclient") is None:
+                room.say(
+                    "serve", "no tritonclient here: the text models ask over BLS, which fails under load in Triton 2.51"
+                )
             opens = self._opens_endpoint(toolbox)
             with open_log(self.settings) as log:
                 room.say(
