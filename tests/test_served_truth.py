@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import torch
 import tritonclient.grpc as triton
-from conftest import Served
+from conftest import Served, make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = [
@@ -39,6 +39,7 @@ def served_answer(client: Any, answers: "queue.Queue[Tuple[Any, Any]]", ids: Lis
 
 
 def test_served_tokens_and_logits_are_those_of_transformers(served: Served) -> None:
+    assert make(served.tree, "hf").returncode == 0
     hf = Path(served.tree) / "build/stories/hf"
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(hf)

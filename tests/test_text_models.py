@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 import tritonclient.grpc as triton
-from conftest import Served
+from conftest import Served, make
 from tritonclient.utils import InferenceServerException
 
 PROMPT = "Once upon a time"
@@ -245,8 +245,8 @@ def test_the_models_over_http(served: Served) -> None:
 
 @pytest.mark.parametrize("prompt", [PROMPT, "  two  spaces ", "안녕", "👩‍👩‍👧", "</s><s>", "a\0b"])
 def test_prompts_get_hugging_faces_ids_with_the_beginning_in_front(served: Served, prompt: str) -> None:
-    [path] = served.tree.glob("build/stories/hf/tokenizer.json")
-    hf = tokenizers.Tokenizer.from_file(str(path))
+    assert make(served.tree, "hf").returncode == 0
+    hf = tokenizers.Tokenizer.from_file(str(served.tree / "build/stories/hf/tokenizer.json"))
     hf.encode_special_tokens = True
     before = preprocessed(served, prompt)
     assert before["INPUT_ID"].tolist() == [hf.encode(prompt).ids]
