@@ -11,12 +11,13 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import numpy as np
 
-from scripts import errors, gguf_file, tokenizer
+from scripts import byte_bpe, errors, gguf_file, tokenizer
 from scripts.hf_model import read_hf_config, read_hf_model
 from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
 from scripts.llama_weights import Weights, form_of, open_meta
@@ -148,19 +149,29 @@ def _from_meta(settings: Settings) -> Described:
     folder = settings.weights
     params = read_params(folder / "params.json")
     tokenizer_path = tokenizer.path_of(folder)
-    pieces = tokenizer.read_tokenizer_model(tokenizer_path)
+    tiktoken = byte_bpe.is_tiktoken(tokenizer_path)
+    read = (
+        partial(byte_bpe.read_tiktoken, since_3_1=params.rope_scaling is not None)
+        if tiktoken
+        else tokenizer.read_tokenizer_model
+    )
+    pieces: Union[byte_bpe.Tiktoken, tokenizer.SentencePieceModel] = read(tokenizer_path)
     if params.vocab_size not in (None, pieces.vocab_size):
         raise errors.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
     model = open_meta(folder, pieces.vocab_size, tokenizer_path)
     positions, source = max_positions(settings.max_position_embeddings, params)
     config = hf_config(
-        model.shape, model.dtype, positions, pieces.bos_id, pieces.eos_id, params.norm_eps, params.rope_theta
-    )
-    files = {
-        "config.json": json_bytes(config),
-        "generation_config.json": json_bytes({"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}),
-        **_sentencepiece_files(tokenizer_path, pieces),
-    }
+        model.shape, model.dtype, positions, pieces.bos_id, pieces.eos_id, params.norm_eps, params.rope_theta, params.rope_scaling
+    )  # fmt: skip
+    files = {"config.json": json_bytes(config)}
+    if isinstance(pieces, byte_bpe.Tiktoken):
+        files.update(
+            {name: json_bytes(value) for name, value in byte_bpe.tiktoken_files(tokenizer_path, pieces).items()}
+        )
+        files["tokenizer.model"] = tokenizer_path.read_bytes()
+    else:
+        files["generation_config.json"] = json_bytes({"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id})
+        files.update(_sentencepiece_files(tokenizer_path, pieces))
     return Described("meta", model, files, positions, source)
 
 

@@ -1,9 +1,13 @@
 """Says a byte-level BPE (GPT-2's kind, as SmolLM and Llama 3 have it) in the form of Hugging Face: tokenizer.json with its side files."""
 
+import base64
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import errors
+
+TIKTOKEN_MAX_BYTES = 64 << 20
 
 # How a text is cut before pairs are joined, by llama.cpp's names (llama-vocab.cpp, llama_vocab_pre_type).
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,3 +98,103 @@ def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> Dict[str, Any
         "model_input_names": ["input_ids", "attention_mask"],
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+
+
+# --- Llama 3's tokenizer.model: tiktoken's file, lines of base64 and a rank -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiktoken:
+    """The tokens of such a file, bytes by rank; behind them come Llama 3's special tokens."""
+
+    tokens: Tuple[bytes, ...]
+    special: Tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens) + len(self.special)
+
+    @property
+    def bos_id(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def eos_id(self) -> int:
+        return len(self.tokens) + 1
+
+    @property
+    def turn_id(self) -> int:
+        """The token that ends a turn of a chat, <|eot_id|>."""
+        return self.bos_id + self.special.index("<|eot_id|>")
+
+
+def special_tokens(since_3_1: bool) -> Tuple[str, ...]:
+    """Llama 3's 256 special tokens (llama3's tokenizer.py; since 3.1 llama-models'): what is not named is reserved, by number."""
+    named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+    if since_3_1:
+        named.update({4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"})
+    reserved = iter(range(256))
+    return tuple(f"<|{named[i] if i in named else f'reserved_special_token_{next(reserved)}'}|>" for i in range(256))
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file's first line is such as `IQ== 0`."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(200).split()
+        return len(line) == 2 and line[1] == b"0" and len(base64.b64decode(line[0], validate=True)) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
+    """Read and check such a file; a Problem where it is cut off or anything else."""
+    with path.open("rb") as file:
+        data = file.read(TIKTOKEN_MAX_BYTES + 1)
+    tokens: List[bytes] = []
+    for number, line in enumerate(data.splitlines()):
+        try:
+            word, rank = line.split()
+            if int(rank) != number:
+                raise ValueError(f"rank {int(rank)} in line {number + 1}")
+            tokens.append(base64.b64decode(word, validate=True))
+        except ValueError as error:
+            raise errors.tokenizer_unreadable(path, f"line {number + 1} is not base64 and its rank ({error})") from None
+    if (
+        len(data) > TIKTOKEN_MAX_BYTES
+        or len(set(tokens)) != len(tokens)
+        or not {bytes([b]) for b in range(256)} <= set(tokens)
+    ):
+        raise errors.tokenizer_unreadable(
+            path, f"its {len(tokens)} tokens are not all different, or lack one of the 256 bytes"
+        )
+    return Tiktoken(tuple(tokens), special_tokens(since_3_1))
+
+
+def tiktoken_files(path: Path, model: Tiktoken) -> Dict[str, Any]:
+    """tokenizer.json and its side files, as values: for any text tiktoken's ids, with <|begin_of_text|> in front."""
+    written = _byte_characters()
+    tokens = ["".join(written[byte] for byte in token) for token in model.tokens] + list(model.special)
+    known = {token: rank for rank, token in enumerate(model.tokens)}
+    merges: List[str] = []
+    for token in model.tokens:
+        # every way to make it of two tokens, as transformers' converter has them, the earlier parts first
+        ways = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in known and token[at:] in known]
+        for left, right in sorted(ways, key=lambda way: (known[way[0]], known[way[1]])):
+            merges.append(f"{tokens[known[left]]} {tokens[known[right]]}")
+    added = dict.fromkeys(range(len(model.tokens), model.vocab_size), True)
+    special = {"bos_token": tokens[model.bos_id], "eos_token": tokens[model.eos_id]}
+    return {
+        "tokenizer.json": tokenizer_json(path, tokens, merges, added, "llama-bpe", model.bos_id),
+        "tokenizer_config.json": tokenizer_config(special, True),
+        "special_tokens_map.json": special,
+        # a chat's turn ends an answer too; a model that was not trained for chats never says it
+        "generation_config.json": {"bos_token_id": model.bos_id, "eos_token_id": [model.eos_id, model.turn_id]},
+    }
+
+
+def _byte_characters() -> List[str]:
+    """How GPT-2 writes the 256 bytes: visible characters of Latin-1 as they are, the others by those from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + others.index(byte)) for byte in range(256)]

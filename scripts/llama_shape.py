@@ -16,6 +16,11 @@ Shape = Tuple[int, ...]
 MISTRAL = ["MistralForCausalLM"]
 ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL)
 
+# Llama 3.1 and later: by how much positions are stretched, which params.json does not say (llama-models, sku_list.py and the published
+# config.json of each): (dim, layers) of 3.1 8B, 70B (3.3 too), 405B; 3.2 1B, 3B. The other numbers are the same for all.
+SCALED_ROPE = {(4096, 32): 8, (8192, 80): 8, (16384, 126): 8, (2048, 16): 32, (3072, 28): 32}
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 JSON_MAX_BYTES = 64 << 20
 
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -76,6 +81,7 @@ class Params:
     norm_eps: float
     rope_theta: float
     max_seq_len: Optional[int]
+    rope_scaling: Optional[Mapping[str, Any]] = None  # in the words of Hugging Face's config.json
 
     @property
     def intermediate_size(self) -> int:
@@ -107,10 +113,17 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
             "the heads must divide dim into even parts, the key/value heads the heads",
             f"dim is {dim}, n_heads {n_heads}, n_kv_heads {kv_heads}",
         )
+    rope_scaling = None
     if params.get("use_scaled_rope"):
-        raise errors.model_unfit(
-            path, "use_scaled_rope is true (Llama 3.1 and later)", "false; its Hugging Face form can be used"
-        )
+        factor = params.get("rope_scaling_factor") or SCALED_ROPE.get((dim, positive(params, "n_layers", path)))
+        if not isinstance(factor, (int, float)) or factor <= 0:
+            known = ", ".join(f"dim {dim} with {layers} layers" for dim, layers in SCALED_ROPE)
+            raise errors.model_unfit(
+                path,
+                f"use_scaled_rope is true, with dim {dim} and {params.get('n_layers')} layers",
+                f"{known}; or a rope_scaling_factor",
+            )
+        rope_scaling = {"rope_type": "llama3", "factor": float(factor), **LLAMA3_ROPE}
     vocab_size = None if params.get("vocab_size", -1) == -1 else positive(params, "vocab_size", path)
     max_seq_len = None if params.get("max_seq_len") is None else positive(params, "max_seq_len", path)
     multiplier = params.get("ffn_dim_multiplier")
@@ -125,6 +138,7 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
         norm_eps=number(params, "norm_eps", path, 1e-5),
         rope_theta=number(params, "rope_theta", path, 10000.0),
         max_seq_len=max_seq_len,
+        rope_scaling=rope_scaling,
     )
 
 
@@ -134,6 +148,8 @@ def max_positions(asked: Optional[int], params: Params) -> Tuple[int, str]:
         return asked, "as asked"
     if params.max_seq_len is not None:
         return params.max_seq_len, "max_seq_len in params.json"
+    if params.rope_scaling is not None:
+        return 131072, "Llama 3.1 and later (its model card), told by use_scaled_rope"
     if params.rope_theta == 500000.0:
         return 8192, "Llama 3 (its model card), told by rope_theta 500000"
     if params.rope_theta == 1000000.0:

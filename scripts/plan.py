@@ -20,6 +20,7 @@ from scripts import build_engines, contracts, errors, gpus, memory_model, serve,
 from scripts.llama_shape import (
     LlamaShape,
     max_positions,
+    padded_heads,
     params_of,
     possible_tp_sizes,
     read_json,
@@ -182,7 +183,8 @@ def weights_bytes(folder: Path) -> int:
 def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     """What the engines are to be; a Problem for a split or a limit that cannot be."""
     tp_size, pp_size = choice.number("TP") or 1, choice.number("PP") or 1
-    impossible = why_impossible(model.shape, tp_size)
+    pad_heads = choice["PAD_HEADS"] == "on"
+    impossible = why_impossible(model.shape, tp_size, pad_heads)
     if impossible:
         raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape))
     if model.shape.n_layers % pp_size:
@@ -205,7 +207,11 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
         max_num_tokens=choice.number("MAX_NUM_TOKENS"),
     )
     limits = build_engines.limits(asked, model.context)
-    return memory_model.Engine(model.shape, dtype, tp_size, pp_size=pp_size, quant=quant, **limits)
+    shape = model.shape
+    if pad_heads:
+        n_heads, n_kv_heads = padded_heads(shape, tp_size)
+        shape = dataclasses.replace(shape, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=shape.head_size)
+    return memory_model.Engine(shape, dtype, tp_size, pp_size=pp_size, quant=quant, **limits)
 
 
 def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:

@@ -83,7 +83,7 @@ def find(source: str, output: Path, revision: Optional[str] = None) -> Source:
     kind, colon, rest = source.partition(":")
     if kind == "meta" and colon and NAME.fullmatch(rest):
         return Meta(rest, meta_url())
-    if kind == "hf" and colon and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", rest):
+    if kind == "hf" and colon and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", rest):
         return Hub(rest.partition("@")[0], rest.partition("@")[2] or revision, source)
     if kind in ("http", "https") and rest.startswith("//"):
         return Mirror(source)
@@ -443,13 +443,13 @@ class Hub(HttpSource):
                 raise errors.fetch_odd(self.asked or "main", self.name, "there is no such revision") from None
             except known.HfHubHTTPError as error:
                 status = error.response.status_code
-                if status in (401, 403):
+                if status in (401, 403, 404):
                     raise errors.hub_refused(self.repository, status, bool(self.token)) from None
                 if status < 500:
                     raise errors.fetch_refused("the list of files", self.name, status) from None
                 reason = f"the server answers {status}"
             except Exception as error:  # the HTTP library's own, which huggingface_hub has changed before
-                reason = type(error).__name__
+                reason = f"{type(error).__name__}: {_first_line(error)}"
         raise errors.fetch_broken("the list of files", self.name, reason, 0, None)
 
 
@@ -498,8 +498,9 @@ class Store:
         except FileNotFoundError:
             raise errors.fetch_refused(name, self.name, 404) from None
         except Exception as error:
-            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise errors.store_refused(self.name, name, type(error).__name__) from None
+            status = re.search(r"\b40[13] \w+", str(error))  # listing gives a GenericError for these
+            if status or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise errors.store_refused(self.name, name, status[0] if status else type(error).__name__) from None
             raise Broken(_first_line(error)) from None
 
 

@@ -76,7 +76,8 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
     frequencies = torch.pow(config.rotary_base, exponents).reciprocal()
     scaling = config.rotary_scaling or {"type": "default"}
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
+    # "dynamic" changes nothing up to max_position_embeddings, and no engine is built for more (scripts/build_engines.py, limits)
+    if kind in ("default", "dynamic"):
         return frequencies
     if kind == "linear":
         return frequencies / float(scaling["factor"])
@@ -85,7 +86,7 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
         turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
         # pairs that turn slowly are scaled, fast ones stay, those between are mixed
         return torch.lerp(frequencies / scaling["factor"], frequencies, ((turns - low) / (high - low)).clamp(0, 1))
-    raise ValueError(f"the torch engine does not support rotary_scaling {kind!r}, only linear and llama3")
+    raise ValueError(f"the torch engine does not support rotary_scaling {kind!r}, only linear, dynamic and llama3")
 
 
 class Packing:
