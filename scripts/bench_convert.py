@@ -1,4 +1,5 @@
-"""Measures both conversions against copying the same bytes, and against transformers 4.47.1's converter, in one run on one disk.
+"""Measures Meta's weights -> checkpoint (the rooms config and checkpoint) against copying, syncing and hashing the same bytes, and against
+transformers 4.47.1's converter alone, in one run on one disk.
 
 Makes a random Llama-2-shaped model under the scratch folder, converts it, prints ratios and peak memory, writes them as JSON.
 """
@@ -23,9 +24,12 @@ from scripts.room import human_bytes
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "models" / "stories" / "tokenizer.model"
 VOCAB_SIZE = 2048
-# 12 layers of it are 1.25 GB in float16
+# 20 layers of it are 2.05 GB in float16
 DIM, HEADS, MULTIPLE_OF = 2048, 16, 256
 SAMPLE_SECONDS = 0.005
+PEER = "transformers 4.47.1"
+# one sha256 of every byte, as Python has it (coreutils' sha256sum takes five times as long where the processor could help)
+HASH = "import sys; from pathlib import Path; from scripts.room import sha256_of; [sha256_of(Path(p)) for p in sys.argv[1:]]"
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,19 @@ def layers_for(size_bytes: float) -> int:
 
 
 def ratios(measured: Dict[str, Measured]) -> Dict[str, List[float]]:
-    """Both conversions together against each other way, run by run: what else happens on the machine then weighs on both sides."""
-    ours = [sum(pair) for pair in zip(measured["hf"].seconds, measured["checkpoint"].seconds, strict=True)]
+    """Ours against each other way, run by run: what else happens on the machine then weighs on both sides."""
+
+    def together(*names: str) -> List[float]:
+        return [sum(seconds) for seconds in zip(*(measured[name].seconds for name in names))]
+
+    others = {"cp+sync": ["cp+sync"], "cp+sync and one hash": ["cp+sync", "hash"]}
+    if PEER in measured:
+        others[PEER] = [PEER]
     return {
-        f"hf+checkpoint / {name}": [one / other for one, other in zip(ours, measured[name].seconds, strict=True)]
-        for name in measured
-        if name not in ("hf", "checkpoint")
+        f"config+checkpoint / {name}": [
+            one / other for one, other in zip(together("config", "checkpoint"), together(*steps), strict=True)
+        ]
+        for name, steps in others.items()
     }
 
 
@@ -79,7 +90,9 @@ def report(measured: Dict[str, Measured], size_bytes: int) -> Dict[str, object]:
         "seconds": {name: rounded(step.seconds) for name, step in measured.items()},
         "processor_seconds": {name: rounded(step.cpu_seconds) for name, step in measured.items()},
         "gb_per_second": {
-            name: rounded([size_bytes / 1e9 / value for value in step.seconds]) for name, step in measured.items()
+            name: rounded([size_bytes / 1e9 / value for value in step.seconds])
+            for name, step in measured.items()
+            if name != "config"
         },
         "peak_anonymous_bytes": {name: step.anonymous_bytes for name, step in measured.items()},
         "ratios": {name: rounded(values) for name, values in ratios(measured).items()},
@@ -90,27 +103,28 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
     """Make the model, measure every step in turn, `runs` times; returns what report() says."""
     scratch = settings.scratch
     shutil.rmtree(scratch, ignore_errors=True)
-    meta, hf, checkpoint, copy, theirs = (
-        scratch / name for name in ("meta", "hf", "checkpoint", "copy", "transformers")
+    meta, config, checkpoint, copy, theirs = (
+        scratch / name for name in ("meta", "config", "checkpoint", "copy", "transformers")
     )
     size_bytes = _make_model(meta, layers_for(settings.size_gb * 1e9))
     print(f"{human_bytes(size_bytes)} of weights, float16, {settings.cache} cache, {settings.runs} run(s)", flush=True)
     python = sys.executable
     steps: Dict[str, List[str]] = {
         "cp+sync": ["cp", "-r", str(meta), str(copy)],
-        "hf": [python, "-m", "scripts.build_hf", "--weights", str(meta), "--output", str(hf)],
+        "hash": [python, "-c", HASH, *(str(path) for path in sorted(meta.iterdir()))],
+        "config": [python, "-m", "scripts.build_config", "--weights", str(meta), "--output", str(config)],
         "checkpoint": [
             python,
             "-m",
             "scripts.build_checkpoint",
-            "--hf",
-            str(hf),
+            "--model",
+            str(config),
+            "--weights",
+            str(meta),
             "--tp-size",
             "2",
-            "--trtllm-version",
-            contracts.versions()[0],
         ]
-        + ["--output", str(checkpoint)],
+        + ["--trtllm-version", contracts.versions()[0], "--output", str(checkpoint)],
     }
     if settings.transformers_4_47:
         converter = [
@@ -121,40 +135,43 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
             "--llama_version",
             "2",
         ]
-        steps["transformers 4.47.1"] = [str(settings.transformers_4_47), *converter]
-        steps["transformers 4.47.1"] += ["--input_dir", str(meta), "--output_dir", str(theirs)]
+        steps[PEER] = [str(settings.transformers_4_47), *converter]
+        steps[PEER] += ["--input_dir", str(meta), "--output_dir", str(theirs)]
     else:
         print("transformers 4.47.1: not run, no --transformers-4-47 PYTHON was given")
     measured = {name: Measured() for name in steps}
     for _ in range(settings.runs):
-        for folder in (copy, hf, checkpoint, theirs):
+        for folder in (copy, config, checkpoint, theirs):
             shutil.rmtree(folder, ignore_errors=True)
         for name, command in steps.items():
-            _set_cache(hf if name == "checkpoint" else meta, settings.cache)
+            _set_cache(meta, settings.cache)
             os.sync()
-            _measure(command, copy if name == "cp+sync" else theirs, measured[name])
+            _measure(command, {"cp+sync": copy, PEER: theirs}.get(name), measured[name])
     shutil.rmtree(scratch)
     result = {"cache": settings.cache, **report(measured, size_bytes)}
     for name, step in measured.items():
         times = ", ".join(f"{value:.2f}" for value in step.seconds)
         cpu, memory = median(step.cpu_seconds), human_bytes(step.anonymous_bytes)
+        speed = "" if name == "config" else f", {size_bytes / 1e9 / median(step.seconds):.2f} GB/s"
         print(
-            f"{name:<20} {median(step.seconds):6.2f} s ({times}), processor {cpu:.2f} s, peak anonymous memory {memory}"
+            f"{name:<20} {median(step.seconds):6.2f} s ({times}){speed}, processor {cpu:.2f} s, peak anonymous memory {memory}"
         )
     for name, values in ratios(measured).items():
-        print(f"{name:<36} {median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
+        print(f"{name:<44} {median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
     return result
 
 
-def _measure(command: List[str], unsynced: Path, into: Measured) -> None:
+def _measure(command: List[str], unsynced: Optional[Path], into: Measured) -> None:
     """Run a step; where it leaves its output unsynced, the sync counts too."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(unsynced.parent)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if unsynced:
+        environment["TMPDIR"] = str(unsynced.parent)
     started, cpu_before = time.monotonic(), os.times()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
         sampler = threading.Thread(target=_sample, args=(process, into))
         sampler.start()
         status = process.wait()
-    if status == 0 and unsynced.is_dir():
+    if status == 0 and unsynced and unsynced.is_dir():
         subprocess.run(["sync", *map(str, unsynced.rglob("*"))], check=True)
     into.seconds.append(time.monotonic() - started)
     cpu = os.times()
@@ -226,7 +243,7 @@ def _make_model(folder: Path, n_layers: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size-gb", type=float, default=1.25)
+    parser.add_argument("--size-gb", type=float, default=2.0)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "bench-convert")

@@ -163,7 +163,7 @@ def fit_of(
         "num_key_value_heads",
         "vocab_size",
     )
-    shape = LlamaShape(*(checkpoint[name] for name in names), checkpoint.get("head_size"))
+    shape = replace(LlamaShape(*(checkpoint[name] for name in names)), head_dim=checkpoint.get("head_size"))
     mapping = checkpoint["mapping"]
     asked: Dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
     engine = memory_model.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)
