@@ -26,6 +26,8 @@ TOKENIZER = ROOT / "models" / "stories" / "tokenizer.model"
 VOCAB_SIZE = 2048
 # 20 layers of it are 2.05 GB in float16
 DIM, HEADS, MULTIPLE_OF = 2048, 16, 256
+# feed-forward size of the layer of --wide: 2048 * 270336 * 2 bytes are 1.03 GiB
+WIDE = 270_336
 SAMPLE_SECONDS = 0.005
 PEER = "transformers 4.47.1"
 # one sha256 of every byte, as Python has it (coreutils' sha256sum takes five times as long where the processor could help)
@@ -34,12 +36,16 @@ HASH = "import sys; from pathlib import Path; from scripts.room import sha256_of
 
 @dataclass(frozen=True)
 class Settings:
-    """size_gb: of the model's weights, decimal; cache: whether each step finds its input in memory; runs: medians are over these."""
+    """size_gb: of the model's weights, decimal; cache: whether each step finds its input in memory; runs: medians are over these.
+
+    wide: one layer whose matrices have more than 1 GiB each, to see that memory does not follow.
+    """
 
     size_gb: float
     cache: str
     runs: int
     scratch: Path
+    wide: bool
     transformers_4_47: Optional[Path]
 
 
@@ -106,7 +112,8 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
     meta, config, checkpoint, copy, theirs = (
         scratch / name for name in ("meta", "config", "checkpoint", "copy", "transformers")
     )
-    size_bytes = _make_model(meta, layers_for(settings.size_gb * 1e9))
+    layers, multiple_of = (1, WIDE) if settings.wide else (layers_for(settings.size_gb * 1e9), MULTIPLE_OF)
+    size_bytes = _make_model(meta, layers, multiple_of)
     print(f"{human_bytes(size_bytes)} of weights, float16, {settings.cache} cache, {settings.runs} run(s)", flush=True)
     python = sys.executable
     steps: Dict[str, List[str]] = {
@@ -147,6 +154,7 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
             _set_cache(meta, settings.cache)
             os.sync()
             _measure(command, {"cp+sync": copy, PEER: theirs}.get(name), measured[name])
+            shutil.rmtree(copy, ignore_errors=True)  # two of them at once would need more disk than the steps do
     shutil.rmtree(scratch)
     result = {"cache": settings.cache, **report(measured, size_bytes)}
     for name, step in measured.items():
@@ -208,15 +216,15 @@ def _set_cache(folder: Path, state: str) -> None:
                         pass
 
 
-def _params(n_layers: int) -> Params:
-    return Params(DIM, n_layers, HEADS, HEADS, None, MULTIPLE_OF, None, 1e-5, 10000.0, None)
+def _params(n_layers: int, multiple_of: int = MULTIPLE_OF) -> Params:
+    return Params(DIM, n_layers, HEADS, HEADS, None, multiple_of, None, 1e-5, 10000.0, None)
 
 
-def _make_model(folder: Path, n_layers: int) -> int:
+def _make_model(folder: Path, n_layers: int, multiple_of: int = MULTIPLE_OF) -> int:
     """A random model in Meta's form; returns the bytes of its weights."""
     import torch
 
-    params = _params(n_layers)
+    params = _params(n_layers, multiple_of)
     width = params.intermediate_size
     shapes = {"tok_embeddings": (VOCAB_SIZE, DIM), "norm": (DIM,), "output": (VOCAB_SIZE, DIM)}
     for layer in range(n_layers):
@@ -225,14 +233,14 @@ def _make_model(folder: Path, n_layers: int) -> int:
         shapes[f"layers.{layer}.feed_forward.w2"] = (DIM, width)
         shapes.update({f"layers.{layer}.{name}_norm": (DIM,) for name in ("attention", "ffn")})
     folder.mkdir(parents=True)
-    weights = {f"{name}.weight": torch.rand(shape, dtype=torch.float32).half() for name, shape in shapes.items()}
+    weights = {f"{name}.weight": torch.rand(shape, dtype=torch.float16) for name, shape in shapes.items()}
     torch.save(weights, folder / "consolidated.00.pth")
     # vocab_size by number: 4.47.1's converter does not know Meta's -1
     values = {
         "dim": DIM,
         "n_layers": n_layers,
         "n_heads": HEADS,
-        "multiple_of": MULTIPLE_OF,
+        "multiple_of": multiple_of,
         "norm_eps": 1e-5,
         "vocab_size": VOCAB_SIZE,
     }
@@ -244,6 +252,7 @@ def _make_model(folder: Path, n_layers: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=2.0)
+    parser.add_argument("--wide", action="store_true", help="instead: one layer with matrices above 1 GiB (3.4 GB)")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "bench-convert")

@@ -39,7 +39,7 @@ MODEL_REPO_BYTES = 5_000_000
 VERIFIED_BYTES = 1_000_000
 # tokenizer and configs
 CONFIG_BYTES = 5_000_000
-WEIGHTS_FILES = ("consolidated.*.pth", "*.safetensors")
+WEIGHTS_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 LIMITS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 WIDTH = 120
 
@@ -167,7 +167,14 @@ def model_of(choice: Choice) -> Model:
     if name not in shapes:
         raise errors.weights_not_there("MODEL" if "/" in name else "WEIGHTS", choice["WEIGHTS"])
     params = params_of(shapes[name], SHAPES)
-    return Model(name, params.shape(params.vocab_size or 0), "float16", max_positions(asked, params)[0], "table", None)
+    return Model(
+        name,
+        params.shape(params.vocab_size or 0),
+        "float16",
+        max_positions(asked, params)[0],
+        "table",
+        weights_bytes(folder) or None,
+    )
 
 
 def dtype_of(folder: Path, shape: LlamaShape) -> str:
@@ -186,7 +193,8 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     pad_heads = choice["PAD_HEADS"] == "on"
     impossible = why_impossible(model.shape, tp_size, pad_heads)
     if impossible:
-        raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape))
+        by_padding = why_impossible(model.shape, tp_size, pad_heads=True) is None
+        raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape), by_padding)
     if model.shape.n_layers % pp_size:
         raise errors.stages_impossible(model.name, pp_size, model.shape.n_layers)
     quant, dtype = choice["QUANT"], choice["DTYPE"] or model.dtype
