@@ -126,13 +126,16 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
 
 
 def package_missing(module: str) -> Problem:
-    locks = "-r requirements/run.txt -r requirements/torch.txt"
+    # what only some weights need has a lock file of its own
+    special = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obstore": ["fetch"]}
+    locks = special.get(module, ["run", "torch"])
+    files = [f"requirements/{name}.txt" for name in locks]
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}; the journey needs what requirements/run.txt and torch.txt pin.",
+        f"The interpreter {sys.executable} lacks the module {module}; needed is what these pin: {', '.join(files)}.",
         "Install them there, or leave PYTHON unset so that make installs them into .venv:",
-        f"{sys.executable} -m pip install --no-deps --require-hashes {locks}",
+        f"{sys.executable} -m pip install --no-deps --require-hashes {' '.join(f'-r {file}' for file in files)}",
     )
 
 
