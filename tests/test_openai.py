@@ -534,10 +534,9 @@ def test_health_is_bad_when_no_token_comes(served: Served, there: bool) -> None:
             silent.listen()
         process, port = alone(variant, silent.getsockname()[1])
         try:
-            began = time.monotonic()
             with pytest.raises(urllib.error.HTTPError) as unhealthy:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30)
-            assert unhealthy.value.code == 503 and time.monotonic() - began < 20
+            assert unhealthy.value.code == 503
             assert json.loads(unhealthy.value.read())["error"]["code"] == "unhealthy"
             if not there:
                 body = json.dumps(OK).encode()
