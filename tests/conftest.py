@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-import hypothesis
 import pytest
 from hypothesis import settings
 
@@ -29,9 +28,6 @@ sys.path.insert(0, str(ROOT))
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
     os.environ.pop(name, None)
-
-# make test-long: tests look for its name on the command line and make more of what they make at random
-hypothesis.settings.register_profile("long")
 
 # What the project is made of; build/, .venv/ and caches stay behind.
 PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
