@@ -305,6 +305,7 @@ WRONG: List[Tuple[Dict[str, Any], int, str]] = [
     ({"presence_penalty": 3}, 400, "presence_penalty"),
     ({"seed": 1 << 63}, 400, "seed"),
     ({"stream": "yes"}, 400, "stream"),
+    ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
     ({"no_such_thing": 1}, 400, "no_such_thing"),
 ]
 

@@ -59,7 +59,8 @@ class Sampling(Strict):
     )
     # not OpenAI's, but TensorRT-LLM's and vLLM's
     top_k: Optional[Whole] = Field(None, ge=0, lt=1 << 31)
-    repetition_penalty: Optional[float] = Field(None, gt=0, le=100)
+    # from what does not vanish in float32
+    repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
     min_tokens: Optional[Whole] = Field(None, ge=0, lt=1 << 31)
     # taken and left alone: they change no answer
     user: Optional[str] = None
