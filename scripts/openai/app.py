@@ -636,8 +636,10 @@ def _description() -> Dict[str, Any]:
         }
 
     def question(summary: str, body: Type[BaseModel], answer: Type[BaseModel]) -> Dict[str, Any]:
+        # of each event: a chunk as JSON, or [DONE]
+        event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
         given = {"required": True, "content": content(body, "validation")}
-        streamed = {**content(answer), "text/event-stream": {"schema": {"type": "string"}}}
+        streamed = {**content(answer), "text/event-stream": {"schema": event}}
         return {"post": operation(summary, streamed, list(errors), requestBody=given)}
 
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
