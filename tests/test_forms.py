@@ -189,6 +189,18 @@ def test_padded_heads_change_nothing(changed: Dict[str, Any], tp_size: int, head
     torch.testing.assert_close(logits_of(joined(room, folder)), logits_of(AutoModelForCausalLM.from_pretrained(folder)))
 
 
+def test_what_is_added_is_zero(tmp_path: Path) -> None:
+    """6 heads of 16 in 3 groups become 8 in 4: the last two have no rows in q, k and v, and dense has no columns for them."""
+    folder = published(tmp_path / "published")
+    weights = joined(checkpoint(folder, tmp_path / "room", 2, pad_heads=True, dtype="float32"), folder).state_dict()
+    attention = "model.layers.1.self_attn."
+    for name, first in (("q_proj", 96), ("k_proj", 48), ("v_proj", 48)):
+        rows = weights[f"{attention}{name}.weight"]
+        assert rows[:first].any(1).all() and not rows[first:].any(), name
+    columns = weights[f"{attention}o_proj.weight"]
+    assert columns[:, :96].any(0).all() and not columns[:, 96:].any()
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tp_size", "expected"),
     [
