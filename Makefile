@@ -324,7 +324,7 @@ lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements
 	@scripts/lock.sh $(PY)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
 	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
-bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models on one server: ratios from one run
+bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models: ratios from one run
 	@$(PY) -m scripts.bench_text --root $(VARIANT) $(BENCH)
 bench-openai: model_repo | $(addsuffix openai.txt,$(HAS)) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU a token
 	@$(PY) -m scripts.bench_openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
