@@ -216,11 +216,13 @@ def cut(whole: str, stops: List[str]) -> Tuple[str, bool]:
     return whole, False
 
 
-FEW_LETTERS = st.text("ab한\n", max_size=14)
+# two letters: what looks like a stop string and is none has another one's start in it
+FEW_LETTERS = st.one_of(st.text("ab", max_size=14), st.text("ab한\n", max_size=14))
+STOPS = st.one_of(st.lists(st.text("ab", max_size=5), max_size=2), st.lists(st.text("ab한\n", max_size=4), max_size=3))
 
 
 @settings(max_examples=1000, deadline=None)
-@given(whole=FEW_LETTERS, stops=st.lists(st.text("ab한\n", max_size=4), max_size=3), cuts=CUTS)
+@given(whole=FEW_LETTERS, stops=STOPS, cuts=CUTS)
 def test_a_stop_string_cuts_where_it_is_first_complete_and_nothing_of_it_is_shown(
     whole: str, stops: List[str], cuts: List[int]
 ) -> None:
