@@ -29,7 +29,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import grpc
 import numpy as np
 
-from scripts import bench_serve, build_model_repo, contracts, errors, serve
+from scripts import bench_serve, build_model_repo, contracts, errors, processes, serve
 
 MODELS = Path(__file__).parent / "bench_models"
 WRITTEN = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm_bls" / "1"
@@ -163,12 +163,15 @@ class Server:
         return [line for line in lines if line[:1] in ("E", "F")][-serve.LOG_LINES :]
 
     def end(self) -> None:
+        """With all that it started: a server that hangs leaves its stubs behind."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(30)
+            self.process.wait(10)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            pass
+        processes.end_session(self.process.pid, timeout_seconds=5)
+        self.process.wait()
+        processes.remove_shared_memory(self.folder.parent.name)
         self.log.close()
 
 
