@@ -295,7 +295,7 @@ class Bench:
     def server(self, stock: bool, pace: str) -> Server:
         if stock not in self.servers:
             self.n_started += 1
-            self.servers[stock] = Server(self.made, self.folder / str(self.n_started), stock, pace)
+            self.servers[stock] = Server(self.made, self.folder / f"{self.folder.name}-{self.n_started}", stock, pace)
         self.servers[stock].pace(pace)
         return self.servers[stock]
 
