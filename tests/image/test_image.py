@@ -30,7 +30,11 @@ def ask(port: int, **body: Any) -> Dict[str, Any]:
 
 def refused(baked: Baked, *flags: str, command: Tuple[str, ...] = ()) -> str:
     """The report of a container that does not start: status 1, no traceback, nothing loaded."""
-    done = docker("run", "--rm", *flags, baked.tag, *command, check=False)
+    name = f"bake-test-{os.getpid()}"
+    try:
+        done = docker("run", "--name", name, *flags, baked.tag, *command, check=False, timeout=120)
+    finally:
+        docker("rm", "--force", "--volumes", name, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "loading:" not in done.stdout
     return done.stderr
@@ -92,7 +96,7 @@ def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Pa
         assert PLANTED not in json.dumps(archive.config)
     weights = ["model.safetensors", "consolidated", ".00.pth", "/args"]
     tools = ["/pip/", "bin/gcc", "bin/cc", "bin/x86_64-linux-gnu-", "/.cache/", "/torch/test/", "/torch/include/"]
-    for unwanted in [*weights, *tools, "libcudart", "libcublas", "nvidia_cu"]:
+    for unwanted in [*weights, *tools, "libcublas", "libcudnn", "libtorch_cuda", "nvidia_cu"]:
         assert not [name for name in names if unwanted in f"/{name}"], unwanted
     assert not [name for name in names if "/tests/" in name]
 
@@ -178,8 +182,8 @@ def test_dockers_64_mb_of_shared_memory_are_enough_and_less_is_named(baked: Bake
     assert report.strip().splitlines()[-1].strip() == "docker run --shm-size 1g IMAGE"
 
 
-def test_a_tmp_that_cannot_be_written_is_named(baked: Baked) -> None:
-    report = refused(baked, "--mount", "type=tmpfs,destination=/tmp,tmpfs-mode=0555")
+def test_a_tmp_that_cannot_be_written_is_named(baked: Baked, tmp_path: Path) -> None:
+    report = refused(baked, "--volume", f"{tmp_path}:/tmp:ro")
     assert "/TMP CANNOT BE WRITTEN" in report and "--tmpfs /tmp" in report.strip().splitlines()[-1]
 
 
@@ -221,7 +225,7 @@ def test_doctor_says_whether_this_host_will_do(baked: Baked) -> None:
 def test_verify_image_recomputes_it(baked: Baked) -> None:
     done = make(baked.tree, "verify-image", f"IMAGE={baked.tag}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "✗" not in done.stdout and done.stdout.count("[✓]") == 7, done.stdout
+    assert "✗" not in done.stdout and done.stdout.count("[✓]") == 6, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -272,10 +276,10 @@ def rooms(baked: Baked, tmp_path: Path) -> Path:
 
 
 def refuses(tree: Path, title: str, *words: str, **environment: str) -> str:
-    tags = docker("images", "--quiet", "--no-trunc").stdout
+    tags = sorted(docker("images", "--quiet", "--no-trunc").stdout.split())
     done = make(tree, "image", *words, timeout=600, **environment)
     assert done.returncode != 0 and title in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
-    assert docker("images", "--quiet", "--no-trunc").stdout == tags
+    assert sorted(docker("images", "--quiet", "--no-trunc").stdout.split()) == tags
     assert not (tree / "build/stories/torch-0.8.0-tp2-float16/image").exists()
     return done.stderr
 
