@@ -66,6 +66,11 @@ REHEARSAL      =
 # which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
 TESTS          =
 BENCH          =
+# of make bench: loads as input:output:streams; an older run to be held against; runs of other TP for the same page; PEERS=on: others too
+POINTS         =
+BASELINE       =
+WITH           =
+PEERS          =
 # of make fsck: one room by its name, or a folder; empty: all that are made
 ROOM           =
 # JSON=1: plan, doctor and fsck answer in JSON
@@ -298,7 +303,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,bench.txt perf.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
@@ -322,6 +327,12 @@ lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image'
 	@cp $(GROUND)/base/packages.txt docker/base.txt && echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in
 	@scripts/lock.sh $(PY)
+synthetic: | $(addsuffix run.txt,$(HAS)) ## write weights/synthetic-7b: Llama-2-7B's shape, random weights, for measuring speed
+	@$(PY) -m scripts.synthetic --output weights/synthetic-7b
+bench: model_repo $(if $(PEERS),$(if $(wildcard $(WEIGHTS)/config.json),,hf)) | $(addsuffix bench.txt,$(HAS)) $(if $(PEERS),$(addsuffix verify.txt,$(HAS))) $(if $(and $(HAS),$(filter bench,$(MAKECMDGOALS))),$(shell printf '%s\n' 'glibc 2.38' "$$(getconf GNU_LIBC_VERSION)" | sort -VC && echo $(HAS)perf.txt)) ## the served model under load, and the engine alone, against this host's ceilings: JSON, CSV, a page
+	@$(PY) -m scripts.bench --root $(VARIANT) $(ADDRESS) --tokenizer $(CONFIG) --hf $(if $(wildcard $(WEIGHTS)/config.json),$(WEIGHTS),$(HF)) \
+	  --name $(NAME) --out build/bench/$(NAME)-tp$(TP) \
+	  --points="$(POINTS)" $(if $(BASELINE),--baseline $(BASELINE)) $(if $(WITH),--with $(WITH)) $(if $(PEERS),--peers) $(BENCH)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
 	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
 bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models: ratios from one run
@@ -333,4 +344,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base synthetic bench bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck

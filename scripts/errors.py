@@ -1234,6 +1234,17 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
     )
 
 
+def gpu_memory_too_small(rank: int, seen: str) -> Problem:
+    """seen: the engine's own line, with the numbers and the settings that would help."""
+    return Problem(
+        "out of GPU memory",
+        f"rank {rank}",
+        f"Rank {rank} is {seen}.",
+        "For instance:",
+        make("serve", MAX_NUM_TOKENS=2048),
+    )
+
+
 def start_too_slow(seconds: float, last_lines: Mapping[int, Sequence[str]]) -> Problem:
     lines = (
         "\n".join(f"    rank {rank}: {line[:180]}" for rank, tail in last_lines.items() for line in tail)
@@ -1297,6 +1308,41 @@ def text_is_wrong(model: str) -> Problem:
         f"Answers of {model} were not the text of their tokens (the table above says how many), so its speed says nothing.",
         "See what the text models' tests say:",
         make("test", TESTS="tests/test_text.py tests/test_text_models.py"),
+    )
+
+
+def loads_failed(failed: Mapping[str, str]) -> Problem:
+    listed = "\n".join(f"    {name}: {why}" for name, why in failed.items())
+    return Problem(
+        "some loads failed",
+        "bench",
+        f"The other numbers are written. These loads were not served to their end:\n\n{listed}",
+        "The server's log, serve.log beside the rooms, says more. Measure again:",
+        make("bench"),
+    )
+
+
+def no_bench_run(path: PathLike, seen: str) -> Problem:
+    return Problem(
+        "no run of make bench",
+        path,
+        f"It cannot be read as one: {seen}.",
+        "A run writes such a file:",
+        make("bench"),
+    )
+
+
+def slower_than_baseline(path: PathLike, lines: Sequence[Mapping[str, Any]]) -> Problem:
+    listed = "\n".join(
+        f"    {' '.join(map(str, line['what']))}: {line['old']:g} -> {line['new']:g} ({100 * line['change']:+.1f} %)"
+        for line in lines
+    )
+    return Problem(
+        "worse than the baseline",
+        path,
+        f"{len(lines)} numbers are worse by more than what two runs of one tree differ by:\n\n{listed}",
+        "See whether it is this tree, on the same machine with nothing beside it:",
+        make("bench"),
     )
 
 

@@ -192,9 +192,8 @@ def fit(engine: Engine, gpu_bytes: int, block_tokens: int) -> Fit:
 
 
 def torch_fit(engine: Engine, gpu_bytes: int) -> Fit:
-    """The same for the torch engine, which takes the whole KV cache at start: max_batch_size rows of max_seq_len."""
-    rows = engine.max_batch_size * engine.max_seq_len
-    return dataclasses.replace(fit(engine, gpu_bytes, 1), needed_tokens=rows, kv_fraction=1.0)
+    """The same for the torch engine: its KV cache takes what is left, in blocks of 64 tokens, and must hold one request to its end."""
+    return dataclasses.replace(fit(engine, gpu_bytes, 64), kv_fraction=1.0)
 
 
 def torch_host_bytes(engine: Engine) -> int:

@@ -73,6 +73,8 @@ OPENAI_MODULES = (
 )
 # What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
+# What it writes when its GPU cannot hold the engine (gpu_llama.py beside it)
+OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memory: .*?or lower MAX_BATCH_SIZE)")
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ class Ranks:
         self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
         self.last_lines: Dict[int, Deque[str]] = {}
         self.lost_rank: Optional[int] = None
+        self.out_of_memory: Optional[Tuple[int, str]] = None
         self.ended_first: Optional[int] = None
         self.gone_since: Optional[float] = None
         self.requests_done_at: Optional[float] = None
@@ -366,6 +369,8 @@ class Ranks:
                     continue
                 if not TABLE_LINE.match(text):
                     self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
+                if short := OUT_OF_MEMORY.search(text):
+                    self.out_of_memory = (rank, short[1])
                 if lost := LOST_RANK.search(text):
                     self.lost_rank = int(lost[1])
                 if rank < 0 and self.ended_first is None and (first := ENDED_FIRST.search(text)):
@@ -626,6 +631,8 @@ class Supervisor:
             if self.answered.is_set():
                 return
             if failure := ranks.failure():
+                if ranks.out_of_memory:
+                    raise errors.gpu_memory_too_small(*ranks.out_of_memory)
                 raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
             if self.endpoint is not None and self.endpoint.process.poll() is not None:
                 event = self.endpoint.failure() or ""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import Sampling, adjusted, choose, ends_with, log_prob, probabilities, refusal, word_list
+from sampling import Sampling, adjusted, choose, ends_with, kept, log_probs, refusal, word_list
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -75,7 +75,10 @@ def test_sampled_distribution_is_hugging_faces(top_k, top_p):
     logits = some_logits(4)
     warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p else [])
     expected = by_transformers(logits, *warpers).softmax(dim=-1)
-    torch.testing.assert_close(probabilities(logits, Sampling(top_k=top_k, top_p=top_p)), expected)
+    # between others in the batch, which have settings of their own
+    rows = torch.stack([some_logits(1), logits, some_logits(2)])
+    found, ids = kept(rows, torch.tensor([0, top_k, 2]), torch.tensor([0.3, top_p, 0.0]))
+    torch.testing.assert_close(torch.zeros(VOCAB).scatter(0, ids[1], found[1]), expected)
 
 
 @pytest.mark.parametrize(
@@ -83,31 +86,38 @@ def test_sampled_distribution_is_hugging_faces(top_k, top_p):
 )
 def test_without_top_k_and_top_p_the_best_token_wins(sampling):
     logits = some_logits(2)
-    generator = torch.Generator().manual_seed(0)
-    assert {choose(after(sampling, logits), sampling, generator) for _ in range(20)} == {int(logits.argmax())}
+    assert choose(after(sampling, logits)[None], [sampling], []).tolist() == [int(logits.argmax())]
 
 
-def test_draws_follow_the_distribution_and_the_seed():
-    logits, sampling = some_logits(2), Sampling(top_k=3)
-
-    def draws(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [choose(logits, sampling, generator) for _ in range(300)]
-
-    assert set(draws(1)) == set(logits.topk(3).indices.tolist())
-    assert draws(1) == draws(1) != draws(2)
-    assert max(set(draws(1)), key=draws(1).count) == int(logits.argmax())
-
-
-def test_when_every_token_is_banned_the_request_is_told():
-    with pytest.raises(ValueError, match="no token is left"):
-        everything = Sampling(bad_words=tuple((token,) for token in range(VOCAB)))
-        choose(after(everything, some_logits(0)), everything, torch.Generator())
+def test_draws_follow_the_distribution():
+    """Evenly spaced draws give each token its share; a row that is greedy in between takes none."""
+    logits, sampling, n = some_logits(2), Sampling(top_k=3, top_p=0.99), 3000
+    draws = [(index + 0.5) / n for index in range(n)]
+    tokens = choose(logits.expand(n + 1, -1), [Sampling(), *[sampling] * n], draws)
+    found, ids = kept(logits[None], torch.tensor([3]), torch.tensor([0.99]))
+    shares = torch.bincount(tokens[1:], minlength=VOCAB) / n
+    torch.testing.assert_close(shares, torch.zeros(VOCAB).scatter(0, ids[0], found[0]), rtol=0, atol=1e-3)
+    assert tokens[0] == logits.argmax()
 
 
-def test_log_prob_is_the_models_own():
-    logits = some_logits(3)
-    assert log_prob(logits, 6) == pytest.approx(float(logits.log_softmax(-1)[6]))
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+def test_the_smallest_and_the_largest_draw_give_a_token_that_may_be_drawn(draw):
+    logits = some_logits(2)
+    token = int(choose(logits[None], [Sampling(top_k=3)], [draw]))
+    assert token in logits.topk(3).indices.tolist()
+
+
+def test_when_every_token_is_banned_the_row_has_none_and_the_others_have():
+    everything = Sampling(bad_words=tuple((token,) for token in range(VOCAB)))
+    rows = torch.stack([some_logits(0), after(everything, some_logits(0)), some_logits(1)])
+    tokens = choose(rows, [Sampling(top_k=2), everything, Sampling()], [0.0]).tolist()
+    assert tokens == [int(some_logits(0).argmax()), -1, int(some_logits(1).argmax())]
+
+
+def test_log_probs_are_the_models_own():
+    rows = torch.stack([some_logits(3), some_logits(4)])
+    expected = rows.log_softmax(-1)[[0, 1], [6, 30]]
+    torch.testing.assert_close(log_probs(rows, torch.tensor([6, 30])), expected)
 
 
 def test_stop_words_match_at_the_end_and_across_the_prompts_border():

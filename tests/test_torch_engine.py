@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from drive_engine import Answer
-from engine import Engine, Refused, decode, encode, open_engine
+from engine import Engine, Refused, open_engine
 from engine_config import parse_config
-from llama import Chunk, rotary_frequencies
+from llama import rotary_frequencies
 from ranks import has_code_for
 from safetensors.numpy import load_file, save_file
 from split_checkpoint import Arrays, engine_config, meta_to_hf, write_engine
+from step import Chunk, Step, decode, encode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -30,15 +31,17 @@ STORIES = ROOT / "models" / "stories"
 MPIRUN = Path(sys.executable).with_name("mpirun")
 MPI_ENVIRONMENT = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
 
+# On a GPU the engine computes in the dtype of its files; what is compared to 1e-4 here is float32.
+DTYPE = "float32" if torch.cuda.is_available() else "float16"
 # All sizes differ; a head is not hidden/heads wide; 4 ranks share 2 KV heads and pad the vocabulary.
 TINY = {
-    "dtype": "float16", "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
+    "dtype": DTYPE, "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
     "max_position_embeddings": 96,
 }  # fmt: skip
 TINY_BUILD = {"max_batch_size": 5, "max_input_len": 48, "max_output_len": 32, "max_num_tokens": 11}
 STORIES_NETWORK = {
-    "dtype": "float16", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
+    "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "max_position_embeddings": 512,
 }  # fmt: skip
@@ -322,11 +325,11 @@ def test_requests_that_cannot_be_served_are_refused_at_once(engine, request_, se
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(engine, monkeypatch, caplog):
-    def broken(chunks: Any) -> None:
+    def broken(*_: Any) -> None:
         raise RuntimeError("a secret path")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._model, "step", broken)
+        patch.setattr(engine._model, "launch", broken)
         failed = Answer(engine, some_tokens(4, 1), 5).wait()
     assert failed.error == "a step of the engine failed; the server's log says why" and "a secret path" in caplog.text
     assert len(Answer(engine, some_tokens(4, 1), 5).wait().tokens) == 5
@@ -381,8 +384,9 @@ def lose_rank(tiny: Arrays, folder: Path, how: str) -> subprocess.CompletedProce
 
 
 def test_plans_survive_the_way_between_ranks():
-    chunks = [Chunk(3, 17, (5,), 1), Chunk(0, 0, (1, 2, 3), 0), Chunk(7, 40, (9, 8), 2)]
-    assert decode(encode(chunks)) == chunks and decode([]) == []
+    chunks = (Chunk(3, 17, (-1,), 1), Chunk(0, 0, (1, 2, 3), 0), Chunk(7, 40, (9, 8), 2))
+    for step in (Step(chunks, ((7, (4, 9, 2)), (0, (1,))), with_logits=False), Step(chunks)):
+        assert decode(encode(step)) == step
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,17 @@ from __future__ import annotations
 import heapq
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from engine_config import EngineConfig, read_config
-from llama import Chunk, Llama, load_weights
+from llama import Llama, load_weights
 from ranks import FollowerLink, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
-from sampling import Sampling, adjusted, choose, ends_with, log_prob, refusal
+from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal
+from step import ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
 log = logging.getLogger("torch engine")
@@ -61,46 +63,94 @@ class Request:
 
 
 class Running:
-    """A request in the batch: its slot, its tokens so far, and how many of them are in the cache."""
+    """A request in the batch: its slot, its blocks of the cache, its tokens so far, and how far it has been launched."""
 
-    def __init__(self, request: Request, slot: int) -> None:
-        self.request, self.slot = request, slot
+    def __init__(self, request: Request, slot: int, blocks: Sequence[int], on_device: bool) -> None:
+        self.request, self.slot, self.blocks = request, slot, tuple(blocks)
         self.tokens = list(request.prompt)
-        self.cached = 0
+        self.cached = 0  # tokens that steps launched so far put into the cache
+        self._on_device = on_device
         # A generator of its own: what a request draws does not depend on who else is in the batch.
-        self.generator = torch.Generator().manual_seed(request.sampling.random_seed)
+        self._generator = torch.Generator().manual_seed(request.sampling.random_seed)
 
     @property
     def generating(self) -> bool:
         return self.cached >= len(self.request.prompt)
 
+    @property
+    def launched(self) -> bool:
+        """Every token that was asked for has been launched."""
+        return self.cached - len(self.request.prompt) + 1 >= self.request.max_new_tokens
+
+    @property
+    def with_logits(self) -> bool:
+        """Rank 0 must see the logits: to choose, or to hand them on."""
+        request = self.request
+        return (
+            not request.sampling.best_of_logits
+            or request.log_probs
+            or request.context_logits
+            or request.generation_logits
+        )
+
     def next_chunk(self, room: int) -> Chunk:
         """At most `room` tokens that are not in the cache yet."""
-        token_ids = tuple(self.tokens[self.cached : self.cached + room])
-        at_end = self.cached + len(token_ids) == len(self.tokens)
-        n_logits = len(token_ids) if self.request.context_logits and not self.generating else int(at_end)
-        return Chunk(self.slot, self.cached, token_ids, n_logits)
+        if self.generating:
+            token = ON_DEVICE if self._on_device else self.tokens[self.cached]
+            return Chunk(self.slot, self.cached, (token,), 1)
+        token_ids = self.request.prompt[self.cached : self.cached + room]
+        at_end = self.cached + len(token_ids) == len(self.request.prompt)
+        return Chunk(self.slot, self.cached, token_ids, len(token_ids) if self.request.context_logits else int(at_end))
 
-    def advance(self, chunk: Chunk, logits: Tensor) -> Piece:
-        """Counts the chunk as cached and, when its last token is the sequence's last, chooses the next one."""
+    def parted(self, chunk: Chunk, room: int) -> bool:
+        """Whether the chunk begins a prompt that does not end in it, but would where there is `room`."""
+        return chunk.start == 0 and len(chunk.token_ids) < len(self.request.prompt) <= room
+
+    def ends_with(self, chunk: Chunk) -> bool:
+        """Whether the chunk's last token is the sequence's last, so that a new one follows."""
+        return chunk.start + len(chunk.token_ids) >= len(self.request.prompt)
+
+    def draw(self) -> float:
+        return float(torch.rand((), generator=self._generator))
+
+    def take(self, chunk: Chunk, token: int, log_prob: float | None, logits: Tensor | None) -> Piece:
+        """What a step that has ended gave. token: the choice after the chunk; logits: the chunk's, (n_logits, vocab_size)."""
         request, sampling = self.request, self.request.sampling
-        context = logits if request.context_logits and not self.generating else None
-        self.cached += len(chunk.token_ids)
-        if self.cached < len(self.tokens):
+        context = logits if request.context_logits and chunk.start < len(request.prompt) else None
+        if not self.ends_with(chunk):
             return Piece(context_logits=context)
-        n_prompt, last = len(request.prompt), logits[-1]
-        token = choose(adjusted(last, sampling, self.tokens, n_prompt), sampling, self.generator)
+        if token < 0:
+            return Piece(final=True, error="no token is left to choose: bad_words_list and min_length ban every one")
         if token == sampling.end_id:  # not part of the output
             return Piece(context_logits=context, final=True)
         self.tokens.append(token)
-        full = len(self.tokens) - n_prompt == request.max_new_tokens
+        full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return Piece(
             tokens=(token,),
-            log_probs=(log_prob(last, token),) if request.log_probs else (),
+            log_probs=(log_prob,) if log_prob is not None else (),
             context_logits=context,
-            generation_logits=logits[-1:] if request.generation_logits else None,
+            generation_logits=logits[-1:] if logits is not None and request.generation_logits else None,
             final=full or ends_with(self.tokens, sampling.stop_words),
         )
+
+
+Batch = list[tuple[Running, Chunk]]
+
+
+def choice_of(batch: Batch, logits: Tensor) -> Choice:
+    """The next token after each chunk that has logits (sum of n_logits, vocab_size), on their device."""
+    choosing = [(one, chunk) for one, chunk in batch if chunk.n_logits]
+    last = torch.tensor([chunk.n_logits for _, chunk in choosing]).cumsum(0) - 1
+    rows = logits[last.to(logits.device, non_blocking=True)]
+    samplings = [one.request.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
+    changed = [
+        rows[index] if sampling == Sampling() else adjusted(rows[index], sampling, one.tokens, len(one.request.prompt))
+        for index, (sampling, (one, _)) in enumerate(zip(samplings, choosing, strict=True))
+    ]
+    draws = [one.draw() for sampling, (one, _) in zip(samplings, choosing, strict=True) if not sampling.greedy]
+    tokens = choose(torch.stack(changed), samplings, draws)
+    asked = any(one.request.log_probs for one, _ in choosing)
+    return Choice(tokens, log_probs(rows, tokens) if asked else None)
 
 
 class Engine:
@@ -110,13 +160,16 @@ class Engine:
     peer) cannot keep `fail` from answering.
     """
 
-    def __init__(self, config: EngineConfig, model: Llama, link: LeaderLink, ranks: Ranks) -> None:
+    def __init__(self, config: EngineConfig, model: Model, link: LeaderLink, ranks: Ranks) -> None:
         self.config = config
         self.steps = 0
         self._model, self._link, self._ranks = model, link, ranks
         self._waiting: list[Request] = []
         self._running: list[Running] = []
         self._free_slots = list(range(config.max_batch_size))  # a heap: low slots first keeps them adjacent
+        self._free_blocks = list(range(1, model.n_blocks + 1))  # block 0 is the model's own
+        self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model has not been told of
+        self._in_flight: deque[tuple[Batch, Outcome]] = deque()
         self._failure: str | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -182,6 +235,11 @@ class Engine:
             )
         return refusal(request.sampling, config.vocab_size)
 
+    def _blocks_for(self, request: Request) -> int:
+        """Blocks of the cache that a request may fill. It gets them all before it starts, so that it can always end; the cache holds at
+        least one request of max_seq_len."""
+        return -(-(len(request.prompt) + request.max_new_tokens) // self._model.block_tokens)
+
     def _rank_lost(self, rank: int, why: str) -> None:
         log.error("rank %d %s; every request fails from now on", rank, why)  # the supervisor reads this line
         self.fail(f"rank {rank} of the engine {why}")
@@ -195,53 +253,101 @@ class Engine:
         for one in [one for one in self._running if one.request in requests]:
             self._running.remove(one)
             heapq.heappush(self._free_slots, one.slot)
+            self._free_blocks.extend(one.blocks)
             one.request.receive(piece)
 
-    def _next_batch(self) -> list[tuple[Running, Chunk]]:
-        """Waits for work and says what the next step does: decode tokens first, then prompts while there is room."""
+    def _admit(self) -> None:
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
+        while self._waiting and self._free_slots and self._blocks_for(self._waiting[0]) <= len(self._free_blocks):
+            request, slot = self._waiting.pop(0), heapq.heappop(self._free_slots)
+            blocks = [self._free_blocks.pop() for _ in range(self._blocks_for(request))]
+            self._running.append(Running(request, slot, blocks, on_device=self._model.lookahead > 0))
+            self._tables.append((slot, tuple(blocks)))
+
+    def _next_batch(self) -> Batch | None:
+        """What the next step does: decode tokens first, then prompts while there is room. Nothing: there are only steps to wait for.
+
+        Waits for work when there is no step to wait for. None when the engine has failed.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._failure is not None)
+            if not self._in_flight:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._failure is not None)
             if self._failure is not None:
-                return []
-            while self._waiting and self._free_slots:
-                self._running.append(Running(self._waiting.pop(0), heapq.heappop(self._free_slots)))
+                return None
+            if self._in_flight and any(one.request.sampling.from_history for one in self._running):
+                return []  # what they choose next depends on tokens that are not known yet
+            self._admit()
             batch, room = [], self.config.max_num_tokens
-            for one in sorted(self._running, key=lambda one: not one.generating):
+            ready = sorted(
+                (one for one in self._running if not (one.generating and one.launched)),
+                key=lambda one: not one.generating,
+            )
+            if ready and ready[0].generating:
+                streams = sum(one.generating for one in ready)
+                room = min(room, streams + self._model.prompt_tokens_beside_streams)
+            others = False  # prompts in this step
+            for one in ready:
                 if room:
                     chunk = one.next_chunk(room)
+                    if (
+                        others
+                        and self._model.whole_prompts
+                        and one.parted(chunk, self._model.prompt_tokens_beside_streams)
+                    ):
+                        continue  # it is the first of the next step, and whole
+                    others = others or not one.generating
                     room -= len(chunk.token_ids)
+                    one.cached += len(chunk.token_ids)
                     batch.append((one, chunk))
             return batch
 
     def _run(self) -> None:
-        while batch := self._next_batch():
+        while (batch := self._next_batch()) is not None:
+            lost = batch
             try:
-                self._step(batch)
+                if batch:
+                    self._launch(batch)
+                while len(self._in_flight) > (self._model.lookahead if batch else 0):
+                    lost = [*self._in_flight[0][0], *batch]
+                    self._deliver(*self._in_flight.popleft())
             except Exception:
                 log.exception("a step failed")
-                if self._ranks.size > 1:  # the others are somewhere inside that step and will not come back from it
+                self._in_flight.clear()
+                if self._ranks.size > 1 or self._ranks.device.type == "cuda":
+                    # the others are somewhere inside that step and will not come back from it; a GPU that failed stays so
                     self.fail("the engine has failed; the server's log says why")
                     self._link.abandon()
+                    log.error("rank 0 has ended its work: a step failed")  # the supervisor reads this line, as that of a lost rank
                 with self._changed:
                     failed = Piece(final=True, error="a step of the engine failed; the server's log says why")
-                    self._end([one.request for one, _ in batch], failed)
+                    self._end([one.request for one, _ in lost], failed)
 
-    def _step(self, batch: list[tuple[Running, Chunk]]) -> None:
-        chunks = [chunk for _, chunk in batch]
-        self._link.send(encode(chunks))
-        logits = self._model.step(chunks)
+    def _launch(self, batch: Batch) -> None:
+        tables, self._tables = tuple(self._tables), []
+        step = Step(tuple(chunk for _, chunk in batch), tables, any(one.with_logits for one, _ in batch))
+        self._link.send(encode(step))
+        self._in_flight.append((batch, self._model.launch(step, lambda logits: choice_of(batch, logits))))
         self.steps += 1
-        begin = 0
+
+    def _deliver(self, batch: Batch, outcome: Outcome) -> None:
+        """Waits for a step and hands out what it gave."""
+        choice = outcome.wait()
+        tokens = choice.tokens.tolist()
+        chances = choice.log_probs.tolist() if choice.log_probs is not None else []
+        row = index = 0
         for one, chunk in batch:
-            rows = logits[begin : begin + chunk.n_logits] if logits is not None else torch.empty(0)
-            begin += chunk.n_logits
-            try:
-                piece = one.advance(chunk, rows)
-            except ValueError as problem:
-                piece = Piece(final=True, error=str(problem))
+            token, chance, logits = ON_DEVICE, None, None
+            if chunk.n_logits:
+                token = tokens[index]
+                chance = chances[index] if one.request.log_probs else None
+                if one.request.context_logits or one.request.generation_logits:
+                    assert outcome.logits is not None
+                    logits = outcome.logits[row : row + chunk.n_logits].cpu()
+                index, row = index + 1, row + chunk.n_logits
             with self._changed:
                 if one not in self._running:
-                    continue  # cancelled or failed while the step ran: it has had its last piece
+                    continue  # it ended before this step did: cancelled, failed, or with a token of the step before
+                piece = one.take(chunk, token, chance, logits)
                 if piece.final:
                     self._end([one.request], piece)
                 elif piece.tokens or piece.context_logits is not None:
@@ -249,15 +355,15 @@ class Engine:
 
 
 class Follower:
-    """A rank above 0: repeats every step that rank 0 takes, until rank 0 ends."""
+    """A rank above 0: launches every step that rank 0 launches, until rank 0 ends."""
 
-    def __init__(self, model: Llama, link: FollowerLink, ranks: Ranks) -> None:
+    def __init__(self, model: Model, link: FollowerLink, ranks: Ranks) -> None:
         self._model, self._link, self._ranks = model, link, ranks
 
     def follow(self) -> None:
         self._link.loaded()
         for plan in self._link.plans():
-            self._model.step(decode(plan))
+            self._model.launch(decode(plan))
         self._ranks.close()
 
 
@@ -269,26 +375,43 @@ def open_engine(engine_dir: Path) -> Engine | Follower:
     use_own_cores()
     ranks = this_rank()
     link = meet(ranks)
-    # A processor computes in float32 whatever is stored: its half precision is slow, and this is the oracle's.
-    dtype = torch.float32 if ranks.device.type == "cpu" else getattr(torch, config.dtype)
-    weights = load_weights(engine_dir / f"rank{ranks.rank}.safetensors", config, ranks.device, dtype)
-    model = Llama(config, weights, ranks)
+    model = open_model(engine_dir / f"rank{ranks.rank}.safetensors", config, ranks)
     if isinstance(link, FollowerLink):
         return Follower(model, link, ranks)
     link.wait_until_loaded()
     return Engine(config, model, link, ranks)
 
 
-def encode(chunks: Sequence[Chunk]) -> list[int]:
-    """A step's plan as plain integers: for each chunk slot, start, n_logits, number of tokens, tokens."""
-    return [n for c in chunks for n in (c.slot, c.start, c.n_logits, len(c.token_ids), *c.token_ids)]
+def open_model(path: Path, config: EngineConfig, ranks: Ranks) -> Model:
+    """The network of this rank, for what it computes on. Raises ValueError."""
+    if ranks.device.type == "cpu":
+        # A processor computes in float32 whatever is stored: its half precision is slow, and this is the oracle's.
+        return Llama(config, load_weights(path, config, ranks.device, torch.float32), ranks)
+    dtype = getattr(torch, config.dtype)
+    if (why := ranks.share(why_no_kernels(ranks.size))) != "":
+        log.warning("without kernels of its own, much slower: %s", why)
+        return Llama(config, load_weights(path, config, ranks.device, dtype), ranks)
+    from gpu_llama import GpuLlama, OutOfMemory
+
+    try:
+        return GpuLlama(config, load_weights(path, config, ranks.device, dtype, together=True), ranks)
+    except torch.OutOfMemoryError:
+        total = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
+        raise OutOfMemory(
+            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this rank take"
+            f" {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower MAX_BATCH_SIZE"
+        ) from None
 
 
-def decode(plan: Sequence[int]) -> list[Chunk]:
-    """The chunks of a plan that `encode` wrote."""
-    chunks, at = [], 0
-    while at < len(plan):
-        slot, start, n_logits, length = plan[at : at + 4]
-        at += 4 + length
-        chunks.append(Chunk(slot, start, tuple(plan[at - length : at]), n_logits))
-    return chunks
+def why_no_kernels(n_ranks: int) -> str:
+    """Why this process cannot use kernels in the Triton language, or ranks not each other's memory; empty when they can."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018 (builds what starts a kernel: it takes a C compiler and Python's headers)
+    except Exception as problem:
+        return f"PyTorch's Triton compiler does not work here ({type(problem).__name__}: {problem}); it needs gcc and Python's headers"
+    n_gpus = min(n_ranks, torch.cuda.device_count())
+    if not all(torch.cuda.can_device_access_peer(0, other) for other in range(1, n_gpus)):
+        return "these GPUs cannot read each other's memory"
+    return ""

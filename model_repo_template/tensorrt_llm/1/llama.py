@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from engine_config import EngineConfig
 from ranks import Ranks
 from safetensors import safe_open
+from step import Choice, Chooser, Chunk, Step
 from torch import Tensor
 from torch.nn import functional as F
-
-
-class Chunk(NamedTuple):
-    """Consecutive tokens of one request: a piece of its prompt, or the one token that was generated last."""
-
-    slot: int  # row of the key/value cache that belongs to the request
-    start: int  # position of the first token in its sequence
-    token_ids: tuple[int, ...]
-    n_logits: int  # how many of the last positions need logits: none inside a prompt, one at its end
 
 
 def tensor_shapes(config: EngineConfig) -> dict[str, tuple[int, ...]]:
@@ -47,14 +39,17 @@ def tensor_shapes(config: EngineConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_weights(path: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def load_weights(
+    path: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype, together: bool = False
+) -> dict[str, Tensor]:
     """The tensors of rankN.safetensors on `device`. Raises ValueError when one is missing or has another shape.
 
+    together: mlp.fc and mlp.gate of a layer become one tensor mlp.both, in that order.
     Tensors that are not asked for are left alone: TensorRT-LLM 0.10 and later add rotary tables to the file.
     """
     if not path.is_file():
         raise ValueError(f"no weights for this rank: {path} does not exist")
-    weights = {}
+    weights: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         for name, shape in tensor_shapes(config).items():
@@ -63,8 +58,15 @@ def load_weights(path: Path, config: EngineConfig, device: torch.device, dtype: 
             tensor = file.get_tensor(name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json promises {list(shape)}")
-            weights[name] = tensor.to(device=device, dtype=dtype)
-    return weights
+            layer, _, part = name.rpartition("mlp.")
+            if not together or part not in ("fc.weight", "gate.weight"):
+                weights[name] = tensor.to(device=device, dtype=dtype)
+                continue
+            both = layer + "mlp.both.weight"
+            if both not in weights:
+                weights[both] = torch.empty(2, *shape, device=device, dtype=dtype)
+            weights[both][int(part == "gate.weight")].copy_(tensor)
+    return {name: tensor.flatten(0, 1) if tensor.ndim == 3 else tensor for name, tensor in weights.items()}
 
 
 def rotary_frequencies(config: EngineConfig) -> Tensor:
@@ -116,8 +118,24 @@ class Packing:
             self.single_mask = visible[:, None, None, :]  # (singles, 1, 1, single_length)
 
 
+@dataclass(frozen=True)
+class Done:
+    """A step that has ended before `launch` returned."""
+
+    choice: Choice
+    logits: Tensor | None
+
+    def wait(self) -> Choice:
+        return self.choice
+
+
 class Llama:
-    """One rank's share of the network. All ranks call `step` with the same chunks; rank 0 gets the logits."""
+    """One rank's share of the network. All ranks launch the same steps; rank 0 gets the logits and chooses.
+
+    A slot of the cache is one block as long as a sequence may be: neighbouring slots are then a view.
+    """
+
+    lookahead, whole_prompts = 0, False
 
     def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks) -> None:
         self.config, self.weights, self.ranks = config, weights, ranks
@@ -130,6 +148,15 @@ class Llama:
         cache = (config.max_batch_size, config.kv_heads_per_rank, config.max_seq_len, config.head_size)
         self.keys = [torch.zeros(cache, device=self.device, dtype=self.dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.n_blocks, self.block_tokens = config.max_batch_size, config.max_seq_len
+        self.prompt_tokens_beside_streams = config.max_num_tokens
+
+    def launch(self, step: Step, choose: Chooser | None = None) -> Done:
+        """Runs a step. Rank 0 brings `choose`."""
+        logits = self.step(step.chunks)
+        if choose is None or logits is None:
+            return Done(Choice(torch.empty(0)), logits)
+        return Done(choose(logits), logits)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> Tensor | None:

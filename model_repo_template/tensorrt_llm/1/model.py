@@ -6,6 +6,7 @@ produced, so that a response carries every token that is ready and a slow reader
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import logging
@@ -65,6 +66,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads this rank; returns when all ranks have. Ranks above 0 follow in a thread and get no request."""
+        faulthandler.enable()  # a crash of this process says where
         logging.basicConfig(format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}

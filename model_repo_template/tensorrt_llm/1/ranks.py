@@ -51,19 +51,45 @@ class Ranks(Protocol):
         """Says goodbye to the other ranks; all of them must do it, or it hangs."""
 
 
+class GpuRanks(Ranks, Protocol):
+    """What ranks on GPUs can do besides."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Makes `tensor` rank 0's, in place."""
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers; for the start only."""
+
+    def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
+        """Zeroed GPU memory, uint8, that the kernels of all ranks can reach, and its address on each rank as this rank sees it.
+
+        Raises RuntimeError where GPUs cannot read each other's memory.
+        """
+
+
 class Alone:
     """A single rank: nothing to exchange."""
 
     rank, size = 0, 1
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda" if on_gpu() else "cpu")
+        self.device = torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor | None:
         return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+    def least(self, number: int) -> int:
+        return number
+
+    def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
+        whole = torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
+        return whole, [whole.data_ptr()]
 
     def share(self, text: str) -> str:
         return text
@@ -120,7 +146,11 @@ class NcclRanks(MpiRanks):
                 port = probe.getsockname()[1]
         self._nccl: Any = distributed
         self._nccl.init_process_group(
-            "nccl", init_method=f"tcp://127.0.0.1:{self.share(str(port))}", rank=self.rank, world_size=self.size
+            "nccl",
+            init_method=f"tcp://127.0.0.1:{self.share(str(port))}",
+            rank=self.rank,
+            world_size=self.size,
+            device_id=self.device,
         )
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -131,6 +161,24 @@ class NcclRanks(MpiRanks):
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         self._nccl.gather(tensor, parts, dst=0)
         return None if parts is None else torch.cat(parts, dim=1)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._nccl.broadcast(tensor, src=0)
+
+    def least(self, number: int) -> int:
+        return int(self._world.allreduce(number, op=self._mpi.MIN))
+
+    def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
+        # Plain reads and writes of peers' memory are all that the kernels do; PyTorch would also join the GPUs to a multicast group.
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        from torch.distributed import _symmetric_memory as symmetric
+
+        whole = symmetric.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        whole.zero_()
+        torch.cuda.synchronize(self.device)
+        handle = symmetric.rendezvous(whole, self._nccl.group.WORLD)
+        self._world.barrier()
+        return whole, list(handle.buffer_ptrs)
 
     def close(self) -> None:
         self._nccl.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ class Sampling:
     def greedy(self) -> bool:
         """Neither top_k nor top_p: greedy whatever the temperature, as upstream's runtime arguments have it."""
         return self.top_k == 1 or (self.top_k == 0 and self.top_p == 0.0)
+
+    @property
+    def best_of_logits(self) -> bool:
+        """The choice is the best of the model's own logits: nothing that came before, or was asked for, changes which one that is."""
+        return self.greedy and not self.from_history and self.embedding_bias is None
+
+    @property
+    def from_history(self) -> bool:
+        """The choice depends on the tokens before it, or on how many there are."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or (self.end_id >= 0 and self.min_length > 0)
 
 
 def refusal(sampling: Sampling, vocab_size: int) -> str | None:
@@ -99,10 +111,10 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt
     """
     logits = logits.clone()
     if sampling.embedding_bias is not None:
-        logits += sampling.embedding_bias
+        logits += sampling.embedding_bias.to(logits.device)
     logits /= sampling.temperature
     if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
-        counts = torch.bincount(torch.tensor(tokens), minlength=len(logits))
+        counts = torch.bincount(torch.tensor(tokens), minlength=len(logits)).to(logits.device)
         penalty = sampling.repetition_penalty
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         penalised -= sampling.presence_penalty + sampling.frequency_penalty * counts
@@ -115,30 +127,46 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt
     return logits
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What a request that is not greedy draws from, out of adjusted logits (vocab_size,).
+def kept(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """What rows that are not greedy draw from: probabilities in falling order and their token ids, both (rows, vocab_size).
 
-    top_k first, then the smallest nucleus of what is left whose probability reaches top_p.
+    Out of adjusted logits (rows, vocab_size): top_k first, then the smallest nucleus of what is left whose probability reaches
+    top_p. top_k, top_p: one per row, 0 where not given.
     """
     ordered, ids = logits.sort(descending=True, stable=True)
-    if sampling.top_k:
-        ordered, ids = ordered[: sampling.top_k], ids[: sampling.top_k]
-    kept = ordered.softmax(dim=-1)
-    if sampling.top_p:
-        before = kept.cumsum(dim=-1) - kept
-        kept = kept.where(before < sampling.top_p, 0.0)
-    return torch.zeros_like(logits).scatter(0, ids, kept / kept.sum())
+    beyond = torch.arange(ordered.shape[1], device=ordered.device) >= top_k[:, None]
+    probabilities = ordered.masked_fill(beyond & (top_k > 0)[:, None], -math.inf).softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (top_p > 0)[:, None], 0.0)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True), ids
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token out of adjusted logits (vocab_size,). Raises ValueError when every token is banned."""
-    if not math.isfinite(logits.max()):
-        raise ValueError("no token is left to choose: bad_words_list and min_length ban every one")
-    if sampling.greedy:
-        return int(logits.argmax())
-    return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
+def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """The next token of each row of adjusted logits (rows, vocab_size): (rows,), -1 where every token is banned.
+
+    draws: a number in [0, 1) for each row that is not greedy; the same number gives the same token on every device.
+    """
+    tokens = logits.argmax(dim=-1)
+    best = logits.amax(dim=-1)
+    drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    if drawn:
+
+        def column(values: list[Any]) -> Tensor:
+            return torch.tensor(values).to(logits.device, non_blocking=True)
+
+        rows = column(drawn)
+        probabilities, ids = kept(
+            logits[rows],
+            column([samplings[row].top_k for row in drawn]),
+            column([samplings[row].top_p for row in drawn]),
+        )
+        at = (probabilities.cumsum(dim=-1) <= column(list(draws))[:, None]).sum(dim=-1, keepdim=True)
+        # what rounding leaves beyond the last one is its own
+        last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+        tokens[rows] = ids.gather(1, torch.minimum(at, last)).flatten()
+    return torch.where(best.isfinite(), tokens, -1)
 
 
-def log_prob(logits: Tensor, token: int) -> float:
-    """Log probability of a token under the model itself: log_softmax of its logits (vocab_size,), unadjusted."""
-    return float(logits[token] - logits.logsumexp(dim=-1))
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log probabilities of the tokens (rows,) under the model itself: log_softmax of its logits (rows, vocab_size), unadjusted."""
+    return logits.gather(1, tokens[:, None].long().clamp(min=0)).flatten() - logits.logsumexp(dim=-1)

@@ -1,5 +1,6 @@
 """Text in, text out: tokenizes requests, asks tensorrt_llm, and streams the text of its answers as they come."""
 
+import faulthandler
 import json
 import os
 import threading
@@ -77,6 +78,7 @@ class TritonPythonModel:
     """
 
     def initialize(self, args: Dict[str, str]) -> None:
+        faulthandler.enable()  # a crash of this process says where
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))

@@ -1,0 +1,84 @@
+"""What one forward step is asked to do, and what came of it: the same for every device, and plain integers between the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+# A token that is known only to the device which chose it: the step before may still be running.
+ON_DEVICE = -1
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one request: a piece of its prompt, or the one token that was generated last."""
+
+    slot: int  # the request's place in the batch
+    start: int  # position of the first token in its sequence
+    token_ids: tuple[int, ...]
+    n_logits: int  # how many of the last positions need logits: none inside a prompt, one at its end
+
+
+class Step(NamedTuple):
+    """Chunks to run together. tables: slots that were given blocks of the key/value cache, and which."""
+
+    chunks: tuple[Chunk, ...]
+    tables: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    with_logits: bool = True  # rank 0 gets all logits and chooses; else every rank chooses the best token by itself
+
+
+class Choice(NamedTuple):
+    """What was chosen for the chunks whose last token is the last of its sequence, in their order."""
+
+    tokens: Tensor  # (choices,); -1 where no token was left
+    log_probs: Tensor | None = None  # float32 (choices,)
+
+
+class Outcome(Protocol):
+    """A step that has been launched. Waiting for it may raise what went wrong in it."""
+
+    logits: Tensor | None  # float32 (sum of n_logits, vocab_size) on rank 0, when asked for
+
+    def wait(self) -> Choice:
+        """Returns when the step has ended, with tensors on the CPU."""
+
+
+Chooser = Callable[[Tensor], Choice]
+
+
+class Model(Protocol):
+    """One rank's share of the network, and its key/value cache."""
+
+    lookahead: int  # how many steps may be launched before the first of them is waited for
+    prompt_tokens_beside_streams: int  # of prompts, in a step that others wait for
+    whole_prompts: bool  # a prompt in one piece is the faster one
+    n_blocks: int  # the cache
+    block_tokens: int
+
+    def launch(self, step: Step, choose: Chooser | None = None) -> Outcome:
+        """Runs a step, or starts to. All ranks launch the same steps; rank 0 brings `choose` for those with logits."""
+
+
+def encode(step: Step) -> list[int]:
+    """A step as plain integers: with_logits, n of tables, each (slot, length, blocks); chunks (slot, start, n_logits, length, tokens)."""
+    out = [int(step.with_logits), len(step.tables)]
+    for slot, blocks in step.tables:
+        out += [slot, len(blocks), *blocks]
+    for c in step.chunks:
+        out += [c.slot, c.start, c.n_logits, len(c.token_ids), *c.token_ids]
+    return out
+
+
+def decode(plan: Sequence[int]) -> Step:
+    """The step that `encode` wrote."""
+    tables, chunks, at = [], [], 2
+    for _ in range(plan[1]):
+        slot, length = plan[at : at + 2]
+        tables.append((slot, tuple(plan[at + 2 : at + 2 + length])))
+        at += 2 + length
+    while at < len(plan):
+        slot, start, n_logits, length = plan[at : at + 4]
+        at += 4 + length
+        chunks.append(Chunk(slot, start, tuple(plan[at - length : at]), n_logits))
+    return Step(tuple(chunks), tuple(tables), bool(plan[0]))

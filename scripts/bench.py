@@ -1,0 +1,491 @@
+"""`make bench`: the served model and the engine below it under load, against the host's ceilings and against peers.
+
+Reads   engines/ and model_repo/ under --root, the tokenizer of the room config, and the whole model for the peers
+Writes  OUT.json, OUT.csv, OUT.html: every number with the host, the versions and the command that made it
+Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient
+
+Serves the rooms itself, so that the engine alone can have the GPUs afterwards. A load generator that does not run here is named as not run.
+With --baseline, every number is held against the same number of an older run, and the status is 1 when one is worse.
+"""
+
+import argparse
+import csv
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from scripts import bench_client, bench_page, errors, gpus, room, serve
+
+# (input tokens, output tokens, streams at once)
+DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
+# How many times over the streams of a point are asked
+ROUNDS = 3
+# A difference below it is noise: two runs of the same tree on the same machine differ by up to 4 % (docs/bench)
+NOISE = 0.05
+START_SECONDS = 600
+GENERATOR_SECONDS = 600
+# name, unit, whether more is better
+METRICS = {
+    "tokens_per_second": ("tokens/s", True),
+    "ttft_ms_p50": ("ms", False),
+    "ttft_ms_p99": ("ms", False),
+    "itl_ms_p50": ("ms", False),
+    "itl_ms_p99": ("ms", False),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load: `concurrency` streams at once, each of `input_tokens` and `output_tokens`; `requests` of them in all."""
+
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+
+    @property
+    def requests(self) -> int:
+        return ROUNDS * self.concurrency
+
+    def numbers(self) -> Dict[str, int]:
+        return {**vars(self), "requests": self.requests}
+
+
+def points_of(text: str, limits: Mapping[str, int]) -> List[Point]:
+    """'128:128:1 1024:64:8' as points; those that the engine does not take are left out. A Problem for anything else."""
+    points = []
+    for word in text.split():
+        parts = word.split(":")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+            raise errors.bad_setting(
+                "POINTS",
+                word,
+                "input tokens:output tokens:streams, for instance 128:128:8",
+                "make bench POINTS=128:128:8",
+            )
+        points.append(Point(*map(int, parts)))
+    fit = [
+        point
+        for point in points
+        if point.input_tokens <= limits["max_input_len"]
+        and point.input_tokens + point.output_tokens <= limits["max_seq_len"]
+        and point.concurrency <= limits["max_batch_size"]
+    ]
+    if not fit:
+        raise errors.bad_setting(
+            "POINTS", text, f"at least one load within {dict(limits)}", "make bench POINTS=16:16:1"
+        )
+    return fit
+
+
+def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
+    """The numbers of a point from its requests (bench_ranks.request_times).
+
+    Inter-token latency: of each request, the time from its first to its last token over the tokens in between. Fairness: the slowest
+    stream's time over the median's.
+    """
+    first = min(one["began"] for one in requests)
+    last = max(one["arrivals"][-1] for one in requests)
+    ttft = [1e3 * (one["arrivals"][0] - one["began"]) for one in requests]
+    itl = [
+        1e3 * (one["arrivals"][-1] - one["arrivals"][0]) / max(1, sum(one["tokens"]) - one["tokens"][0])
+        for one in requests
+    ]
+    whole = [one["arrivals"][-1] - one["began"] for one in requests]
+    found = {
+        "tokens_per_second": sum(sum(one["tokens"]) for one in requests) / (last - first),
+        "ttft_ms_p50": statistics.median(ttft),
+        "ttft_ms_p99": percentile(ttft, 99),
+        "itl_ms_p50": statistics.median(itl),
+        "itl_ms_p99": percentile(itl, 99),
+        "slowest_over_median": max(whole) / statistics.median(whole),
+    }
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that `percent` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * int(percent) // 100) - 1)]
+
+
+def model_bytes(pretrained: Mapping[str, Any]) -> Tuple[int, int]:
+    """(bytes of weights that a decode step of one rank reads, bytes of keys and values per position of a sequence)."""
+    hidden, inner, layers = pretrained["hidden_size"], pretrained["intermediate_size"], pretrained["num_hidden_layers"]
+    heads, kv = (
+        pretrained["num_attention_heads"],
+        pretrained["num_key_value_heads"] or pretrained["num_attention_heads"],
+    )
+    size, tp = pretrained.get("head_size") or hidden // heads, pretrained["mapping"]["tp_size"]
+    item = 4 if pretrained["dtype"] == "float32" else 2
+    kv_rank = max(1, kv // tp)
+    layer = hidden * size * (2 * heads // tp + 2 * kv_rank) + 3 * hidden * inner // tp
+    return item * (layers * layer + hidden * pretrained["vocab_size"] // tp), 2 * item * layers * kv_rank * size
+
+
+def ceiling(pretrained: Mapping[str, Any], measured: Mapping[str, Any], point: Point) -> Dict[str, float]:
+    """Tokens per second that memory alone allows, and with the all-reduces of this host's library, two for each layer."""
+    weights, per_position = model_bytes(pretrained)
+    positions = point.concurrency * (point.input_tokens + point.output_tokens / 2)
+    read = (weights + per_position * positions) / measured["copy_bytes_per_second"]
+    times = {int(size): seconds for size, seconds in measured["all_reduce_seconds"].items()}
+    step_bytes = point.concurrency * pretrained["hidden_size"] * (4 if pretrained["dtype"] == "float32" else 2)
+    nearest = min(times, key=lambda size: abs(size - step_bytes)) if times else 0
+    reduce = 2 * pretrained["num_hidden_layers"] * times[nearest] if times else 0.0
+    return {
+        "memory_tokens_per_second": point.concurrency / read,
+        "with_all_reduce_tokens_per_second": point.concurrency / (read + reduce),
+    }
+
+
+def compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    """Every number of both runs; worse: by more than NOISE."""
+
+    def table(run: Mapping[str, Any]) -> Dict[Tuple[Any, ...], float]:
+        return {
+            (row["side"], row["tp_size"], row["input_tokens"], row["output_tokens"], row["concurrency"], name): row[
+                name
+            ]
+            for row in run["rows"]
+            for name in METRICS
+            if row.get(name) is not None
+        }
+
+    now, before = table(new), table(old)
+    lines = []
+    for key in sorted(now.keys() & before.keys(), key=str):
+        better = METRICS[key[-1]][1]
+        change = now[key] / before[key] - 1 if before[key] else 0.0
+        worse = change < -NOISE if better else change > NOISE
+        lines.append(
+            {"what": list(key), "old": before[key], "new": now[key], "change": round(change, 4), "worse": worse}
+        )
+    return lines
+
+
+# --- shell ---
+
+
+def perf_analyzer() -> Tuple[Optional[str], str]:
+    """(its path, "") or (None, why it does not run here)."""
+    path = shutil.which(
+        "perf_analyzer", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
+    if path is None:
+        return None, "perf_analyzer is not installed (its wheel needs glibc 2.38)"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+    return (None, said[-1]) if done.returncode else (path, "")
+
+
+def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> List[str]:
+    """Texts of `n_tokens` for this model's tokenizer, different from the first word on. folder: where tokenizer.json is."""
+    sys.path.append(str(model_repo / "tensorrt_llm_bls" / "1"))
+    tokenizer = importlib.import_module("text").Text(folder)
+    chance, prompts = random.Random(n_tokens), list[str]()
+    words = [
+        "the",
+        "cat",
+        "saw",
+        "a",
+        "big",
+        "red",
+        "ball",
+        "and",
+        "then",
+        "it",
+        "ran",
+        "to",
+        "her",
+        "mom",
+        "in",
+        "sun",
+    ]
+    while len(prompts) < count:
+        line = str(chance.randrange(10**6))
+        have = len(tokenizer.encode([line])[0])
+        # a word is one token or two: many at once, then single ones up to the length
+        while have < n_tokens:
+            step = max(1, (n_tokens - have) // 3)
+            line += "".join(f" {chance.choice(words)}" for _ in range(step))
+            have = len(tokenizer.encode([line])[0])
+        prompts.append(line)
+    return prompts
+
+
+def ask_perf_analyzer(
+    path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: "subprocess.Popen[str]"
+) -> List[Dict[str, Any]]:
+    """Triton's gRPC, streamed: every response's time."""
+    data, export = folder / "input.json", folder / "export.json"
+    export.unlink(missing_ok=True)
+    inputs = {"max_tokens": point.output_tokens, "stream": True, "end_id": -1}
+    asked = [
+        {name: {"content": [value], "shape": [1]} for name, value in {"text_input": text, **inputs}.items()}
+        for text in prompts
+    ]
+    data.write_text(json.dumps({"data": asked}))
+    command = [
+        path, "-m", "ensemble", "-u", address, "-i", "grpc", "--async", "--streaming", "--input-data", str(data),
+        "--concurrency-range", f"{point.concurrency}", "--request-count", f"{point.requests}", "--profile-export-file", str(export),
+        "-s", "999", "--max-threads", "32",
+    ]  # fmt: skip
+    with (folder / "perf_analyzer.log").open("w+") as log:
+        generator = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + GENERATOR_SECONDS
+        # it waits for ever when the server ends
+        while generator.poll() is None and server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        generator.kill()
+        if generator.wait() or not export.is_file():
+            log.seek(0)
+            print(log.read(), file=sys.stderr)
+            raise errors.bench_step_failed(command, generator.returncode)
+    experiment = json.loads(export.read_bytes())["experiments"][0]
+    requests = []
+    for request in experiment["requests"]:
+        arrivals = [when / 1e9 for when in request["response_timestamps"]]
+        # responses carry one token or, when the client is slower than the engine, some; together they are all that was asked for
+        tokens = [1] * len(arrivals)
+        tokens[-1] += point.output_tokens - len(arrivals)
+        requests.append({"began": request["timestamp"] / 1e9, "arrivals": arrivals, "tokens": tokens})
+    return requests
+
+
+@contextmanager
+def served(settings: serve.Settings) -> Iterator[Tuple[float, "subprocess.Popen[str]"]]:
+    """A running server; gives the seconds until it was ready, and its process."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
+    for port in ("http_port", "grpc_port", "metrics_port"):
+        command += [f"--{port.replace('_', '-')}", str(getattr(settings, port))]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        if not any("ready after" in line for line in server.stdout):
+            raise errors.server_not_there(settings.url, "it did not become ready; its report is above")
+        yield time.monotonic() - began, server
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+
+
+def mpirun(world_size: int, root: Path, *arguments: object) -> None:
+    """A program of bench_ranks on every rank, in the environment that the server has."""
+    command = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--bind-to",
+        "none",
+        "--map-by",
+        ":OVERSUBSCRIBE",
+        "-n",
+        str(world_size),
+    ]
+    command += [sys.executable, "-m", "scripts.bench_ranks", *map(str, arguments)]
+    with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
+        toolbox = serve.find_toolbox(Path(folder))
+        environment = serve.server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+        done = subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise errors.bench_step_failed(command, done.returncode)
+
+
+def host() -> Dict[str, Any]:
+    found = gpus.here()
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "nvidia-pytriton", "perf-analyzer"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": f"{os.cpu_count()} cores, {processor()}",
+        "gpus": [gpu.name for gpu in found],
+        "driver": found[0].driver if found else None,
+        "system": platform.platform(),
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return names[0] if names else platform.machine()
+
+
+def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) -> Dict[str, Any]:
+    """All sides of one variant; what did not run is in `not_run`, with the reason."""
+    config = json.loads((args.root / "engines" / "config.json").read_bytes())
+    pretrained, build = config["pretrained_config"], config["build_config"]
+    max_seq_len = build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]
+    limits = {
+        "max_batch_size": build["max_batch_size"],
+        "max_input_len": build["max_input_len"],
+        "max_seq_len": max_seq_len,
+    }
+    points, world_size = points_of(args.points or DEFAULT_POINTS, limits), pretrained["mapping"]["world_size"]
+    rows: List[Dict[str, Any]] = []
+    not_run: Dict[str, str] = {}
+    failed: Dict[str, str] = {}
+
+    def note(side: str, point: Point, numbers: Mapping[str, float]) -> None:
+        rows.append({"side": side, "tp_size": world_size, **point.numbers(), **numbers})
+        shown = ", ".join(f"{name} {numbers[name]:g}" for name in numbers)
+        room.say(
+            "bench", f"{side} tp{world_size} {point.input_tokens}+{point.output_tokens} x{point.concurrency}: {shown}"
+        )
+
+    path, why = perf_analyzer()
+    if path is None:
+        not_run["perf_analyzer"] = why
+    with served(settings) as (ready, server):
+        address = f"{settings.host}:{settings.grpc_port}"
+        for point in points:
+            prompts = prompts_of(args.root / "model_repo", args.tokenizer, point.input_tokens, min(64, point.requests))
+            try:
+                if path:
+                    one = Point(point.input_tokens, 4, 1)
+                    ask_perf_analyzer(path, address, one, prompts, folder, server)  # warm
+                    requests = ask_perf_analyzer(path, address, point, prompts, folder, server)
+                else:
+                    requests = bench_client.ask(
+                        address, point.concurrency, point.requests, point.output_tokens, prompts
+                    )
+            except errors.Problem as problem:  # the rest still tells something
+                failed[f"Triton, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
+                if server.poll() is not None:
+                    break
+                continue
+            note(f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)", point, summary(requests))
+    wanted = folder / "points.json"
+    wanted.write_text(json.dumps([point.numbers() for point in points]))
+    mpirun(world_size, args.root, "ceilings", folder / "ceilings.json")
+    measured = json.loads((folder / "ceilings.json").read_bytes())
+    if config["pretrained_config"].get("architecture") and (args.root / "engines" / "rank0.safetensors").exists():
+        mpirun(world_size, args.root, "engine", (args.root / "engines").absolute(), wanted, folder / "engine.json")
+        alone = json.loads((folder / "engine.json").read_bytes())
+        for point, one in zip(points, alone["points"]):
+            note("engine alone", point, summary(one["requests"]))
+    else:
+        not_run["engine alone"] = "these are TensorRT's engines"
+    for point in points:
+        note(
+            "ceiling",
+            point,
+            {"tokens_per_second": float(f"{ceiling(pretrained, measured, point)['memory_tokens_per_second']:.5g}")},
+        )
+    peers(args, points, folder, note, not_run)
+    return {
+        "model": {"name": args.name, "dtype": pretrained["dtype"], "tp_size": world_size, "limits": limits},
+        "ready_seconds": round(ready, 1),
+        "ceilings": {
+            **measured,
+            "points": [{**point.numbers(), **ceiling(pretrained, measured, point)} for point in points],
+        },
+        "rows": rows,
+        "not_run": not_run,
+        "failed": failed,
+    }
+
+
+def peers(args: argparse.Namespace, points: Sequence[Point], folder: Path, note: Any, not_run: Dict[str, str]) -> None:
+    """The same weights and lengths through others. They are not ours to mend: what fails is named."""
+    few = [point for point in points if point.concurrency <= 32 and point.input_tokens <= 128]
+    wanted, out = folder / "peer-points.json", folder / "transformers.json"
+    wanted.write_text(json.dumps([point.numbers() for point in few]))
+    command = [args.peer_python, "-m", "scripts.bench_ranks", "transformers", str(args.hf), str(wanted), str(out)]
+    if args.peers and few:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GENERATOR_SECONDS, check=False)
+        for point, one in zip(few, json.loads(out.read_bytes())["points"] if out.is_file() else []):
+            note("transformers generate", point, {"tokens_per_second": float(f"{one['tokens_per_second']:.5g}")})
+        if done.returncode:
+            not_run["transformers generate"] = (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]
+    else:
+        not_run["transformers generate"] = "not asked for (PEERS=on)"
+    if importlib.util.find_spec("vllm") is None:
+        not_run["vLLM"] = "not installed here"
+    else:
+        not_run["vLLM"] = "installed, but this bench does not drive it"
+
+
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """OUT.json, OUT.csv, OUT.html, each whole or not at all; the numbers first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(result["rows"])
+    kinds: List[Tuple[str, Callable[[], str]]] = [
+        ("json", lambda: json.dumps(result, indent=1) + "\n"),
+        ("csv", table.getvalue),
+        ("html", lambda: bench_page.page(result)),
+    ]
+    for kind, content in kinds:
+        partial = out.with_name(f"{out.name}.{kind}.partial")
+        partial.write_text(content())
+        os.replace(partial, out.with_name(f"{out.name}.{kind}"))
+
+
+def main() -> int:
+    parser = serve.settings_parser()
+    parser.description = __doc__
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the room config")
+    parser.add_argument("--hf", type=Path, required=True, help="a Hugging Face model, for the peers")
+    parser.add_argument("--name", required=True, help="the model's name, for the page")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--points", default="")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="earlier runs (JSON) to show on the same page, of other TP",
+    )
+    parser.add_argument("--baseline", type=Path)
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peer-python", default=sys.executable)
+    args = parser.parse_args()
+    baseline = bench_page.read_run(args.baseline) if args.baseline else None
+    others = [bench_page.read_run(path) for path in args.others]
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, serve.settings_from(args), Path(folder))
+    result = (
+        {"host": host(), "command": args.command_line, **result}
+        if hasattr(args, "command_line")
+        else {"host": host(), **result}
+    )
+    result["command"] = os.environ.get("BENCH_COMMAND", "make bench")
+    result["rows"] = [row for run in others for row in run["rows"]] + result["rows"]
+    if baseline:
+        result["compared"] = compared(result, baseline)
+    write(args.out, result)
+    room.say("bench", f"-> {args.out}.json, .csv, .html")
+    if result["failed"]:
+        raise errors.loads_failed(result["failed"])
+    worse = [line for line in result.get("compared", []) if line["worse"]]
+    if worse:
+        raise errors.slower_than_baseline(args.baseline, worse)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,115 @@
+"""`make bench`: loads, numbers, ceilings and the comparison; the page needs nothing else. The real run is on GPUs (docs/bench)."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from scripts import bench, bench_page, errors, synthetic, tokenizer
+from scripts.llama_shape import LlamaShape
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {"max_batch_size": 8, "max_input_len": 256, "max_seq_len": 300}
+SEVEN_B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_loads_beyond_the_engines_limits_are_left_out():
+    found = bench.points_of("16:16:1 16:16:9 257:1:1 256:45:1 256:44:8", LIMITS)
+    assert found == [bench.Point(16, 16, 1), bench.Point(256, 44, 8)]
+
+
+@pytest.mark.parametrize("text", ["16:16", "16:16:x", "0:1:1", "16:16:99"])
+def test_a_load_that_is_none_is_a_report(text):
+    with pytest.raises(errors.Problem, match="POINTS"):
+        bench.points_of(text, LIMITS)
+
+
+def test_a_points_numbers_follow_from_its_requests():
+    """Two streams: tokens after 0.1, 0.2, 0.3 s and, the second, 0.2 s, then two at once after 0.6 s."""
+    requests = [
+        {"began": 10.0, "arrivals": [10.1, 10.2, 10.3], "tokens": [1, 1, 1]},
+        {"began": 10.0, "arrivals": [10.2, 10.6], "tokens": [1, 2]},
+    ]
+    found = bench.summary(requests)
+    assert found["tokens_per_second"] == pytest.approx(6 / 0.6)
+    assert (found["ttft_ms_p50"], found["ttft_ms_p99"]) == pytest.approx((150, 200))
+    assert (found["itl_ms_p50"], found["itl_ms_p99"]) == pytest.approx((150, 200))
+    assert found["slowest_over_median"] == pytest.approx(0.6 / 0.45, rel=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_the_memory_ceiling_counts_every_weight_of_a_step_once(tp_size):
+    """All parameters but the embedding and the norms, whose rows a step does not read or hardly."""
+    shape = LlamaShape(4096, 11008, 32, 32, 32, 32000)
+    matrices = [size for name, size in shape.hf_tensors().items() if len(size) == 2 and "embed" not in name]
+    expected = 2 * sum(rows * columns for rows, columns in matrices) / tp_size
+    weights, per_position = bench.model_bytes({**SEVEN_B, "mapping": {"tp_size": tp_size}})
+    assert weights == expected and per_position == 2 * 2 * 32 * 4096 // tp_size
+    measured = {"copy_bytes_per_second": 3.0e12, "all_reduce_seconds": {}}
+    found = bench.ceiling({**SEVEN_B, "mapping": {"tp_size": tp_size}}, measured, bench.Point(2, 2, 1))
+    assert found["memory_tokens_per_second"] == pytest.approx(3.0e12 / (weights + 3 * per_position))
+
+
+def run(**changed: float) -> Dict[str, Any]:
+    row = {"side": "Triton", "tp_size": 2, "input_tokens": 16, "output_tokens": 16, "concurrency": 1}
+    return {"rows": [{**row, "tokens_per_second": 100.0, "ttft_ms_p50": 10.0, **changed}]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "worse"),
+    [
+        ({"tokens_per_second": 94.0}, ["tokens_per_second"]),
+        ({"tokens_per_second": 96.0}, []),
+        ({"ttft_ms_p50": 10.6, "tokens_per_second": 300.0}, ["ttft_ms_p50"]),
+        ({"ttft_ms_p50": 5.0}, []),
+    ],
+)
+def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: List[str]):
+    assert [line["what"][-1] for line in bench.compared(run(**changed), run()) if line["worse"]] == worse
+
+
+def test_a_file_that_is_no_run_is_a_report(tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    for path in (tmp_path / "old.json", tmp_path / "missing.json"):
+        with pytest.raises(errors.Problem, match="no run of make bench"):
+            bench_page.read_run(path)
+
+
+def test_the_documented_run_is_one_and_its_page_needs_nothing_else():
+    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
+    assert documented["host"]["gpus"] and not documented["failed"]
+    page = (ROOT / "docs" / "bench" / "2x-h100-tp2.html").read_text()
+    assert page.count("<svg") >= 4
+    assert not re.search(r"<(script|link|img)|url\(http|src=", page)
+    for row in documented["rows"]:
+        assert f"{row['tokens_per_second']:g}" in page
+
+
+def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does():
+    bundled = synthetic.TOKENIZER.read_bytes()
+    made = tokenizer.parse_model(synthetic.tokenizer_model(bundled, 32000))
+    assert made.vocab_size == 32000 and len({piece.text for piece in made.pieces}) == 32000
+    from sentencepiece import SentencePieceProcessor
+
+    ours = SentencePieceProcessor(model_proto=synthetic.tokenizer_model(bundled, 32000))
+    theirs = SentencePieceProcessor(model_proto=bundled)
+    for text in ("Once upon a time", "안녕하세요  세계", "word 2048 word2048x"):
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def test_the_synthetic_model_is_whole_or_not_there(tmp_path):
+    shape = LlamaShape(16, 24, 2, 4, 2, 3000)
+    synthetic.write(tmp_path / "model", shape, seed=1)
+    from safetensors import safe_open
+
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == shape.hf_tensors().keys()
+    for name, file in index.items():
+        with safe_open(tmp_path / "model" / file, framework="pt") as opened:
+            assert tuple(opened.get_tensor(name).shape) == shape.hf_tensors()[name]
+    assert not (tmp_path / "model.partial").exists()
