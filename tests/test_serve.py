@@ -21,7 +21,15 @@ import tritonclient.grpc as triton
 from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
 
 from scripts import errors
-from scripts.serve import Settings, Toolbox, find_toolbox, mpirun_command, open_mpi_major, server_environment
+from scripts.serve import (
+    OUT_OF_MEMORY,
+    Settings,
+    Toolbox,
+    find_toolbox,
+    mpirun_command,
+    open_mpi_major,
+    server_environment,
+)
 
 LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -337,3 +345,22 @@ def test_ports_must_differ_and_be_ports() -> None:
         Settings(Path("."), "127.0.0.1", 8000, 8000, 8002)
     with pytest.raises(errors.Problem, match="HTTP_PORT cannot be 70000"):
         Settings(Path("."), "127.0.0.1", 70000, 8001, 8002)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Internal: TritonModelException: out of GPU memory: NVIDIA H100 has 85.0 GB, 13.5 GB of them weights, 2.1 GB free; a"
+        " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower MAX_NUM_TOKENS or"
+        " MAX_SEQ_LEN, or raise TP",
+        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may hold some:"
+        " raise TP, or lower MAX_BATCH_SIZE",
+    ],
+)
+def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line):
+    """The lines are those of gpu_llama.py and engine.py."""
+    found = OUT_OF_MEMORY.search(f"rank 0: error: {line}\n    At: ...")
+    assert found
+    report = errors.gpu_memory_too_small(0, found[1]).report()
+    assert "OUT OF GPU MEMORY" in report and "85.0 GB" in report and "raise TP" in " ".join(report.split())
+    assert report.rstrip().splitlines()[-1].strip().startswith("make serve MAX_NUM_TOKENS=2048")
