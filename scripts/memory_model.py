@@ -192,8 +192,12 @@ def fit(engine: Engine, gpu_bytes: int, block_tokens: int) -> Fit:
 
 
 def torch_fit(engine: Engine, gpu_bytes: int) -> Fit:
-    """The same for the torch engine: its KV cache takes what is left, in blocks of 64 tokens, and must hold one request to its end."""
-    return dataclasses.replace(fit(engine, gpu_bytes, 64), kv_fraction=1.0)
+    """The same for the torch engine, if all its requests are to run at once: max_batch_size rows of max_seq_len.
+
+    Without its kernels it takes them all at start; with them it starts with what fits, and requests wait for each other.
+    """
+    rows = engine.max_batch_size * engine.max_seq_len
+    return dataclasses.replace(fit(engine, gpu_bytes, 1), needed_tokens=rows, kv_fraction=1.0)
 
 
 def torch_host_bytes(engine: Engine) -> int:
