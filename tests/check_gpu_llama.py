@@ -140,15 +140,14 @@ def main(packed: str) -> None:
         engines.open_model = on_gpu
         opened = engines.open_engine(written)
         assert isinstance(opened, engines.Engine) and isinstance(opened._model, PlainCalls)
-        for _ in range(1):
-            for found, wanted in zip(answered(opened), expected, strict=True):
-                assert found.tokens == wanted.tokens
-                torch.testing.assert_close(
-                    torch.tensor(found.log_probs), torch.tensor(wanted.log_probs), rtol=1e-4, atol=1e-4
-                )
-                for kind in ("context_logits", "generation_logits"):
-                    if getattr(wanted.request, kind):
-                        torch.testing.assert_close(found.logits(kind), wanted.logits(kind), rtol=1e-4, atol=1e-3)
+        for found, wanted in zip(answered(opened), expected, strict=True):
+            assert found.tokens == wanted.tokens
+            torch.testing.assert_close(
+                torch.tensor(found.log_probs), torch.tensor(wanted.log_probs), rtol=1e-4, atol=1e-4
+            )
+            for kind in ("context_logits", "generation_logits"):
+                if getattr(wanted.request, kind):
+                    torch.testing.assert_close(found.logits(kind), wanted.logits(kind), rtol=1e-4, atol=1e-3)
         assert sorted(opened._free_blocks) == list(range(1, opened._model.n_blocks + 1))
         assert bool(opened._model.prompt_graphs) is (packed == "packed")
         opened.close()

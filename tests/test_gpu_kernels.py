@@ -1,4 +1,4 @@
-"""The kernels of the torch engine compute what plain PyTorch computes; no GPU is needed to know."""
+"""The torch engine's code for GPUs gives what plain PyTorch gives; no GPU is needed to know."""
 
 import importlib.util
 import subprocess
@@ -12,8 +12,16 @@ import pytest
     importlib.util.find_spec("triton") is None,
     reason="the Triton compiler is missing: PyTorch's CPU wheel comes without",
 )
-def test_every_kernel_agrees_with_pytorch():
+@pytest.mark.parametrize(
+    ("script", "how", "said"),
+    [
+        ("check_kernels.py", [], "all kernels agree"),
+        ("check_gpu_llama.py", ["packed"], "the same answers"),
+        ("check_gpu_llama.py", ["single"], "the same answers"),
+    ],
+)
+def test_without_a_gpu_it_gives_what_pytorch_gives(script, how, said):
     """In a process of its own: Triton interprets all kernels of a process, or none."""
-    script = Path(__file__).with_name("check_kernels.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and "all kernels agree" in done.stdout, done.stderr
+    command = [sys.executable, Path(__file__).with_name(script), *how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and said in done.stdout, done.stderr
