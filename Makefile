@@ -313,9 +313,9 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ##
 ## Development:
 
-test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt openai.txt test.txt release.txt)) ## every test that this machine can run
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
-test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt openai.txt test.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
+test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
 	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py tests/test_chat_template.py $(wildcard tests/test_fuzz*.py))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
