@@ -303,7 +303,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,bench.txt perf.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,bench.txt perf.txt release.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
