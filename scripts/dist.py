@@ -335,13 +335,12 @@ def write_release(settings: Settings) -> None:
             raise errors.Finished(f"{'release':<11} {errors.shown(dist)} is this image already")
         raise errors.release_exists(dist)
     builder = image_builders.find_builder(settings.builder)
-    if not builder.has(described["tag"]):
-        raise errors.image_gone(described["tag"], described["iid"], builder.name)
+    kept = image_builders.kept(builder, described)
     partial = dist.with_name(dist.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     saved = partial / "saved.tar"
-    builder.save(described["tag"], saved)
+    builder.save(kept, saved)
     dockerfile = (settings.image_room / "Dockerfile").read_text()
     added = image_archive.layers_of(dockerfile)
     labels = passport.labels(about, room.record_of(room.read_manifest(settings.image_room), "passport.json").sha256)

@@ -252,6 +252,15 @@ class Buildah(Builder):
             return digest.read().strip()
 
 
+def kept(builder: Builder, described: Mapping[str, Any]) -> str:
+    """What the builder calls an image that we baked (layers.json): by its id, which cannot be moved to another; by its name where ids
+    are other numbers (docker with containerd's image store)."""
+    for name in (described["iid"], described["tag"]):
+        if builder.has(name):
+            return str(name)
+    raise errors.image_gone(described["tag"], described["iid"], builder.name)
+
+
 BUILDERS = {"docker": Docker, "buildah": Buildah}
 
 

@@ -74,8 +74,7 @@ def main() -> None:
         )
         return
     builder = image_builders.find_builder(args.builder)
-    if not builder.has(described["tag"]):
-        raise errors.image_gone(described["tag"], described["iid"], builder.name)
+    image_builders.kept(builder, described)
     passport = json.loads((args.image_room / "passport.json").read_bytes())
     print(f"\n  {described['iid']}\n\n  {run_command(described['tag'], passport)}\n", flush=True)
 

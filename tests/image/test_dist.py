@@ -44,6 +44,8 @@ def released(baked: Baked, key: Path, tmp_path_factory: pytest.TempPathFactory) 
     committed(tree)
     done = make(tree, "release", VERSION, f"KEY={key}", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
+    # its commit is another, so its image has taken the name of the one that the other tests use
+    docker("tag", baked.iid, baked.tag)
     return tree
 
 
