@@ -33,7 +33,8 @@ from scripts import bench_serve, build_model_repo, contracts, errors, processes,
 
 MODELS = Path(__file__).parent / "bench_models"
 WRITTEN = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm_bls" / "1"
-VERSION = "0.8.0"
+# the first: the one whose stock models are described here
+VERSION = contracts.versions()[0]
 IN_TOKENS, OUT_TOKENS = 128, 64
 MAX_BATCH_SIZE = 64
 WARM_SECONDS = 1.0

@@ -28,11 +28,11 @@ DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-
 # What Debian's tools leave behind of the day they ran on
 TRACES = 'rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/* "$1"/etc/*- "$1"/tmp/*'
 CREATED_BY = f"mmdebstrap {SUITE} {' '.join(INCLUDE)}"
-# The Python and the TensorRT-LLM of an image, asked in the image: two lines, the second empty where there is none.
+# The Python and the TensorRT-LLM of an image, asked in the image: one line, its third word missing where there is none.
 QUESTION = """import importlib.metadata as m, sys
-print("%d.%d" % sys.version_info[:2])
-try: print(m.version("tensorrt_llm").partition("+")[0])
-except m.PackageNotFoundError: print()"""
+try: trtllm = m.version("tensorrt_llm").partition("+")[0]
+except m.PackageNotFoundError: trtllm = ""
+print("bake", "%d.%d" % sys.version_info[:2], trtllm)"""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ def describe(settings: Settings, filling: room.Filling) -> None:
     builder = image_builders.find_builder(settings.builder)
     if not builder.has(settings.base_image):
         raise errors.base_not_here(settings.base_image, builder.name)
-    python, trtllm = (builder.ask(settings.base_image, ["python3", "-c", QUESTION]).split("\n") + [""])[-2:]
-    if not re.fullmatch(r"3\.\d+", python):  # the last line but one was not it: the answer's second line was stripped
-        python, trtllm = trtllm, ""
+    said = builder.ask(settings.base_image, ["python3", "-c", QUESTION])
+    python, trtllm = re.findall(r"^bake (\S+) ?(\S*)$", said, re.MULTILINE)[-1]
     # an image that does not say (24.02 has no Python package) is taken by its digest in the table alone
     if settings.trtllm_version and trtllm != settings.trtllm_version and (trtllm or not settings.by_table):
         raise errors.base_of_another_version(settings.base_image, settings.trtllm_version, trtllm)

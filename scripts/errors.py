@@ -1577,7 +1577,7 @@ def which_image() -> Problem:
         "IMAGE",
         "IMAGE is empty; it is a name that docker or buildah knows, or the path of an archive.",
         "For instance:",
-        "make verify-image IMAGE=trtllm-bake/stories:torch-0.8.0-tp2-float16",
+        "make verify-image IMAGE=dist/stories-1.0.0/image.oci.tar",
     )
 
 

@@ -417,6 +417,7 @@ class Ranks:
         if self.lost_rank is not None and not ending:
             return self.lost_rank, "it no longer answers the other ranks"
         if self.mpirun.poll() is not None and not ending:
+            self.reader.join(timeout=NAMED_SECONDS)  # its last words name the rank
             return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 

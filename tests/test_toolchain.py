@@ -252,14 +252,14 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
     version = LAST_FOR_VOLTA if "V100" in gpu else NEWEST
     variant = f"build/{model}/tensorrt-{version}-tp{tp}-float16"
     steps = [line.split() for line in done.stdout.replace("\\\n", " ").splitlines()]
-    assert [room_of(step) for step in steps] == ["hf", "checkpoint", "engines", "model_repo", "serve"]
+    assert [room_of(step) for step in steps] == ["config", "checkpoint", "engines", "model_repo", "serve"]
     for step in steps:
         room = room_of(step)
         assert TABLE[version]["image"] in step
         assert one(step, "--volume") == [f"'{tree}:{tree}'"]
         assert one(step, "--gpus") == (["all"] if room in ("engines", "serve") else [])
         assert one(step, "--network") == ([] if room == "serve" else ["none"])
-        if room not in ("hf", "serve"):
+        if room not in ("config", "serve"):
             assert one(step, "--trtllm-version") == [version]
             assert one(step, "--output") == [f"{variant}/{room}"]
     assert one(steps[1], "--tp-size") == [tp]
@@ -288,7 +288,7 @@ def test_the_journey_runs_on_a_host_without_python_and_a_second_make_only_serves
     assert done.returncode == 0, done.stderr
     assert f"toolchain   TensorRT-LLM {LAST_FOR_VOLTA} for 4x Tesla V100-SXM2-16GB, 7.0" in done.stdout
     runs = host.runs()
-    assert [room_of(run) for run in runs] == ["hf", "checkpoint", "engines", "model_repo", "serve"]
+    assert [room_of(run) for run in runs] == ["config", "checkpoint", "engines", "model_repo", "serve"]
     for run in runs:
         assert {"--rm", "--init"} <= set(run)
         assert one(run, "--user") == [f"{os.getuid()}:{os.getgid()}"]
