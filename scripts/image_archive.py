@@ -286,8 +286,6 @@ def write_canonical(
     The base's layers stay as they are, so that they are shared with every other image of that base. added: layers_of the Dockerfile.
     names: what docker calls it.
     """
-    if len(source.diff_ids) - base.layers != len(added):
-        raise errors.layers_do_not_match(source.path, len(source.diff_ids) - base.layers, [line for line, _ in added])
     blobs, layers = Blobs(out, heard), []
     below: Set[str] = set()
     for number in range(base.layers):
@@ -297,9 +295,16 @@ def write_canonical(
         if base.tar is None and digest != source.diff_ids[number]:
             raise errors.layer_damaged(source.path, number, source.diff_ids[number], digest)
         layers.append(Layer(digest, size_bytes, why="the base image"))
-    for number, (instruction, why) in enumerate(added, base.layers):
+    contents = []
+    for number in range(base.layers, len(source.diff_ids)):
         with tarfile.open(fileobj=source.layer(number), mode="r:") as tar:
-            members = canonical_members(tar, below)
+            # BuildKit makes a layer of WORKDIR, with nothing in it that was not there
+            if members := canonical_members(tar, below):
+                contents.append((number, members))
+    if len(contents) != len(added):
+        raise errors.layers_do_not_match(source.path, len(contents), [line for line, _ in added])
+    for (number, members), (instruction, why) in zip(contents, added):
+        with tarfile.open(fileobj=source.layer(number), mode="r:") as tar:
             digest, size_bytes, files = blobs.add(lambda blob: write_layer(tar, members, blob))  # noqa: B023
         layers.append(Layer(digest, size_bytes, instruction, why, files))
     history = base.history

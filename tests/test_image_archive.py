@@ -141,6 +141,14 @@ def test_a_changed_base_layer_is_named(tmp_path: Path) -> None:
         canonical(path)
 
 
+def test_a_layer_with_nothing_new_in_it_is_none(tmp_path: Path) -> None:
+    """BuildKit makes one of WORKDIR."""
+    base, ours = layer(BASE, 5, 0), layer(OURS, 1, 0)
+    one, _ = canonical(saved(tmp_path / "1.tar", [base, ours]))
+    two, _ = canonical(saved(tmp_path / "2.tar", [base, ours, layer([("srv", None, 0o755)], 7, 0)]))
+    assert one.iid == two.iid
+
+
 def test_other_layers_than_the_dockerfile_has_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "1.tar", [layer(BASE, 5, 0), layer(OURS, 1, 0)])
     with pytest.raises(errors.Problem, match="other layers"):
