@@ -229,7 +229,7 @@ demo: model_repo ## serve, ask, stop
 release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, checksums: make release VERSION=x.y.z [KEY=file]
 	@$(HOST_PY) -m scripts.release $(RELEASE)
 	@$(MAKE) image
-	@$(MAKE) $(addsuffix release.txt,$(HAS))
+	@$(if $(HAS),$(MAKE) $(HAS)release.txt)
 	@$(PY) -m scripts.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
 RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED) \
           --license=$(LICENSE) --weights '$(WEIGHTS)'
