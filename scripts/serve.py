@@ -17,6 +17,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -48,6 +49,8 @@ PROBE = {"text_input": "Hello", "max_tokens": 1}
 LOG_LINES = 15
 # tritonserver puts a request's pieces on the stack (server issue 5840): with the usual 8 MB one HTTP request of 5 MB ended it.
 STACK_BYTES = 1 << 30
+# A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
+CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
 # The tables that tritonserver prints at its start tell nothing of a failure.
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
@@ -151,14 +154,17 @@ def server_command(toolbox: Toolbox, shared_memory: str) -> List[str]:
     ]
 
 
-def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "") -> List[str]:
+def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "", key: str = "KEY") -> List[str]:
     """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
 
     Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
     to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
-    shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away.
+    shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away; what only the
+    server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens to a key that nobody is told (key).
     """
     leader = [
+        f"--http-restricted-api={CLOSED_TO_CLIENTS}:bake-key={key}",
+        f"--grpc-restricted-protocol={CLOSED_TO_CLIENTS}:bake-key={key}",
         f"--http-address={settings.host}", f"--http-port={settings.http_port}",
         f"--grpc-address={settings.host}", f"--grpc-port={settings.grpc_port}",
         f"--metrics-address={settings.host}", f"--metrics-port={settings.metrics_port}",
@@ -578,7 +584,9 @@ class Supervisor:
                     f"starting {world_size} ranks"
                     + (f"; their log: {errors.shown(log.name)}" if self.settings.log else ""),
                 )
-                command = mpirun_command(world_size, toolbox, self.settings, f"{Path(folder).name}-")
+                command = mpirun_command(
+                    world_size, toolbox, self.settings, f"{Path(folder).name}-", secrets.token_hex(16)
+                )
                 preflight.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
                 kept = log if self.settings.log else None
                 ranks = Ranks(command, environment, self.settings.root, Path(folder), kept)

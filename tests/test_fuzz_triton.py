@@ -207,23 +207,66 @@ def message_of(spelt: Dict[str, Any]) -> Any:
     return message
 
 
-@FUZZ
-@given(spelt=MESSAGES)
-def test_any_message_on_a_grpc_stream(served: Served, spelt: Dict[str, Any]) -> None:
-    """One a stream: when Triton 2.51 itself refuses several on one stream it may hang or end (README, "Bad input")."""
+def stream_of(served: Served, messages: List[Any]) -> None:
+    """They are answered, each with a response or one sentence."""
     with grpc.insecure_channel(served.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
-            said = [
-                one.error_message for one in stub.ModelStreamInfer(iter([message_of(spelt)]), timeout=ANSWER_SECONDS)
-            ]
+            said = [one.error_message for one in stub.ModelStreamInfer(iter(messages), timeout=ANSWER_SECONDS)]
         except grpc.RpcError as error:
             assert error.code() not in GONE, error
             said = [error.details()]
         assert not any(LEAK.search(one or "") for one in said), said
 
 
-METHODS = ["ModelInfer", "ModelStreamInfer", "ModelConfig", "RepositoryIndex", "SystemSharedMemoryRegister"]
+@FUZZ
+@given(spelt=MESSAGES)
+def test_any_message_on_a_grpc_stream(served: Served, spelt: Dict[str, Any]) -> None:
+    stream_of(served, [message_of(spelt)])
+
+
+STREAMING = ["ensemble", "tensorrt_llm_bls", "tensorrt_llm"]
+
+
+@FUZZ
+@given(several=st.lists(MESSAGES, min_size=2, max_size=8), model=st.sampled_from(STREAMING))
+def test_any_messages_one_after_the_other_on_a_grpc_stream(
+    served: Served, several: List[Dict[str, Any]], model: str
+) -> None:
+    """To models that stream, or to all others. Both on one stream may end Triton 2.51: model_repo_template/README.md."""
+    stream_of(served, [message_of(one) for one in several if one["model"] not in STREAMING])
+    known = [{**one, "version": "1" if one["version"] == "1" else ""} for one in several]
+    stream_of(served, [message_of({**one, "model": model}) for one in known])
+
+
+# What the server's owner may do and no client: a client that registers shared memory names any of this host's
+CLOSED = [
+    "SystemSharedMemoryRegister",
+    "SystemSharedMemoryStatus",
+    "CudaSharedMemoryRegister",
+    "TraceSetting",
+    "LogSettings",
+]
+METHODS = ["ModelInfer", "ModelStreamInfer", "ModelConfig", "RepositoryIndex", "ModelStatistics"]
+
+
+@pytest.mark.parametrize("method", CLOSED)
+def test_what_only_the_owner_may_do_is_closed_over_grpc(served: Served, method: str) -> None:
+    with (
+        grpc.insecure_channel(served.grpc) as channel,
+        pytest.raises(grpc.RpcError, match="This protocol is restricted"),
+    ):
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"", timeout=ANSWER_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "path", ["systemsharedmemory/region/x/register", "cudasharedmemory/region/x/register", "trace/setting", "logging"]
+)
+def test_what_only_the_owner_may_do_is_closed_over_http(served: Served, path: str) -> None:
+    status, said = http_exchange(
+        served, "POST", f"/v2/{path}", b'{"key": "/x", "offset": 0, "byte_size": 8}', {"bake-key": "KEY"}
+    )
+    assert status == 403 and "restricted" in said, said
 
 
 @FUZZ
