@@ -303,7 +303,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,bench.txt perf.txt release.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,bench.txt perf.txt aiperf.txt release.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
@@ -313,9 +313,9 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ##
 ## Development:
 
-test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt test.txt release.txt)) ## every test that this machine can run
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
-test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
+test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
 	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py tests/test_chat_template.py $(wildcard tests/test_fuzz*.py))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
@@ -329,8 +329,8 @@ lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements
 	@scripts/lock.sh $(PY)
 synthetic: | $(addsuffix run.txt,$(HAS)) ## write weights/synthetic-7b: Llama-2-7B's shape, random weights, for measuring speed
 	@$(PY) -m scripts.synthetic --output weights/synthetic-7b
-bench: model_repo $(if $(PEERS),$(if $(wildcard $(WEIGHTS)/config.json),,hf)) | $(addsuffix bench.txt,$(HAS)) $(if $(PEERS),$(addsuffix verify.txt,$(HAS))) $(if $(and $(HAS),$(filter bench,$(MAKECMDGOALS))),$(shell printf '%s\n' 'glibc 2.38' "$$(getconf GNU_LIBC_VERSION)" | sort -VC && echo $(HAS)perf.txt)) ## the served model under load, and the engine alone, against this host's ceilings: JSON, CSV, a page
-	@$(PY) -m scripts.bench --root $(VARIANT) $(ADDRESS) --tokenizer $(CONFIG) --hf $(if $(wildcard $(WEIGHTS)/config.json),$(WEIGHTS),$(HF)) \
+bench: model_repo $(if $(PEERS),$(if $(wildcard $(WEIGHTS)/config.json),,hf)) | $(addprefix $(HAS),$(if $(HAS),bench.txt openai.txt aiperf.txt)) $(if $(PEERS),$(addsuffix verify.txt,$(HAS))) $(if $(and $(HAS),$(filter bench,$(MAKECMDGOALS))),$(shell printf '%s\n' 'glibc 2.38' "$$(getconf GNU_LIBC_VERSION)" | sort -VC && echo $(HAS)perf.txt)) ## the served model under load, and the engine alone, against this host's ceilings: JSON, CSV, a page
+	@$(PY) -m scripts.bench --root $(VARIANT) $(ADDRESS) --openai-port $(OPENAI_PORT) --tokenizer $(CONFIG) --hf $(if $(wildcard $(WEIGHTS)/config.json),$(WEIGHTS),$(HF)) \
 	  --name $(NAME) --out build/bench/$(NAME)-tp$(TP) \
 	  --points="$(POINTS)" $(if $(BASELINE),--baseline $(BASELINE)) $(if $(WITH),--with $(WITH)) $(if $(PEERS),--peers) $(BENCH)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run

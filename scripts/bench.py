@@ -2,7 +2,8 @@
 
 Reads   engines/ and model_repo/ under --root, the tokenizer of the room config, and the whole model for the peers
 Writes  OUT.json, OUT.csv, OUT.html: every number with the host, the versions and the command that made it
-Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient
+Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf for the
+        OpenAI-compatible endpoint
 
 Serves the rooms itself, so that the engine alone can have the GPUs afterwards. A load generator that does not run here is named as not run.
 With --baseline, every number is held against the same number of an older run, and the status is 1 when one is worse.
@@ -181,16 +182,32 @@ def compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> List[Dict[str, A
 # --- shell ---
 
 
-def perf_analyzer() -> Tuple[Optional[str], str]:
-    """(its path, "") or (None, why it does not run here)."""
-    path = shutil.which(
-        "perf_analyzer", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    )
+def generator(name: str, why_missing: str) -> Tuple[Optional[str], str]:
+    """(the path of a load generator, its version) or (None, why it does not run here)."""
+    beside = Path(sys.executable).parent
+    places = [str(beside), str(beside.parent / name / "bin"), os.environ.get("PATH", "")]
+    path = shutil.which(name, path=os.pathsep.join(places))
     if path is None:
-        return None, "perf_analyzer is not installed (its wheel needs glibc 2.38)"
+        return None, f"{name} is not installed{why_missing}"
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
     said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-    return (None, said[-1]) if done.returncode else (path, "")
+    return (None if done.returncode else path), said[-1]
+
+
+def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[str]", export: Path) -> None:
+    """Run a load generator until it ends or the server does. A Problem, and what it said, when `export` is not written."""
+    export.unlink(missing_ok=True)
+    with log_path.open("w+") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + GENERATOR_SECONDS
+        # it waits for ever when the server ends
+        while running.poll() is None and server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.kill()
+        if running.wait() or not export.is_file():
+            log.seek(0)
+            print(log.read(), file=sys.stderr)
+            raise errors.bench_step_failed(list(command), running.returncode)
 
 
 def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> List[str]:
@@ -233,7 +250,6 @@ def ask_perf_analyzer(
 ) -> List[Dict[str, Any]]:
     """Triton's gRPC, streamed: every response's time."""
     data, export = folder / "input.json", folder / "export.json"
-    export.unlink(missing_ok=True)
     inputs = {"max_tokens": point.output_tokens, "stream": True, "end_id": -1}
     asked = [
         {name: {"content": [value], "shape": [1]} for name, value in {"text_input": text, **inputs}.items()}
@@ -245,17 +261,7 @@ def ask_perf_analyzer(
         "--concurrency-range", f"{point.concurrency}", "--request-count", f"{point.requests}", "--profile-export-file", str(export),
         "-s", "999", "--max-threads", "32",
     ]  # fmt: skip
-    with (folder / "perf_analyzer.log").open("w+") as log:
-        generator = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + GENERATOR_SECONDS
-        # it waits for ever when the server ends
-        while generator.poll() is None and server.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        generator.kill()
-        if generator.wait() or not export.is_file():
-            log.seek(0)
-            print(log.read(), file=sys.stderr)
-            raise errors.bench_step_failed(command, generator.returncode)
+    generate(command, folder / "perf_analyzer.log", server, export)
     experiment = json.loads(export.read_bytes())["experiments"][0]
     requests = []
     for request in experiment["requests"]:
@@ -267,13 +273,47 @@ def ask_perf_analyzer(
     return requests
 
 
+def ask_aiperf(
+    path: str, settings: serve.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
+    server: "subprocess.Popen[str]",
+) -> List[Dict[str, Any]]:  # fmt: skip
+    """The OpenAI-compatible endpoint, streamed: of every request when it began, its first and its last token."""
+    data, export = folder / "prompts.jsonl", folder / "aiperf" / "profile_export.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
+    command = [
+        path, "profile", "--model", settings.root.parent.name, "--url", settings.openai_url, "--endpoint-type", "completions",
+        "--input-file", str(data), "--custom-dataset-type", "single_turn", "--tokenizer", str(tokenizer.absolute()),
+        "--use-server-token-count", "--use-legacy-max-tokens", "--extra-inputs", f"max_tokens:{point.output_tokens}",
+        "--extra-inputs", f"min_tokens:{point.output_tokens}", "--extra-inputs", "temperature:0",
+        "--concurrency", f"{point.concurrency}", "--request-count", f"{point.requests}", "--artifact-dir", str(export.parent),
+        "--streaming", "--ui-type", "none", "--no-gpu-telemetry", "--no-server-metrics",
+    ]  # fmt: skip
+    generate(command, folder / "aiperf.log", server, export)
+    return aiperf_requests([json.loads(line) for line in export.read_text().splitlines()], point)
+
+
+def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> List[Dict[str, Any]]:
+    """aiperf's records as bench_ranks.request_times has them. A Problem when one failed or is shorter than what was asked for."""
+    requests = []
+    for record in records:
+        metrics = {name: metric["value"] for name, metric in record["metrics"].items()}
+        tokens = metrics.get("output_sequence_length")
+        if record.get("error") or tokens != point.output_tokens:
+            said = record.get("error") or f"{tokens} tokens where {point.output_tokens} were asked for"
+            raise errors.request_refused(str(said)[:300])
+        began = record["metadata"]["request_start_ns"] / 1e9
+        arrivals = [began + metrics["time_to_first_token"] / 1e3, began + metrics["request_latency"] / 1e3]
+        requests.append({"began": began, "arrivals": arrivals, "tokens": [1, tokens - 1]})
+    return requests
+
+
 @contextmanager
 def served(settings: serve.Settings) -> Iterator[Tuple[float, "subprocess.Popen[str]"]]:
     """A running server; gives the seconds until it was ready, and its process."""
     began = time.monotonic()
     command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
-    for port in ("http_port", "grpc_port", "metrics_port"):
-        command += [f"--{port.replace('_', '-')}", str(getattr(settings, port))]
+    for name, port in settings.ports.items():
+        command += [f"--{name.lower().replace('_', '-')}", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -352,28 +392,38 @@ def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) ->
             "bench", f"{side} tp{world_size} {point.input_tokens}+{point.output_tokens} x{point.concurrency}: {shown}"
         )
 
-    path, why = perf_analyzer()
+    path, perf_said = generator("perf_analyzer", " (its wheel needs glibc 2.38)")
     if path is None:
-        not_run["perf_analyzer"] = why
+        not_run["perf_analyzer"] = perf_said
+    aiperf, aiperf_said = generator("aiperf", "")
     with served(settings) as (ready, server):
+        if aiperf and not (settings.openai_port and serve.http_ok(f"{settings.openai_url}/health", None, 30)):
+            aiperf, aiperf_said = None, "the OpenAI-compatible endpoint is not open"
+        if aiperf is None:
+            not_run["aiperf"] = aiperf_said
         address = f"{settings.host}:{settings.grpc_port}"
         for point in points:
             prompts = prompts_of(args.root / "model_repo", args.tokenizer, point.input_tokens, min(64, point.requests))
-            try:
-                if path:
-                    one = Point(point.input_tokens, 4, 1)
-                    ask_perf_analyzer(path, address, one, prompts, folder, server)  # warm
-                    requests = ask_perf_analyzer(path, address, point, prompts, folder, server)
-                else:
-                    requests = bench_client.ask(
-                        address, point.concurrency, point.requests, point.output_tokens, prompts
-                    )
-            except errors.Problem as problem:  # the rest still tells something
-                failed[f"Triton, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
-                if server.poll() is not None:
-                    break
-                continue
-            note(f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)", point, summary(requests))
+
+            def over_grpc(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+                if not path:
+                    return bench_client.ask(address, point.concurrency, point.requests, point.output_tokens, prompts)
+                ask_perf_analyzer(path, address, Point(point.input_tokens, 4, 1), prompts, folder, server)  # warm
+                return ask_perf_analyzer(path, address, point, prompts, folder, server)
+
+            def over_openai(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+                return ask_aiperf(str(aiperf), settings, point, prompts, args.tokenizer, folder, server)
+
+            ways = {f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc}
+            if aiperf:
+                ways["OpenAI's API (aiperf)"] = over_openai
+            for side, ask in ways.items():
+                try:
+                    note(side, point, summary(ask()))
+                except errors.Problem as problem:  # the rest still tells something
+                    failed[f"{side}, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
+            if server.poll() is not None:
+                break
     wanted = folder / "points.json"
     wanted.write_text(json.dumps([point.numbers() for point in points]))
     mpirun(world_size, args.root, "ceilings", folder / "ceilings.json")
@@ -399,6 +449,7 @@ def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) ->
             **measured,
             "points": [{**point.numbers(), **ceiling(pretrained, measured, point)} for point in points],
         },
+        "generators": {"aiperf": aiperf_said} if aiperf else {},
         "rows": rows,
         "not_run": not_run,
         "failed": failed,
@@ -473,6 +524,7 @@ def main() -> int:
         if hasattr(args, "command_line")
         else {"host": host(), **result}
     )
+    result["host"]["versions"].update(result.pop("generators"))
     result["command"] = os.environ.get("BENCH_COMMAND", "make bench")
     result["rows"] = [row for run in others for row in run["rows"]] + result["rows"]
     if baseline:

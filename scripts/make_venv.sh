@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
-# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt.
+# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. NAME aiperf, a program whose
+# needs are not ours, goes into a virtual environment of its own: VENV/aiperf.
 # make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
 venv=$1 name=${2:-}
@@ -74,7 +75,7 @@ failed() {
     report "PACKAGES COULD NOT BE INSTALLED" "$1" "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
 }
 
-pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$1"; }
+pip_install() { "${into:-$venv}/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$1"; }
 
 install() {
     echo "venv        installing requirements/$1.txt"
@@ -118,6 +119,10 @@ if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
         install torch-cuda
     fi
     cp requirements/run.txt "$venv/locks/run.txt"
+fi
+if [ "$name" = aiperf ]; then
+    into=$venv/aiperf
+    [ -x "$into/bin/python" ] || "$venv/bin/python" -m venv "$into"
 fi
 if [ "$name" != run ]; then
     install "$name"

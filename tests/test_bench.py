@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from conftest import free_ports, make
 
 from scripts import bench, bench_page, errors, synthetic, tokenizer
 from scripts.llama_shape import LlamaShape
@@ -53,6 +54,52 @@ def test_the_memory_ceiling_counts_every_weight_of_a_step_once(tp_size):
     measured = {"copy_bytes_per_second": 3.0e12, "all_reduce_seconds": {}}
     found = bench.ceiling({**SEVEN_B, "mapping": {"tp_size": tp_size}}, measured, bench.Point(2, 2, 1))
     assert found["memory_tokens_per_second"] == pytest.approx(3.0e12 / (weights + 3 * per_position))
+
+
+AIPERF = bench.Point(16, 64, 4)
+
+
+def record(**metrics: float) -> Dict[str, Any]:
+    """What aiperf 0.13.0 writes of a request, as far as it is read here."""
+    values = {"time_to_first_token": 86.5, "request_latency": 458.5, "output_sequence_length": 64, **metrics}
+    return {
+        "metadata": {"request_start_ns": 1795571190902004314},
+        "metrics": {name: {"value": value, "unit": "ms"} for name, value in values.items()},
+    }
+
+
+def test_aiperfs_records_become_requests():
+    [request] = bench.aiperf_requests([record()], AIPERF)
+    found = bench.summary([request])
+    assert found["ttft_ms_p50"] == pytest.approx(86.5, abs=0.01)
+    assert found["itl_ms_p50"] == pytest.approx((458.5 - 86.5) / 63, rel=1e-4)
+    assert found["tokens_per_second"] == pytest.approx(64 / 0.4585, rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", [record(output_sequence_length=63), {**record(), "error": {"message": "429"}}])
+def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: Dict[str, Any]):
+    with pytest.raises(errors.Problem):
+        bench.aiperf_requests([record(), broken], AIPERF)
+
+
+def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_run(tree: Path, tmp_path: Path):
+    ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT"), free_ports(4)))
+    words = ["bench", "POINTS=8:8:2", *(f"{name}={port}" for name, port in ports.items())]
+    done = make(tree, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tree / "build/bench/stories-tp2.json"
+    found = json.loads(out.read_text())
+    sides = [row["side"] for row in found["rows"]]
+    assert sides[0].startswith("Triton (") and sides[1:] == ["OpenAI's API (aiperf)", "engine alone", "ceiling"]
+    assert found["host"]["versions"]["aiperf"] and "aiperf" not in found["not_run"] and not found["failed"]
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert out.with_suffix(".csv").read_text().count("\n") == 5 and "<svg" in out.with_suffix(".html").read_text()
+
+    for row in found["rows"]:
+        row["tokens_per_second"] *= 1000
+    (tmp_path / "old.json").write_text(json.dumps(found))
+    judged = make(tree, *words, f"BASELINE={tmp_path / 'old.json'}")
+    assert judged.returncode != 0 and "tokens_per_second" in judged.stderr, judged.stdout + judged.stderr
 
 
 def run(**changed: float) -> Dict[str, Any]:

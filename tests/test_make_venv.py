@@ -116,6 +116,13 @@ def test_more_packages_come_after_those_of_the_journey(project: Path) -> None:
     assert recorded(project) == ["venv by python3.12", *ALL, "pip test.txt"]
 
 
+def test_a_program_whose_needs_are_not_ours_has_an_environment_of_its_own(project: Path) -> None:
+    (project / "requirements/aiperf.txt").write_text("aiperf==1.0 --hash=sha256:00\n")
+    assert make(project, ".venv/locks/aiperf.txt").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL, "venv by python", "pip aiperf.txt"]
+    assert (project / ".venv/aiperf/bin/python").exists()
+
+
 def test_many_jobs_install_one_list_at_a_time(project: Path) -> None:
     done = subprocess.run(
         ["make", "-j4", *(f".venv/locks/{name}.txt" for name in ("dev", "test", "verify"))],
