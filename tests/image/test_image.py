@@ -5,9 +5,10 @@ import os
 import shutil
 import socket
 import subprocess
+import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from baking import PLANTED, Baked, Container, bake, committed, docker, until
@@ -319,30 +320,72 @@ def test_a_full_disk_is_told_and_leaves_nothing(rooms: Path) -> None:
 # --- docker/compose.yaml ---
 
 
-def test_compose_brings_it_up_healthy_and_down(baked: Baked) -> None:
-    compose = next((words for words in (["docker", "compose"], ["docker-compose"]) if shutil.which(words[0]) and
+@pytest.fixture
+def compose(baked: Baked) -> Iterator[Callable[..., str]]:
+    """docker compose with docker/compose.yaml on free ports; taken down afterwards. `compose.ports` are the ports."""
+    program = next((words for words in (["docker", "compose"], ["docker-compose"]) if shutil.which(words[0]) and
                     subprocess.run([*words, "version"], capture_output=True, check=False).returncode == 0), None)  # fmt: skip
-    if compose is None:
+    if program is None:
         pytest.skip("docker compose is not installed")
-    ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), map(str, free_ports(3))))
-    environment = {**os.environ, **ports, "IMAGE": baked.tag, "COMPOSE_PROJECT_NAME": f"baketest{os.getpid()}"}
+    names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT", "PROMETHEUS_PORT")
+    ports = dict(zip(names, map(str, free_ports(len(names)))))
+    settings = {**ports, "IMAGE": baked.tag, "COMPOSE_PROJECT_NAME": f"baketest{os.getpid()}"}
 
-    def say(*words: str) -> str:
-        command = [*compose, "--file", str(ROOT / "docker/compose.yaml"), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    def say(*words: str, **more: str) -> str:
+        command = [*program, "--file", str(ROOT / "docker/compose.yaml"), *words]
+        done = subprocess.run(
+            command, env={**os.environ, **settings, **more}, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    say.ports = ports  # type: ignore[attr-defined]
+    yield say
+    say("--profile", "metrics", "down", "--volumes")
+
+
+def test_compose_brings_it_up_healthy_and_down(compose: Any) -> None:
+    compose("up", "--detach")
+    [name] = compose("ps", "--quiet").split()
+    container = Container(name)
+    container.wait_until_ready()
+    answer = ask(int(compose.ports["HTTP_PORT"]), text_input="Once upon a time", max_tokens=8)
+    assert answer["text_output"].startswith(STORY[:20])
+    assert container.inspect()["State"]["Health"]["Status"] in ("starting", "healthy")
+    compose("stop")
+    assert container.inspect()["State"]["ExitCode"] == 0
+
+
+def test_compose_brings_a_prometheus_that_has_the_servers_metrics(baked: Baked, compose: Any, tmp_path: Path) -> None:
+    """Prometheus is Debian's program in an image of our own: its makers' image cannot be had without a registry."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("the program prometheus is not installed")
+    shutil.copy2(program, tmp_path / "prometheus")
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {baked.tag}\nCOPY prometheus /bin/prometheus\nHEALTHCHECK NONE\nENTRYPOINT []\n"
+        'CMD ["/bin/prometheus", "--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/tmp/prometheus"]\n'
+    )
+    image = f"baketest-prometheus:{os.getpid()}"
+    docker("build", "--tag", image, str(tmp_path))
     try:
-        say("up", "--detach")
-        [name] = say("ps", "--quiet").split()
-        container = Container(name)
-        container.wait_until_ready()
-        assert ask(int(ports["HTTP_PORT"]), text_input="Once upon a time", max_tokens=8)["text_output"].startswith(
-            STORY[:20]
-        )
-        assert container.inspect()["State"]["Health"]["Status"] in ("starting", "healthy")
-        say("stop")
-        assert container.inspect()["State"]["ExitCode"] == 0
+        compose("--profile", "metrics", "up", "--detach", PROMETHEUS_IMAGE=image)
+        [name] = compose("ps", "--quiet", "server").split()
+        Container(name).wait_until_ready()
+        ask(int(compose.ports["HTTP_PORT"]), text_input="Once upon a time", max_tokens=8)
+
+        def scraped() -> object:
+            query = 'nv_inference_request_success{model="ensemble"}'
+            url = f"http://127.0.0.1:{compose.ports['PROMETHEUS_PORT']}/api/v1/query?query={urllib.parse.quote(query)}"
+            try:
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    return [
+                        found["value"][1] for found in json.load(answer)["data"]["result"] if int(found["value"][1])
+                    ]
+            except OSError:
+                return None
+
+        until(scraped, "Prometheus does not have the server's metrics")
     finally:
-        say("down", "--volumes")
+        compose("--profile", "metrics", "down", "--volumes", PROMETHEUS_IMAGE=image)
+        docker("rmi", "--force", image, check=False)
