@@ -122,14 +122,15 @@ def hole_values(
     }
 
 
-def config_holes(table: Mapping[str, Any], values: Mapping[str, str], both_names: bool, where: str) -> Dict[str, str]:
+def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool, where: str) -> Dict[str, str]:
     """What a version's contract table says about one model, as text for the template's holes.
 
-    both_names: inputs that versions call differently are declared by all their names (ALSO_CALLED).
+    ours: for the torch engine. Inputs that versions call differently are declared by all their names (ALSO_CALLED); none is reshaped to
+    have no axis but the batch's: clients see the same shapes, and a batch of nothing, which ends Triton 2.51 there, is refused by size.
     """
     inputs = {tensor["name"]: tensor for tensor in table["inputs"]}
     for name, alias in ALSO_CALLED.items():
-        if both_names and name in inputs and alias not in inputs:
+        if ours and name in inputs and alias not in inputs:
             inputs[alias] = {**inputs[name], "name": alias}
     outputs = {tensor["name"]: tensor for tensor in table["outputs"]}  # the ensemble declares one twice from 0.19 on
     parameters = {}
@@ -143,7 +144,10 @@ def config_holes(table: Mapping[str, Any], values: Mapping[str, str], both_names
         parameters[key] = values.get(hole, literal)
 
     def tensor(described: Mapping[str, Any]) -> str:
-        return tensor_line({**described, "data_type": filled(described["data_type"], values, where)})
+        reshape = None if ours else described.get("reshape")
+        return tensor_line(
+            {**described, "data_type": filled(described["data_type"], values, where), "reshape": reshape}
+        )
 
     return {
         "inputs": ",\n".join(map(tensor, inputs.values())),

@@ -115,6 +115,18 @@ def test_any_json_over_generate(served: Served, model: str, how: str, body: Dict
     assert not LEAK.search(said), said
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_batch_of_nothing_is_refused(served: Served, model: str) -> None:
+    """Every input that has one value, in a list of none: Triton 2.51 ends over it where an input is reshaped to have no axis of its own."""
+    status, described = http_exchange(served, "GET", f"/v2/models/{model}", b"", {})
+    assert status == 200
+    single = [tensor["name"] for tensor in json.loads(described)["inputs"] if tensor["shape"] == [-1, 1]]
+    for names in [single, *([name] for name in single), single[:3], single[-3:]]:
+        body = json.dumps(dict.fromkeys(names, [])).encode()
+        answer = http_exchange(served, "POST", f"/v2/models/{model}/generate", body, {})
+        assert answer and answer[0] == 400, (names, answer)
+
+
 BROKEN_BODIES = [
     b"", b"{", b"[]", b"null", b'"x"', b"{" * 2000, b"[" * 5000, b'{"text_input": "\\ud800", "max_tokens": 1}',
     b'{"text_input": "a", "max_tokens": 1e99}', b'{"text_input": "a", "text_input": "b", "max_tokens": 1}',
