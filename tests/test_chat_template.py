@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from scripts import tokenizer as sentencepiece_tokenizer
+from scripts.openai import chat_template
 from scripts.openai.__main__ import text_code
 from scripts.openai.chat_template import ChatTemplate, Refused, template_of
 
@@ -242,3 +243,13 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert template_of(folder) == "b"
     (folder / "chat_template.jinja").write_text("file")
     assert template_of(folder) == "file"
+
+
+def test_a_template_that_never_ends_is_ended(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    template, folder = cases["llama-2"]
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tracing = sys.gettrace()
+    with pytest.raises(Refused, match=r"took longer than 0.2 s"):
+        ChatTemplate(source, folder, template.text).token_ids(conversation("x"))
+    assert sys.gettrace() is tracing

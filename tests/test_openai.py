@@ -307,6 +307,8 @@ WRONG: List[Tuple[Dict[str, Any], int, str]] = [
     ({"stream": "yes"}, 400, "stream"),
     ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
     ({"no_such_thing": 1}, 400, "no_such_thing"),
+    ({"stop": "한" * 171}, 400, "stop"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
 ]
 
 
@@ -550,6 +552,59 @@ def test_health_is_bad_when_no_token_comes(served: Served, there: bool) -> None:
         finally:
             process.terminate()
             assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "said"),
+    [
+        ("chat/completions", {"tools": [{}]}, "tools is not supported"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text'"),
+        ("completions", {"stop": ["x"] * 17}, "at most 16"),
+        ("completions", {"stop": "a" * 65_000}, "a stop string has 65000 bytes; one may have 512"),
+        ("completions", {"prompt": [-1]}, "greater than or equal to 0"),
+    ],
+)
+def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wrong: Dict[str, Any], said: str) -> None:
+    asked = OK if path == "completions" else {"model": "stories", "messages": [{"role": "user", "content": "x"}]}
+    status, _, body = raw(served, f"/v1/{path}", {**asked, **wrong})
+    message = json.loads(body)["error"]["message"]
+    assert status == 400 and said in message and ".str" not in message, message
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What still comes, until the connection is closed from there."""
+    answer = b""
+    try:
+        while piece := connection.recv(65536):
+            answer += piece
+    except ConnectionError:
+        pass
+    return answer
+
+
+def test_requests_sent_ahead_are_not_kept(served: Served) -> None:
+    """No client of OpenAI's sends any; sixty thousand of them were a minute's work and a gigabyte."""
+    with socket.create_connection(("127.0.0.1", served.openai_port), timeout=60) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        assert everything(connection).count(b"HTTP/1.1 200") <= 1
+    assert raw(served, "/health/live", None)[0] == 200
+
+
+@pytest.mark.parametrize("line", [b"X: a\r\n", b"X: " + b"a" * 1000, b"/" * 1000], ids=["headers", "header", "url"])
+def test_the_head_of_a_request_ends_somewhere(served: Served, line: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", served.openai_port), timeout=60) as connection:
+        connection.sendall(b"GET /" if line[:1] == b"/" else b"GET / HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range((64 << 20) // len(line)):
+                connection.sendall(line)
+
+
+def test_what_is_no_http_is_told_in_openais_shape(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.openai_port), timeout=60) as connection:
+        connection.sendall(b"FOO BAR\r\n\r\n")
+        head, _, body = everything(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"x-request-id: req-" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_nobody_holds_a_connection_open_without_asking(served: Served) -> None:

@@ -105,6 +105,24 @@ def test_a_conversation_and_the_key(chatting: Served, browser: Any) -> None:
     assert browser.execute_script("return document.querySelectorAll('#talk img, #talk b b').length") == 0
 
 
+def test_clearing_while_an_answer_comes_begins_anew(chatting: Served, browser: Any) -> None:
+    browser.get(chatting.openai)
+    fill(browser, "key", "sk-page\t")
+    wait(browser, "document.getElementById('model').textContent === 'stories'")
+    fill(browser, "max_tokens", "400")
+    fill(browser, "prompt", "First")
+    browser.find_element("id", "send").click()
+    wait(browser, LAST)
+    browser.find_element("id", "clear").click()
+    wait(browser, "!document.getElementById('send').disabled")
+    fill(browser, "max_tokens", "5")
+    for count in (2, 4):
+        fill(browser, "prompt", "Again")
+        browser.find_element("id", "send").click()
+        wait(browser, f"document.querySelectorAll('.turn').length === {count} && {IDLE}")
+    assert browser.execute_script("return document.querySelectorAll('.turn.error').length") == 0
+
+
 def test_stopping_frees_the_slot_and_errors_are_shown(served: Served, browser: Any) -> None:
     browser.get(served.openai)
     wait(browser, "document.getElementById('model').textContent === 'stories'")

@@ -354,6 +354,7 @@ HTTP_REFUSALS: Dict[str, Any] = {
     "empty": ({"text_input": ""}, "text_input is empty"),
     "too long": ({"text_input": "the dog " * 150}, "the prompt has 302 tokens; this engine takes at most 256"),
     "far too long": ({"text_input": "dog " * 50_000}, "text_input has 200000 bytes"),
+    "many long words": ({"bad_words": ["x" * 500] * 9}, "bad_words holds 4500 bytes; all words of a request may have 4096"),
     "two texts": ({"text_input": [PROMPT, PROMPT]}, "text_input holds 2 texts; a request is one text"),
     "no tokens": ({"max_tokens": 0}, "max_tokens is 0; it must be greater than 0"),
     "fewer": ({"max_tokens": -3}, "max_tokens is -3; it must be greater than 0"),

@@ -6,6 +6,7 @@ Needs   the packages of requirements/openai.txt
 
 import argparse
 import ctypes
+import http
 import importlib.util
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import uuid
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -20,7 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from scripts import errors
-from scripts.openai.app import Endpoint, application
+from scripts.openai.app import ApiError, Endpoint, application
 from scripts.openai.chat_template import ChatTemplate, template_of
 from scripts.openai.engine import Engine, read_limits
 
@@ -30,6 +32,8 @@ TEXT = "model_repo/tensorrt_llm_bls/1/text.py"
 PR_SET_PDEATHSIG = 1
 # How long a client may take for the head of a request
 HEAD_SECONDS = 10
+# and how large it may be
+MAX_HEAD_BYTES = 64 << 10
 
 
 def text_code(root: Path) -> Any:
@@ -78,24 +82,57 @@ def end_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
+class Hostile(Exception):
+    """Raised while a request is parsed: nothing more of the connection is read."""
+
+
 class Connection(HttpToolsProtocol):
-    """One of uvicorn's, but nobody may hold it open without sending a request's head: uvicorn counts only the time between requests."""
+    """One of uvicorn's that bounds what uvicorn does not: the time and the size of a request's head, and requests sent ahead.
+
+    uvicorn counts only the time between requests, and keeps every request that is sent before the last one is answered; no client of
+    OpenAI's sends any ahead.
+    """
+
+    _head_bytes: Optional[int] = 0  # None: the head is whole
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._waits_for_head()
 
     def _waits_for_head(self) -> None:
+        self._head_bytes = 0
         self._head_deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
         self._head_deadline.cancel()
         self._waits_for_head()
+        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+            raise Hostile
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._head_deadline.cancel()
+        self._head_bytes = None
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn says of bytes that are no HTTP, in OpenAI's shape; nothing into the middle of an answer."""
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            body = json.dumps(ApiError(status, message).body).encode()
+            head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\nx-request-id: req-{uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        self.transport.close()
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
         self._head_deadline.cancel()

@@ -79,17 +79,20 @@ def failed(error: EngineFailed) -> ApiError:
 
 def invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words that never repeat what was sent at length."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of several forms that a value may have, the one that it has is told of: not "it is no text" of a list with a mistake in it.
+    same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+    first = next((one for one in same if not one["type"].endswith("_type")), found[0])
     # the names of pydantic's own alternatives (str, list[str]) are no names of the API
-    param = (
-        ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or re.fullmatch(r"[a-z_]+", part))
-        or None
-    )
+    names = [part for part in first["loc"] if not isinstance(part, str) or re.fullmatch(r"(?!str$)[a-z_]+", part)]
+    param = ".".join(map(str, names)) or None
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])[:64]
         return ApiError(400, f"Unrecognized request argument supplied: {name}", param)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2] or first['msg']}")
+    if first["msg"].startswith("List should have at most 0 items"):
+        return ApiError(400, f"{param} is not supported", param)
     if not first["loc"]:
         return ApiError(400, "the body must be a JSON object")
     return ApiError(400, f"{param}: {first['msg']}", param)
@@ -190,7 +193,8 @@ class Endpoint:
         size = sum(len(turn["content"].encode()) for turn in turns)
         self._check_bytes(size, "messages")
         try:
-            ids = await self._apart(size, self.template.token_ids, turns)
+            # the template is the model's: whatever it does, others are served meanwhile
+            ids = await asyncio.to_thread(self.template.token_ids, turns)
         except Refused as refusal:
             raise ApiError(400, str(refusal)[:500], "messages") from None
         self._check_ids(ids, "messages")
@@ -233,6 +237,8 @@ class Endpoint:
     ) -> Job:
         """Hand every prompt to the engine, n times. Raises ApiError when it cannot be, or when too many are there already."""
         n = body.n or 1
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options is only allowed with stream", "stream_options")
         for ids in prompts:
             if len(ids) + max_tokens > self.limits.max_seq_len:
                 raise ApiError(
@@ -263,10 +269,11 @@ class Endpoint:
         )  # fmt: skip
         usage = bool(body.stream_options and body.stream_options.include_usage)
         job = Job(self.name, chat, [], sum(map(len, prompts)), logprobs, usage)
+        # where the engine streams we see a stop string ourselves, however it is spelt
+        spelt = [self.text.word_list(stops, ids) if stops and not self.engine.streams else None for ids in prompts]
         try:
-            for number, ids in enumerate(ids for ids in prompts for _ in range(n)):
-                # where the engine streams we see a stop string ourselves, however it is spelt
-                words = self.text.word_list(stops, ids) if stops and not self.engine.streams else None
+            for number in range(count):
+                ids, words = prompts[number // n], spelt[number // n]
                 asked = replace(question, ids=ids, seed=(seed + number) % (1 << 64), stop_words=words)
                 stream = self.engine.ask(asked, job.changed.set)
                 job.choices.append(Choice(number, stream, self.text, self.stops(stops), max_tokens, self.end_ids))
@@ -494,7 +501,11 @@ class Door:
                 # what is left of a body without end would be read for ever
                 extra += [(b"connection", b"close")] if unread else []
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError as error:  # uvloop's, of a connection that its client has closed
+                if "closed" not in str(error):
+                    raise
 
         async def bounded() -> Message:
             nonlocal held, unread

@@ -7,8 +7,11 @@ would spell one together.
 import datetime
 import json
 import re
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -18,6 +21,7 @@ from tokenizers import Tokenizer
 # A template comes with a model, from outside: what it writes is bounded by what the messages say, many times over.
 MAX_OUTPUT_CHARACTERS = 32 << 20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
+MAX_SECONDS = 2.0
 
 
 class Refused(ValueError):
@@ -80,7 +84,8 @@ class ChatTemplate:
         }
         # the longest first, as tokenizers finds them; lstrip and rstrip swallow the spaces beside a token
         spelt = sorted(added, key=lambda token: -len(token["content"]))
-        self.boundary = re.compile("|".join(map(_pattern, spelt)) or r"(?!)")
+        self.swallows_before = {token["content"] for token in added if token.get("lstrip")}
+        self.swallows_behind = {token["content"] for token in added if token.get("rstrip")}
         self.spelling = re.compile("|".join(re.escape(token["content"]) for token in spelt) or r"(?!)")
         self.continues = self._space_only_at_the_start(described)
 
@@ -102,13 +107,14 @@ class ChatTemplate:
         """The conversation as text, special tokens spelt out. Raises Refused where the template says so or fails."""
         try:
             pieces, size = [], 0
-            for piece in self.template.generate(
-                messages=list(messages), add_generation_prompt=True, **self.names, **more
-            ):
-                size += len(piece)
-                if size > MAX_OUTPUT_CHARACTERS:
-                    raise Refused(f"the chat template wrote more than {MAX_OUTPUT_CHARACTERS} characters")
-                pieces.append(piece)
+            with deadline(MAX_SECONDS):
+                for piece in self.template.generate(
+                    messages=list(messages), add_generation_prompt=True, **self.names, **more
+                ):
+                    size += len(piece)
+                    if size > MAX_OUTPUT_CHARACTERS:
+                        raise Refused(f"the chat template wrote more than {MAX_OUTPUT_CHARACTERS} characters")
+                    pieces.append(piece)
             return "".join(pieces)
         except Refused:
             raise
@@ -134,10 +140,13 @@ class ChatTemplate:
         ]
         rendered = self.render(masked, **more)
         stretches, specials, at = [], [], 0
-        for match in self.boundary.finditer(rendered):
-            stretches.append(rendered[at : match.start()])
-            specials.append(self.special[match[0].strip() if match[0] not in self.special else match[0]])
+        for match in self.spelling.finditer(rendered):
+            before = rendered[at : match.start()]
+            stretches.append(before.rstrip() if match[0] in self.swallows_before else before)
+            specials.append(self.special[match[0]])
             at = match.end()
+            while match[0] in self.swallows_behind and rendered[at : at + 1].isspace():
+                at += 1
         stretches = [stretch.replace(mark, "") for stretch in (*stretches, rendered[at:])]
         encoded = iter(self._encoded([stretch for stretch in stretches if stretch], starts=bool(stretches[0])))
         ids: List[int] = []
@@ -180,9 +189,21 @@ def _content(token: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _pattern(token: Mapping[str, Any]) -> str:
-    before, behind = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
-    return before + re.escape(str(token["content"])) + behind
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Ends Python code of this thread that runs for longer, with Refused: Jinja's loops are Python's."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def watch(frame: Any, event: str, arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise Refused(f"the chat template took longer than {seconds:g} s")
+        return watch
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _unused(texts: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 # OpenAI's own limit of alternatives; how many fit is the engine's concern
 MAX_CHOICES = 128
-MAX_STOPS = 16
+# A stop string is looked for in every piece of text: as long as a word may be for Triton's clients (sent.py)
+MAX_STOPS, MAX_STOP_BYTES = 16, 512
 # Lists end at these lengths and at their first mistake: a body of 4 MB once made four million reports, and 38 seconds of work
 MAX_PROMPTS, MAX_TOKENS, MAX_TURNS, MAX_BIASES = 1024, 1 << 17, 4096, 1024
 
@@ -69,6 +70,14 @@ class Sampling(Strict):
     service_tier: Optional[str] = None
     safety_identifier: Optional[str] = None
     prompt_cache_key: Optional[str] = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, value: Union[str, List[str], None]) -> Union[str, List[str], None]:
+        longest = max((len(stop.encode()) for stop in ([value] if isinstance(value, str) else value or [])), default=0)
+        if longest > MAX_STOP_BYTES:
+            raise ValueError(f"a stop string has {longest} bytes; one may have {MAX_STOP_BYTES}")
+        return value
 
     @field_validator("logit_bias")
     @classmethod

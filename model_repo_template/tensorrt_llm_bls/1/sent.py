@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 Array = np.ndarray[Any, Any]
 REQUIRED = object()
 # Of a list of words: each is looked for in every piece of text, and spelt in tokens
-MAX_WORDS, MAX_WORD_BYTES = 128, 512
+MAX_WORDS, MAX_WORD_BYTES, MAX_WORDS_BYTES = 128, 512, 4096
 
 
 class Refused(Exception):
@@ -128,6 +128,8 @@ def words(sent: Sent, name: str) -> List[str]:
     for value in values:
         if len(value) > MAX_WORD_BYTES:
             raise Refused(f"{name} holds a word of {len(value)} bytes; one may have {MAX_WORD_BYTES}")
+    if sum(map(len, values)) > MAX_WORDS_BYTES:
+        raise Refused(f"{name} holds {sum(map(len, values))} bytes; all words of a request may have {MAX_WORDS_BYTES}")
     return [_utf8(name, value) for value in values if value]
 
 
