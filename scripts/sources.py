@@ -300,7 +300,7 @@ class HttpSource:
             raise errors.fetched_file_differs(remote.name, self.name, "size", str(remote.size_bytes), str(size))
         version = _version(response)
         # a part need not say again of what it is a part (RFC 9110, 15.3.7); a whole file instead of a part does
-        if remote.version and version != remote.version and (version or response.status == 200):
+        if remote.version and version != remote.version and (version or (remote.ranges and response.status == 200)):
             response.close()
             raise errors.fetched_file_changed(remote.name, self.name, remote.version, version or "without any")
         yield from self.http.pieces(response, start, end)

@@ -644,6 +644,20 @@ def test_where_nothing_tells_two_versions_apart_what_arrived_is_not_gone_on_with
     assert files_of(fetch(changing.source, tmp_path / "weights")) == new
 
 
+def test_a_whole_file_in_place_of_a_part_without_its_version_is_not_taken_for_the_same(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = Changing("mirror", web, tmp_path / "mounted", monkeypatch)
+    changing.broken_off(tmp_path / "weights")
+
+    def forgets(path: str, start: int) -> None:
+        if start:
+            web.ranges = web.tells_version = False
+
+    web.spoil = forgets  # type: ignore[assignment]
+    assert "now it is without any" in refused(changing.source, tmp_path / "weights").seen
+
+
 def test_a_part_that_was_made_shorter_meanwhile_is_fetched_anew(changing: Changing, tmp_path: Path) -> None:
     changing.broken_off(tmp_path / "weights")
     os.truncate(tmp_path / "weights.partial/model.safetensors.part", 20_000)
