@@ -192,11 +192,11 @@ doctor plan: export CHOSEN = $(foreach v,$(SETTINGS),$v=$($v)$(NEWLINE))INTERPRE
 doctor plan: export REFUSED_NAMES = $(REFUSED)
 doctor plan: TOOLCHAIN_IMAGE = $(NVIDIA)
 
-# a room's own question is not theirs; and what was fetched stays whatever code changes
-weights: export ROOM_ARGS = $(SOURCE)
+# a room's own question is not theirs; scripts/fetch_weights.py has one of its own
+weights: export ROOM_ARGS =
 weights: export ROOM_NEEDS =
 weights: | $(REFUSE) $(if $(HAS),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
-	@env -u ROOM_NEEDS $(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
+	@$(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
 config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
 hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank

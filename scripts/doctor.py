@@ -111,7 +111,7 @@ def check_weights(case: Case) -> str:
             return f"note not here yet; make fetches them from {source}"
         raise errors.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, source)
     names = sorted(path.name for path in folder.iterdir())
-    if "params.json" in names:
+    if plan.in_metas_form(names):
         form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)
     elif "config.json" in names:
         form, seen = "Hugging Face's form", check_hf_files(folder)

@@ -576,6 +576,39 @@ def no_meta_url(seen: str) -> Problem:
     )
 
 
+def secret_in_source() -> Problem:
+    return Problem(
+        "source holds a secret",
+        "Makefile",
+        "SOURCE is a URL with a user and password, or with a query (what comes after a ?). It is not shown here, and it was not used: "
+        "every user of this machine can read a command line while it runs, and shells keep them. SOURCE is the URL without these.",
+        "Put the whole URL, as it was given to you, into a file of yours:",
+        f"MIRROR_URL_FILE=/path/to/file {make('weights', SOURCE='https://host/folder')}",
+    )
+
+
+def mirror_url_odd(seen: str) -> Problem:
+    return Problem(
+        "no url of the mirror",
+        "MIRROR_URL",
+        f"MIRROR_URL, or the file that MIRROR_URL_FILE names, holds the URL of SOURCE with what is secret in it: "
+        f"https://user:password@host/folder, or https://host/folder?token=... Here {seen}.",
+        "Correct the file, or the setting:",
+        f"MIRROR_URL_FILE=/path/to/file {make('weights')}",
+    )
+
+
+def mirror_refused(name: str, source: str, status: int, with_secret: bool) -> Problem:
+    secret = "with what MIRROR_URL holds" if with_secret else "without a login, since there is none (MIRROR_URL)"
+    return Problem(
+        "the mirror does not give it",
+        source,
+        f"The answer for {name} is {status}, {secret}.",
+        weights_again("Put the URL with user and password, or with its query, into a file of yours."),
+        f"MIRROR_URL_FILE=/path/to/file {make('weights')}",
+    )
+
+
 def meta_link_refused(name: str, source: str, status: int) -> Problem:
     return Problem(
         "meta's link is refused",
@@ -658,11 +691,21 @@ def fetched_file_differs(name: str, source: str, what: str, expected: str, actua
     )
 
 
-def no_space_for_weights(folder: PathLike, free_bytes: int, needed_bytes: int) -> Problem:
+def fetched_file_changed(name: str, source: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        f"{name} was replaced at its source",
+        source,
+        f"When the fetching began it was the version {expected}; now it is {actual} there. Of two versions no file is put together.",
+        "What arrived of it is left away, all other files are kept. When the source is at rest:",
+        make("weights"),
+    )
+
+
+def no_space_for_weights(folder: PathLike, free: str, needed: str) -> Problem:
     return Problem(
         "the disk is too small",
         folder,
-        f"{needed_bytes / 1e9:.1f} GB are still to come; {free_bytes / 1e9:.1f} GB are free there. Nothing was fetched.",
+        f"{needed} are still to come; {free} are free there. Nothing was fetched.",
         weights_again("Make room, or say a folder on a larger disk with WEIGHTS=."),
         make("weights"),
     )

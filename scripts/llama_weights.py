@@ -46,6 +46,8 @@ def form_of(folder: Path) -> str:
     meta = [
         name for name in names if name == "params.json" or (name.startswith("consolidated.") and name.endswith(".pth"))
     ]
+    if "config.json" in names and meta == ["params.json"]:
+        meta = []  # Mistral's own repositories: Hugging Face's form, with a params.json beside it
     hf = [name for name in names if name in ("config.json", INDEX, BIN_INDEX) or name.endswith(".safetensors")]
     hf = hf or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     gguf = [name for name in names if name.endswith(".gguf")]

@@ -14,7 +14,7 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import build_engines, contracts, errors, gpus, memory_model, serve, settings, tokenizer, trtllm_build
 from scripts.llama_shape import (
@@ -139,11 +139,17 @@ def toolchain_for(gpu: gpus.Gpu) -> Optional[str]:
     return fitting[-1] if fitting else None
 
 
+def in_metas_form(names: Collection[str]) -> bool:
+    """As llama_weights.form_of: a params.json beside a config.json, and no shards, is in Mistral's own repositories."""
+    shards = any(re.fullmatch(r"consolidated\..*\.pth", name) for name in names)
+    return "params.json" in names and (shards or "config.json" not in names)
+
+
 def model_of(choice: Choice) -> Model:
     """The model from its folder, or where there is none, a preset from models/shapes.json."""
     name, folder = choice["MODEL"], choice.weights
     asked = choice.number("CONTEXT")
-    if (folder / "params.json").is_file():
+    if in_metas_form({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
         params = read_params(folder / "params.json")
         vocab_size = params.vocab_size or tokenizer.read_tokenizer_model(tokenizer.path_of(folder)).vocab_size
         shape = params.shape(vocab_size)

@@ -48,6 +48,8 @@ class Filling:
     question: Dict[str, Any]
     kept: Dict[str, FileRecord] = field(default_factory=dict)
     begun: Dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    # what the source of each file says of it: the next try keeps a file only where the source says the same again (fetch_weights.py)
+    promised: Dict[str, Any] = field(default_factory=dict)
     files: Dict[str, FileRecord] = field(default_factory=dict)
     facts: Dict[str, Any] = field(default_factory=dict)
 
@@ -60,7 +62,7 @@ class Filling:
         """Remember what is whole, should this try be interrupted. begun: of the files that are not, what of them is on the disk."""
         self.begun = dict(begun)
         files = {name: record.as_json() for name, record in {**self.kept, **self.files}.items()}
-        finished = {"question": self.question, "files": files, "begun": begun}
+        finished = {"question": self.question, "files": files, "begun": begun, "promised": self.promised}
         write_synced(self.path / FINISHED, json.dumps(finished).encode())
 
     def write(self, name: str, data: bytes) -> None:
@@ -169,6 +171,7 @@ def filling(
     arguments: Optional[Mapping[str, Any]] = None,
     tools: Optional[Mapping[str, str]] = None,
     name: Optional[str] = None,
+    asked: Optional[str] = None,
 ) -> Iterator[Filling]:
     """Fill `room` from the rooms it `reads`.
 
@@ -178,22 +181,24 @@ def filling(
     A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
     name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
     made from) come from the Makefile. `args` may hold a path of this machine: it is the question, not part of the answer.
-    name: what the room is called, where its folder is named after something else.
+    name: what the room is called, where its folder is named after something else. asked: in place of ROOM_ARGS, for a room that is made
+    from no files of this tree and stays whatever code changes (weights).
     """
     room = room.absolute()
     partial, old = room.with_name(room.name + ".partial"), room.with_name(room.name + ".old")
     room.parent.mkdir(parents=True, exist_ok=True)
-    asked = os.environ.get("ROOM_ARGS", "")
+    made_from_files = asked is None
+    asked = os.environ.get("ROOM_ARGS", "") if asked is None else asked
     partial_lock = _lock_partial(partial)
     read_locks = []
     try:
-        if _answers(room, asked):
+        if _answers(room, asked, made_from_files):
             shutil.rmtree(partial)
-            raise errors.Finished(f"{room.name:<11} made by another make in this tree meanwhile")
-        if _answers(partial, asked):
+            raise errors.Finished(f"{name or room.name:<11} made by another make in this tree meanwhile")
+        if _answers(partial, asked, made_from_files):
             _publish(partial, room, old)
             raise errors.Finished(
-                f"{room.name:<11} -> {errors.shown(room)}: it was whole already, and has its name now"
+                f"{name or room.name:<11} -> {errors.shown(room)}: it was whole already, and has its name now"
             )
         if old.is_dir() and not room.exists():  # killed between the two renames of _publish
             os.rename(old, room)
@@ -203,7 +208,8 @@ def filling(
         question = {"asked": asked, "arguments": dict(arguments or {}), "reads": reads_sha256}
         for path in (reads or {}).values():
             read_manifest(path)
-        filling_room = Filling(room, partial, question, *_keep_finished(partial, question))
+        kept, begun, promised = _keep_finished(partial, question, made_from_files)
+        filling_room = Filling(room, partial, question, kept, begun, promised)
         yield filling_room
         manifest = {
             "room": name or room.name,
@@ -270,11 +276,11 @@ def _lock_partial(partial: Path) -> int:
             continue
 
 
-def _answers(folder: Path, asked: str) -> bool:
+def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
     """Make's own question, asked again under the lock: is this room whole, and right for what is asked now?"""
     try:
         return (
-            _newer_than_needs(folder / MANIFEST)
+            (not made_from_files or _newer_than_needs(folder / MANIFEST))
             and (folder / ARGS).read_text() == asked
             and bool(read_manifest(folder))
         )
@@ -299,18 +305,19 @@ def interrupted_arguments(room: Path) -> Dict[str, Any]:
 
 
 def _keep_finished(
-    partial: Path, question: Mapping[str, Any]
-) -> Tuple[Dict[str, FileRecord], Dict[str, Mapping[str, Any]]]:
+    partial: Path, question: Mapping[str, Any], made_from_files: bool
+) -> Tuple[Dict[str, FileRecord], Dict[str, Mapping[str, Any]], Dict[str, Any]]:
     """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished, or began."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
         same = finished["question"] == question and (
-            "ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED)
+            not made_from_files or "ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED)
         )
         kept = {name: FileRecord(**record) for name, record in finished["files"].items()} if same else {}
         begun = dict(finished["begun"]) if same else {}
+        promised = dict(finished.get("promised", {}))
     except (OSError, ValueError, KeyError, TypeError):
-        kept, begun = {}, {}
+        kept, begun, promised = {}, {}, {}
     kept = {
         name: record
         for name, record in kept.items()
@@ -323,7 +330,7 @@ def _keep_finished(
                 path.rmdir()
         elif str(path.relative_to(partial)) not in {*kept, *begun, FINISHED}:
             path.unlink()
-    return kept, begun
+    return kept, begun, promised
 
 
 def _publish(partial: Path, room: Path, old: Path) -> None:

@@ -24,6 +24,8 @@ HASH        := \#
 NOT_A_WORD   = $$ $(HASH) % ; ' " ` & | < > ( ) [ ] { } * ? ! ~ \$(NOTHING)
 REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(if $(filter HOST SOURCE,$v),,:),$(findstring $c,$($v))) \
                  $(if $(filter ASSUME_GPU REHEARSAL,$v),,$(filter-out 0 1,$(words $($v))))),$v))
+# a URL with a password in it
+REFUSED     += $(if $(filter http://% https://%,$(SOURCE)),$(if $(findstring @,$(word 2,$(subst /, ,$(SOURCE)))),$(filter-out $(REFUSED),SOURCE)))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
 REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH POINTS BASELINE WITH PEERS ROOM JSON VERSION INFERRED BASE_IMAGE NO_CACHE IMAGE KEY,$(TYPED)))
 

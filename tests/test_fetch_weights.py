@@ -1,5 +1,7 @@
 """make weights against a real server on loopback that breaks connections, expires links, serves wrong bytes and ignores ranges."""
 
+import errno
+import gzip
 import hashlib
 import json
 import os
@@ -10,16 +12,18 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from base64 import b64encode
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from conftest import ROOT, make
 from synthetic import write_model
 
 from scripts import errors, fetch_weights, room, sources
+from scripts.llama_weights import form_of
 
 SEGMENT = 10_000
 SECRET = "Policy=abc&Signature=s3cr3t~x__&Key-Pair-Id=K1"
@@ -32,6 +36,7 @@ class Web:
     def __init__(self) -> None:
         self.files: Dict[str, bytes] = {}
         self.ranges = True
+        self.tells_version = True  # by an ETag of the content
         self.spoil: Callable[[str, int], Optional[Tuple[str, int]]] = lambda path, start: None
         self.asked: List[Tuple[str, int, str]] = []  # path, first byte, query
         self.headers: List[Dict[str, str]] = []
@@ -58,15 +63,29 @@ class Web:
                 if spoilt and spoilt[0] == "flip":
                     data = bytearray(data)
                     data[spoilt[1]] ^= 1
-                if not web.ranges or found is None:
-                    return self.answer(200, bytes(data), spoilt)
+                if spoilt and spoilt[0] == "packed":
+                    return self.answer(200, gzip.compress(bytes(data)), spoilt)
+                if not web.ranges or found is None or self.headers.get("If-Range", self.etag(data)) != self.etag(data):
+                    return self.answer(200, bytes(data), spoilt, etag=self.etag(data))
+                if spoilt and spoilt[0] == "shifted" and found[2]:
+                    return self.answer(206, bytes(data[: int(found[2]) + 1 - start]), None, 0, len(data))
                 if start >= len(data):
                     return self.answer(416, b"", total=len(data))
                 end = min(int(found[2]) + 1 if found[2] else len(data), len(data))
-                return self.answer(206, bytes(data[start:end]), spoilt, start, len(data))
+                return self.answer(206, bytes(data[start:end]), spoilt, start, len(data), self.etag(data))
 
-            def answer(self, status: int, body: bytes, spoilt: Any = None, start: int = 0, total: int = 0) -> None:
+            @staticmethod
+            def etag(data: bytes) -> str:
+                return f'"{hashlib.md5(data).hexdigest()}"'
+
+            def answer(
+                self, status: int, body: bytes, spoilt: Any = None, start: int = 0, total: int = 0, etag: str = ""
+            ) -> None:
                 self.send_response(status)
+                if etag and web.tells_version:
+                    self.send_header("ETag", etag)
+                if spoilt and spoilt[0] == "packed":
+                    self.send_header("Content-Encoding", "gzip")
                 self.send_header("Content-Length", str(len(body)))
                 if status == 206:
                     self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{total}")
@@ -106,7 +125,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(fetch_weights, "SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(fetch_weights, "RETRY_SECONDS", 0.001)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
-    for name in ("META_URL", "META_URL_FILE", "HF_TOKEN", "ROOM_ARGS", "ROOM_NEEDS"):
+    for name in ("META_URL", "META_URL_FILE", "MIRROR_URL", "MIRROR_URL_FILE", "HF_TOKEN", "ROOM_ARGS", "ROOM_NEEDS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = Web()
@@ -289,6 +308,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(500_000))
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
     assert "THE DISK IS TOO SMALL" in problem.report() and "Nothing was fetched" in problem.seen
+    assert "798.0 kB are still to come; 500.0 kB are free" in problem.seen
     assert max(len(set(meta.bytes_asked_from(name))) for name in ("00.pth", "01.pth")) == 1
 
 
@@ -300,6 +320,27 @@ def test_what_is_no_link_of_metas_is_told_and_not_shown(
 ) -> None:
     monkeypatch.setenv("META_URL", url)
     assert "NO URL OF META" in refused("meta:llama-2-7b", tmp_path / "weights").report()
+
+
+def test_what_a_full_disk_cut_off_is_not_counted_again(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": os.urandom(300_000)}
+    web.files.update({f"/m/{name}": data for name, data in files.items()})
+    monkeypatch.setattr(fetch_weights, "SEGMENT_BYTES", 1 << 20)
+    plain_note = room.Filling.note
+
+    def note(filling: room.Filling, begun: Any) -> None:
+        if begun.get("model.safetensors.part"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain_note(filling, begun)
+
+    monkeypatch.setattr(room.Filling, "note", note)
+    with pytest.raises(OSError, match="No space left"):  # the weights are there, and what tells so finds no place
+        fetch(f"{web.url}/m", tmp_path / "weights")
+    monkeypatch.setattr(room.Filling, "note", plain_note)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(5_000))
+    assert files_of(fetch(f"{web.url}/m", tmp_path / "weights")) == files
 
 
 def test_a_folder_that_make_did_not_fetch_is_not_touched(meta: Web, tmp_path: Path) -> None:
@@ -369,6 +410,20 @@ def test_an_interrupted_try_goes_on_with_its_commit(hub: Web, tmp_path: Path) ->
     assert 0 not in hub.bytes_asked_from("model.safetensors")[1:]
 
 
+def test_after_an_interruption_another_model_is_not_asked_for_at_the_first_ones_commit(
+    hub: Web, tmp_path: Path
+) -> None:
+    other = "f" * 40
+    hub.files["/api/models/other/llama"] = hub.files["/api/models/some/llama"].replace(COMMIT.encode(), other.encode())
+    for path in [path for path in hub.files if path.startswith("/some/")]:
+        hub.files[path.replace("/some/", "/other/").replace(COMMIT, other)] = hub.files[path]
+    hub.spoil = lambda path, start: ("status", 403) if start >= 30_000 else None
+    refused("hf:some/llama", tmp_path / "weights")
+    hub.spoil = lambda path, start: None
+    folder = fetch("hf:other/llama", tmp_path / "weights")
+    assert room.read_manifest(folder)["arguments"] == {"source": "hf:other/llama", "revision": other}
+
+
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("token", [True, False])
 def test_a_gated_model_is_a_report_that_says_what_to_do(
@@ -401,10 +456,35 @@ def test_wrong_bytes_from_the_hub_are_found(name: str, hub: Web, tmp_path: Path)
 
 def test_a_mirror_in_metas_form(web: Web, model: Dict[str, bytes], tmp_path: Path) -> None:
     web.files.update({f"/mirror/llama/{name}": data for name, data in model.items()})
-    url = web.url.replace("http://", "http://user:s3cr3t@") + "/mirror/llama/?token=s3cr3t"
-    folder = fetch(url, tmp_path / "weights")
+    assert files_of(fetch(f"{web.url}/mirror/llama/", tmp_path / "weights")) == model
+
+
+@pytest.mark.parametrize("secret", ["http://us:s3cr3t@", "?token=s3cr3t", "http://us:p/s3cr3t@"])
+def test_a_secret_in_source_is_refused_and_not_shown(secret: str, web: Web, tmp_path: Path) -> None:
+    url = f"{web.url}/m".replace("http://", secret) if "@" in secret else f"{web.url}/m{secret}"
+    problem = refused(url, tmp_path / "weights")
+    assert "SOURCE HOLDS A SECRET" in problem.report() and "MIRROR_URL_FILE" in problem.command and not web.asked
+
+
+@pytest.mark.parametrize("how", ["MIRROR_URL", "MIRROR_URL_FILE"])
+def test_a_mirrors_login_and_query_come_from_the_environment_and_stay_there(
+    how: str, web: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.files.update({f"/m/{name}": data for name, data in model.items()})
+    secret = web.url.replace("http://", "http://us:s3cr3t%40@") + "/m/?token=s3cr3t"
+    (tmp_path / "link").write_text(secret + "\n")
+    web.spoil = lambda path, start: None if web.asked[-1][2] else ("status", 401)
+    problem = refused(f"{web.url}/m", tmp_path / "weights")
+    assert "401, without a login" in problem.seen and "MIRROR_URL_FILE" in problem.command
+    web.asked, web.headers = [], []
+    monkeypatch.setenv(how, str(tmp_path / "link") if how.endswith("FILE") else secret)
+    folder = fetch(f"{web.url}/m", tmp_path / "weights")
     assert files_of(folder) == model
-    assert "s3cr3t" not in (folder / room.MANIFEST).read_text()
+    assert {headers["authorization"] for headers in web.headers} == {"Basic " + b64encode(b"us:s3cr3t@").decode()}
+    assert {query for _, _, query in web.asked} == {"token=s3cr3t"}
+    assert not [path for path in folder.iterdir() if b"s3cr3t" in path.read_bytes()]
+    problem = refused(f"{web.url}/other", tmp_path / "other")
+    assert f"SOURCE is {web.url}/other, and it is for {web.url}/m" in problem.seen
 
 
 def test_a_mirror_in_hugging_faces_form(web: Web, tmp_path: Path) -> None:
@@ -426,26 +506,321 @@ def test_a_mounted_folder_is_copied_and_checked(model: Dict[str, bytes], web: We
     assert "md5 should be" in refused(f"{tmp_path}/mounted", tmp_path / "other").seen
 
 
-def test_an_object_store_is_listed_and_read_by_ranges(
-    web: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entries = "".join(
-        f"<Contents><Key>llama/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;{i}&quot;</ETag>"
-        f"<Size>{len(data)}</Size><StorageClass>STANDARD</StorageClass></Contents>"
-        for i, (name, data) in enumerate(model.items())
-    )
-    listing = f"<?xml version='1.0'?><ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
-    web.files["/bucket"] = listing.encode()
-    web.files.update({f"/bucket/llama/{name}": data for name, data in model.items()})
+class Bucket:
+    """An object store with the folder `llama` of the bucket `bucket`."""
+
+    def __init__(self, web: Web, files: Dict[str, bytes]) -> None:
+        self.web = web
+        self.holds(files)
+
+    def holds(self, files: Dict[str, bytes]) -> None:
+        entries = "".join(
+            f"<Contents><Key>llama/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>&quot;{hashlib.md5(data).hexdigest()}&quot;</ETag>"
+            f"<Size>{len(data)}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+            for name, data in files.items()
+        )
+        listing = f"<?xml version='1.0'?><ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+        self.web.files["/bucket"] = listing.encode()
+        self.web.files.update({f"/bucket/llama/{name}": data for name, data in files.items()})
+
+
+@pytest.fixture
+def bucket(web: Web, model: Dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in {
         "AWS_ENDPOINT_URL": web.url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "s3cr3t",
         "AWS_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    return Bucket(web, model)
+
+
+def test_an_object_store_is_listed_and_read_by_ranges(
+    web: Web, bucket: Bucket, model: Dict[str, bytes], tmp_path: Path
+) -> None:
     folder = fetch("s3://bucket/llama", tmp_path / "weights")
     assert files_of(folder) == model and "s3cr3t" not in (folder / room.MANIFEST).read_text()
     web.spoil = lambda path, start: ("status", 403)
     assert "THE STORE DOES NOT GIVE" in refused("s3://bucket/llama", tmp_path / "other").report()
+
+
+def test_a_key_that_no_file_can_have_is_named(bucket: Bucket, model: Dict[str, bytes], tmp_path: Path) -> None:
+    bucket.holds({**model, "../x": b"x"})
+    problem = refused("s3://bucket/llama", tmp_path / "weights")
+    assert '"llama/../x"' in problem.seen and "THE LIST OF FILES IS NOT" in problem.report()
+
+
+# --- what changes at its source ---------------------------------------------------------------------------------------------
+
+
+OLD = {"config.json": b'{"a": 1}', "model.safetensors": b"old" * 30_000}
+
+
+class Changing:
+    """A model without digests in one of the places that may hold it; its fetching can be broken off in the middle."""
+
+    def __init__(self, kind: str, web: Web, mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind, self.web, self.mounted, self.patch = kind, web, mounted, monkeypatch
+        self.source = {"mirror": f"{web.url}/m", "store": "s3://bucket/llama", "folder": str(mounted)}[kind]
+        mounted.mkdir()
+        self.holds(OLD)
+
+    def holds(self, files: Dict[str, bytes]) -> None:
+        if self.kind == "mirror":
+            self.web.files.update({f"/m/{name}": data for name, data in files.items()})
+        if self.kind == "store":
+            Bucket(self.web, files)
+        for name, data in files.items() if self.kind == "folder" else ():
+            (self.mounted / "new").write_bytes(data)
+            os.replace(self.mounted / "new", self.mounted / name)
+
+    def broken_off(self, output: Path) -> None:
+        """Some segments arrive, others do not."""
+        plain = fetch_weights.Fetch._take
+
+        def take(fetching: fetch_weights.Fetch, arriving: fetch_weights.Arriving, start: int, end: int) -> None:
+            if start >= 50_000:
+                raise errors.fetch_refused(arriving.remote.name, self.source, 403)
+            plain(fetching, arriving, start, end)
+
+        with self.patch.context() as patch:
+            patch.setattr(fetch_weights.Fetch, "_take", take)
+            patch.setattr(fetch_weights, "CONNECTIONS", 1)
+            refused(self.source, output)
+        begun = json.loads((output.with_name(output.name + ".partial") / room.FINISHED).read_text())["begun"]
+        assert sum(begun["model.safetensors.part"].values()) == 50_000
+
+
+@pytest.fixture(params=["mirror", "store", "folder"])
+def changing(
+    request: pytest.FixtureRequest, web: Web, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Changing:
+    return Changing(request.param, web, tmp_path / "mounted", monkeypatch)
+
+
+def test_what_is_the_same_still_is_gone_on_with(
+    changing: Changing, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changing.broken_off(tmp_path / "weights")
+    assert files_of(fetch(changing.source + "/", tmp_path / "weights")) == OLD, "with a slash it is the same source"
+    assert "in all 50.0 kB; kept" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("size_bytes", [90_000, 40_000, 200_000], ids=["of the same size", "shorter", "longer"])
+def test_two_versions_of_a_file_are_never_put_together(changing: Changing, size_bytes: int, tmp_path: Path) -> None:
+    changing.broken_off(tmp_path / "weights")
+    new = {**OLD, "model.safetensors": b"newer" * (size_bytes // 5)}
+    changing.holds(new)
+    assert files_of(fetch(changing.source, tmp_path / "weights")) == new
+
+
+def test_a_file_that_is_replaced_while_it_arrives_is_a_report(
+    changing: Changing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {**OLD, "model.safetensors": b"new" * 30_000}
+    plain = fetch_weights.Fetch._take
+
+    def take(fetching: fetch_weights.Fetch, arriving: fetch_weights.Arriving, start: int, end: int) -> None:
+        if start == 50_000:
+            changing.holds(new)
+        plain(fetching, arriving, start, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_weights.Fetch, "_take", take)
+        patch.setattr(fetch_weights, "CONNECTIONS", 1)
+        problem = refused(changing.source, tmp_path / "weights")
+    assert "MODEL.SAFETENSORS WAS REPLACED AT ITS SOURCE" in problem.report()
+    assert files_of(fetch(changing.source, tmp_path / "weights")) == new
+
+
+def test_where_nothing_tells_two_versions_apart_what_arrived_is_not_gone_on_with(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.tells_version = False
+    changing = Changing("mirror", web, tmp_path / "mounted", monkeypatch)
+    changing.broken_off(tmp_path / "weights")
+    new = {**OLD, "model.safetensors": b"new" * 30_000}
+    changing.holds(new)
+    assert files_of(fetch(changing.source, tmp_path / "weights")) == new
+
+
+def test_a_whole_file_in_place_of_a_part_without_its_version_is_not_taken_for_the_same(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = Changing("mirror", web, tmp_path / "mounted", monkeypatch)
+    changing.broken_off(tmp_path / "weights")
+
+    def forgets(path: str, start: int) -> None:
+        if start:
+            web.ranges = web.tells_version = False
+
+    web.spoil = forgets  # type: ignore[assignment]
+    assert "now it is without any" in refused(changing.source, tmp_path / "weights").seen
+
+
+def test_a_part_that_was_made_shorter_meanwhile_is_fetched_anew(changing: Changing, tmp_path: Path) -> None:
+    changing.broken_off(tmp_path / "weights")
+    os.truncate(tmp_path / "weights.partial/model.safetensors.part", 20_000)
+    assert files_of(fetch(changing.source, tmp_path / "weights")) == OLD
+
+
+def test_files_of_a_mirror_that_is_being_updated_are_of_one_release(
+    web: Web, model: Dict[str, bytes], tmp_path: Path
+) -> None:
+    def release(number: int) -> Dict[str, bytes]:
+        files = {f"consolidated.0{shard}.pth": bytes([number, shard]) * 20_000 for shard in (0, 1)}
+        files.update({"params.json": b'{"dim": %d}' % number, "tokenizer.model": b"%d" % number})
+        listed = "".join(f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
+        return {**files, "checklist.chk": listed.encode()}
+
+    old, new = release(1), release(2)
+    web.files.update({f"/m/{name}": data for name, data in old.items()})
+    web.files["/m/consolidated.01.pth"] = new["consolidated.01.pth"]  # it is the first to be replaced
+    assert "consolidated.01.pth" in refused(f"{web.url}/m", tmp_path / "weights").title
+    assert (tmp_path / "weights.partial/consolidated.00.pth").is_file()
+    web.files.update({f"/m/{name}": data for name, data in new.items()})
+    assert files_of(fetch(f"{web.url}/m", tmp_path / "weights")) == new
+
+
+# --- servers that answer something else ------------------------------------------------------------------------------------------
+
+
+def test_other_bytes_than_those_asked_for_are_not_taken(web: Web, tmp_path: Path) -> None:
+    web.files.update({f"/m/{name}": data for name, data in OLD.items()})
+    web.spoil = lambda path, start: ("shifted", 0)
+    assert "other bytes than those from" in refused(f"{web.url}/m", tmp_path / "weights").seen
+
+
+@pytest.mark.parametrize("name", list(OLD))
+def test_what_comes_packed_is_refused(name: str, web: Web, tmp_path: Path) -> None:
+    web.files.update({f"/m/{name}": data for name, data in OLD.items()})
+    web.spoil = lambda path, start: ("packed", 0) if path.endswith(name) else None
+    problem = refused(f"{web.url}/m", tmp_path / "weights")
+    assert "packed (gzip)" in problem.seen and name in problem.title
+
+
+def test_an_empty_file_of_a_mirror_is_one(web: Web, tmp_path: Path) -> None:
+    files = {**OLD, "added_tokens.json": b""}
+    web.files.update({f"/m/{name}": data for name, data in files.items()})
+    assert files_of(fetch(f"{web.url}/m", tmp_path / "weights")) == files
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "args", "finished.json", "consolidated.00.pth.part"])
+def test_a_checklist_cannot_name_what_make_writes_itself(
+    name: str, web: Web, model: Dict[str, bytes], tmp_path: Path
+) -> None:
+    evil = model["checklist.chk"] + f"{hashlib.md5(b'evil').hexdigest()}  {name}\n".encode()
+    files = {**model, "checklist.chk": evil, name: b"evil"}
+    web.files.update({f"/m/{name}": data for name, data in files.items()})
+    assert f"it names {name}, which" in refused(f"{web.url}/m", tmp_path / "weights").seen
+
+
+# --- which files are a model ---------------------------------------------------------------------------------------------------
+
+
+MISTRAL = {
+    "config.json": b"{}",
+    "model-1.safetensors": b"a",
+    "model-2.safetensors": b"b",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}',
+    "params.json": b"{}",
+    "consolidated.safetensors": b"ab",
+    "tokenizer.model": b"t",
+}
+META = {"params.json": b"{}", "consolidated.00.pth": b"x", "tokenizer.model": b"t"}
+
+
+@pytest.mark.parametrize(
+    ("there", "form", "left"),
+    [
+        (MISTRAL, "hf", {"params.json", "consolidated.safetensors"}),
+        (META, "meta", set()),
+        ({**META, "config.json": b"{}", "model.safetensors": b"x"}, "meta", {"config.json", "model.safetensors"}),
+        ({**META, "consolidated.safetensors": b"x"}, "meta", {"consolidated.safetensors"}),
+    ],
+    ids=["mistral's", "meta's", "meta's and hugging face's", "meta's and another"],
+)
+def test_whose_form_a_folder_has(there: Dict[str, bytes], form: str, left: Set[str], web: Web, tmp_path: Path) -> None:
+    (tmp_path / "mounted").mkdir()
+    for name, data in there.items():
+        (tmp_path / "mounted" / name).write_bytes(data)
+    folder = fetch(f"{tmp_path}/mounted", tmp_path / "weights")
+    assert set(files_of(folder)) == set(there) - left
+    assert form_of(folder) == form
+    if "config.json" not in left:
+        assert form_of(tmp_path / "mounted") == form
+
+
+@pytest.mark.parametrize("names", [["params.json", "tokenizer.model"], ["config.json", "consolidated.safetensors"], []])
+def test_a_folder_without_weights_is_refused(names: List[str], web: Web, tmp_path: Path) -> None:
+    (tmp_path / "mounted").mkdir()
+    for name in names:
+        (tmp_path / "mounted" / name).write_bytes(b"{}")
+    assert "no weights are there" in refused(f"{tmp_path}/mounted", tmp_path / "weights").seen
+
+
+# --- several makes at once, and one name for one place -----------------------------------------------------------------------------
+
+
+def test_another_make_that_fetched_it_meanwhile_is_enough(
+    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, asked = sources.Meta.files, []
+
+    def files(source: sources.Meta) -> List[sources.Remote]:
+        remotes = plain(source)
+        if not asked:  # we are the second; the first fetches all between our first question and our lock
+            asked.append(0)
+            fetch("meta:llama-2-7b", tmp_path / "weights")
+            asked.append(len(meta.asked))
+        return remotes
+
+    monkeypatch.setattr(sources.Meta, "files", files)
+    monkeypatch.setenv("ROOM_NEEDS", "")  # as the Makefile has it
+    fetch("meta:llama-2-7b", tmp_path / "weights")
+    assert len(meta.asked) == asked[1], "nothing was asked for a second time"
+    assert files_of(tmp_path / "weights") == model and [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
+    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta.files.update({f"/m/{name}": data for name, data in OLD.items()})
+    plain = sources.Meta.files
+    monkeypatch.setattr(
+        sources.Meta, "files", lambda source: (fetch(f"{meta.url}/m", tmp_path / "weights"), plain(source))[1]
+    )
+    with pytest.raises(errors.Problem, match="from elsewhere"):
+        fetch("meta:llama-2-7b", tmp_path / "weights")
+    assert files_of(tmp_path / "weights") == OLD
+
+
+def test_a_whole_folder_that_was_killed_before_it_had_its_name_only_gets_it(
+    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*folders: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(room, "_publish", killed)
+        fetch("meta:llama-2-7b", tmp_path / "weights")
+    meta.asked = []
+    monkeypatch.setenv("ROOM_NEEDS", "")
+    assert files_of(fetch("meta:llama-2-7b", tmp_path / "weights")) == model
+    assert set(meta.bytes_asked_from("consolidated.00.pth")) <= {0}, "how long it is, no more"
+
+
+@pytest.mark.parametrize("again", ["./mounted", "mounted/", "./mounted//", ".//mounted"])
+def test_one_folder_has_one_name(
+    again: str, model: Dict[str, bytes], web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    for name, data in model.items():
+        (tmp_path / "mounted" / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    fetch("./mounted", Path("weights"))
+    with pytest.raises(errors.Finished, match="from ./mounted"):
+        fetch_weights.fetch_weights(fetch_weights.Settings(again, Path("weights")))
 
 
 @pytest.mark.parametrize("source", ["nonsense", "hf:", "hf:../x", "meta:", "meta:../x", "ftp:x"])
@@ -479,9 +854,17 @@ def test_make_fetches_what_is_missing_converts_it_and_clean_leaves_it(
 
 
 def test_a_secret_behind_make_is_refused_and_not_repeated(own_tree: Path) -> None:
-    for name in ("META_URL", "HF_TOKEN"):
+    for name in ("META_URL", "MIRROR_URL", "HF_TOKEN"):
         done = make(own_tree, "weights", "MODEL=llama-2-7b", f"{name}=https://x/*?s3cr3t")
         assert done.returncode == 2 and f"{name} IS A SECRET" in done.stderr
+        assert "s3cr3t" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", ["http://us:s3cr3t@127.0.0.1:9/m", "http://127.0.0.1:9/m?token=s3cr3t"])
+def test_a_secret_in_a_source_typed_behind_make_is_not_repeated(own_tree: Path, source: str) -> None:
+    for goal in ("weights", "plan"):
+        done = make(own_tree, goal, "MODEL=weights/mine", f"SOURCE={source}")
+        assert done.returncode == 2 and "SOURCE HOLDS A SECRET" in done.stderr and "MIRROR_URL_FILE" in done.stderr
         assert "s3cr3t" not in done.stdout + done.stderr
 
 
