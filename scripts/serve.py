@@ -43,6 +43,8 @@ DRAIN_SECONDS = 20
 # How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
 STOPPED_SECONDS = 3.0
 SILENT_SECONDS = 8.0
+# how long an answer to "are you alive" may take
+ALIVE_SECONDS = 3.5
 # Every Python model takes 1 MB of shared memory at start and grows; MPI takes some more per rank.
 SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
 PROBE = {"text_input": "Hello", "max_tokens": 1}
@@ -456,6 +458,27 @@ class Ranks:
         self.reader.join(timeout=2)
 
 
+class Pulse:
+    """Whether a port answers. Silent is what has missed two questions in a row and SILENT_SECONDS: a machine that was frozen meanwhile
+    (a snapshot, a closed laptop) comes back with one question lost and much time gone, and nothing is wrong with it."""
+
+    def __init__(self) -> None:
+        self.heard()
+
+    def heard(self) -> None:
+        self.last, self.missed = time.monotonic(), 0
+
+    def ask(self, url: str) -> None:
+        if http_ok(url, None, ALIVE_SECONDS):
+            self.heard()
+        else:
+            self.missed += 1
+
+    @property
+    def silent(self) -> bool:
+        return self.missed > 1 and time.monotonic() - self.last > SILENT_SECONDS
+
+
 class Endpoint:
     """The OpenAI-compatible endpoint: one process, in a session of its own so that signals meant for us do not reach it."""
 
@@ -472,7 +495,7 @@ class Endpoint:
             stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self.last_lines: Deque[str] = deque(maxlen=LOG_LINES)
-        self.last_alive = time.monotonic()
+        self.pulse = Pulse()
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
 
@@ -488,7 +511,7 @@ class Endpoint:
         if self.process.poll() is not None:
             self.reader.join(timeout=1)
             return f"its process (pid {self.process.pid}) ended with status {self.process.returncode}"
-        if time.monotonic() - self.last_alive > SILENT_SECONDS:
+        if self.pulse.silent:
             return f"its port has not answered for {SILENT_SECONDS:.0f} s"
         return None
 
@@ -551,7 +574,7 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
-        self.last_alive = time.monotonic()
+        self.pulse = Pulse()
         self.endpoint: Optional[Endpoint] = None
 
     def run(self) -> int:
@@ -682,29 +705,27 @@ class Supervisor:
 
     def _watch(self, ranks: Ranks) -> None:
         """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
-        self.last_alive = time.monotonic()
-        threading.Thread(target=self._ask_if_alive, daemon=True).start()
+        self._listen(self.pulse, f"{self.settings.url}/v2/health/live")
         if self.endpoint is not None:
-            self.endpoint.last_alive = self.last_alive
-            threading.Thread(target=self._ask_if_endpoint_alive, args=(self.endpoint,), daemon=True).start()
+            self._listen(self.endpoint.pulse, f"{self.settings.openai_url}/health/live")
         while not self.asked_to_end.wait(0.25):
             failure = ranks.failure()
-            if failure is None and time.monotonic() - self.last_alive > SILENT_SECONDS:
+            if failure is None and self.pulse.silent:
                 failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")
             if failure:
                 raise errors.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
             if self.endpoint is not None and (event := self.endpoint.failure()):
                 raise errors.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
 
-    def _ask_if_alive(self) -> None:
-        while not self.asked_to_end.wait(1):
-            if http_ok(f"{self.settings.url}/v2/health/live", None, SILENT_SECONDS):
-                self.last_alive = time.monotonic()
+    def _listen(self, pulse: Pulse, url: str) -> None:
+        """Ask every second, beside everything else."""
 
-    def _ask_if_endpoint_alive(self, endpoint: Endpoint) -> None:
-        while not self.asked_to_end.wait(1):
-            if http_ok(f"{self.settings.openai_url}/health/live", None, SILENT_SECONDS):
-                endpoint.last_alive = time.monotonic()
+        def ask() -> None:
+            while not self.asked_to_end.wait(1):
+                pulse.ask(url)
+
+        pulse.heard()
+        threading.Thread(target=ask, daemon=True).start()
 
 
 def settings_parser() -> argparse.ArgumentParser:

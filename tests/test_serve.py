@@ -21,6 +21,7 @@ import tritonclient.grpc as triton
 from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
 
 from scripts import errors
+from scripts import serve as supervisor
 from scripts.serve import (
     OUT_OF_MEMORY,
     Settings,
@@ -364,3 +365,20 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line):
     report = errors.gpu_memory_too_small(0, found[1]).report()
     assert "OUT OF GPU MEMORY" in report and "85.0 GB" in report and "raise TP" in " ".join(report.split())
     assert report.rstrip().splitlines()[-1].strip().startswith("make serve MAX_NUM_TOKENS=2048")
+
+
+def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost; the next one is answered."""
+    now, answers = [1000.0], [False, True, False, False, False]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor, "http_ok", lambda *_: answers.pop(0))
+    pulse = supervisor.Pulse()
+    now[0] += 3600
+    assert not pulse.silent
+    pulse.ask("")
+    assert not pulse.silent, "one question was lost"
+    pulse.ask("")
+    for silent in (False, True):
+        now[0] += 4.5
+        pulse.ask("")
+        assert pulse.silent == silent
