@@ -222,6 +222,9 @@ def filling(
             f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
             f"{time.monotonic() - started:.1f} s",
         )
+    except errors.Outdated:
+        (partial / FINISHED).unlink(missing_ok=True)
+        raise
     except OSError as error:
         error.filename = error.filename or str(partial)  # a failed write does not say where
         raise

@@ -270,6 +270,22 @@ def test_a_hugging_face_folder_passes_through_without_copying_its_weights(hf_fol
     assert torch.equal(AutoModelForCausalLM.from_pretrained(room).lm_head.weight, meta_tensors()["output.weight"])
 
 
+def test_weights_that_are_replaced_while_they_are_hashed_make_no_room(
+    hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain = sorted(hf_folder.glob("*.safetensors"))[0], safetensors_file.fingerprint
+
+    def replaced_behind(read: Path, *more: Any) -> Any:
+        record = plain(read, *more)
+        if read == path:
+            (hf_folder / "other").write_bytes(path.read_bytes()[:-1] + b"x")
+            os.replace(hf_folder / "other", path)
+        return record
+
+    monkeypatch.setattr(safetensors_file, "fingerprint", replaced_behind)
+    assert "now it is" in refused(hf_folder, tmp_path / "hf").seen
+
+
 def test_a_missing_tokenizer_json_is_made_from_tokenizer_model(hf_folder: Path, tmp_path: Path) -> None:
     made = (hf_folder / "tokenizer.json").read_bytes()
     (hf_folder / "tokenizer.json").unlink()
