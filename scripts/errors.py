@@ -213,6 +213,16 @@ def damage_found(room: PathLike, file: str, part: str, count: int) -> Problem:
     )
 
 
+def nothing_made() -> Problem:
+    return Problem(
+        "nothing to check yet",
+        "build/",
+        "No room of this model is made with these settings, and its weights have neither a manifest.json nor a .pth.",
+        "Make one:",
+        make("checkpoint"),
+    )
+
+
 def nothing_to_check(folder: PathLike) -> Problem:
     return Problem(
         "nothing to compare with",
