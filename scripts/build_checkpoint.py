@@ -217,7 +217,9 @@ def cast(values: Raw, source: str, target: str) -> Raw:
     # Round to nearest even: add just under half of the last kept bit, and one more where that bit is set. What came from F16 is exact
     # or rounds the same way.
     rounded = ((single + (0x7FFF + ((single >> 16) & 1))) >> 16).astype(np.uint16)
-    if infinite(single, "F32"):  # where all bits of a NaN are set, the carry would run through the exponent and leave a zero
+    if infinite(
+        single, "F32"
+    ):  # where all bits of a NaN are set, the carry would run through the exponent and leave a zero
         nan = (single & 0x7FFFFFFF) > 0x7F800000
         rounded[nan] = (single[nan] >> 16) | 0x40
     return rounded

@@ -64,10 +64,8 @@ def build_hf(settings: Settings) -> None:
             read_hf_model(room.path)  # the proof: headers, index and config.json agree
             unchanged()
             room.facts.update(described.facts)
-            say(
-                "hf",
-                f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: {described.positions_from}",
-            )
+            positions = f"{described.positions} positions: {described.positions_from}"
+            say("hf", f"{described.parameters:,} parameters, {described.weights.dtype}; {positions}")
 
 
 def _link_weights(room: Filling, folder: Path, weights: Weights) -> None:

@@ -133,7 +133,14 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
         if said != actual:
             # what was flipped in the sum itself leaves all its other characters
             file = room.ARGS if sum(a != b for a, b in zip(said, actual)) > 8 else room.ARGS_SUM
-            damages.append(Damage(str(folder), file, "", *(f"sha256 {line[:16].decode(errors='replace')}..." for line in (said, actual))))
+            damages.append(
+                Damage(
+                    str(folder),
+                    file,
+                    "",
+                    *(f"sha256 {line[:16].decode(errors='replace')}..." for line in (said, actual)),
+                )
+            )
     for name, read in manifest["reads"].items():
         places = [*others, folder.parent / name, folder.parent.parent / name]
         before = [place for place in places if place.name == name and (place / room.MANIFEST).is_file()]
@@ -144,7 +151,9 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
             notes.append(f"made from another {name} than lies in {errors.shown(before[0])}")
         else:  # which cannot say itself that it is whole
             part = f"what it says of {name}"
-            damages.append(Damage(str(folder), room.MANIFEST, part, f"sha256 {read[:16]}...", f"sha256 {here[0][:16]}..."))
+            damages.append(
+                Damage(str(folder), room.MANIFEST, part, f"sha256 {read[:16]}...", f"sha256 {here[0][:16]}...")
+            )
     known = {*manifest["files"], room.MANIFEST, room.ARGS, room.ARGS_SUM}
     extra = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     extra = [name for name in extra if name not in known]
