@@ -259,7 +259,7 @@ def lengths(data: bytes) -> Dict[str, bytes]:
         "fields": changed(16, "<Q", 1 << 40),
         "entries": changed(tokens + 8, "<Q", 1 << 40),
         "kind of entries": changed(tokens + 4, "<I", 0),
-        "numbers without end": changed(tokens + 4, "<IQ", 5, 1 << 31),
+        "numbers without end": changed(tokens + 4, "<IQ", 0, 1 << 31),
         "lists of lists": changed(tokens + 4, "<IQ", 9, 1 << 30),
         "kind": changed(tokens, "<I", 77),
         "a name": changed(data.index(b"tokenizer.ggml.tokens") - 8, "<Q", 1 << 62),
