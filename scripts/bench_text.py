@@ -102,7 +102,7 @@ def stock_configs(tokenizer_dir: str) -> Dict[str, str]:
 def write_repository(made: Path, folder: Path, stock: bool) -> None:
     """folder/model_repo, ready to be served from `folder`: the stand-in and our text models, or stock's."""
     repository = folder / "model_repo"
-    shutil.copytree(made, repository, ignore=shutil.ignore_patterns("manifest.json", "args"))
+    shutil.copytree(made, repository, ignore=shutil.ignore_patterns("manifest.json", "args*"))
     for config in repository.glob("*/config.pbtxt"):  # as many as the clients, whatever the engines were built for
         config.write_text(re.sub(r"(?m)^max_batch_size: \d+", f"max_batch_size: {MAX_BATCH_SIZE}", config.read_text()))
     engine = repository / "tensorrt_llm" / "1"

@@ -26,7 +26,7 @@ from scripts.llama_shape import (
     possible_tp_sizes,
     why_impossible,
 )
-from scripts.llama_weights import Weights, open_weights
+from scripts.llama_weights import Weights, open_weights, watched
 from scripts.room import filling, human_bytes, progress, say
 from scripts.safetensors_file import DTYPES, ITEM_BYTES, Raw
 
@@ -216,7 +216,13 @@ def cast(values: Raw, source: str, target: str) -> Raw:
             return single.view(np.float32).astype(np.float16).view(np.uint16)
     # Round to nearest even: add just under half of the last kept bit, and one more where that bit is set. What came from F16 is exact
     # or rounds the same way.
-    return ((single + (0x7FFF + ((single >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded = ((single + (0x7FFF + ((single >> 16) & 1))) >> 16).astype(np.uint16)
+    if infinite(
+        single, "F32"
+    ):  # where all bits of a NaN are set, the carry would run through the exponent and leave a zero
+        nan = (single & 0x7FFFFFFF) > 0x7F800000
+        rounded[nan] = (single[nan] >> 16) | 0x40
+    return rounded
 
 
 def infinite(values: Raw, dtype: str) -> int:
@@ -244,7 +250,9 @@ def build_checkpoint(settings: Settings) -> None:
         **({"pad_heads": True} if settings.pad_heads else {}),
     }
     reads = {"hf" if settings.weights is None else "config": settings.model}
-    with filling(settings.output, reads, arguments, {"numpy": np.__version__}) as room:
+    source = settings.model if settings.weights is None else settings.weights
+    tools = {"numpy": np.__version__}
+    with filling(settings.output, reads, arguments, tools) as room, watched(source, "checkpoint") as unchanged:
         config = read_hf_config(settings.model / "config.json")
         weights = (
             read_hf_model(settings.model, config)
@@ -258,8 +266,8 @@ def build_checkpoint(settings: Settings) -> None:
         plans = [rank_tensors(config.shape, tp_size, rank, pp_size) for rank in range(tp_size * pp_size)]
         total_bytes = ITEM_BYTES[DTYPES[dtype]] * sum(math.prod(t.shape) for plan in plans for t in plan.values())
         stages = f"PP={pp_size}, " if pp_size > 1 else ""
-        source = errors.shown(settings.model if settings.weights is None else settings.weights)
-        say("checkpoint", f"<- {source}: {weights.dtype} -> {dtype}, TP={tp_size}, {stages}{human_bytes(total_bytes)}")
+        came = f"{errors.shown(source)}: {weights.dtype} -> {dtype}"
+        say("checkpoint", f"<- {came}, TP={tp_size}, {stages}{human_bytes(total_bytes)}")
         with progress(total_bytes, "checkpoint") as bar:
             for stage in range(pp_size):
                 ranks = range(stage * tp_size, (stage + 1) * tp_size)
@@ -278,6 +286,7 @@ def build_checkpoint(settings: Settings) -> None:
                     written = safetensors_file.read_header(room.path / name)
                     seen = {tensor: (stored.dtype, stored.shape) for tensor, stored in written.items()}
                     assert seen == reader.tensors, f"{name} is not what was planned"
+        unchanged()
         room.facts.update({"dtype": dtype, "tp_size": tp_size, "pp_size": pp_size, "tensors_per_rank": len(plans[0])})
 
 

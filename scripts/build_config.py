@@ -21,7 +21,7 @@ from scripts import byte_bpe, errors, gguf_file, tokenizer
 from scripts.hf_model import read_hf_config, read_hf_model
 from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
 from scripts.llama_weights import Weights, form_of, open_meta
-from scripts.room import MANIFEST, filling, human_bytes, read_manifest, say
+from scripts.room import filling, human_bytes, is_room, read_manifest, say
 
 # What is taken from a Hugging Face folder besides its weights: data that transformers reads. Never code.
 COPIED = (
@@ -261,7 +261,7 @@ def build_config(settings: Settings) -> None:
             room.write(name, data)
         read_hf_config(room.path / "config.json")  # the proof: it says a Llama
         room.facts.update(described.facts)
-        if (settings.weights / MANIFEST).is_file():  # fetched: then what they are is known
+        if is_room(settings.weights):  # fetched: then what they are is known
             room.facts["weights"] = read_manifest(settings.weights)["files"]
         say(
             "config",

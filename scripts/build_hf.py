@@ -18,7 +18,7 @@ from scripts import build_config, errors, safetensors_file
 from scripts.build_config import Settings
 from scripts.hf_model import INDEX, SINGLE, read_hf_config, read_hf_model
 from scripts.llama_shape import HEAD, Shape
-from scripts.llama_weights import Weights
+from scripts.llama_weights import Weights, watched
 from scripts.room import Filling, filling, progress, say
 from scripts.safetensors_file import Raw
 
@@ -50,22 +50,22 @@ def file_plan(tensors: Mapping[str, Tuple[str, Shape]], max_bytes: int) -> Dict[
 
 def build_hf(settings: Settings) -> None:
     """Fill the room; a Problem for whatever is wrong with the source."""
-    described = build_config.describe(settings)
-    say("hf", f"<- {errors.shown(settings.weights)}: {described.came}")
-    arguments = {"form": described.form, "max_position_embeddings": settings.max_position_embeddings}
-    with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
-        for name, data in described.files.items():
-            room.write(name, data)
-        if all(path.suffix == ".safetensors" for path in described.weights.files):
-            _link_weights(room, settings.weights, described.weights)
-        else:
-            _write_weights(room, described.weights)
-        read_hf_model(room.path)  # the proof: headers, index and config.json agree
-        room.facts.update(described.facts)
-        say(
-            "hf",
-            f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: {described.positions_from}",
-        )
+    with watched(settings.weights, "hf") as unchanged:
+        described = build_config.describe(settings)
+        say("hf", f"<- {errors.shown(settings.weights)}: {described.came}")
+        arguments = {"form": described.form, "max_position_embeddings": settings.max_position_embeddings}
+        with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
+            for name, data in described.files.items():
+                room.write(name, data)
+            if all(path.suffix == ".safetensors" for path in described.weights.files):
+                _link_weights(room, settings.weights, described.weights)
+            else:
+                _write_weights(room, described.weights)
+            read_hf_model(room.path)  # the proof: headers, index and config.json agree
+            unchanged()
+            room.facts.update(described.facts)
+            positions = f"{described.positions} positions: {described.positions_from}"
+            say("hf", f"{described.parameters:,} parameters, {described.weights.dtype}; {positions}")
 
 
 def _link_weights(room: Filling, folder: Path, weights: Weights) -> None:

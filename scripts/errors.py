@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import textwrap
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Union
 
@@ -49,6 +50,10 @@ class Reported(Problem):
 
     def report(self) -> str:
         return self.seen.strip()
+
+
+class Outdated(Problem):
+    """A report after which nothing of what was made so far may be kept for the next try."""
 
 
 class Finished(Exception):
@@ -205,6 +210,16 @@ def damage_found(room: PathLike, file: str, part: str, count: int) -> Problem:
         f"{part or file} is not as it was when {name} was made{f' (it lies in {file})' if part else ''}.{more}",
         "Nothing can mend it; make it again:",
         f"rm -r {shown(folder)} && {again}",
+    )
+
+
+def nothing_made() -> Problem:
+    return Problem(
+        "nothing to check yet",
+        "build/",
+        "No room of this model is made with these settings, and its weights have neither a manifest.json nor a .pth.",
+        "Make one:",
+        make("checkpoint"),
     )
 
 
@@ -482,6 +497,21 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
         f"The bytes of {tensor} are not those that were saved: the file says CRC-32 {expected}, its bytes give {actual}.",
         "Fetch the file again (Meta's download brings checklist.chk, which finds every damaged file), and look:",
         look(path),
+    )
+
+
+def weights_changed(path: PathLike, before: os.stat_result, now: Optional[os.stat_result], room: str) -> Problem:
+    def described(stat: os.stat_result) -> str:
+        written = datetime.fromtimestamp(stat.st_mtime).isoformat(" ", "milliseconds")
+        return f"{stat.st_size} bytes of {written} (inode {stat.st_ino})"
+
+    return Outdated(
+        "weights changed while they were read",
+        path,
+        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'not there'}. What was read may be of both, "
+        f"so the room {room} was not made.",
+        "When nothing writes there any more:",
+        make(room),
     )
 
 
@@ -844,7 +874,7 @@ def cast_overflows(
         f"{count} of the {total} values of {tensor} are too large for {target}: the largest is {largest:g}, the limit is {limit:g}. "
         f"The source is {source}.",
         "Keep a type with a larger range:",
-        make("checkpoint", DTYPE="bfloat16" if source != "float16" else source),
+        make("checkpoint", DTYPE="bfloat16" if target == "float16" else source),
     )
 
 

@@ -14,12 +14,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import errors, room, safetensors_file
 from scripts.hf_model import read_bin
 from scripts.meta_weights import read_shard
 
+# of manifests that were written before they had a sha256 of their own
+OLDER_KEYS = {"room", "arguments", "reads", "tools", "facts", "files"}
 # Reading and hashing release the interpreter's lock.
 AT_ONCE = min(8, os.cpu_count() or 1)
 
@@ -37,13 +39,14 @@ class Damage:
 
 @dataclass(frozen=True)
 class Checked:
-    """One room. held_to: what its bytes were compared with; by: how many files that was."""
+    """One room. held_to: what its bytes were compared with, files: how many that was; notes: what is no damage, and worth a word."""
 
     room: str
     files: int
     size_bytes: int
     held_to: str
     damages: Tuple[Damage, ...] = ()
+    notes: Tuple[str, ...] = ()
 
 
 # --- core --------------------------------------------------------------------------------------------------------------
@@ -65,12 +68,34 @@ def differences(expected: room.FileRecord, found: room.FileRecord) -> List[Tuple
     return parts or [(where, f"sha256 {expected.sha256[:16]}...", f"sha256 {found.sha256[:16]}...")]
 
 
+def manifest_damage(data: bytes) -> Optional[Tuple[str, str]]:
+    """(expected, actual) where a manifest is not as it was written; None where it is, or where it is too old to say."""
+    manifest = json.loads(data)
+    said, actual = manifest.get(room.OWN_SHA256), room.own_sha256(manifest)
+    if said is None and set(manifest) == OLDER_KEYS:
+        return None
+    if said != actual:
+        return f"sha256 {str(said)[:16]}...", f"sha256 {actual[:16]}..."
+    if data != room.as_bytes(manifest):
+        return "written as we write it", "written in another way"
+    return None
+
+
 # --- shell -------------------------------------------------------------------------------------------------------------
 
 
-def check_room(folder: Path, advance: Any, seen: Dict[Tuple[int, int], room.FileRecord]) -> Checked:
-    """Every file of a room against its manifest. seen: files that were read before, by device and inode (engines are links)."""
-    manifest = room.read_manifest_only(folder)
+def check_room(
+    folder: Path, advance: Any, seen: Dict[Tuple[int, int], room.FileRecord], others: Sequence[Path] = ()
+) -> Checked:
+    """Every file of a room against its manifest, and this against itself. seen: files that were read before, by device and inode
+    (engines are links); others: rooms among which are those that it was made from."""
+    try:
+        manifest = room.read_manifest_only(folder)
+        damage = manifest_damage(room.manifest_bytes(folder))
+    except errors.Problem as problem:
+        damage = ("as it was written", problem.seen)
+    if damage:  # then it is no measure for the others
+        return Checked(str(folder), 1, 0, "itself", (Damage(str(folder), room.MANIFEST, "", *damage),))
     records = {name: room.record_of(manifest, name) for name in manifest["files"]}
 
     def check(name: str) -> List[Damage]:
@@ -89,8 +114,59 @@ def check_room(folder: Path, advance: Any, seen: Dict[Tuple[int, int], room.File
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         damages = [damage for found in pool.map(check, records) for damage in found]
+    more, notes = _check_around(folder, manifest, others)
     size_bytes = sum(record.size_bytes for record in records.values())
-    return Checked(str(folder), len(records), size_bytes, "its manifest", tuple(damages))
+    return Checked(str(folder), len(records), size_bytes, "its manifest", (*damages, *more), tuple(notes))
+
+
+def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Path]) -> Tuple[List[Damage], List[str]]:
+    """What is damaged and what is worth a word besides a room's files: its question, the rooms that it was made from, files too many."""
+    damages, notes = [], []
+    has_sums = room.OWN_SHA256 in manifest
+    if not has_sums:
+        notes.append("made before manifests had a checksum of their own: its manifest and args could not be checked")
+    for name in (room.ARGS, room.ARGS_SUM) if has_sums else ():
+        if not (folder / name).is_file():
+            damages.append(Damage(str(folder), name, "", "a file", "no such file"))
+    if has_sums and not damages:
+        said, actual = (folder / room.ARGS_SUM).read_bytes(), room.args_sum((folder / room.ARGS).read_bytes())
+        if said != actual:
+            # what was flipped in the sum itself leaves all its other characters
+            file = room.ARGS if sum(a != b for a, b in zip(said, actual)) > 8 else room.ARGS_SUM
+            damages.append(
+                Damage(
+                    str(folder),
+                    file,
+                    "",
+                    *(f"sha256 {line[:16].decode(errors='replace')}..." for line in (said, actual)),
+                )
+            )
+    for name, read in manifest["reads"].items():
+        places = [*others, folder.parent / name, folder.parent.parent / name]
+        before = [place for place in places if place.name == name and (place / room.MANIFEST).is_file()]
+        here = [room.manifest_sha256(place) for place in before]
+        if not here or read in here:
+            continue
+        if _says_its_own_sha256(before[0]):
+            notes.append(f"made from another {name} than lies in {errors.shown(before[0])}")
+        else:  # which cannot say itself that it is whole
+            part = f"what it says of {name}"
+            damages.append(
+                Damage(str(folder), room.MANIFEST, part, f"sha256 {read[:16]}...", f"sha256 {here[0][:16]}...")
+            )
+    known = {*manifest["files"], room.MANIFEST, room.ARGS, room.ARGS_SUM}
+    extra = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    extra = [name for name in extra if name not in known]
+    if extra:
+        notes.append(f"in no manifest: {errors.some(extra)}")
+    return damages, notes
+
+
+def _says_its_own_sha256(folder: Path) -> bool:
+    try:
+        return room.OWN_SHA256 in room.read_manifest_only(folder)
+    except errors.Problem:
+        return True  # a damage of its own
 
 
 def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:
@@ -152,8 +228,11 @@ def _md5(path: Path) -> str:
 
 def total_bytes(folder: Path) -> int:
     """How much there is to read."""
-    if (folder / room.MANIFEST).is_file():
-        files: Mapping[str, Any] = room.read_manifest_only(folder)["files"]
+    if room.is_room(folder):
+        try:
+            files: Mapping[str, Any] = room.read_manifest_only(folder)["files"]
+        except errors.Problem:
+            return 0
         return sum(int(record["size_bytes"]) for record in files.values())
     return sum(path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".pth", ".bin"))
 
@@ -161,8 +240,10 @@ def total_bytes(folder: Path) -> int:
 def main() -> Optional[int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object for each room")
-    parser.add_argument("rooms", type=Path, nargs="+", metavar="ROOM")
+    parser.add_argument("rooms", type=Path, nargs="*", metavar="ROOM")
     args = parser.parse_args()
+    if not args.rooms:
+        raise errors.nothing_made()
     checked: List[Checked] = []
     seen: Dict[Tuple[int, int], room.FileRecord] = {}
     for folder in args.rooms:
@@ -170,8 +251,11 @@ def main() -> Optional[int]:
             raise errors.room_missing(folder)
     with room.progress(sum(map(total_bytes, args.rooms)), "fsck") as bar:
         for folder in args.rooms:
-            ours = (folder / room.MANIFEST).is_file()
-            checked.append(check_room(folder, bar.update, seen) if ours else check_weights(folder, bar.update))
+            checked.append(
+                check_room(folder, bar.update, seen, args.rooms)
+                if room.is_room(folder)
+                else check_weights(folder, bar.update)
+            )
             one = checked[-1]
             if args.json:
                 print(json.dumps(asdict(one)), flush=True)
@@ -185,6 +269,8 @@ def main() -> Optional[int]:
                     "fsck",
                     f"{errors.shown(folder)}: DAMAGED {damage.file}{part}: {damage.expected} expected, {damage.actual}",
                 )
+            for note in one.notes:
+                room.say("fsck", f"{errors.shown(folder)}: {note}")
     damaged = [damage for one in checked for damage in one.damages]
     if damaged and not args.json:
         raise errors.damage_found(damaged[0].room, damaged[0].file, damaged[0].part, len(damaged))

@@ -3,9 +3,10 @@
 The package gguf (requirements/gguf.txt) reads the file and dequantizes; it is imported only where there is such a file.
 """
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -30,6 +31,19 @@ LAYER = {
 }
 # token_type of llama.cpp (llama.h, llama_token_type); those of SentencePiece have the same numbers
 CONTROL, USER_DEFINED = 3, 4
+# what llama.cpp takes where a file of the kind `llama` does not say (llama-vocab.cpp)
+LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+# how llama.cpp writes "none" as uint32
+NO_TOKEN = 0xFFFFFFFF
+# what the lists of the tokenizer hold
+LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+# bytes of GGUF's kinds of values by their number (ggml's docs/gguf.md); strings and arrays have lengths of their own
+KIND_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+# The package makes an object of each entry, 3 us; Llama 3 has 280,147 merges, the most of any Llama's list.
+ENTRIES_MAX = 1 << 22
+NAME_MAX_BYTES = 1 << 16  # ggml's own limit
+AXES_MAX = 4  # ggml's GGML_MAX_DIMS
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,15 @@ class GgufWeights:
         rows, *rest = self.tensors[hf_name][1]
         row_bytes = 4 * int(np.prod(rest))
         permuted = hf_name.endswith(("q_proj.weight", "k_proj.weight"))
-        for first, end in row_blocks(0, rows, row_bytes, self.shape.head_size if permuted else 1):
-            values = gguf.dequantize(stored.data[first:end], stored.tensor_type).astype(np.float32, copy=False)
+        # a norm is one row for GGUF: its bytes are no rows of ours where it is quantized
+        spans = row_blocks(0, rows, row_bytes, self.shape.head_size if permuted else 1) if rest else [(0, rows)]
+        for first, end in spans:
+            try:
+                values = gguf.dequantize(stored.data[first:end] if rest else stored.data, stored.tensor_type)
+                values = values.astype(np.float32, copy=False).reshape(end - first, *rest)
+            except (ValueError, TypeError, LookupError, NotImplementedError) as error:
+                kind = f"{stored.name} is of the type {stored.tensor_type.name}"
+                raise errors.weights_unreadable(self.path, f"{kind}, which cannot be dequantized ({error})") from None
             raw = np.ascontiguousarray(values).view(np.uint32)
             yield pairs_to_halves(raw, self.shape.head_size) if permuted else raw
 
@@ -138,21 +159,27 @@ class GgufModel:
     def tokenizer_files(self) -> Dict[str, Any]:
         """tokenizer.json and its side files, as values; the chat template is in tokenizer_config.json."""
         field = {name: self.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "token_type")}
-        ids = {
-            f"{name}_token": self.fields.get(f"tokenizer.ggml.{long}_token_id")
-            for name, long in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        }
         tokens = field["tokens"] or []
-        special = {
-            name: tokens[number] for name, number in ids.items() if isinstance(number, int) and number < len(tokens)
+        llama = field["model"] == "llama"
+        ids = {
+            f"{name}_token": self._token_id(long, len(tokens), needed, LLAMA_IDS.get(long) if llama else None)
+            for name, long, needed in (
+                ("bos", "bos", True),
+                ("eos", "eos", True),
+                ("unk", "unknown", llama),
+                ("pad", "padding", False),
+            )
         }
+        special = {name: tokens[number] for name, number in ids.items() if number is not None}
         template = self.fields.get("tokenizer.chat_template")
         add_bos = self.fields.get("tokenizer.ggml.add_bos_token")
-        if field["model"] == "llama":
+        if llama:
             pieces = self._pieces(tokens, field["token_type"] or [], ids)
             made, config = tokenizer.tokenizer_json(pieces), tokenizer.tokenizer_config(pieces)
         elif field["model"] == "gpt2":
             types = dict(enumerate(field["token_type"] or []))
+            if len(types) not in (0, len(tokens)):
+                raise errors.tokenizer_unreadable(self.path, f"it has {len(tokens)} tokens and {len(types)} types")
             added = {number: types[number] == CONTROL for number in types if types[number] in (CONTROL, USER_DEFINED)}
             merges = self.fields.get("tokenizer.ggml.merges") or []
             bos = ids["bos_token"] if add_bos else None
@@ -175,6 +202,19 @@ class GgufModel:
             },
         }
 
+    def _token_id(self, name: str, n_tokens: int, needed: bool, default: Optional[int]) -> Optional[int]:
+        """The id of a special token, or None; a Problem where one that is needed is none of the tokens."""
+        value = self.fields.get(f"tokenizer.ggml.{name}_token_id", default)
+        if value is None or value == NO_TOKEN:
+            return None
+        if type(value) is int and 0 <= value < n_tokens:
+            return value
+        if needed:
+            raise errors.tokenizer_unreadable(
+                self.path, f"its {name}_token_id is {value!r}, which is none of its {n_tokens} tokens"
+            )
+        return None
+
     def _pieces(self, tokens: Any, types: Any, ids: Mapping[str, Any]) -> tokenizer.SentencePieceModel:
         scores = self.fields.get("tokenizer.ggml.scores") or []
         if not len(tokens) == len(scores) == len(types):
@@ -183,6 +223,9 @@ class GgufModel:
             )
         if not self.fields.get("tokenizer.ggml.add_space_prefix", True):
             raise errors.tokenizer_unfit(self.path, "It puts no space in front (add_space_prefix is false)")
+        missing = [name for name in ("unk_token", "bos_token", "eos_token") if ids[name] is None]
+        if missing:
+            raise errors.tokenizer_unfit(self.path, f"It says that it has no {missing[0]}")
         pieces = tuple(tokenizer.Piece(*piece) for piece in zip(tokens, scores, types))
         tokenizer.check_pieces(self.path, pieces)
         return tokenizer.SentencePieceModel(pieces, ids["unk_token"], ids["bos_token"], ids["eos_token"])
@@ -197,10 +240,25 @@ def read_gguf(folder: Path) -> GgufModel:
     import gguf
 
     try:
+        with path.open("rb") as file:
+            _check_header(file, path.stat().st_size)
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        for name, kind in LISTS.items():
+            values = fields.get(f"tokenizer.ggml.{name}", [])
+            if not isinstance(values, list) or any(type(value) is not kind for value in values):
+                raise ValueError(f"tokenizer.ggml.{name} is no list of {kind.__name__}")
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        struct.error,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise errors.weights_unreadable(path, f"it is cut off, damaged or no GGUF file ({error})") from None
     model = GgufModel(path, fields, stored)
     architecture = fields.get("general.architecture")
@@ -212,3 +270,42 @@ def read_gguf(folder: Path) -> GgufModel:
     if model.scaling not in ("none", "linear"):
         raise errors.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear")
     return model
+
+
+def _check_header(file: BinaryIO, size_bytes: int) -> None:
+    """ValueError for lengths that the file cannot have. The package believes each of them: what it would read behind the end is empty
+    there, and a number that was flipped keeps it busy for hours."""
+
+    def numbers(form: str) -> Tuple[Any, ...]:
+        return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
+
+    def skip(length: int, most: int) -> None:
+        if length > min(most, size_bytes - file.tell()):
+            raise ValueError(f"a length of {length} at byte {file.tell()}, the file has {size_bytes}")
+        file.seek(length, 1)
+
+    if numbers("4s") != (b"GGUF",) or not 0 < numbers("I")[0] < 1 << 16:
+        raise ValueError("it does not begin as GGUF does, or is big-endian")
+    n_tensors, n_fields = numbers("QQ")
+    n_entries = n_tensors + n_fields
+    for _ in range(n_fields):
+        skip(numbers("Q")[0], NAME_MAX_BYTES)
+        [kind], count = numbers("I"), 1
+        if kind == ARRAY:
+            kind, count = numbers("IQ")
+        if kind not in KIND_BYTES and kind != STRING:
+            raise ValueError(f"a value of the kind {kind} at byte {file.tell()}")
+        n_entries += count
+        if n_entries > ENTRIES_MAX:
+            raise ValueError(f"{n_entries} entries before byte {file.tell()}, {ENTRIES_MAX} are the limit")
+        if kind == STRING:
+            for _ in range(count):
+                skip(numbers("Q")[0], size_bytes)
+        else:
+            skip(count * KIND_BYTES[kind], size_bytes)
+    for _ in range(n_tensors):
+        skip(numbers("Q")[0], NAME_MAX_BYTES)
+        [axes] = numbers("I")
+        if not 0 < axes <= AXES_MAX:
+            raise ValueError(f"a tensor of {axes} axes at byte {file.tell()}")
+        skip(axes * 8 + 12, size_bytes)

@@ -21,6 +21,9 @@ ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL)
 SCALED_ROPE = {(4096, 32): 8, (8192, 80): 8, (16384, 126): 8, (2048, 16): 32, (3072, 28): 32}
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+# Llama 3.1 405B has 126
+LAYERS_MAX = 1000
+
 JSON_MAX_BYTES = 64 << 20
 
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -195,15 +198,36 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     kind = rope_of(config).get("rope_type", rope_of(config).get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3"):
         raise errors.model_unfit(path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3")
+    _check_rope(rope_of(config), kind, path)
+    layers = positive(config, "num_hidden_layers", path)
+    if layers > LAYERS_MAX:
+        raise errors.model_unfit(path, f"num_hidden_layers is {layers}", f"at most {LAYERS_MAX}")
     return LlamaShape(
         hidden_size=hidden,
         intermediate_size=positive(config, "intermediate_size", path),
-        n_layers=positive(config, "num_hidden_layers", path),
+        n_layers=layers,
         n_heads=heads,
         n_kv_heads=kv_heads,
         vocab_size=positive(config, "vocab_size", path),
         head_dim=head_size if head_size * heads != hidden else None,
     )
+
+
+def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
+    """A Problem where a kind of rope scaling lacks one of its numbers, or it cannot be."""
+    if kind == "default":
+        return
+    if number(rope, "factor", path) < 1:
+        raise errors.weights_contradict(
+            path, "factor of the rope scaling", "it must be at least 1", f"it is {rope['factor']!r}"
+        )
+    if kind == "llama3":
+        positive(rope, "original_max_position_embeddings", path)
+        low, high = number(rope, "low_freq_factor", path), number(rope, "high_freq_factor", path)
+        if low >= high:
+            raise errors.weights_contradict(
+                path, "low_freq_factor", "it must be less than high_freq_factor", f"they are {low:g} and {high:g}"
+            )
 
 
 def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional[int] = None) -> int:
@@ -215,8 +239,8 @@ def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional
     return value
 
 
-def number(config: Mapping[str, Any], name: str, path: Path, default: float) -> float:
-    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default."""
+def number(config: Mapping[str, Any], name: str, path: Path, default: Optional[float] = None) -> float:
+    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default, if there is one."""
     value = config.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
@@ -241,8 +265,9 @@ def read_json(path: Path) -> Dict[str, Any]:
 
 
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings: transformers 5 keeps all in rope_parameters, before there were rope_theta and rope_scaling."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Rotary settings: transformers 5 keeps all in rope_parameters, before there were rope_theta and rope_scaling. Where both are,
+    rope_scaling is what transformers takes (convert_rope_params_to_dict)."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     return {**theta, **parameters}
 

@@ -1,7 +1,9 @@
 """Opens the weights of a Llama in whatever form they have; every form gives Hugging Face's tensors by blocks of rows."""
 
+import os
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, Protocol, Sequence, Tuple
+from typing import Callable, Iterator, Mapping, Protocol, Sequence, Tuple
 
 from scripts import errors, gguf_file
 from scripts.hf_model import BIN_INDEX, INDEX, HfConfig, read_hf_model
@@ -81,3 +83,31 @@ def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
         tokenizer_path,
         vocab_size,
     )
+
+
+@contextmanager
+def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
+    """Gives a function that raises a Problem where a file of weights is not the one that it was at the beginning: what was read may be
+    of both. So it does, too, where reading fails.
+
+    Every file is held open, so that no file system gives its number to another one meanwhile.
+    """
+    with ExitStack() as stack:
+        paths = [path for kind in ("*.safetensors", "*.pth", "*.bin", "*.gguf") for path in folder.glob(kind)]
+        begun = {path: os.fstat(stack.enter_context(path.open("rb")).fileno()) for path in paths if path.is_file()}
+
+        def unchanged() -> None:
+            for path, before in begun.items():
+                now = path.stat() if path.is_file() else None
+                if now is None or _identity(now) != _identity(before):
+                    raise errors.weights_changed(path, before, now, room)
+
+        try:
+            yield unchanged
+        except (errors.Problem, FileNotFoundError):
+            unchanged()
+            raise
+
+
+def _identity(stat: os.stat_result) -> Tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

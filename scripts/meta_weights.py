@@ -126,7 +126,7 @@ class MetaModel:
 def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Path, vocab_size: int) -> MetaModel:
     """All tensors of all shards against params.json and the tokenizer's vocab_size; a Problem for the first that does not fit."""
     layers = {match.group(1) for name in shards[0] if (match := re.match(r"layers\.(\d+)\.", name))}
-    if layers and len(layers) != params.n_layers:
+    if len(layers) != params.n_layers:
         raise errors.weights_contradict(
             folder, "n_layers", f"params.json says {params.n_layers}", f"the tensors have {len(layers)}"
         )

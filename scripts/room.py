@@ -17,6 +17,10 @@ from scripts import errors
 
 MANIFEST = "manifest.json"
 ARGS = "args"
+# What sha256sum says of `args`. Not in the manifest: the question may hold a path of this machine, and two trees give one manifest.
+ARGS_SUM = "args.sha256"
+# of a manifest, the key for the sha256 of all the rest of it
+OWN_SHA256 = "sha256"
 # Inside a .partial folder only: what the interrupted try was asked, and which of its files are whole.
 FINISHED = "finished.json"
 MANIFEST_MAX_BYTES = 64 << 20
@@ -130,20 +134,55 @@ def sha256_of(path: Path) -> FileRecord:
     return FileRecord(size_bytes, digest.hexdigest())
 
 
+def manifest_bytes(room: Path) -> bytes:
+    """A room's manifest as it lies there; a Problem where there is none."""
+    try:
+        with open(room / MANIFEST, "rb") as file:
+            return file.read(MANIFEST_MAX_BYTES)
+    except OSError:
+        raise errors.room_missing(room) from None
+
+
 def manifest_sha256(room: Path) -> str:
     """The one number that names everything in a room, and through `reads` everything before it."""
-    return hashlib.sha256(_manifest_bytes(room)).hexdigest()
+    return hashlib.sha256(manifest_bytes(room)).hexdigest()
+
+
+def as_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies in its room."""
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def own_sha256(manifest: Mapping[str, Any]) -> str:
+    """What a manifest says of itself, so that damage to it is found: the sha256 of what it would be without saying this."""
+    rest = {name: value for name, value in manifest.items() if name != OWN_SHA256}
+    return hashlib.sha256(as_bytes(rest)).hexdigest()
+
+
+def args_sum(args: bytes) -> bytes:
+    """The content of ARGS_SUM; `sha256sum -c` takes it."""
+    return f"{hashlib.sha256(args).hexdigest()}  {ARGS}\n".encode()
 
 
 def read_manifest_only(room: Path) -> Dict[str, Any]:
     """A finished room's manifest, whatever became of its files; a Problem if it is missing or no manifest."""
     try:
-        manifest = json.loads(_manifest_bytes(room))
+        manifest = json.loads(manifest_bytes(room))
         for name, _ in manifest["files"].items():
             record_of(manifest, name)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise errors.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
     return dict(manifest)
+
+
+def is_room(folder: Path) -> bool:
+    """Whether we filled it; other tools, too, leave a manifest.json in their folders."""
+    if (folder / ARGS).is_file() or not (folder / MANIFEST).is_file():
+        return (folder / MANIFEST).is_file()
+    try:
+        return "reads" in read_manifest_only(folder)
+    except errors.Problem:
+        return False
 
 
 def read_manifest(room: Path) -> Dict[str, Any]:
@@ -161,7 +200,10 @@ def read_manifest(room: Path) -> Dict[str, Any]:
 
 def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:
     """What a manifest says of one of its files."""
-    return FileRecord(**manifest["files"][name])
+    record = FileRecord(**manifest["files"][name])
+    if type(record.size_bytes) is not int or not isinstance(record.sha256, str):
+        raise TypeError(f"no size and sha256 of {name}")
+    return record
 
 
 @contextmanager
@@ -220,7 +262,8 @@ def filling(
             "files": {name: filling_room.files[name].as_json() for name in sorted(filling_room.files)},
         }
         write_synced(partial / ARGS, asked.encode())
-        write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        write_synced(partial / ARGS_SUM, args_sum(asked.encode()))
+        write_synced(partial / MANIFEST, as_bytes({**manifest, OWN_SHA256: own_sha256(manifest)}))
         _publish(partial, room, old)
         size_bytes = sum(record.size_bytes for record in filling_room.files.values())
         say(
@@ -228,20 +271,15 @@ def filling(
             f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
             f"{time.monotonic() - started:.1f} s",
         )
+    except errors.Outdated:
+        (partial / FINISHED).unlink(missing_ok=True)
+        raise
     except OSError as error:
         error.filename = error.filename or str(partial)  # a failed write does not say where
         raise
     finally:
         for lock in [partial_lock, *read_locks]:
             os.close(lock)
-
-
-def _manifest_bytes(room: Path) -> bytes:
-    try:
-        with open(room / MANIFEST, "rb") as file:
-            return file.read(MANIFEST_MAX_BYTES)
-    except OSError:
-        raise errors.room_missing(room) from None
 
 
 def _lock(folder: Path, how: int, waiting: str) -> int:

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +289,13 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
     def unreadable(reason: str) -> errors.Problem:
         return errors.weights_unreadable(path, reason)
 
+    def once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        named = dict(pairs)
+        if len(named) != len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise unreadable(f"its header names {twice} twice")
+        return named
+
     try:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
@@ -296,7 +303,7 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(HEADER_MAX_BYTES, size_bytes - 8):
                 raise unreadable(f"its header should have {length} bytes, the file has {size_bytes}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=once)
     except OSError as error:
         raise unreadable(error.strerror or type(error).__name__) from None
     except (ValueError, RecursionError) as error:
@@ -311,6 +318,8 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
                 raise errors.model_unfit(path, f"{name} is of the type {dtype}", ", ".join(ITEM_BYTES))
             if any(type(n) is not int or n <= 0 for n in shape) or not shape:
                 raise unreadable(f"{name} has the shape {list(shape)}")
+            if type(begin) is not int or type(end) is not int:
+                raise unreadable(f"{name} lies at {begin!r} to {end!r} of the data, which are no whole numbers")
             if begin != at or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
                 raise unreadable(
                     f"{name} should lie at bytes {at} to {at + math.prod(shape) * ITEM_BYTES[dtype]} "

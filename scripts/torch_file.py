@@ -19,6 +19,8 @@ from scripts.safetensors_file import ITEM_BYTES
 
 # Real ones have about 100 bytes per tensor: 100 kB for 70B.
 DIRECTORY_MAX_BYTES = 16 << 20
+# a Llama's tensors have 2
+AXES_MAX = 4
 
 # torch's storage classes -> safetensors' names for what they hold
 STORAGES = {"torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.FloatStorage": "F32"}
@@ -110,6 +112,9 @@ def directory(pickle: bytes) -> Any:
                 stack.append(tuple(items))
             elif name in ("SETITEMS", "SETITEM"):
                 items = after_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                if not all(isinstance(key, str) for key in items[::2]):
+                    # a tuple of tuples of the same tuple has no end to its hash
+                    raise ValueError("it names something by what is no text")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             elif name in ("APPENDS", "APPEND"):
                 items = after_mark() if name == "APPENDS" else [stack.pop()]
@@ -123,7 +128,7 @@ def directory(pickle: bytes) -> Any:
             elif name == "GLOBAL":
                 stack.append(_Function(argument.replace(" ", ".")))
             elif name == "STACK_GLOBAL":
-                stack[-2:] = [_Function(f"{stack[-2]}.{stack[-1]}")]
+                stack[-2:] = [_Function(".".join(stack[-2:]))]
             elif name == "BINPERSID":
                 stack.append(_storage(stack.pop()))
             elif name == "REDUCE":
@@ -147,6 +152,9 @@ def _read(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Dict[str, Fil
     for name in (f"{root}data.pkl", f"{root}byteorder"):
         if name in infos and infos[name].file_size > DIRECTORY_MAX_BYTES:
             raise ValueError(f"its {name} has {infos[name].file_size} bytes, {DIRECTORY_MAX_BYTES} are the limit")
+    compressed = [name for name, info in infos.items() if info.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(f"{compressed[0]} is compressed, torch stores plainly")
     if f"{root}byteorder" in infos and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
     named = directory(archive.read(f"{root}data.pkl"))
@@ -167,8 +175,6 @@ def _located(name: str, tensor: _Tensor, root: str, infos: Dict[str, zipfile.Zip
     if not tensor.shape or not n_items or tensor.stride != steps:
         raise ValueError(f"{name} is not stored whole, row after row")
     info = infos[f"{root}data/{storage.key}"]
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed, torch stores plainly")
     if info.file_size != storage.n_items * ITEM_BYTES[dtype] or tensor.offset + n_items > storage.n_items:
         raise ValueError(
             f"{name} needs {(tensor.offset + n_items) * ITEM_BYTES[dtype]} bytes, {info.filename} has {info.file_size}"
@@ -202,6 +208,8 @@ def _result(function: Any, arguments: Any) -> Any:
         storage, offset, shape, stride = arguments[:4]
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor has no storage")
+        if max(len(shape), len(stride)) > AXES_MAX:
+            raise ValueError(f"a tensor has {max(len(shape), len(stride))} axes, {AXES_MAX} are the limit")
         return _Tensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
     raise ValueError(f"its directory wants to call {called}, which weights have no use for")
 

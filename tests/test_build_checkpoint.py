@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import GROUPED, PADDED, PLAIN, Dims, Tensors, write_model
 
-from scripts import build_checkpoint, build_hf, contracts, errors, safetensors_file
+from scripts import build_checkpoint, build_config, build_hf, contracts, errors, safetensors_file
 from scripts.llama_shape import LlamaShape
 from scripts.room import read_manifest
 
@@ -373,6 +373,30 @@ def test_nan_and_infinity_in_the_source_are_counted_and_named(value: float, dtyp
     assert "2 of the 9216 values of model.layers.2.self_attn.o_proj.weight are NaN or infinite" in problem.seen
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", [0x7FFFFFFF, -1]), ("float16", [0x7FFF, -1])])
+def test_a_nan_whose_bits_are_all_set_does_not_become_zero(dtype: str, bits: List[int], tmp_path: Path) -> None:
+    """Rounding it to bfloat16 carries through the whole exponent."""
+    hf = hf_room(tmp_path, dtype=dtype)
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    numbers = torch.int32 if dtype == "float32" else torch.int16
+    tensors["model.layers.2.self_attn.o_proj.weight"][3, 4:6] = torch.tensor(bits, dtype=numbers).view(
+        getattr(torch, dtype)
+    )
+    edit_tensors(hf, tensors)
+    problem = refused(hf, tmp_path / "checkpoint", 2, "bfloat16")
+    assert problem.title == "weights are no numbers"
+    assert "2 of the 9216 values of model.layers.2.self_attn.o_proj.weight are NaN or infinite" in problem.seen
+
+
+def test_a_value_too_large_for_bfloat16_is_not_advised_to_become_bfloat16(tmp_path: Path) -> None:
+    hf = hf_room(tmp_path, dtype="float32")
+    tensors = safetensors.torch.load_file(hf / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.weight"][3, 4] = 3.4e38
+    edit_tensors(hf, tensors)
+    problem = refused(hf, tmp_path / "checkpoint", 2, "bfloat16")
+    assert "too large for bfloat16" in problem.seen and "DTYPE=float32" in problem.command
+
+
 def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
     hf = hf_room(tmp_path)
     room = tmp_path / "checkpoint"
@@ -380,7 +404,8 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
     assert "'int8'" in refused(hf, room, 2, "int8").seen
     assert "TP is '0'" in refused(hf, room, 0).seen
     assert "hf has no manifest.json" in refused(tmp_path / "nowhere" / "hf", room, 2).seen
-    edit_config(hf, rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    edit_config(hf, rope_scaling={"rope_type": "llama3", **numbers})
     assert "with TensorRT-LLM 0.8.0" in refused(hf, room, 2).seen
     (hf / "model.safetensors").unlink()
     assert "no such file" in refused(hf, room, 2).seen
@@ -395,6 +420,48 @@ def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
     script = f"{imports}\n{code}\nerrors.run(build_checkpoint.main)"
     words = ["--model", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
     return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+@pytest.mark.parametrize("how", ["another file", "shorter", "in place", "gone"])
+def test_weights_that_change_while_they_are_read_make_no_checkpoint(
+    how: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_file, "SYNC_BYTES", 20_000)
+    folder = write_model(tmp_path / "meta")
+    if form == "hf":
+        build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+        folder = tmp_path / "hf"
+    build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
+    asked = build_checkpoint.Settings(tmp_path / "config", tmp_path / "checkpoint", 2, "0.8.0", weights=folder)
+    path = folder / ("model.safetensors" if form == "hf" else "consolidated.00.pth")
+    rows, reads = safetensors_file.StoredTensor.rows, []
+
+    def change() -> None:
+        other = path.with_suffix(".other")
+        other.write_bytes(path.read_bytes() if how != "shorter" else path.read_bytes()[:100_000])
+        if how == "gone":
+            path.unlink()
+        elif how == "in place":
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                file.write(bytes(1000))
+        else:
+            os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+            os.replace(other, path)
+
+    def change_in_the_middle(tensor: Any, *span: int) -> Any:
+        reads.append(1)
+        if len(reads) == 150:
+            change()
+        return rows(tensor, *span)
+
+    monkeypatch.setattr(safetensors_file.StoredTensor, "rows", change_in_the_middle)
+    with pytest.raises(errors.Problem, match="weights changed while they were read") as caught:
+        build_checkpoint.build_checkpoint(asked)
+    assert path.name in caught.value.where and caught.value.command == "make checkpoint"
+    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoint.partial/finished.json").exists(), "nothing may be kept of two models"
 
 
 # in the middle of the third rank file, when it is noted that something is on the disk

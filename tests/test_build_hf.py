@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from synthetic import GROUPED, PLAIN, Dims, Tensors, meta_tensors, split, tokenizer_model, write_meta, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import build_hf, errors, meta_weights, safetensors_file
+from scripts import build_config, build_hf, errors, meta_weights, safetensors_file
 from scripts.room import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,7 +247,7 @@ def hf_folder(tmp_path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_hf, "FILE_MAX_BYTES", 200_000)
         folder = build(write_model(tmp_path / "meta"), tmp_path / "published")
-    for name in ("manifest.json", "args"):
+    for name in ("manifest.json", "args", "args.sha256"):
         (folder / name).unlink()
     (folder / "modeling_llama.py").write_text("raise SystemExit")
     return folder
@@ -268,6 +268,29 @@ def test_a_hugging_face_folder_passes_through_without_copying_its_weights(hf_fol
     assert all((room / name).read_bytes() == (hf_folder / name).read_bytes() for name in same)
     read_manifest(room)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(room).lm_head.weight, meta_tensors()["output.weight"])
+
+
+def test_weights_that_are_replaced_while_they_are_hashed_make_no_room(
+    hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain = sorted(hf_folder.glob("*.safetensors"))[0], safetensors_file.fingerprint
+
+    def replaced_behind(read: Path, *more: Any) -> Any:
+        record = plain(read, *more)
+        if read == path:
+            (hf_folder / "other").write_bytes(path.read_bytes()[:-1] + b"x")
+            os.replace(hf_folder / "other", path)
+        return record
+
+    monkeypatch.setattr(safetensors_file, "fingerprint", replaced_behind)
+    assert "now it is" in refused(hf_folder, tmp_path / "hf").seen
+
+
+@pytest.mark.parametrize("content", ['{"other": "tool"}', "[1]", "no JSON", '{"files": {}}'])
+def test_a_manifest_of_another_tool_in_the_folder_is_left_alone(content: str, hf_folder: Path, tmp_path: Path) -> None:
+    (hf_folder / "manifest.json").write_text(content)
+    build_config.build_config(build_config.Settings(hf_folder, tmp_path / "config"))
+    assert "weights" not in read_manifest(tmp_path / "config")["facts"]
 
 
 def test_a_missing_tokenizer_json_is_made_from_tokenizer_model(hf_folder: Path, tmp_path: Path) -> None:
@@ -413,6 +436,14 @@ BAD_META: Dict[str, Any] = {
         lambda f: edit_json(n_layers=10**9)(f / "params.json"),
         "params.json says 1000000000; the tensors have 3",
     ),
+    "no layers": (
+        1,
+        lambda f: [
+            edit_shard(lambda t: [t.pop(name) for name in list(t) if name.startswith("layers.")])(f),
+            edit_json(n_layers=10**9)(f / "params.json"),
+        ],
+        "params.json says 1000000000; the tensors have 0",
+    ),
     "another dim": (1, lambda f: edit_json(dim=192)(f / "params.json"), "params.json says"),
     "another multiple_of": (
         1,
@@ -475,7 +506,38 @@ def test_any_flipped_bit_of_a_weight_is_found_and_its_tensor_named(tmp_path: Pat
     build(weights, tmp_path / "hf")
 
 
+def edit_header(change: Callable[[Dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """change: the header -> what is written instead, as text where it is text."""
+
+    def edit(folder: Path) -> None:
+        path = sorted(folder.glob("*.safetensors"))[0]
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = change(json.loads(data[8:end]))
+        text = (header if isinstance(header, str) else json.dumps(header)).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return edit
+
+
+def as_floats(header: Dict[str, Any]) -> Dict[str, Any]:
+    for name in header.keys() - {"__metadata__"}:
+        header[name]["data_offsets"] = [float(at) for at in header[name]["data_offsets"]]
+    return header
+
+
+def named_twice(header: Dict[str, Any]) -> str:
+    name = next(name for name in header if name != "__metadata__")
+    return json.dumps(header)[:-1] + "," + json.dumps({name: header[name]})[1:]
+
+
 BAD_HF: Dict[str, Any] = {
+    "offsets with a point": (edit_header(as_floats), "which are no whole numbers"),
+    "a name twice": (edit_header(named_twice), "twice"),
+    "far too many layers": (
+        lambda f: edit_json(num_hidden_layers=10**9)(f / "config.json"),
+        "num_hidden_layers is 1000000000",
+    ),
     "a file missing": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "model-00002-of-"),
     "a file cut off": (lambda f: os.truncate(sorted(f.glob("*.safetensors"))[0], 100_000), "the file has 100000"),
     "a header cut off": (lambda f: os.truncate(sorted(f.glob("*.safetensors"))[0], 60), "its header should have"),

@@ -174,7 +174,11 @@ def refused(source: str, output: Path) -> errors.Problem:
 
 
 def files_of(folder: Path) -> Dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("args", room.MANIFEST)}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("args", "args.sha256", room.MANIFEST)
+    }
 
 
 # --- Meta ------------------------------------------------------------------------------------------------------------------

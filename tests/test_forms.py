@@ -264,6 +264,43 @@ def test_scaled_positions_reach_the_checkpoint(rope: Dict[str, Any], tmp_path: P
     assert config["rotary_scaling"] == {"type" if name == "rope_type" else name: value for name, value in rope.items()}
 
 
+LLAMA3 = ROPES[2]
+BAD_ROPES: Dict[str, Any] = {
+    "no factor": ({"type": "linear"}, "factor: it must be a number above 0; it is None"),
+    "a factor of text": ({"type": "linear", "factor": "2"}, "it is '2'"),
+    "a factor below 0": ({"rope_type": "dynamic", "factor": -1}, "it is -1"),
+    "a factor of 0": ({"rope_type": "linear", "factor": 0}, "it is 0"),
+    "a factor that shrinks": ({"rope_type": "linear", "factor": 0.5}, "it must be at least 1; it is 0.5"),
+    "llama3 with its factor alone": ({"rope_type": "llama3", "factor": 8.0}, "original_max_position_embeddings"),
+    "llama3 without low": ({**LLAMA3, "low_freq_factor": None}, "low_freq_factor: it must be a number above 0"),
+    "llama3 without high": ({**LLAMA3, "high_freq_factor": "4"}, "high_freq_factor: it must be a number above 0"),
+    "llama3 with low as high": ({**LLAMA3, "low_freq_factor": 4.0}, "it must be less than high_freq_factor"),
+}
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("case", BAD_ROPES)
+def test_scaled_positions_whose_numbers_are_not_there_are_refused(case: str, spelling: str, tmp_path: Path) -> None:
+    rope, says = BAD_ROPES[case]
+    folder = edit(published(tmp_path / "published"), **{"rope_parameters": None, spelling: rope})
+    with pytest.raises(errors.Problem) as caught:
+        checkpoint(folder, tmp_path / "room", 3)
+    assert says in caught.value.seen, caught.value.seen
+
+
+def test_of_two_rope_settings_the_one_that_transformers_takes_is_taken(tmp_path: Path) -> None:
+    two = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    folder = edit(published(tmp_path / "published"), **two)
+    theirs = LlamaConfig.from_pretrained(folder).rope_parameters
+    config = json.loads((checkpoint(folder, tmp_path / "room", 3) / "config.json").read_text())
+    assert (theirs["rope_type"], theirs["factor"]) == ("linear", 4.0)
+    assert config["rotary_scaling"] == {"type": "linear", "factor": 4.0}
+    assert config["rotary_base"] == theirs["rope_theta"]
+
+
 def test_a_mistral_without_its_window_is_a_llama_and_with_it_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path / "published")
     expected = checkpoint(folder, tmp_path / "expected", 3)

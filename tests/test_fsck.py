@@ -1,6 +1,7 @@
 """make fsck: a bit that flipped anywhere is found, and said by the names of room, file and tensor."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from conftest import ROOT, make
 from synthetic import write_model
 
-from scripts import build_checkpoint, build_config, build_engines, build_hf, safetensors_file
+from scripts import build_checkpoint, build_config, build_engines, build_hf, room, safetensors_file
+from scripts.fsck import check_room
 from scripts.meta_weights import read_shard
 
 
@@ -102,6 +104,74 @@ def test_small_files_lost_files_and_cut_files_are_found(own: Path) -> None:
     assert by_file["config.json"]["actual"] == "no such file" and by_file["tokenizer.model"]["actual"] == "5 bytes"
 
 
+@pytest.mark.parametrize("name", ["config", "hf", "checkpoint", "engines"])
+def test_a_flipped_bit_anywhere_in_a_manifest_is_named(name: str, own: Path) -> None:
+    path = own / name / room.MANIFEST
+    good, generator = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        data = bytearray(good)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(data)
+        [damage] = check_room(own / name, lambda size_bytes: None, {}).damages
+        assert damage.file == room.MANIFEST, data
+    path.write_bytes(good)
+    assert not check_room(own / name, lambda size_bytes: None, {}).damages
+
+
+def test_a_changed_value_in_a_manifest_ends_in_the_command_and_other_rooms_are_still_checked(own: Path) -> None:
+    path = own / "checkpoint" / room.MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"tp_size": 2', b'"tp_size": 3', 1))
+    (own / "config" / room.MANIFEST).write_bytes(b"{")
+    flip(own / "engines/config.json", 5)
+    done = fsck(own, "config", "checkpoint", "hf", "engines")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    lines = [line for line in done.stdout.splitlines() if "made from" not in line]
+    assert "config: DAMAGED manifest.json" in lines[0] and "checkpoint: DAMAGED manifest.json" in lines[1]
+    assert "as its manifest says" in lines[2] and "engines: DAMAGED config.json" in lines[3]
+    assert "3 things are damaged" in " ".join(done.stderr.split())
+    assert done.stderr.strip().splitlines()[-1].strip().endswith("make config")
+
+
+@pytest.mark.parametrize("name", [room.ARGS, room.ARGS_SUM])
+def test_a_flipped_bit_in_the_question_or_its_sum_is_named(name: str, own: Path) -> None:
+    (own / "checkpoint" / room.ARGS).write_bytes(b"--tp-size 2")
+    (own / "checkpoint" / room.ARGS_SUM).write_bytes(room.args_sum(b"--tp-size 2"))
+    assert fsck(own, "checkpoint").returncode == 0
+    flip(own / "checkpoint" / name, 5)
+    [damage] = damages(own, "checkpoint")
+    assert damage["file"] == name
+    (own / "checkpoint" / name).unlink()
+    [damage] = damages(own, "checkpoint")
+    assert (damage["file"], damage["actual"]) == (name, "no such file")
+
+
+def test_a_room_from_before_manifests_could_be_checked_says_so_and_is_held_to_what_was_made_from_it(own: Path) -> None:
+    path = own / "config" / room.MANIFEST
+    manifest = json.loads(path.read_bytes())
+    del manifest[room.OWN_SHA256]
+    path.write_bytes(room.as_bytes(manifest))
+    done = fsck(own, "config")
+    assert done.returncode == 0 and "made before manifests had a checksum of their own" in done.stdout
+    [damage] = damages(own, "checkpoint")
+    assert (damage["file"], damage["part"]) == ("manifest.json", "what it says of config")
+
+
+def test_what_is_no_damage_is_mentioned(own: Path) -> None:
+    (own / "checkpoint/rank7.safetensors").write_bytes(b"x")
+    build_config.build_config(build_config.Settings(own / "weights", own / "config", 64))
+    done = fsck(own, "config", "checkpoint")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint: in no manifest: rank7.safetensors" in done.stdout
+    assert "checkpoint: made from another config than lies in" in done.stdout
+
+
+def test_a_manifest_of_another_tool_makes_no_room(own: Path) -> None:
+    (own / "weights" / room.MANIFEST).write_text('{"files": {}}')
+    build_config.build_config(build_config.Settings(own / "weights", own / "again"))
+    done = fsck(own, "weights")
+    assert done.returncode == 0 and "the checksums in them" in done.stdout
+
+
 def test_the_report_names_the_tensor_and_ends_in_a_command(own: Path) -> None:
     path = own / "checkpoint/rank0.safetensors"
     stored = safetensors_file.read_header(path)["transformer.layers.0.mlp.fc.weight"]
@@ -111,6 +181,14 @@ def test_the_report_names_the_tensor_and_ends_in_a_command(own: Path) -> None:
     assert "NOT WHAT WAS WRITTEN" in done.stderr and "rank0.safetensors" in done.stderr
     assert "transformer.layers.0.mlp.fc.weight is not as it was" in done.stderr
     assert done.stderr.strip().splitlines()[-1].strip().endswith("make checkpoint")
+
+
+def test_make_fsck_says_where_nothing_is_made(own_tree: Path) -> None:
+    folder = own_tree / "someone"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    done = make(own_tree, "fsck", "MODEL=./someone")
+    assert done.returncode == 2 and "NOTHING TO CHECK YET" in done.stderr and "usage" not in done.stderr
 
 
 def test_make_fsck_takes_all_rooms_that_are_made_or_the_one_that_is_asked_for(own_tree: Path) -> None:

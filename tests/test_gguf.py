@@ -2,6 +2,10 @@
 
 import json
 import os
+import random
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -14,9 +18,10 @@ from synthetic import tokenizer_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import build_checkpoint, build_config, build_hf, errors, safetensors_file, tokenizer
+from scripts import build_checkpoint, build_config, build_hf, errors, gguf_file, safetensors_file, tokenizer
 from scripts.room import read_manifest
 
+ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, WIDE, LAYERS = 64, 4, 2, 32, 96, 2
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
@@ -40,9 +45,16 @@ TOKENS = [*SPECIAL, *byte_tokens(), *(merge.replace(" ", "") for merge in MERGES
 
 
 def write_gguf(
-    folder: Path, tied: bool = True, quantization: str = "Q4_1", vocabulary: str = "gpt2", **changed: Any
+    folder: Path,
+    tied: bool = True,
+    quantization: str = "Q4_1",
+    vocabulary: str = "gpt2",
+    bos_id: int = 1,
+    norms: str = "",
+    **changed: Any,
 ) -> Path:
-    """A small random Llama as llama.cpp's converter writes it. changed: metadata, name -> value, None to leave it out."""
+    """A small random Llama as llama.cpp's converter writes it. changed: metadata, name -> value, None to leave it out. norms: their
+    type, where it is not float32."""
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
     fields: Dict[str, Any] = {
@@ -64,7 +76,7 @@ def write_gguf(
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
     writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
+    writer.add_bos_token_id(bos_id)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
@@ -74,7 +86,10 @@ def write_gguf(
 
     def add(name: str, *shape: int) -> None:
         values = generator.standard_normal(shape).astype(np.float32) * HIDDEN**-0.5
-        if len(shape) == 1:
+        if len(shape) == 1 and norms:
+            of_norms = gguf.GGMLQuantizationType[norms]
+            writer.add_tensor(name, gguf.quantize(1 + values, of_norms), raw_dtype=of_norms)
+        elif len(shape) == 1:
             writer.add_tensor(name, 1 + values)
         else:
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
@@ -117,6 +132,14 @@ def test_every_weight_is_the_one_that_transformers_dequantizes(tied: bool, quant
     assert read_manifest(tmp_path / "hf")["facts"]["parameters"] == n_parameters
 
 
+def test_norms_may_be_quantized_too(tmp_path: Path) -> None:
+    folder = write_gguf(tmp_path / "weights", norms="Q8_0")
+    build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+    ours = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / "small.gguf").tensors}["output_norm.weight"]
+    assert np.array_equal(ours["model.norm.weight"].numpy(), gguf.dequantize(stored.data, stored.tensor_type))
+
+
 def test_the_checkpoint_needs_no_hugging_face_model(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "weights")
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
@@ -145,28 +168,42 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     assert ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(tmp_path: Path) -> None:
-    pieces = tokenizer.parse_model(tokenizer_model())
-    folder = tmp_path / "weights"
+def sentencepiece_gguf(folder: Path, **ids: int) -> Any:
+    """tokenizer.json of a GGUF file with the vocabulary of tokenizer_model(), and these ids of special tokens."""
+    pieces = tokenizer.parse_model(tokenizer_model()).pieces
     folder.mkdir()
     model = gguf.GGUFWriter(folder / "x.gguf", "llama")
     model.add_tokenizer_model("llama")
-    model.add_token_list([piece.text for piece in pieces.pieces])
-    model.add_token_scores([piece.score for piece in pieces.pieces])
-    model.add_token_types([piece.type for piece in pieces.pieces])
-    for name, number in (("bos", 1), ("eos", 2), ("unknown", 0)):
+    model.add_token_list([piece.text for piece in pieces])
+    model.add_token_scores([piece.score for piece in pieces])
+    model.add_token_types([piece.type for piece in pieces])
+    for name, number in ids.items():
         model.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
     model.write_header_to_file()
     model.write_kv_data_to_file()
     model.write_tensors_to_file()
     model.close()
-    from scripts.gguf_file import read_gguf
+    return gguf_file.read_gguf(folder).tokenizer_files()["tokenizer.json"]
 
-    made = read_gguf(folder).tokenizer_files()["tokenizer.json"]
-    expected = Tokenizer.from_str(json.dumps(tokenizer.tokenizer_json(pieces)))
+
+@pytest.mark.parametrize("ids", [{"bos": 1, "eos": 2, "unknown": 0}, {}])
+def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(ids: Dict[str, int], tmp_path: Path) -> None:
+    """Where the file does not say the special tokens, they are llama.cpp's."""
+    made = sentencepiece_gguf(tmp_path / "weights", **ids)
+    expected = Tokenizer.from_str(json.dumps(tokenizer.tokenizer_json(tokenizer.parse_model(tokenizer_model()))))
     found = Tokenizer.from_str(json.dumps(made))
     for text in ("hello world", "banana  ana", "안녕하세요", "x = [[0, 0]]"):
         assert found.encode(text).ids == expected.encode(text).ids
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "unknown"])
+def test_a_special_token_that_is_no_token_is_a_report(name: str, tmp_path: Path) -> None:
+    with pytest.raises(errors.Problem) as caught:
+        sentencepiece_gguf(tmp_path / "weights", **{name: 312})
+    assert f"{name}_token_id is 312, which is none of its 312 tokens" in caught.value.seen
+    with pytest.raises(errors.Problem) as caught:
+        sentencepiece_gguf(tmp_path / "none", **{name: 0xFFFFFFFF})
+    assert f"has no {name[:3]}_token" in caught.value.seen
 
 
 BAD = {
@@ -176,6 +213,8 @@ BAD = {
     "no layers": ({"llama.block_count": None}, "llama.block_count: it must be a number above 0; it is None"),
     "another size": ({"llama.feed_forward_length": 128}, "says [128, 64]; the tensor has [96, 64]"),
     "more layers": ({"llama.block_count": 3}, "Missing: blk.2."),
+    "far more layers": ({"llama.block_count": 10**9}, "num_hidden_layers is 1000000000"),
+    "a special token that is none": ({"bos_id": 5000}, "bos_token_id is 5000, which is none of its"),
     "another tokenizer": ({"vocabulary": "bert"}, "'bert'"),
 }
 
@@ -205,3 +244,59 @@ def test_a_file_that_was_cut_off_is_a_report(size: int, tmp_path: Path) -> None:
     with pytest.raises(errors.Problem) as caught:
         build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     assert "small.gguf" in caught.value.seen
+
+
+def lengths(data: bytes) -> Dict[str, bytes]:
+    """The file with one number of its header changed to what it cannot be."""
+    tokens = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens")
+    tensor = data.index(b"output_norm.weight") + len(b"output_norm.weight")
+
+    def changed(at: int, form: str, *values: int) -> bytes:
+        return data[:at] + struct.pack(form, *values) + data[at + struct.calcsize(form) :]
+
+    return {
+        "tensors": changed(8, "<Q", 1 << 40),
+        "fields": changed(16, "<Q", 1 << 40),
+        "entries": changed(tokens + 8, "<Q", 1 << 40),
+        "kind of entries": changed(tokens + 4, "<I", 0),
+        "numbers without end": changed(tokens + 4, "<IQ", 0, 1 << 31),
+        "lists of lists": changed(tokens + 4, "<IQ", 9, 1 << 30),
+        "kind": changed(tokens, "<I", 77),
+        "a name": changed(data.index(b"tokenizer.ggml.tokens") - 8, "<Q", 1 << 62),
+        "axes": changed(tensor, "<I", 1 << 30),
+        "numbers for texts": changed(tokens + 4, "<IQ", 5, 3),
+        "nothing of GGUF": b"GGML" + data[4:],
+    }
+
+
+@pytest.mark.parametrize("what", lengths(b"tokenizer.ggml.tokens output_norm.weight"))
+def test_a_length_that_cannot_be_is_a_report_at_once(what: str, tmp_path: Path) -> None:
+    folder = write_gguf(tmp_path / "weights")
+    path = folder / "small.gguf"
+    path.write_bytes(lengths(path.read_bytes())[what])
+    words = ["--weights", str(folder), "--output", str(tmp_path / "config")]
+    command = [sys.executable, "-m", "scripts.build_config", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "SMALL.GGUF CANNOT BE READ" in done.stderr
+
+
+def test_a_damaged_file_is_a_report_or_a_model(tmp_path: Path) -> None:
+    """300 files with a few bytes of their header changed: what is read is whole."""
+    folder = write_gguf(tmp_path / "weights")
+    path = folder / "small.gguf"
+    good, generator = path.read_bytes(), random.Random(0)
+    end = good.index(b"blk.1.ffn_norm.weight") + 60
+    for _ in range(300):
+        damaged = bytearray(good)
+        for _ in range(generator.choice([1, 2, 3])):
+            damaged[generator.choice([generator.randrange(24, end), generator.randrange(end - 900, end)])] = (
+                generator.randrange(256)
+            )
+        path.write_bytes(damaged)
+        try:
+            weights = build_config.describe(build_config.Settings(folder, tmp_path / "config")).weights
+            for name, (_, shape) in weights.tensors.items():
+                assert sum(len(block) for block in weights.blocks(name)) == shape[0]
+        except errors.Problem:
+            continue

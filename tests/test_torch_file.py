@@ -3,6 +3,8 @@
 import os
 import pickle
 import random
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,6 +17,7 @@ from synthetic import GROUPED, meta_tensors
 from scripts import errors
 from scripts.torch_file import directory, read_torch_file
 
+ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -87,6 +90,48 @@ def test_nothing_is_called(call: Calls, protocol: int, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match="wants to call"):
         directory(pickle.dumps({"x": call}, protocol))
     assert not (tmp_path / "went-off").exists()
+
+
+# dict, 1, and 59 times a tuple of twice what was there before; then {that tuple: 1}, or a name made of it
+NESTED = b"".join(b"h" + bytes([i - 1]) + b"\x86q" + bytes([i]) for i in range(1, 60))
+ONES = b"(" + b"K\x01" * 300_000 + b"t"
+TENSOR = (
+    b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nHalfStorage\n"
+    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00" + ONES + ONES + b"tRs."
+)
+ENDLESS = {
+    "a key": (b"\x80\x02}K\x01q\x00" + NESTED + b"K\x01s.", "by what is no text"),
+    "a name": (b"\x80\x04K\x01q\x00" + NESTED + b"h\x00\x93.", "makes no sense"),
+    "axes": (TENSOR, "has 300000 axes"),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_small_file_that_would_take_for_ever_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    directory_bytes, says = ENDLESS[case]
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", directory_bytes)
+        archive.writestr("x/data/0", b"\0\0")
+    code = "import sys\nfrom pathlib import Path\nfrom scripts import errors, torch_file\n"
+    code += "errors.run(lambda: torch_file.read_torch_file(Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path / "x.pth")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert says in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_compressed_is_no_torch_file(how: int, damaged: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w", how) as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}, 2) * 3000)
+    if damaged:
+        data = path.read_bytes()
+        path.write_bytes(data[:60] + bytes(byte ^ 0x55 for byte in data[60:75]) + data[75:])
+    with pytest.raises(errors.Problem) as caught:
+        read_torch_file(path)
+    assert "is compressed" in caught.value.seen
 
 
 def test_a_damaged_file_is_a_report_or_gives_the_same_tensors(tmp_path: Path) -> None:
