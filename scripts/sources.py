@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
 from urllib.parse import quote, unquote, urlsplit
 
 from scripts import errors, room
@@ -324,14 +324,19 @@ def _sha256(data: bytes) -> Dict[str, str]:
     return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
+def _secret_url(name: str, unreadable: Callable[[str], errors.Problem]) -> str:
+    """What the variable `name` holds, or the file that `name`_FILE names; nothing where neither is set."""
+    path = os.environ.get(f"{name}_FILE", "")
+    try:
+        url = os.environ.get(name, "") or (Path(path).read_text() if path else "")
+    except OSError as error:
+        raise unreadable(f"the file {path}, which {name}_FILE names: {error.strerror}") from None
+    return url.strip().strip("'\"")
+
+
 def meta_url() -> str:
     """The presigned URL of Meta's licence mail: META_URL, or the content of the file that META_URL_FILE names."""
-    path = os.environ.get("META_URL_FILE", "")
-    try:
-        url = os.environ.get("META_URL", "") or (Path(path).read_text() if path else "")
-    except OSError as error:
-        raise errors.no_meta_url(f"the file {path}, which META_URL_FILE names: {error.strerror}") from None
-    url = url.strip().strip("'\"")
+    url = _secret_url("META_URL", errors.no_meta_url)
     if not url:
         raise errors.no_meta_url("neither META_URL nor META_URL_FILE is set")
     parts = urlsplit(url)
@@ -386,13 +391,8 @@ class Meta(HttpSource):
 def mirror_url(source: str) -> str:
     """The URL of a mirror with what is secret in it (user:password@, or ?token=): MIRROR_URL, or the content of the file that
     MIRROR_URL_FILE names; nothing where neither is set. SOURCE is the same URL without these."""
-    path = os.environ.get("MIRROR_URL_FILE", "")
-    try:
-        url = os.environ.get("MIRROR_URL", "") or (Path(path).read_text() if path else "")
-    except OSError as error:
-        raise errors.mirror_url_odd(f"the file {path} cannot be read: {error.strerror}") from None
-    url = url.strip().strip("'\"")
-    if not url and not path:
+    url = _secret_url("MIRROR_URL", errors.mirror_url_odd)
+    if not url and not os.environ.get("MIRROR_URL_FILE", ""):
         return ""
     try:
         name = _public_url(url)

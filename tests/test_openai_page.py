@@ -58,13 +58,21 @@ def fill(browser: Any, name: str, value: str) -> None:
     element.send_keys(value)
 
 
+def opened(browser: Any, server: Served, key: str = "") -> None:
+    """The page, once it knows the model."""
+    browser.get(server.openai)
+    if key:
+        wait(browser, "document.getElementById('about').textContent.includes('Incorrect API key')")
+        fill(browser, "key", f"{key}\t")
+    wait(browser, "document.getElementById('model').textContent === 'stories'")
+
+
 IDLE = "!document.getElementById('send').disabled && document.getElementById('stats').textContent"
 LAST = "[...document.querySelectorAll('.turn span')].at(-1).textContent"
 
 
 def test_a_text_is_continued_and_streamed(served: Served, browser: Any) -> None:
-    browser.get(served.openai)
-    wait(browser, "document.getElementById('model').textContent === 'stories'")
+    opened(browser, served)
     assert not browser.find_element("id", "way").is_enabled(), "a base model has no chat"
     fill(browser, "temperature", "0")
     fill(browser, "max_tokens", "200")
@@ -83,10 +91,7 @@ def test_a_text_is_continued_and_streamed(served: Served, browser: Any) -> None:
 
 
 def test_a_conversation_and_the_key(chatting: Served, browser: Any) -> None:
-    browser.get(chatting.openai)
-    wait(browser, "document.getElementById('about').textContent.includes('Incorrect API key')")
-    fill(browser, "key", "sk-page\t")
-    wait(browser, "document.getElementById('model').textContent === 'stories'")
+    opened(browser, chatting, "sk-page")
     for name, value in (
         ("temperature", "0"),
         ("max_tokens", "12"),
@@ -106,9 +111,7 @@ def test_a_conversation_and_the_key(chatting: Served, browser: Any) -> None:
 
 
 def test_clearing_while_an_answer_comes_begins_anew(chatting: Served, browser: Any) -> None:
-    browser.get(chatting.openai)
-    fill(browser, "key", "sk-page\t")
-    wait(browser, "document.getElementById('model').textContent === 'stories'")
+    opened(browser, chatting, "sk-page")
     fill(browser, "max_tokens", "400")
     fill(browser, "prompt", "First")
     browser.find_element("id", "send").click()
@@ -124,8 +127,7 @@ def test_clearing_while_an_answer_comes_begins_anew(chatting: Served, browser: A
 
 
 def test_stopping_frees_the_slot_and_errors_are_shown(served: Served, browser: Any) -> None:
-    browser.get(served.openai)
-    wait(browser, "document.getElementById('model').textContent === 'stories'")
+    opened(browser, served)
     fill(browser, "max_tokens", "100000")
     browser.find_element("id", "send").click()
     wait(browser, "document.querySelector('.turn.error')?.textContent.includes('maximum context length is 512')")
