@@ -32,7 +32,7 @@ PAD_HEADS      = off
 # a TensorRT-LLM of docker/toolchains.json; empty: for ENGINE=torch its first, for ENGINE=tensorrt the newest that runs on the GPU
 TOOLCHAIN      =
 WEIGHTS        =
-# where they are fetched from when they are not there (scripts/sources.py): hf:NAME/MODEL@COMMIT, https://host/folder, s3://bucket/folder, ...
+# where they are fetched from when they are not there (scripts/fetching/sources.py): hf:NAME/MODEL@COMMIT, https://host/folder, s3://bucket/folder, ...
 SOURCE         =
 # positions the model was trained on; empty: what the weights say
 CONTEXT        =
@@ -63,7 +63,7 @@ ASSUME_GPU     =
 # ENGINE=tensorrt with stand-ins for docker, GPUs and trtllm-build, on this machine (docker/rehearsal): REHEARSAL="2x A100-80GB"
 REHEARSAL      =
 
-# which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench_convert.py
+# which tests, for instance TESTS=tests/test_serve.py; what to bench, see scripts/bench/convert.py
 TESTS          =
 BENCH          =
 # of make bench: loads as input:output:streams; an older run to be held against; runs of other TP for the same page; PEERS=on: others too
@@ -230,7 +230,7 @@ release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, ch
 	@$(HOST_PY) -m scripts.release $(RELEASE)
 	@$(MAKE) image
 	@$(if $(HAS),$(MAKE) $(HAS)release.txt)
-	@$(PY) -m scripts.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
+	@$(PY) -m scripts.images.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
 RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED) \
           --license=$(LICENSE) --weights '$(WEIGHTS)'
 push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
@@ -246,26 +246,27 @@ $(VARIANT)/image/manifest.json:      $(addprefix $(VARIANT)/,$(addsuffix /manife
 $(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
 
 # Which code and tables make what (tests/test_makefile.py compares this with the scripts' imports).
-forms_CODE    = scripts/room.py scripts/hf_model.py scripts/llama_shape.py scripts/llama_weights.py scripts/meta_weights.py scripts/gguf_file.py \
-                  scripts/byte_bpe.py scripts/safetensors_file.py scripts/tokenizer.py scripts/torch_file.py
+forms_CODE    = scripts/room.py scripts/weights/hugging_face.py scripts/weights/shape.py scripts/weights/forms.py scripts/weights/meta.py scripts/weights/gguf.py \
+                  scripts/tokenizer/byte_bpe.py scripts/weights/safetensors.py scripts/tokenizer/sentencepiece.py scripts/weights/torch_file.py
 config_CODE     = scripts/build_config.py $(forms_CODE)
 hf_CODE         = scripts/build_hf.py $(config_CODE)
-checkpoint_CODE = scripts/build_checkpoint.py scripts/contracts.py $(forms_CODE) \
-                  scripts/quantize.py scripts/trtllm_build.py scripts/gpus.py scripts/processes.py $(call tables,checkpoint-config) \
+checkpoint_CODE = scripts/build_checkpoint.py scripts/nvidia/contracts.py $(forms_CODE) \
+                  scripts/nvidia/quantize.py scripts/nvidia/trtllm_build.py scripts/nvidia/gpus.py scripts/serving/processes.py $(call tables,checkpoint-config) \
                   $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))
-engines_CODE    = scripts/build_engines.py scripts/room.py scripts/contracts.py scripts/gpus.py scripts/trtllm_build.py \
-                  scripts/processes.py scripts/memory_model.py scripts/llama_shape.py $(call tables,engine-config) \
+engines_CODE    = scripts/build_engines.py scripts/room.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/nvidia/trtllm_build.py \
+                  scripts/serving/processes.py scripts/nvidia/memory.py scripts/weights/shape.py $(call tables,engine-config) \
                   $(wildcard docker/contracts/trtllm-build/*.json)
-verified_CODE   = scripts/build_verified.py scripts/room.py scripts/answers.py scripts/compare.py scripts/hf_model.py scripts/llama_shape.py \
-                  scripts/processes.py scripts/torch_file.py scripts/safetensors_file.py scripts/serve.py scripts/verified_report.py models/prompts.txt \
-                  scripts/preflight.py scripts/contracts.py scripts/gpus.py scripts/trtllm_runtime.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
-model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/contracts.py $(call tables,backend) docker/engines.json \
+verified_CODE   = scripts/build_verified.py scripts/room.py scripts/verifying/sides.py scripts/verifying/compare.py scripts/weights/hugging_face.py scripts/weights/shape.py \
+                  scripts/serving/processes.py scripts/weights/torch_file.py scripts/weights/safetensors.py scripts/serve.py scripts/verifying/page.py models/prompts.txt \
+                  scripts/serving/checks.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/verifying/trtllm_side.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
+model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/nvidia/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
-base_CODE       = scripts/build_base.py scripts/room.py scripts/image_archive.py scripts/image_builders.py
+base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py
 wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
-image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/contracts.py scripts/image_archive.py scripts/image_builders.py \
-                  scripts/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
-                  $(addprefix scripts/,__init__.py all_reduce.py errors.py gpus.py image.py preflight.py processes.py serve.py) \
+image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
+                  scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
+                  $(addprefix scripts/,serve.py images/entry.py nvidia/gpus.py serving/all_reduce.py serving/checks.py serving/processes.py) \
+                  $(wildcard scripts/__init__.py $(addsuffix /__init__.py,$(addprefix scripts/,images nvidia serving)) scripts/reports/*.py) \
                   $(wildcard scripts/openai/*.py) scripts/openai/page.html
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
@@ -330,17 +331,17 @@ lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements
 synthetic: | $(addsuffix run.txt,$(HAS)) ## write weights/synthetic-7b: Llama-2-7B's shape, random weights, for measuring speed
 	@$(PY) -m scripts.synthetic --output weights/synthetic-7b
 bench: model_repo $(if $(PEERS),$(if $(wildcard $(WEIGHTS)/config.json),,hf)) | $(addprefix $(HAS),$(if $(HAS),bench.txt openai.txt aiperf.txt)) $(if $(PEERS),$(addsuffix verify.txt,$(HAS))) $(if $(and $(HAS),$(filter bench,$(MAKECMDGOALS))),$(shell printf '%s\n' 'glibc 2.38' "$$(getconf GNU_LIBC_VERSION)" | sort -VC && echo $(HAS)perf.txt)) ## the served model under load, and the engine alone, against this host's ceilings: JSON, CSV, a page
-	@$(PY) -m scripts.bench --root $(VARIANT) $(ADDRESS) --openai-port $(OPENAI_PORT) --tokenizer $(CONFIG) --hf $(if $(wildcard $(WEIGHTS)/config.json),$(WEIGHTS),$(HF)) \
+	@$(PY) -m scripts.bench.load --root $(VARIANT) $(ADDRESS) --openai-port $(OPENAI_PORT) --tokenizer $(CONFIG) --hf $(if $(wildcard $(WEIGHTS)/config.json),$(WEIGHTS),$(HF)) \
 	  --name $(NAME) --out build/bench/$(NAME)-tp$(TP) \
 	  --points="$(POINTS)" $(if $(BASELINE),--baseline $(BASELINE)) $(if $(WITH),--with $(WITH)) $(if $(PEERS),--peers) $(BENCH)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
-	@$(PY) -m scripts.bench_serve --root $(VARIANT) $(ADDRESS)
+	@$(PY) -m scripts.bench.serve --root $(VARIANT) $(ADDRESS)
 bench-text: model_repo | $(addsuffix verify.txt,$(HAS)) ## text in and out against NVIDIA's stock models: ratios from one run
-	@$(PY) -m scripts.bench_text --root $(VARIANT) $(BENCH)
+	@$(PY) -m scripts.bench.text --root $(VARIANT) $(BENCH)
 bench-openai: model_repo | $(addsuffix openai.txt,$(HAS)) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU a token
-	@$(PY) -m scripts.bench_openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
+	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
 bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ratios from one run
-	@$(PY) -m scripts.bench_convert $(BENCH)
+	@$(PY) -m scripts.bench.convert $(BENCH)
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 

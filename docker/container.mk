@@ -20,7 +20,7 @@ GPU_JOBS      = engines verified serve demo $(if $(QUANT),checkpoint) $(if $(ASS
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
 GPUS          = --gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824
 room_NETWORK  = --network none
-# texts to measure activations on, which NVIDIA's tools fetch (scripts/quantize.py)
+# texts to measure activations on, which NVIDIA's tools fetch (scripts/nvidia/quantize.py)
 checkpoint_NETWORK =
 ask_NETWORK   = --network host
 serve_NETWORK = $(foreach p,$(HTTP_PORT) $(GRPC_PORT) $(METRICS_PORT) $(OPENAI_PORT),--publish $(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$p:$p)

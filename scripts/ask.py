@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts import errors
+from scripts import reports
 
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
@@ -24,7 +24,7 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     with triton.InferenceServerClient(address) as client:
         try:
             if not client.is_server_ready(client_timeout=10):
-                raise errors.server_not_there(address, "it is there but not ready")
+                raise reports.serving.server_not_there(address, "it is there but not ready")
             inputs = []
             for name, datatype, value in (
                 ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
@@ -50,8 +50,8 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
         except InferenceServerException as error:
             client.stop_stream(cancel_requests=True)
             if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-                raise errors.server_not_there(address, (error.message() or "").split("\n")[0]) from None
-            raise errors.request_refused(error.message() or str(error)) from None
+                raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
+            raise reports.serving.request_refused(error.message() or str(error)) from None
     sys.stdout.write("\n")
 
 
@@ -74,13 +74,13 @@ def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float
                 if event.startswith(b"data:"):
                     answer = json.loads(event[5:])
                     if "error" in answer:
-                        raise errors.request_refused(answer["error"])
+                        raise reports.serving.request_refused(answer["error"])
                     sys.stdout.write(answer["text_output"])
                     sys.stdout.flush()
     except urllib.error.HTTPError as error:
-        raise errors.request_refused(error.read().decode("utf-8", "replace")) from None
+        raise reports.serving.request_refused(error.read().decode("utf-8", "replace")) from None
     except OSError as error:
-        raise errors.server_not_there(url, str(error)) from None
+        raise reports.serving.server_not_there(url, str(error)) from None
     sys.stdout.write("\n")
 
 
@@ -95,8 +95,8 @@ def main() -> None:
     try:
         max_tokens = int(args.max_tokens)
     except ValueError:
-        raise errors.bad_setting(
-            "MAX_TOKENS", args.max_tokens, "a whole number", errors.make("ask", MAX_TOKENS=48)
+        raise reports.settings.bad_setting(
+            "MAX_TOKENS", args.max_tokens, "a whole number", reports.make("ask", MAX_TOKENS=48)
         ) from None
     prompt = os.environ.get("PROMPT", "Once upon a time")
     if importlib.util.find_spec("tritonclient"):
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

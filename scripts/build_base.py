@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
-from scripts import errors, image_archive, image_builders, room
+from scripts import reports, room
+from scripts.images import archive as image_archive
+from scripts.images import builders
 
 SUITE = "bookworm"
 # Python with its shared library, which Triton's stub links, and the C++ library; the rest is Debian's Essential set.
@@ -82,7 +84,7 @@ def build_base(settings: Settings) -> None:
 
 def from_debian(filling: room.Filling) -> None:
     if not shutil.which("mmdebstrap"):
-        raise errors.no_mmdebstrap()
+        raise reports.images.no_mmdebstrap()
     room.say("base", f"from Debian {SUITE}'s packages: {', '.join(INCLUDE)}")
     tar = filling.path / "base.tar"
     # apt asks by these, not by our environment's language
@@ -91,7 +93,7 @@ def from_debian(filling: room.Filling) -> None:
         debian_command(tar), capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
     )
     if done.returncode:
-        raise errors.base_not_made(done.returncode, done.stderr.strip().splitlines()[-12:])
+        raise reports.images.base_not_made(done.returncode, done.stderr.strip().splitlines()[-12:])
     filling.take("base.tar")
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -109,14 +111,14 @@ def from_debian(filling: room.Filling) -> None:
 
 
 def describe(settings: Settings, filling: room.Filling) -> None:
-    builder = image_builders.find_builder(settings.builder)
+    builder = builders.find_builder(settings.builder)
     if not builder.has(settings.base_image):
-        raise errors.base_not_here(settings.base_image, builder.name)
+        raise reports.images.base_not_here(settings.base_image, builder.name)
     said = builder.ask(settings.base_image, ["python3", "-c", QUESTION])
     python, trtllm = re.findall(r"^bake (\S+) ?(\S*)$", said, re.MULTILINE)[-1]
     # an image that does not say (24.02 has no Python package) is taken by its digest in the table alone
     if settings.trtllm_version and trtllm != settings.trtllm_version and (trtllm or not settings.by_table):
-        raise errors.base_of_another_version(settings.base_image, settings.trtllm_version, trtllm)
+        raise reports.images.base_of_another_version(settings.base_image, settings.trtllm_version, trtllm)
     filling.facts = {
         "image": settings.base_image,
         "digest": builder.digest(settings.base_image),
@@ -140,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -14,9 +14,14 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from scripts import contracts, errors, quantize, safetensors_file
-from scripts.hf_model import HfConfig, read_hf_config, read_hf_model
-from scripts.llama_shape import (
+from scripts import reports
+from scripts.nvidia import contracts, quantize
+from scripts.room import filling, human_bytes, progress, say
+from scripts.weights import safetensors
+from scripts.weights.forms import Weights, open_weights, watched
+from scripts.weights.hugging_face import HfConfig, read_hf_config, read_hf_model
+from scripts.weights.safetensors import DTYPES, ITEM_BYTES, Raw
+from scripts.weights.shape import (
     EMBEDDING,
     HEAD,
     LAST_NORM,
@@ -26,9 +31,6 @@ from scripts.llama_shape import (
     possible_tp_sizes,
     why_impossible,
 )
-from scripts.llama_weights import Weights, open_weights, watched
-from scripts.room import filling, human_bytes, progress, say
-from scripts.safetensors_file import DTYPES, ITEM_BYTES, Raw
 
 # rope scaling of Llama 3.1 is known to TensorRT-LLM from 0.12 on (upstream's release notes)
 LLAMA3_ROPE_SINCE = (0, 12)
@@ -53,14 +55,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= 1024:
-            raise errors.bad_setting("TP", self.tp_size, "a number of ranks from 1 on", errors.make("checkpoint", TP=2))
+            raise reports.settings.bad_setting(
+                "TP", self.tp_size, "a number of ranks from 1 on", reports.make("checkpoint", TP=2)
+            )
         if not 1 <= self.pp_size <= 1024:
-            raise errors.bad_setting(
-                "PP", self.pp_size, "a number of stages from 1 on", errors.make("checkpoint", PP=1)
+            raise reports.settings.bad_setting(
+                "PP", self.pp_size, "a number of stages from 1 on", reports.make("checkpoint", PP=1)
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             known = ", ".join(DTYPES)
-            raise errors.bad_setting("DTYPE", self.dtype, known, errors.make("checkpoint", DTYPE="float16"))
+            raise reports.settings.bad_setting("DTYPE", self.dtype, known, reports.make("checkpoint", DTYPE="float16"))
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def build_checkpoint(settings: Settings) -> None:
         plans = [rank_tensors(config.shape, tp_size, rank, pp_size) for rank in range(tp_size * pp_size)]
         total_bytes = ITEM_BYTES[DTYPES[dtype]] * sum(math.prod(t.shape) for plan in plans for t in plan.values())
         stages = f"PP={pp_size}, " if pp_size > 1 else ""
-        came = f"{errors.shown(source)}: {weights.dtype} -> {dtype}"
+        came = f"{reports.shown(source)}: {weights.dtype} -> {dtype}"
         say("checkpoint", f"<- {came}, TP={tp_size}, {stages}{human_bytes(total_bytes)}")
         with progress(total_bytes, "checkpoint") as bar:
             for stage in range(pp_size):
@@ -281,9 +285,9 @@ def build_checkpoint(settings: Settings) -> None:
                         room.add(name, room.kept[name])
                     continue
                 reader = _StageReader(weights, [plans[rank] for rank in ranks], DTYPES[dtype])
-                safetensors_file.write_together(room, names, reader.tensors, reader.blocks, advance=bar.update)
+                safetensors.write_together(room, names, reader.tensors, reader.blocks, advance=bar.update)
                 for name in names:  # the proof: what lies there is what was planned
-                    written = safetensors_file.read_header(room.path / name)
+                    written = safetensors.read_header(room.path / name)
                     seen = {tensor: (stored.dtype, stored.shape) for tensor, stored in written.items()}
                     assert seen == reader.tensors, f"{name} is not what was planned"
         unchanged()
@@ -296,15 +300,19 @@ def _check_split(settings: Settings, config: HfConfig, golden: Mapping[str, Any]
     impossible = why_impossible(shape, tp_size, settings.pad_heads)
     if impossible:
         by_padding = why_impossible(shape, tp_size, pad_heads=True) is None
-        raise errors.split_impossible(settings.model, tp_size, *impossible, possible_tp_sizes(shape), by_padding)
+        raise reports.checkpoint.split_impossible(
+            settings.model, tp_size, *impossible, possible_tp_sizes(shape), by_padding
+        )
     if shape.n_layers % settings.pp_size:
-        raise errors.stages_impossible(settings.model, settings.pp_size, shape.n_layers)
+        raise reports.checkpoint.stages_impossible(settings.model, settings.pp_size, shape.n_layers)
     n_heads = padded_heads(shape, tp_size)[0]
     if n_heads * shape.head_size != shape.hidden_size and "head_size" not in golden:
         able = [name for name in contracts.versions() if "head_size" in contracts.table("checkpoint-config", name)]
-        raise errors.no_head_size(settings.model, n_heads, shape.head_size, shape.hidden_size, version, able)
+        raise reports.checkpoint.no_head_size(
+            settings.model, n_heads, shape.head_size, shape.hidden_size, version, able
+        )
     if (config.rope_scaling or {}).get("type") == "llama3" and _version(version) < LLAMA3_ROPE_SINCE:
-        raise errors.model_unfit(
+        raise reports.weights.model_unfit(
             config.path, "rope scaling is of the type llama3", f"none, linear or dynamic with TensorRT-LLM {version}"
         )
 
@@ -359,16 +367,16 @@ def _refuse(weights: Weights, name: str, target: str) -> None:
         largest = max(largest, float(np.abs(single).max()))
     path, stored_name = weights.origin(name)
     if damaged:
-        raise errors.weights_not_finite(path, stored_name, damaged, total)
+        raise reports.checkpoint.weights_not_finite(path, stored_name, damaged, total)
     limit = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38}[target]
-    raise errors.cast_overflows(
+    raise reports.checkpoint.cast_overflows(
         path,
         stored_name,
         too_large,
         total,
         largest,
-        safetensors_file.DTYPE_NAMES[source],
-        safetensors_file.DTYPE_NAMES[target],
+        safetensors.DTYPE_NAMES[source],
+        safetensors.DTYPE_NAMES[target],
         limit,
     )
 
@@ -408,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -1,7 +1,7 @@
 """Fills the room config: what a Llama is, in Hugging Face's form, without its weights: config.json and the tokenizer.
 
 Room:   config
-Reads:  of the weights' folder all but the weights: Meta's params.json and tokenizer.model, Hugging Face's config.json and tokenizer, or
+Reads:  of the weights' folder all but the weights: Meta's params.json and sentencepiece.model, Hugging Face's config.json and tokenizer, or
         the metadata of a GGUF file; and what the weight files say of themselves (names, sizes, checksums)
 Writes: config.json, generation_config.json, tokenizer.json and its side files
 Needs:  numpy; for a GGUF file the package gguf
@@ -17,11 +17,13 @@ from typing import Any, Dict, Mapping, Optional, Union
 
 import numpy as np
 
-from scripts import byte_bpe, errors, gguf_file, tokenizer
-from scripts.hf_model import read_hf_config, read_hf_model
-from scripts.llama_shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
-from scripts.llama_weights import Weights, form_of, open_meta
+from scripts import reports
 from scripts.room import filling, human_bytes, is_room, read_manifest, say
+from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.weights import gguf
+from scripts.weights.forms import Weights, form_of, open_meta
+from scripts.weights.hugging_face import read_hf_config, read_hf_model
+from scripts.weights.shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
 
 # What is taken from a Hugging Face folder besides its weights: data that transformers reads. Never code.
 COPIED = (
@@ -44,11 +46,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
-            raise errors.bad_setting(
+            raise reports.settings.bad_setting(
                 "CONTEXT",
                 self.max_position_embeddings,
                 "a number of tokens above 0",
-                errors.make("config", CONTEXT=4096),
+                reports.make("config", CONTEXT=4096),
             )
 
 
@@ -148,16 +150,16 @@ def describe(settings: Settings) -> Described:
 def _from_meta(settings: Settings) -> Described:
     folder = settings.weights
     params = read_params(folder / "params.json")
-    tokenizer_path = tokenizer.path_of(folder)
+    tokenizer_path = sentencepiece.path_of(folder)
     tiktoken = byte_bpe.is_tiktoken(tokenizer_path)
     read = (
         partial(byte_bpe.read_tiktoken, since_3_1=params.rope_scaling is not None)
         if tiktoken
-        else tokenizer.read_tokenizer_model
+        else sentencepiece.read_tokenizer_model
     )
-    pieces: Union[byte_bpe.Tiktoken, tokenizer.SentencePieceModel] = read(tokenizer_path)
+    pieces: Union[byte_bpe.Tiktoken, sentencepiece.SentencePieceModel] = read(tokenizer_path)
     if params.vocab_size not in (None, pieces.vocab_size):
-        raise errors.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
+        raise reports.weights.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
     model = open_meta(folder, pieces.vocab_size, tokenizer_path)
     positions, source = max_positions(settings.max_position_embeddings, params)
     config = hf_config(
@@ -187,7 +189,7 @@ def _from_hf(settings: Settings) -> Described:
 
 
 def _from_gguf(settings: Settings) -> Described:
-    model = gguf_file.read_gguf(settings.weights)
+    model = gguf.read_gguf(settings.weights)
     said = model.config
     shape = shape_of_config({**said, "architectures": ["LlamaForCausalLM"]}, model.path)
     weights = model.weights(shape)
@@ -206,39 +208,39 @@ def _from_gguf(settings: Settings) -> Described:
 def _same_positions(settings: Settings, positions: int, says: str) -> None:
     asked = settings.max_position_embeddings
     if asked not in (None, positions):
-        raise errors.bad_setting(
-            "CONTEXT", asked, f"{positions}, as {says} says", errors.make("config", CONTEXT=positions)
+        raise reports.settings.bad_setting(
+            "CONTEXT", asked, f"{positions}, as {says} says", reports.make("config", CONTEXT=positions)
         )
 
 
 def _hf_tokenizer_files(folder: Path, vocab_size: int) -> Dict[str, bytes]:
-    """tokenizer.json as it is, or made from tokenizer.model where there is none; a Problem where it has more tokens than the model."""
+    """tokenizer.json as it is, or made from sentencepiece.model where there is none; a Problem where it has more tokens than the model."""
     path = folder / "tokenizer.json"
     files: Dict[str, bytes] = {}
     if not path.is_file():
-        path = tokenizer.path_of(folder)
-        pieces = tokenizer.read_tokenizer_model(path)
+        path = sentencepiece.path_of(folder)
+        pieces = sentencepiece.read_tokenizer_model(path)
         size = pieces.vocab_size
         files = _sentencepiece_files(path, pieces)
     else:
         model = read_json(path).get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocab, (dict, list)):
-            raise errors.tokenizer_unreadable(path, "it has no model with a vocabulary")
+            raise reports.weights.tokenizer_unreadable(path, "it has no model with a vocabulary")
         size = len(vocab)
         for name in ("tokenizer.json", "tokenizer.model"):
             if (folder / name).is_file():
                 files[name] = _small_file(folder / name)
     if size > vocab_size:  # fewer is usual: embeddings are often padded
-        raise errors.vocabulary_differs(path, size, vocab_size)
+        raise reports.weights.vocabulary_differs(path, size, vocab_size)
     return files
 
 
-def _sentencepiece_files(path: Path, pieces: tokenizer.SentencePieceModel) -> Dict[str, bytes]:
+def _sentencepiece_files(path: Path, pieces: sentencepiece.SentencePieceModel) -> Dict[str, bytes]:
     return {
-        "tokenizer.json": json_bytes(tokenizer.tokenizer_json(pieces)),
-        "tokenizer_config.json": json_bytes(tokenizer.tokenizer_config(pieces)),
-        "special_tokens_map.json": json_bytes(tokenizer.special_tokens_map(pieces)),
+        "tokenizer.json": json_bytes(sentencepiece.tokenizer_json(pieces)),
+        "tokenizer_config.json": json_bytes(sentencepiece.tokenizer_config(pieces)),
+        "special_tokens_map.json": json_bytes(sentencepiece.special_tokens_map(pieces)),
         "tokenizer.model": path.read_bytes(),
     }
 
@@ -247,14 +249,14 @@ def _small_file(path: Path) -> bytes:
     with path.open("rb") as file:
         data = file.read(COPIED_MAX_BYTES + 1)
     if len(data) > COPIED_MAX_BYTES:
-        raise errors.weights_unreadable(path, f"it has more than {COPIED_MAX_BYTES} bytes")
+        raise reports.weights.weights_unreadable(path, f"it has more than {COPIED_MAX_BYTES} bytes")
     return data
 
 
 def build_config(settings: Settings) -> None:
     """Fill the room."""
     described = describe(settings)
-    say("config", f"<- {errors.shown(settings.weights)}: {described.came}")
+    say("config", f"<- {reports.shown(settings.weights)}: {described.came}")
     arguments = {"form": described.form, "max_position_embeddings": settings.max_position_embeddings}
     with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
         for name, data in described.files.items():
@@ -288,4 +290,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

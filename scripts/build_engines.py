@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
-from scripts import contracts, errors, gpus, memory_model, processes, room, trtllm_build
-from scripts.llama_shape import LlamaShape
+from scripts import reports, room
+from scripts.nvidia import contracts, gpus, memory, trtllm_build
+from scripts.serving import processes
+from scripts.weights.shape import LlamaShape
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -41,7 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.engine not in BUILDERS:
-            raise errors.engine_kind_missing(self.engine)
+            raise reports.engines.engine_kind_missing(self.engine)
 
 
 def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
@@ -52,27 +54,29 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
     if context_tokens < 2:
-        raise errors.bad_setting(
-            "CONTEXT", context_tokens, "at least 2 positions", errors.make("engines", CONTEXT=4096)
+        raise reports.settings.bad_setting(
+            "CONTEXT", context_tokens, "at least 2 positions", reports.make("engines", CONTEXT=4096)
         )
     if max_seq_len < 2:
         one_each = "at least 2: one token of a prompt, and one of an answer"
-        raise errors.bad_setting(
-            "MAX_SEQ_LEN", max_seq_len, one_each, errors.make("engines", MAX_SEQ_LEN=context_tokens)
+        raise reports.settings.bad_setting(
+            "MAX_SEQ_LEN", max_seq_len, one_each, reports.make("engines", MAX_SEQ_LEN=context_tokens)
         )
     if max_seq_len > context_tokens:
-        raise errors.limits_do_not_fit(
+        raise reports.engines.limits_do_not_fit(
             "MAX_SEQ_LEN", max_seq_len, "the model's context", context_tokens, context_tokens
         )
     max_input_len = max(1, max_seq_len // 2) if settings.max_input_len is None else settings.max_input_len
     if max_input_len >= max_seq_len:
-        raise errors.limits_do_not_fit("MAX_INPUT_LEN", max_input_len, "MAX_SEQ_LEN", max_seq_len, max_seq_len - 1)
+        raise reports.engines.limits_do_not_fit(
+            "MAX_INPUT_LEN", max_input_len, "MAX_SEQ_LEN", max_seq_len, max_seq_len - 1
+        )
     full_batch = settings.max_batch_size * max_input_len
     max_num_tokens = min(MAX_NUM_TOKENS, full_batch) if settings.max_num_tokens is None else settings.max_num_tokens
     if settings.max_num_tokens is None:
         max_num_tokens = max(max_num_tokens, max_input_len, settings.max_batch_size)
     if max_num_tokens < settings.max_batch_size:
-        raise errors.limits_do_not_fit(
+        raise reports.engines.limits_do_not_fit(
             "MAX_BATCH_SIZE", settings.max_batch_size, "MAX_NUM_TOKENS", max_num_tokens, max_num_tokens
         )
     return {
@@ -151,9 +155,7 @@ def intent_of(
     )
 
 
-def fit_of(
-    checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_bytes: int, gpu: gpus.Gpu
-) -> memory_model.Fit:
+def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_bytes: int, gpu: gpus.Gpu) -> memory.Fit:
     """What a rank of these engines takes of a GPU: its weights as the checkpoint has them, the rest by the memory model."""
     names = (
         "hidden_size",
@@ -166,8 +168,8 @@ def fit_of(
     shape = replace(LlamaShape(*(checkpoint[name] for name in names)), head_dim=checkpoint.get("head_size"))
     mapping = checkpoint["mapping"]
     asked: Dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
-    engine = memory_model.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)
-    fit = memory_model.fit(engine, gpu.memory_bytes, trtllm_build.TOKENS_PER_BLOCK)
+    engine = memory.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)
+    fit = memory.fit(engine, gpu.memory_bytes, trtllm_build.TOKENS_PER_BLOCK)
     return replace(fit, weights_bytes=rank_file_bytes)
 
 
@@ -225,7 +227,7 @@ def build_torch(
     world_size = config["mapping"]["world_size"]
     if config["mapping"]["pp_size"] > 1:
         stages = config["mapping"]["pp_size"]
-        raise errors.bad_setting("PP", stages, "1 with ENGINE=torch", errors.make("serve", PP=1))
+        raise reports.settings.bad_setting("PP", stages, "1 with ENGINE=torch", reports.make("serve", PP=1))
     golden = contracts.table("engine-config", settings.trtllm_version)
     announce(settings, config, sizes)
     with filling(settings, sizes) as engines:
@@ -248,7 +250,9 @@ def build_tensorrt(
     rank_file_bytes = max(room.record_of(manifest, f"rank{rank}.safetensors").size_bytes for rank in range(world_size))
     fit = fit_of(config, sizes, rank_file_bytes, host[0])
     if fit.verdict == "no":
-        raise errors.engines_too_large(settings.output, host[0].name, fit.gpu_bytes, rank_file_bytes, fit.needed_tokens)
+        raise reports.nvidia.engines_too_large(
+            settings.output, host[0].name, fit.gpu_bytes, rank_file_bytes, fit.needed_tokens
+        )
     workers = trtllm_build.workers_that_fit(world_size, len(host), rank_file_bytes, free_memory_bytes())
     cached = settings.timing_cache is not None and "--output_timing_cache" in flags
     intent = intent_of(config, sizes, host, links, workers, TIMING_CACHE if cached else None)
@@ -294,13 +298,13 @@ def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gp
     """A GPU that this version can build for, the program, and no other version in its place. Returns the versions of the tools."""
     version = settings.trtllm_version
     if not host:
-        raise errors.no_gpu("trtllm-build")
+        raise reports.nvidia.no_gpu("trtllm-build")
     toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
     problem = trtllm_build.refusal(host[0], config["dtype"], config["quantization"]["quant_algo"], version, toolchains)
     if problem:
         raise problem
     if not shutil.which("trtllm-build"):
-        raise errors.not_in_toolchain("trtllm-build", version)
+        raise reports.nvidia.not_in_toolchain("trtllm-build", version)
     tools = {}
     for package in ("tensorrt_llm", "tensorrt"):
         try:
@@ -309,7 +313,7 @@ def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gp
             continue
     found = tools.get("tensorrt_llm", version)
     if found.partition("+")[0] != version:
-        raise errors.toolchain_is_another(version, found)
+        raise reports.nvidia.toolchain_is_another(version, found)
     return tools
 
 
@@ -354,10 +358,10 @@ def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None
     """All ranks' engines are there, and config.json says what was asked."""
     for name in ["config.json", *(f"rank{rank}.engine" for rank in range(intent.world_size))]:
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
-            raise errors.engine_not_as_asked(folder / name, name, "written", "none, or an empty one")
+            raise reports.nvidia.engine_not_as_asked(folder / name, name, "written", "none, or an empty one")
     different = trtllm_build.difference(json.loads((folder / "config.json").read_bytes()), intent, version)
     if different:
-        raise errors.engine_not_as_asked(folder / "config.json", *different)
+        raise reports.nvidia.engine_not_as_asked(folder / "config.json", *different)
 
 
 def tokens(name: str, value: str) -> Optional[int]:
@@ -365,7 +369,7 @@ def tokens(name: str, value: str) -> Optional[int]:
     if not value.strip():
         return None
     if not (value.isascii() and value.isdigit()) or int(value) < 1:
-        raise errors.not_a_number(name, value)
+        raise reports.engines.not_a_number(name, value)
     return int(value)
 
 
@@ -381,7 +385,7 @@ def main() -> None:
     args = parser.parse_args()
     max_batch_size = tokens("MAX_BATCH_SIZE", args.max_batch_size)
     if max_batch_size is None:
-        raise errors.not_a_number("MAX_BATCH_SIZE", "")
+        raise reports.engines.not_a_number("MAX_BATCH_SIZE", "")
     build_engines(
         Settings(
             args.checkpoint,
@@ -398,4 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -14,13 +14,14 @@ from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
-from scripts import build_config, errors, safetensors_file
+from scripts import build_config, reports
 from scripts.build_config import Settings
-from scripts.hf_model import INDEX, SINGLE, read_hf_config, read_hf_model
-from scripts.llama_shape import HEAD, Shape
-from scripts.llama_weights import Weights, watched
 from scripts.room import Filling, filling, progress, say
-from scripts.safetensors_file import Raw
+from scripts.weights import safetensors
+from scripts.weights.forms import Weights, watched
+from scripts.weights.hugging_face import INDEX, SINGLE, read_hf_config, read_hf_model
+from scripts.weights.safetensors import Raw
+from scripts.weights.shape import HEAD, Shape
 
 # transformers' own limit for one file (save_pretrained, max_shard_size)
 FILE_MAX_BYTES = 5_000_000_000
@@ -31,10 +32,10 @@ FILE_MAX_BYTES = 5_000_000_000
 
 def file_plan(tensors: Mapping[str, Tuple[str, Shape]], max_bytes: int) -> Dict[str, List[str]]:
     """File name -> its tensors: one file if all fit, else files of at most max_bytes, filled in stored order (one tensor at least)."""
-    sizes = {name: math.prod(shape) * safetensors_file.ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
+    sizes = {name: math.prod(shape) * safetensors.ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
     groups: List[List[str]] = [[]]
     filled = 0
-    for name in safetensors_file.stored_order(tensors):
+    for name in safetensors.stored_order(tensors):
         if groups[-1] and filled + sizes[name] > max_bytes:
             groups.append([])
             filled = 0
@@ -52,7 +53,7 @@ def build_hf(settings: Settings) -> None:
     """Fill the room; a Problem for whatever is wrong with the source."""
     with watched(settings.weights, "hf") as unchanged:
         described = build_config.describe(settings)
-        say("hf", f"<- {errors.shown(settings.weights)}: {described.came}")
+        say("hf", f"<- {reports.shown(settings.weights)}: {described.came}")
         arguments = {"form": described.form, "max_position_embeddings": settings.max_position_embeddings}
         with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
             for name, data in described.files.items():
@@ -72,7 +73,7 @@ def _link_weights(room: Filling, folder: Path, weights: Weights) -> None:
     """Safetensors are what they should be: no byte is copied, each is read once for its hash."""
     with progress(sum(path.stat().st_size for path in weights.files), "hf") as bar:
         for path in weights.files:
-            room.link(path.name, path, safetensors_file.fingerprint(path, bar.update))
+            room.link(path.name, path, safetensors.fingerprint(path, bar.update))
     if len(weights.files) > 1:
         room.write(INDEX, (folder / INDEX).read_bytes())
 
@@ -82,7 +83,7 @@ def _write_weights(room: Filling, weights: Weights) -> None:
     if read_hf_config(room.path / "config.json").tied:
         del tensors[HEAD]
     plan = file_plan(tensors, FILE_MAX_BYTES)
-    total_bytes = sum(math.prod(shape) * safetensors_file.ITEM_BYTES[dtype] for dtype, shape in tensors.values())
+    total_bytes = sum(math.prod(shape) * safetensors.ITEM_BYTES[dtype] for dtype, shape in tensors.values())
 
     def blocks(name: str) -> Iterator[Sequence[Raw]]:
         return ([block] for block in weights.blocks(name))
@@ -96,7 +97,7 @@ def _write_weights(room: Filling, weights: Weights) -> None:
                 continue
             part = {name: tensors[name] for name in names}
             # transformers refuses a file whose metadata does not name a framework
-            safetensors_file.write_together(room, [file], part, blocks, {"format": "pt"}, bar.update)
+            safetensors.write_together(room, [file], part, blocks, {"format": "pt"}, bar.update)
     if len(plan) > 1:
         weight_map = {name: file for file, names in plan.items() for name in names}
         room.write_json(
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

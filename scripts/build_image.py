@@ -19,17 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
 
-from scripts import build_base, errors, image_archive, image_builders, passport, release, room
+from scripts import build_base, release, reports, room
+from scripts.images import archive, builders, passport
 
 PROJECT = Path(__file__).parent.parent
 DOCKERFILE = PROJECT / "docker" / "Dockerfile"
-# The launcher: scripts/image.py, what it imports and what it starts (tests/test_build_image.py compares).
+# The launcher: scripts/images/entry.py, what it imports and what it starts (tests/test_makefile.py compares).
 APP = (
-    "scripts/__init__.py", "scripts/all_reduce.py", "scripts/contracts.py", "scripts/errors.py", "scripts/gpus.py", "scripts/image.py",
-    "scripts/preflight.py", "scripts/processes.py", "scripts/room.py", "scripts/serve.py", "docker/toolchains.json", "docker/gpus.json",
-    *(f"scripts/openai/{name}" for name in ("__init__.py", "__main__.py", "answers.py", "app.py", "chat_template.py", "engine.py",
-                                            "messages.py", "page.html")),
-)  # fmt: skip
+    *(f"scripts/{folder}__init__.py" for folder in ("", "images/", "nvidia/", "openai/", "serving/")),
+    *sorted(f"scripts/reports/{path.name}" for path in (PROJECT / "scripts" / "reports").glob("*.py")),
+    "scripts/images/entry.py",
+    "scripts/nvidia/contracts.py",
+    "scripts/nvidia/gpus.py",
+    "scripts/room.py",
+    "scripts/serve.py",
+    *(f"scripts/serving/{name}.py" for name in ("all_reduce", "checks", "processes")),
+    *(f"scripts/openai/{name}.py" for name in ("__main__", "answers", "app", "chat_template", "engine", "messages")),
+    "scripts/openai/page.html",
+    "docker/toolchains.json",
+    "docker/gpus.json",
+)
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 # The archive as the builder writes it, and the canonical one, beside each other for a moment; 1.5 GB: the packages of a CPU image.
 COPIES, PACKAGES_BYTES = 2, 1_500_000_000
@@ -63,7 +72,7 @@ class Settings:
 
 
 def dockerfile_for(world_size: int) -> str:
-    return image_archive.for_ranks(DOCKERFILE.read_text(), world_size)
+    return archive.for_ranks(DOCKERFILE.read_text(), world_size)
 
 
 def rank_of(file: str, world_size: int) -> Optional[int]:
@@ -91,7 +100,9 @@ def place_room(
     for name in manifest["files"]:
         expected, actual = room.record_of(manifest, name), room.sha256_of(folder / name)
         if (expected.size_bytes, expected.sha256) != (actual.size_bytes, actual.sha256):
-            raise errors.room_damaged(folder, name, f"sha256 {expected.sha256[:12]}", f"sha256 {actual.sha256[:12]}")
+            raise reports.rooms.room_damaged(
+                folder, name, f"sha256 {expected.sha256[:12]}", f"sha256 {actual.sha256[:12]}"
+            )
         place(folder / name, target_of(name) / name)
         heard(actual.size_bytes)
     place(folder / room.MANIFEST, target_of(room.MANIFEST) / room.MANIFEST)
@@ -130,7 +141,7 @@ def check_disk(folder: Path, rooms_bytes: int) -> None:
     needed_bytes = COPIES * (rooms_bytes + PACKAGES_BYTES)
     stat = os.statvfs(folder)
     if stat.f_bavail * stat.f_frsize < needed_bytes:
-        raise errors.no_space_to_bake(folder, stat.f_bavail * stat.f_frsize, needed_bytes)
+        raise reports.images.no_space_to_bake(folder, stat.f_bavail * stat.f_frsize, needed_bytes)
 
 
 def build_image(settings: Settings) -> None:
@@ -147,7 +158,7 @@ def build_image(settings: Settings) -> None:
             record["size_bytes"] for name in ("engines", "model_repo") for record in manifests[name]["files"].values()
         )
         check_disk(filling.path, rooms_bytes)
-        builder = image_builders.find_builder(settings.builder)
+        builder = builders.find_builder(settings.builder)
         room.say(
             "image",
             f"{world_size} ranks, {room.human_bytes(rooms_bytes)} of rooms, on {base.get('image') or base['made_from']}, by {builder.name}",
@@ -194,7 +205,7 @@ def assemble(
         place_room(root / "model_repo", model_repo, lambda _: context / "model_repo", heard)
     for rank in range(world_size):
         if not (context / f"rank{rank}").is_dir():
-            raise errors.rank_file_missing(root / "engines", rank, world_size)
+            raise reports.images.rank_file_missing(root / "engines", rank, world_size)
     (context / "wheels").mkdir()
     for wheel in rooms["wheels"]["manifest"]["files"]:
         place(settings.wheels / wheel, context / "wheels" / wheel)
@@ -219,7 +230,7 @@ def assemble(
     return dockerfile, about
 
 
-def base_of(builder: image_builders.Builder, base_room: Path, manifest: Mapping[str, Any]) -> str:
+def base_of(builder: builders.Builder, base_room: Path, manifest: Mapping[str, Any]) -> str:
     """The name of the base for FROM; one made from Debian packages is taken in where the builder does not have it yet."""
     image = manifest["facts"].get("image")
     if not image:
@@ -227,23 +238,23 @@ def base_of(builder: image_builders.Builder, base_room: Path, manifest: Mapping[
         if not builder.has(image):
             builder.make_base(base_room / "base.tar", image)
     elif not builder.has(image):
-        raise errors.base_not_here(image, builder.name)
+        raise reports.images.base_not_here(image, builder.name)
     return str(image)
 
 
 def bake(
-    settings: Settings, builder: image_builders.Builder, folder: Path, context: Path, dockerfile: str, about: Mapping[str, Any],
+    settings: Settings, builder: builders.Builder, folder: Path, context: Path, dockerfile: str, about: Mapping[str, Any],
     base_manifest: Mapping[str, Any], base: Mapping[str, Any],
-) -> image_archive.Image:  # fmt: skip
+) -> archive.Image:  # fmt: skip
     """Build, bring into canonical form, and put that in the builder's image under its name."""
     base_image = base_of(builder, settings.base, base_manifest)
     base_layers = builder.layers(base_image)
     if base.get("layers") and base["layers"] != base_layers:
-        raise errors.base_changed(base_image, base["layers"][-1], base_layers[-1])
-    below = image_archive.Base(len(base_layers))
+        raise reports.images.base_changed(base_image, base["layers"][-1], base_layers[-1])
+    below = archive.Base(len(base_layers))
     if not base.get("image"):
-        made = {"created": image_archive.EPOCH, "created_by": build_base.CREATED_BY, "comment": "from Debian packages"}
-        below = image_archive.Base(1, settings.base / "base.tar", [made])
+        made = {"created": archive.EPOCH, "created_by": build_base.CREATED_BY, "comment": "from Debian packages"}
+        below = archive.Base(1, settings.base / "base.tar", [made])
     labels = passport.labels(about, passport.sha256(passport.as_bytes(about)))
     arguments = {
         "BASE": base_image,
@@ -261,11 +272,11 @@ def bake(
         finally:
             if builder.has(building):
                 builder.remove(building)
-        with image_archive.Archive(built) as source, open(canonical, "wb") as out:
+        with archive.Archive(built) as source, open(canonical, "wb") as out:
             total_bytes = sum(source.layer_bytes(number) for number in range(len(source.diff_ids)))
             with shown(total_bytes) as heard:
-                image = image_archive.write_canonical(
-                    source, below, image_archive.layers_of(dockerfile), out, [settings.tag], labels, heard
+                image = archive.write_canonical(
+                    source, below, archive.layers_of(dockerfile), out, [settings.tag], labels, heard
                 )
         built.unlink()
         builder.load(canonical, settings.tag)
@@ -294,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

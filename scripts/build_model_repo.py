@@ -15,7 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Any, Dict, List, Mapping, Optional
 
-from scripts import contracts, errors, room
+from scripts import reports, room
+from scripts.nvidia import contracts
 
 TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
 # FileDescriptorProto of model_config.proto (BSD-3-Clause), as tritonclient carries it
@@ -140,7 +141,7 @@ def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool
         if hole in LEFT_OUT:
             continue
         if hole not in values and literal is None:
-            raise errors.holes_do_not_match(where, [hole], [])
+            raise reports.engines.holes_do_not_match(where, [hole], [])
         parameters[key] = values.get(hole, literal)
 
     def tensor(described: Mapping[str, Any]) -> str:
@@ -187,10 +188,10 @@ def filled(text: str, values: Mapping[str, str], where: str) -> str:
     for match in found:
         if match["invalid"] is not None:
             line = text.count("\n", 0, match.start()) + 1
-            raise errors.config_not_accepted(where, f"line {line} has a $ that opens no hole")
+            raise reports.engines.config_not_accepted(where, f"line {line} has a $ that opens no hole")
     unfilled = {match["named"] or match["braced"] for match in found} - {None, *values}
     if unfilled:
-        raise errors.holes_do_not_match(where, sorted(unfilled), [])
+        raise reports.engines.holes_do_not_match(where, sorted(unfilled), [])
     return Template(text).substitute(values)
 
 
@@ -199,7 +200,7 @@ def fill_template(template: str, values: Mapping[str, str], where: str) -> str:
     text = filled(template, values, where)
     unused = sorted(name for name in values if "${" + name + "}" not in template)
     if unused:
-        raise errors.holes_do_not_match(where, [], unused)
+        raise reports.engines.holes_do_not_match(where, [], unused)
     return "\n".join(line for line in text.split("\n") if line.strip()) + "\n"
 
 
@@ -223,8 +224,8 @@ def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
     """A filled config as Triton's own protobuf, once it has been held against the engines."""
     from google.protobuf import text_format
 
-    def refused(reason: str) -> errors.Problem:
-        return errors.config_not_accepted(f"{model}/config.pbtxt", reason)
+    def refused(reason: str) -> reports.Problem:
+        return reports.engines.config_not_accepted(f"{model}/config.pbtxt", reason)
 
     try:
         config = text_format.Parse(text, model_config_type()())
@@ -270,7 +271,7 @@ def check_engine(engine: Mapping[str, Any], kv_reuse: bool) -> None:
     for feature, flags in needed.items():
         missing = [name for name, value in flags.items() if not value]
         if missing:
-            raise errors.engine_lacks(feature, missing)
+            raise reports.engines.engine_lacks(feature, missing)
 
 
 def check_together(configs: Mapping[str, Any]) -> None:
@@ -290,7 +291,7 @@ def check_together(configs: Mapping[str, Any]) -> None:
     for name, values in asked.items():
         if len(set(values.values())) != 1:
             found = ", ".join(f"{model} has {value}" for model, value in values.items())
-            raise errors.config_not_accepted("config.pbtxt", f"{name} differs between models: {found}")
+            raise reports.engines.config_not_accepted("config.pbtxt", f"{name} differs between models: {found}")
 
 
 def render(
@@ -314,7 +315,7 @@ def render(
         if placeholder["must_fill"] and not values.get(placeholder["name"])
     }
     if missing:
-        raise errors.holes_do_not_match("docker/contracts/backend", sorted(missing), [])
+        raise reports.engines.holes_do_not_match("docker/contracts/backend", sorted(missing), [])
     texts, configs = {}, {}
     for model, template in templates.items():
         where = f"model_repo_template/{model}/config.pbtxt"
@@ -335,7 +336,7 @@ def build_model_repo(settings: Settings) -> None:
     kind = json.loads((contracts.DOCKER / "engines.json").read_text())[engines["facts"]["engine"]]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if name not in described["files"]:
-            raise errors.tokenizer_unreadable(
+            raise reports.weights.tokenizer_unreadable(
                 settings.config / name, "there is no such file, and the text models need it"
             )
     template = read_chat_template(settings.chat_template)
@@ -381,9 +382,11 @@ def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
             data = file.read(CHAT_TEMPLATE_MAX_BYTES + 1)
         text = data.decode("utf-8")
     except (OSError, ValueError) as error:
-        raise errors.chat_template_unfit(path, str(error)) from None
+        raise reports.weights.chat_template_unfit(path, str(error)) from None
     if len(data) > CHAT_TEMPLATE_MAX_BYTES or "messages" not in text:
-        raise errors.chat_template_unfit(path, "a chat template says what is done with `messages`, in at most 1 MB")
+        raise reports.weights.chat_template_unfit(
+            path, "a chat template says what is done with `messages`, in at most 1 MB"
+        )
     return data
 
 
@@ -417,4 +420,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
-from scripts import compare, errors, preflight, processes, room, serve, verified_report
-from scripts.hf_model import read_hf_model
+from scripts import reports, room, serve
+from scripts.serving import checks, processes
+from scripts.verifying import compare
+from scripts.verifying import page as verified_report
+from scripts.weights.hugging_face import read_hf_model
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "models" / "prompts.txt"
@@ -63,7 +66,7 @@ def questions(prompts: Sequence[Sequence[int]], max_input_len: int, max_seq_len:
 
 def hf_command(hf: Path, folder: Path) -> List[str]:
     """Hugging Face's side: questions.json -> references.json, in `folder`."""
-    ask = [sys.executable, "-m", "scripts.answers", "hf"]
+    ask = [sys.executable, "-m", "scripts.verifying.sides", "hf"]
     return [*ask, str(hf.absolute()), str(folder / "questions.json"), str(folder / "references.json")]
 
 
@@ -95,7 +98,7 @@ def judged(
     answers: Sequence[Mapping[str, Any]],
     tokenizer: Any,
 ) -> Dict[str, Any]:
-    """report.json from what both sides wrote (scripts/answers.py, scripts/trtllm_runtime.py); `about` says who they are."""
+    """report.json from what both sides wrote (scripts/verifying/sides.py, scripts/verifying/trtllm_side.py); `about` says who they are."""
     engine = about["engine"]
     precision = compare.coarsest(
         about["stored_dtype"], engine["dtype"], on_gpu=about["device"] == "cuda", quant_algo=engine.get("quant_algo")
@@ -108,7 +111,7 @@ def judged(
 
 
 # The module that asks each kind of engine, and its first argument if it has one
-ENGINE_SIDES = {"torch": ["scripts.answers", "torch"], "tensorrt": ["scripts.trtllm_runtime"]}
+ENGINE_SIDES = {"torch": ["scripts.verifying.sides", "torch"], "tensorrt": ["scripts.verifying.trtllm_side"]}
 
 
 # --- shell ---
@@ -119,9 +122,9 @@ def check_packages(engine: str, version: str) -> None:
     for module in ("transformers", "accelerate", *(["tensorrt_llm"] if engine == "tensorrt" else [])):
         if importlib.util.find_spec(module) is None:
             raise (
-                errors.not_in_toolchain(f"Python's module {module}", version)
+                reports.nvidia.not_in_toolchain(f"Python's module {module}", version)
                 if engine == "tensorrt"
-                else errors.verify_package_missing(module)
+                else reports.packages.verify_package_missing(module)
             )
 
 
@@ -139,7 +142,7 @@ def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folde
         command, cwd=ROOT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True, text=True, errors="replace",
     )  # fmt: skip
-    guard = [sys.executable, "-m", "scripts.processes", str(child.pid), str(folder)]
+    guard = [sys.executable, "-m", "scripts.serving.processes", str(child.pid), str(folder)]
     guarding = subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
     lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
@@ -153,14 +156,14 @@ def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folde
                 last_lines.append(line.rstrip())
         status = child.wait()
     except queue.Empty:
-        raise errors.side_silent(side, SILENT_SECONDS, last_lines) from None
+        raise reports.verifying.side_silent(side, SILENT_SECONDS, last_lines) from None
     finally:
         processes.end_session(child.pid, timeout_seconds=5)
         child.wait()
         guarding.kill()
         guarding.communicate()
     if status != 0:
-        raise errors.side_failed(side, status, last_lines)
+        raise reports.verifying.side_failed(side, status, last_lines)
 
 
 def _read(child: "subprocess.Popen[str]", lines: "queue.SimpleQueue[Optional[str]]") -> None:
@@ -186,7 +189,7 @@ def build_verified(settings: Settings) -> None:
     engine = room.read_manifest(settings.engines)["facts"]
     room.read_manifest(settings.hf)
     if engine["engine"] not in ENGINE_SIDES:
-        raise errors.engine_kind_missing(engine["engine"])
+        raise reports.engines.engine_kind_missing(engine["engine"])
     check_packages(engine["engine"], engine["trtllm_version"])
     serve.check_mpirun()
     world_size = engine["world_size"]
@@ -219,7 +222,7 @@ def build_verified(settings: Settings) -> None:
             folder = Path(name)
             environment = environment_of_sides(os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1)
             # Hugging Face's side takes minutes, so what keeps the engine from answering is looked for first.
-            preflight.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
+            checks.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
             (folder / "questions.json").write_text(json.dumps(asked))
             ask("Hugging Face's model", hf_command(settings.hf, folder), environment, folder, done)
             command = engine_command(engine["engine"], settings.engines, world_size, folder)
@@ -231,7 +234,7 @@ def build_verified(settings: Settings) -> None:
         filling.write_json("report.json", report)
         filling.write("report.html", verified_report.page(report).encode())
         if not report["passed"]:
-            raise errors.engine_differs(filling.path / "report.html", report, settings.engines)
+            raise reports.verifying.engine_differs(filling.path / "report.html", report, settings.engines)
         measured = "; ".join(
             f"{check['name']} {check['measured']} (limit {check['limit']})" for check in report["checks"]
         )
@@ -251,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Sequence
 
-from scripts import errors, room
+from scripts import reports, room
 
 PROJECT = Path(__file__).parent.parent
 # README: glibc 2.35; pip takes the platforms that it is told and no older ones
@@ -86,7 +86,7 @@ def build_wheels(settings: Settings) -> None:
             last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
                 -6:
             ]
-            raise errors.wheels_not_fetched(settings.target, last)
+            raise reports.images.wheels_not_fetched(settings.target, last)
         for path in requirements:
             path.unlink()
         for path in sorted(filling.path.glob("*.whl")):
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from scripts import errors, serve
+from scripts import reports, serve
 
 
 def main() -> int:
@@ -47,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

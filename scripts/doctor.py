@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from scripts import build_engines, contracts, errors, gpus, memory_model, plan, serve, tokenizer
-from scripts.llama_shape import LlamaShape, read_json
+from scripts import build_engines, plan, reports, serve
+from scripts.nvidia import contracts, gpus, memory
 from scripts.room import MANIFEST, human_bytes
+from scripts.tokenizer import sentencepiece
+from scripts.weights.shape import LlamaShape, read_json
 
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
 SCRIPTS = Path(__file__).parent
@@ -48,7 +50,7 @@ class Case:
 
     choice: plan.Choice
     host: Sequence[gpus.Gpu] = ()
-    unseen: Optional[errors.Problem] = None
+    unseen: Optional[reports.Problem] = None
 
     @property
     def python(self) -> Path:
@@ -72,7 +74,7 @@ def checked(name: str, check: Check, case: Case) -> Finding:
     """Run one check. A Problem is a finding; a check that crashes is one too, never the end of the doctor."""
     try:
         text = check(case)
-    except errors.Problem as problem:
+    except reports.Problem as problem:
         title = problem.title.lower() if problem.title.isupper() else problem.title
         return Finding(name, "stop", title, problem.report())
     except Exception as error:
@@ -109,7 +111,7 @@ def check_weights(case: Case) -> str:
         secret = source.startswith("meta:") and not (os.environ.get("META_URL") or os.environ.get("META_URL_FILE"))
         if source and not secret:
             return f"note not here yet; make fetches them from {source}"
-        raise errors.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, source)
+        raise reports.settings.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, source)
     names = sorted(path.name for path in folder.iterdir())
     if plan.in_metas_form(names):
         form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)
@@ -118,29 +120,29 @@ def check_weights(case: Case) -> str:
     elif any(name.endswith(".gguf") for name in names):
         form, seen = "a GGUF file", "read when it is converted"
     else:
-        raise errors.weights_unknown_form(folder, names)
-    return f"fine {form}, {human_bytes(plan.weights_bytes(folder))}, in {errors.shown(folder)}: {seen}"
+        raise reports.weights.weights_unknown_form(folder, names)
+    return f"fine {form}, {human_bytes(plan.weights_bytes(folder))}, in {reports.shown(folder)}: {seen}"
 
 
 def check_meta_files(folder: Path, shape: LlamaShape) -> str:
     """consolidated.NN.pth: the count and sizes that the shape asks for; small files against checklist.chk."""
-    tokenizer.path_of(folder)
+    sentencepiece.path_of(folder)
     paths = sorted(folder.glob("consolidated.*.pth"))
     for index in range(max(1, len(paths))):
         name = f"consolidated.{index:02d}.pth"
         if folder / name not in paths:
-            raise errors.weights_file_missing(folder, name, [path.name for path in paths])
+            raise reports.weights.weights_file_missing(folder, name, [path.name for path in paths])
     sizes = [path.stat().st_size for path in paths]
-    item_bytes = memory_model.ITEM_BYTES[plan.dtype_of(folder, shape)]
-    total = memory_model.parameters(shape) * item_bytes
+    item_bytes = memory.ITEM_BYTES[plan.dtype_of(folder, shape)]
+    total = memory.parameters(shape) * item_bytes
     expected_shards = round(total / max(sizes)) if max(sizes) else len(paths)
     if expected_shards > len(paths):
-        raise errors.shards_missing(folder, len(paths), expected_shards)
+        raise reports.weights.shards_missing(folder, len(paths), expected_shards)
     replicated = (2 * shape.n_layers + 1) * shape.hidden_size * item_bytes  # the norms are whole in every shard
     for path, size in zip(paths, sizes):
         least = (total - replicated) // len(paths) + replicated
         if size < least:
-            raise errors.weights_unreadable(path, f"it has {size} bytes, its tensors alone take {least}")
+            raise reports.weights.weights_unreadable(path, f"it has {size} bytes, its tensors alone take {least}")
     return f"{len(paths)} whole shard(s); {check_checklist(folder)}"
 
 
@@ -154,15 +156,15 @@ def check_checklist(folder: Path) -> str:
         expected, _, name = line.partition(" ")
         path = folder / Path(name.strip(" *")).name
         if not path.is_file():
-            raise errors.weights_file_missing(folder, path.name, sorted(p.name for p in folder.iterdir()))
+            raise reports.weights.weights_file_missing(folder, path.name, sorted(p.name for p in folder.iterdir()))
         if path.stat().st_size > HASHED_BYTES:
             left += 1
             continue
         actual = hashlib.md5(path.read_bytes()).hexdigest()
         if actual != expected:
-            raise errors.checksum_differs(path, expected, actual)
+            raise reports.weights.checksum_differs(path, expected, actual)
         agreeing += 1
-    command = f", {left} large left to: cd {errors.shown(folder)} && md5sum -c checklist.chk" if left else ""
+    command = f", {left} large left to: cd {reports.shown(folder)} && md5sum -c checklist.chk" if left else ""
     return f"checklist.chk agrees with {agreeing} file(s){command}"
 
 
@@ -174,10 +176,12 @@ def check_hf_files(folder: Path) -> str:
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
-            raise errors.weights_file_missing(folder, name, sorted(path.name for path in folder.iterdir()))
+            raise reports.weights.weights_file_missing(folder, name, sorted(path.name for path in folder.iterdir()))
         size, expected = (folder / name).stat().st_size, safetensors_bytes(folder / name)
         if size != expected:
-            raise errors.weights_unreadable(folder / name, f"it has {size} bytes, its header speaks of {expected}")
+            raise reports.weights.weights_unreadable(
+                folder / name, f"it has {size} bytes, its header speaks of {expected}"
+            )
     return f"{len(names)} whole file(s)"
 
 
@@ -186,11 +190,11 @@ def safetensors_bytes(path: Path) -> int:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, memory_model.MIB * 100)))
+            header = json.loads(file.read(min(length, memory.MIB * 100)))
         tensors = [value for name, value in header.items() if name != "__metadata__"]
         return 8 + int(length) + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise errors.weights_unreadable(path, f"no header of safetensors ({error})") from None
+        raise reports.weights.weights_unreadable(path, f"no header of safetensors ({error})") from None
 
 
 def check_ports(case: Case) -> str:
@@ -211,10 +215,10 @@ def check_memory(case: Case) -> str:
     """Host memory against the hungriest room. An estimate that nobody has measured stops nothing."""
     available = build_engines.free_memory_bytes()
     rows = case.rows()
-    needs = {"conversion": memory_model.CONVERSION_BYTES}
+    needs = {"conversion": memory.CONVERSION_BYTES}
     needs.update({name: rows[name].host_memory_bytes or 0 for name in ("engines", "serve")})
     if not case.choice.tensorrt and case.host:
-        needs["serve"] = memory_model.CONVERSION_BYTES  # the weights go on to the GPUs, tensor by tensor
+        needs["serve"] = memory.CONVERSION_BYTES  # the weights go on to the GPUs, tensor by tensor
     said = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.items() if size)
     short = [name for name, size in needs.items() if size > available]
     return f"{'note' if short else 'fine'} {human_bytes(available)} of memory available; at most needed by {said}" + (
@@ -235,7 +239,7 @@ def check_disk(case: Case) -> str:
     rooms = sum(rows[name].disk_bytes or 0 for name in missing)
     packages = 0 if case.choice.tensorrt or case.python.is_file() else PACKAGES_BYTES
     if free < rooms:
-        raise errors.disk_too_small(Path.cwd(), free, rooms, missing)
+        raise reports.planning.disk_too_small(Path.cwd(), free, rooms, missing)
     said = f"{human_bytes(free)} of disk free here; the rooms to be made take {human_bytes(rooms)}"
     said += f", the packages {human_bytes(packages)}" if packages else ""
     return f"{'fine' if free >= rooms + packages else 'note'} {said}"
@@ -247,7 +251,7 @@ def check_fit(case: Case) -> str:
         return "note the GPUs are not known, see above"
     journey = plan.journey_of(case.choice, plan.model_of(case.choice), case.host)
     if not journey.fit and case.choice.tensorrt:
-        return "note without a GPU there is nothing to fit on; for instance: " + errors.make(
+        return "note without a GPU there is nothing to fit on; for instance: " + reports.make(
             "plan", ASSUME_GPU="2x A100-80GB"
         )
     if not journey.fit:
@@ -264,16 +268,16 @@ def check_system(case: Case) -> str:
     if case.python.is_file():
         command = [str(case.python), "-V"]
         version = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
-        return f"fine {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}, {version} at {errors.shown(case.python)}"
+        return f"fine {platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}, {version} at {reports.shown(case.python)}"
     if shutil.which(str(case.python)):
         return f"fine {platform.system()} {platform.machine()}, {case.python} on PATH"
     if "PYTHON" in case.choice.refused:
-        raise errors.interpreter_missing(case.choice["PYTHON"])
+        raise reports.packages.interpreter_missing(case.choice["PYTHON"])
     command = ["bash", str(SCRIPTS / "make_venv.sh"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        raise errors.Reported(done.stderr)
-    return f"note {done.stdout.strip()}; {errors.shown(case.python)} is not made yet, the first make installs it"
+        raise reports.Reported(done.stderr)
+    return f"note {done.stdout.strip()}; {reports.shown(case.python)} is not made yet, the first make installs it"
 
 
 def check_shared_memory(case: Case) -> str:
@@ -316,7 +320,7 @@ def check_gpus_needed(case: Case) -> str:
     if case.unseen:
         raise case.unseen
     if not case.host:
-        raise errors.no_gpu("ENGINE=tensorrt")
+        raise reports.nvidia.no_gpu("ENGINE=tensorrt")
     return f"fine {seen(case)}"
 
 
@@ -336,7 +340,7 @@ def check_driver(case: Case) -> str:
     if driver is None:
         return f"note of assumed GPUs no driver is known; TensorRT-LLM {case.toolchain} needs {needed} or later"
     if numbers(driver) < numbers(needed):
-        raise errors.driver_too_old(driver, needed, case.toolchain)
+        raise reports.planning.driver_too_old(driver, needed, case.toolchain)
     if numbers(driver) < numbers(own):
         return (
             f"note driver {driver} is older than CUDA {row['cuda']}'s own, {own}: the container brings what it takes to run all the same, "
@@ -379,7 +383,7 @@ def check_docker(case: Case) -> str:
     command = [*script, "check", image, "gpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        problem = errors.Reported(done.stderr)
+        problem = reports.Reported(done.stderr)
         problem.title = problem.title.lower()
         if "image is not here" in problem.title:
             problem.title += f"; {looked_up(image)}"
@@ -439,7 +443,7 @@ def case_of(choice: plan.Choice) -> Case:
     """The choice with the GPUs that are there, or that it names."""
     try:
         return Case(choice, plan.gpus_of(choice))
-    except errors.Problem as problem:
+    except reports.Problem as problem:
         return Case(choice, (), problem)
 
 
@@ -466,4 +470,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

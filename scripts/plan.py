@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import build_engines, contracts, errors, gpus, memory_model, serve, settings, tokenizer, trtllm_build
-from scripts.llama_shape import (
+from scripts import build_engines, reports, serve, settings
+from scripts.nvidia import contracts, gpus, trtllm_build
+from scripts.nvidia import memory as memory_model
+from scripts.room import human_bytes
+from scripts.tokenizer import sentencepiece
+from scripts.weights.shape import (
     LlamaShape,
     max_positions,
     padded_heads,
@@ -28,11 +32,10 @@ from scripts.llama_shape import (
     shape_of_config,
     why_impossible,
 )
-from scripts.room import human_bytes
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ROOT / "models" / "shapes.json"
-# How TensorRT-LLM's words for them begin; scripts/quantize.py, which asks for them, needs packages that a laptop may lack.
+# How TensorRT-LLM's words for them begin; scripts/nvidia/quantize.py, which asks for them, needs packages that a laptop may lack.
 QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": "W8A8_SQ"}
 # tokenizer, configs and code of the five models
 MODEL_REPO_BYTES = 5_000_000
@@ -151,7 +154,7 @@ def model_of(choice: Choice) -> Model:
     asked = choice.number("CONTEXT")
     if in_metas_form({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
         params = read_params(folder / "params.json")
-        vocab_size = params.vocab_size or tokenizer.read_tokenizer_model(tokenizer.path_of(folder)).vocab_size
+        vocab_size = params.vocab_size or sentencepiece.read_tokenizer_model(sentencepiece.path_of(folder)).vocab_size
         shape = params.shape(vocab_size)
         return Model(
             name, shape, dtype_of(folder, shape), max_positions(asked, params)[0], "meta", weights_bytes(folder)
@@ -171,7 +174,7 @@ def model_of(choice: Choice) -> Model:
         )
     shapes = json.loads(SHAPES.read_text())
     if name not in shapes:
-        raise errors.weights_not_there("MODEL" if "/" in name else "WEIGHTS", choice["WEIGHTS"])
+        raise reports.settings.weights_not_there("MODEL" if "/" in name else "WEIGHTS", choice["WEIGHTS"])
     params = params_of(shapes[name], SHAPES)
     return Model(
         name,
@@ -200,16 +203,18 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     impossible = why_impossible(model.shape, tp_size, pad_heads)
     if impossible:
         by_padding = why_impossible(model.shape, tp_size, pad_heads=True) is None
-        raise errors.split_impossible(model.name, tp_size, *impossible, possible_tp_sizes(model.shape), by_padding)
+        raise reports.checkpoint.split_impossible(
+            model.name, tp_size, *impossible, possible_tp_sizes(model.shape), by_padding
+        )
     if model.shape.n_layers % pp_size:
-        raise errors.stages_impossible(model.name, pp_size, model.shape.n_layers)
+        raise reports.checkpoint.stages_impossible(model.name, pp_size, model.shape.n_layers)
     quant, dtype = choice["QUANT"], choice["DTYPE"] or model.dtype
     if quant and (quant not in QUANT_ALGOS or not choice.tensorrt):
         allowed = "empty, " + ", ".join(QUANT_ALGOS) + " with ENGINE=tensorrt"
-        raise errors.bad_setting("QUANT", quant, allowed, errors.make("plan", QUANT=""))
+        raise reports.settings.bad_setting("QUANT", quant, allowed, reports.make("plan", QUANT=""))
     if quant and dtype == "float32":
         allowed = f"float16 or bfloat16 with QUANT={quant}"
-        raise errors.bad_setting("DTYPE", dtype, allowed, errors.make("plan", DTYPE="float16"))
+        raise reports.settings.bad_setting("DTYPE", dtype, allowed, reports.make("plan", DTYPE="float16"))
     asked = build_engines.Settings(
         checkpoint=Path(),
         output=Path(),
@@ -247,7 +252,7 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
         raise too_many_ranks(engine, host)
     fit = fit_on(choice, engine, host)
     if fit.verdict == "no":
-        raise errors.does_not_fit(model.name, described(host), shares(fit), *mended(choice, engine, host))
+        raise reports.planning.does_not_fit(model.name, described(host), shares(fit), *mended(choice, engine, host))
     return Journey(choice, model, engine, toolchain, host, fit)
 
 
@@ -259,12 +264,12 @@ def fit_on(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
     return memory_model.torch_fit(engine, smallest)
 
 
-def too_many_ranks(engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> errors.Problem:
+def too_many_ranks(engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> reports.Problem:
     sizes = possible_tp_sizes(engine.shape)
     tp_size = max((size for size in sizes if size * engine.pp_size <= len(host)), default=1)
     change = {"TP": tp_size} if tp_size * engine.pp_size <= len(host) else {"TP": tp_size, "PP": 1}
-    return errors.too_many_ranks(
-        engine.tp_size, engine.pp_size, len(host), described(host), errors.make("plan", **change)
+    return reports.planning.too_many_ranks(
+        engine.tp_size, engine.pp_size, len(host), described(host), reports.make("plan", **change)
     )
 
 
@@ -277,17 +282,17 @@ def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
 
     for tp_size in possible_tp_sizes(engine.shape):
         if tp_size > engine.tp_size and fits(host, tp_size=tp_size):
-            return "Share it among more of the GPUs:", errors.make("plan", TP=tp_size)
+            return "Share it among more of the GPUs:", reports.make("plan", TP=tp_size)
     for part in (2, 4, 8):
         tokens = engine.max_seq_len // part
         limits = {"max_seq_len": tokens, "max_input_len": tokens // 2, "max_num_tokens": max(tokens, 1024)}
         if tokens >= 512 and fits(host, **limits):
             shorter = {name.upper(): value for name, value in limits.items()}
-            return "Ask for shorter texts and smaller steps:", errors.make("plan", **shorter)
+            return "Ask for shorter texts and smaller steps:", reports.make("plan", **shorter)
     for quant, algo in QUANT_ALGOS.items() if choice.tensorrt and not engine.quant else ():
         needed = next((least for kind, (least, _) in trtllm_build.NEEDS.items() if algo.startswith(kind)), 0.0)
         if host[0].capability >= needed and fits(host, quant=quant):
-            return "Store its weights in fewer bytes:", errors.make("plan", QUANT=quant)
+            return "Store its weights in fewer bytes:", reports.make("plan", QUANT=quant)
     sizes = [size for size in (1, 2, 4, 8) if size in possible_tp_sizes(engine.shape)]
     others = {
         f"{size}x {name}": gpus.assumed(f"{size}x {name}")
@@ -300,12 +305,12 @@ def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
         if found[0].capability >= 8.0 and fits(found, tp_size=len(found), pp_size=1, quant="")
     ]
     if not enough:
-        return "No GPUs that are known here are large enough. See a smaller model:", errors.make(
+        return "No GPUs that are known here are large enough. See a smaller model:", reports.make(
             "plan", MODEL="llama-2-7b"
         )
     least = min(enough)[1]
     changes = {"TP": least.partition("x")[0], "PP": None, "QUANT": None, "TOOLCHAIN": None, "ASSUME_GPU": least}
-    return "It needs more memory. The least that is known to have it:", errors.make("plan", **changes)
+    return "It needs more memory. The least that is known to have it:", reports.make("plan", **changes)
 
 
 def shares(fit: memory_model.Fit) -> str:
@@ -362,7 +367,7 @@ def rows(journey: Journey) -> List[Row]:
             f"docker pull {row.get('image', '')}",
         )
         made.insert(0, image)
-    return [row if row.command else dataclasses.replace(row, command=errors.make(row.room)) for row in made]
+    return [row if row.command else dataclasses.replace(row, command=reports.make(row.room)) for row in made]
 
 
 def serve_bytes(journey: Journey) -> int:
@@ -429,7 +434,7 @@ def words(journey: Journey) -> str:
             f"The fullest rank's weights: {human_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? For instance:",
             "",
         ]
-        lines += ["    " + errors.make("plan", ASSUME_GPU="2x A100-80GB")]
+        lines += ["    " + reports.make("plan", ASSUME_GPU="2x A100-80GB")]
     for room, argv in programs(journey).items():
         lines += ["", f"What {room} runs in the container:", ""]
         lines += textwrap.wrap(shlex.join(argv), WIDTH, initial_indent="    ", subsequent_indent="        ",
@@ -505,4 +510,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -10,7 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from scripts import dist, errors, image_archive, image_builders, room
+from scripts import reports, room
+from scripts.images import archive as image_archive
+from scripts.images import builders, dist
 
 # a registry, which has a dot, a port or is localhost; a name; a tag
 NAMED = re.compile(
@@ -26,8 +28,8 @@ def main() -> None:
     image = os.environ.get("IMAGE", "").strip()
     archive = args.dist / dist.ARCHIVE
     if not NAMED.fullmatch(image) or not archive.is_file():
-        raise errors.push_what(image, args.dist)
-    builder = image_builders.find_builder(args.builder)
+        raise reports.images.push_what(image, args.dist)
+    builder = builders.find_builder(args.builder)
     with image_archive.Archive(archive) as opened:
         iid = opened.iid
         [name] = opened.json("manifest.json")[0]["RepoTags"]
@@ -43,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -1,4 +1,4 @@
-"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/dist.py then writes it.
+"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/images/dist.py then writes it.
 
 Reads   git, docker/toolchains.json, docker/contracts/sources.json, the weights' licence
 Needs   nothing but the standard library
@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
-from scripts import contracts, errors, room
+from scripts import reports, room
+from scripts.nvidia import contracts
 
 # What a licence wants to be passed on with the model, as files, and as a text of its own.
 PASSED_ON = ("LICENSE", "USE_POLICY")
@@ -35,36 +36,38 @@ def inferred_cells(row: Mapping[str, Any], sources: Mapping[str, Any], quant: st
 def check_version(version: str) -> None:
     """A release has a number of three parts."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise errors.bad_setting("VERSION", version, "x.y.z, three numbers", errors.make("release", VERSION="1.0.0"))
+        raise reports.settings.bad_setting(
+            "VERSION", version, "x.y.z, three numbers", reports.make("release", VERSION="1.0.0")
+        )
 
 
 def check_tree() -> None:
     """What is released is what is committed."""
     done = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode or done.stdout.strip():
-        raise errors.tree_not_clean((done.stderr or done.stdout).strip().splitlines())
+        raise reports.releasing.tree_not_clean((done.stderr or done.stdout).strip().splitlines())
 
 
 def check_toolchain(trtllm_version: str, quant: str, accepted: bool) -> None:
     """NVIDIA's image by digest, and nothing that was only inferred, unless that is accepted in so many words."""
     row = contracts.toolchain(trtllm_version)
     if not row["digest"]:
-        raise errors.toolchain_not_pinned(trtllm_version, row["image"])
+        raise reports.releasing.toolchain_not_pinned(trtllm_version, row["image"])
     sources = json.loads((contracts.DOCKER / "contracts" / "sources.json").read_text())
     cells = inferred_cells(row, sources, quant)
     if cells and not accepted:
-        raise errors.toolchain_inferred(trtllm_version, cells)
+        raise reports.releasing.toolchain_inferred(trtllm_version, cells)
 
 
 def check_license(license: str, weights: Path) -> None:
     """Who passes a Llama on passes its licence, use policy and notice on (Llama 2 Community License, 1.b)."""
     if not license:
-        raise errors.which_license()
+        raise reports.images.which_license()
     if license.startswith("llama"):
         folders = (weights, weights.resolve().parent)
         missing = [name for name in PASSED_ON if not any(list(folder.glob(f"{name}*")) for folder in folders)]
         if missing:
-            raise errors.license_files_missing(license, weights, missing)
+            raise reports.images.license_files_missing(license, weights, missing)
 
 
 def check_verified(root: Path) -> None:
@@ -72,13 +75,13 @@ def check_verified(root: Path) -> None:
     verified = room.read_manifest(root / "verified")
     asked, here = verified["reads"]["engines"], room.manifest_sha256(root / "engines")
     if verified["facts"].get("passed") is not True or asked != here:
-        raise errors.room_damaged(root / "verified", "manifest.json", f"engines {asked[:12]}", here[:12])
+        raise reports.rooms.room_damaged(root / "verified", "manifest.json", f"engines {asked[:12]}", here[:12])
 
 
 def check_rooms(root: Path) -> None:
     """The engines are real ones and verified."""
     if room.read_manifest(root / "engines")["facts"].get("rehearsal"):
-        raise errors.engines_rehearsed(root / "engines")
+        raise reports.releasing.engines_rehearsed(root / "engines")
     check_verified(root)
 
 
@@ -99,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
-from scripts import errors
+from scripts import reports
 
 MANIFEST = "manifest.json"
 ARGS = "args"
@@ -140,7 +140,7 @@ def manifest_bytes(room: Path) -> bytes:
         with open(room / MANIFEST, "rb") as file:
             return file.read(MANIFEST_MAX_BYTES)
     except OSError:
-        raise errors.room_missing(room) from None
+        raise reports.rooms.room_missing(room) from None
 
 
 def manifest_sha256(room: Path) -> str:
@@ -171,7 +171,7 @@ def read_manifest_only(room: Path) -> Dict[str, Any]:
         for name, _ in manifest["files"].items():
             record_of(manifest, name)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise errors.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
+        raise reports.rooms.manifest_unreadable(room, f"{type(error).__name__}: {error}") from None
     return dict(manifest)
 
 
@@ -181,7 +181,7 @@ def is_room(folder: Path) -> bool:
         return (folder / MANIFEST).is_file()
     try:
         return "reads" in read_manifest_only(folder)
-    except errors.Problem:
+    except reports.Problem:
         return False
 
 
@@ -194,7 +194,7 @@ def read_manifest(room: Path) -> Dict[str, Any]:
         actual = path.stat().st_size if path.is_file() else None
         if actual != record.size_bytes:
             seen = "no such file" if actual is None else f"{actual} bytes"
-            raise errors.room_damaged(room, name, f"{record.size_bytes} bytes", seen)
+            raise reports.rooms.room_damaged(room, name, f"{record.size_bytes} bytes", seen)
     return manifest
 
 
@@ -236,11 +236,11 @@ def filling(
     try:
         if _answers(room, asked, made_from_files):
             shutil.rmtree(partial)
-            raise errors.Finished(f"{name or room.name:<11} made by another make in this tree meanwhile")
+            raise reports.Finished(f"{name or room.name:<11} made by another make in this tree meanwhile")
         if _answers(partial, asked, made_from_files):
             _publish(partial, room, old)
-            raise errors.Finished(
-                f"{name or room.name:<11} -> {errors.shown(room)}: it was whole already, and has its name now"
+            raise reports.Finished(
+                f"{name or room.name:<11} -> {reports.shown(room)}: it was whole already, and has its name now"
             )
         if old.is_dir() and not room.exists():  # killed between the two renames of _publish
             os.rename(old, room)
@@ -268,10 +268,10 @@ def filling(
         size_bytes = sum(record.size_bytes for record in filling_room.files.values())
         say(
             name or room.name,
-            f"-> {errors.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
+            f"-> {reports.shown(room)}: {len(filling_room.files)} files, {human_bytes(size_bytes)}, "
             f"{time.monotonic() - started:.1f} s",
         )
-    except errors.Outdated:
+    except reports.Outdated:
         (partial / FINISHED).unlink(missing_ok=True)
         raise
     except OSError as error:
@@ -301,7 +301,7 @@ def _lock_for_reading(room: Path) -> int:
     try:
         return _lock(room, fcntl.LOCK_SH, "is being replaced; waiting for it")
     except FileNotFoundError:
-        raise errors.room_missing(room) from None
+        raise reports.rooms.room_missing(room) from None
 
 
 def _lock_partial(partial: Path) -> int:
@@ -322,7 +322,7 @@ def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
             and (folder / ARGS).read_text() == asked
             and bool(read_manifest(folder))
         )
-    except (OSError, errors.Problem):
+    except (OSError, reports.Problem):
         return False
 
 

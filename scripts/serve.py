@@ -34,7 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors, preflight, processes, room
+from scripts import reports, room
+from scripts.serving import checks, processes
 
 PROJECT = Path(__file__).parent.parent
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
@@ -103,11 +104,11 @@ class Settings:
         ports = self.ports
         for name, port in ports.items():
             if not 1 <= port <= 65535:
-                raise errors.bad_setting(
-                    name, port, "a port from 1 to 65535", errors.make("serve", **{name: PORTS[name]})
+                raise reports.settings.bad_setting(
+                    name, port, "a port from 1 to 65535", reports.make("serve", **{name: PORTS[name]})
                 )
         if len(set(ports.values())) < len(ports):
-            raise errors.ports_equal(ports)
+            raise reports.serving.ports_equal(ports)
 
     @property
     def ports(self) -> Dict[str, int]:
@@ -217,7 +218,7 @@ def check_mpirun() -> None:
     if not shutil.which(
         "mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     ):
-        raise errors.program_missing("mpirun")
+        raise reports.serving.program_missing("mpirun")
 
 
 def find_toolbox(run_dir: Path) -> Toolbox:
@@ -232,7 +233,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     if spec is None or not spec.submodule_search_locations:
         if packaged.is_file():
             return Toolbox(packaged, None, [], open_mpi_major())
-        raise errors.program_missing("tritonserver")
+        raise reports.serving.program_missing("tritonserver")
     home = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     stub = (
         home
@@ -241,7 +242,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
         / "triton_python_backend_stub"
     )
     if not stub.is_file():
-        raise errors.program_missing(str(stub))
+        raise reports.serving.program_missing(str(stub))
     backends = run_dir / "backends"
     place: Callable[[Path, Path], object] = os.symlink
     if stand_ins := os.environ.get("REHEARSAL_BACKENDS"):
@@ -285,8 +286,8 @@ def check_ports(settings: Settings) -> None:
                 probe.bind((settings.host, port))
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise errors.host_not_here(settings.host, error.strerror or str(error)) from None
-            raise errors.port_not_free(
+                raise reports.serving.host_not_here(settings.host, error.strerror or str(error)) from None
+            raise reports.serving.port_not_free(
                 name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
             ) from None
 
@@ -296,9 +297,9 @@ def check_api_keys(settings: Settings) -> None:
     path = settings.api_key_file
     try:
         if path and not Path(path).read_text(encoding="utf-8").strip():
-            raise errors.no_api_key(path, "it has no line with a key")
+            raise reports.serving.no_api_key(path, "it has no line with a key")
     except (OSError, ValueError) as error:
-        raise errors.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None
+        raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None
 
 
 def _free_port(host: str) -> int:
@@ -313,7 +314,7 @@ def _free_port(host: str) -> int:
 def check_temporary() -> None:
     """Triton's Python backend ends (status 134) where it cannot make a folder in /tmp: that place is written into it (2.51)."""
     if not os.access("/tmp", os.W_OK | os.X_OK):
-        raise errors.no_temporary_folder("/tmp")
+        raise reports.serving.no_temporary_folder("/tmp")
 
 
 def check_shared_memory(world_size: int) -> None:
@@ -321,7 +322,7 @@ def check_shared_memory(world_size: int) -> None:
     stat = os.statvfs("/dev/shm")
     free_bytes, needed_bytes = stat.f_bavail * stat.f_frsize, SHARED_MEMORY_BYTES_PER_RANK * world_size
     if free_bytes < needed_bytes:
-        raise errors.shared_memory_too_small(free_bytes, needed_bytes)
+        raise reports.serving.shared_memory_too_small(free_bytes, needed_bytes)
 
 
 def check_rooms(root: Path) -> int:
@@ -330,12 +331,12 @@ def check_rooms(root: Path) -> int:
     model_repo = room.read_manifest(root / "model_repo")
     actual = room.manifest_sha256(root / "engines")
     if model_repo["reads"]["engines"] != actual:
-        raise errors.room_damaged(
+        raise reports.rooms.room_damaged(
             root / "model_repo", "manifest.json", f"engines {model_repo['reads']['engines'][:12]}", actual[:12]
         )
     config = root / "engines" / "config.json"
     if room.sha256_of(config) != room.record_of(room.read_manifest(root / "engines"), config.name):
-        raise errors.room_damaged(root / "engines", config.name, "another sha256", "changed content")
+        raise reports.rooms.room_damaged(root / "engines", config.name, "another sha256", "changed content")
     return int(json.loads(config.read_bytes())["pretrained_config"]["mapping"]["world_size"])
 
 
@@ -353,7 +354,7 @@ class Ranks:
             start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self.session, self.run_dir = self.mpirun.pid, run_dir
-        guard = [sys.executable, "-m", "scripts.processes", str(self.session), str(run_dir)]
+        guard = [sys.executable, "-m", "scripts.serving.processes", str(self.session), str(run_dir)]
         self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
         self.last_lines: Dict[int, Deque[str]] = {}
         self.lost_rank: Optional[int] = None
@@ -445,7 +446,7 @@ class Ranks:
             if self.requests_done_at is not None and time.monotonic() - self.requests_done_at > UNLOAD_SECONDS:
                 return True
             if failure := self.failure(ending=True):
-                raise errors.rank_failed(*failure, "while ending", self.tail(failure[0]))
+                raise reports.serving.rank_failed(*failure, "while ending", self.tail(failure[0]))
             time.sleep(0.05)
         return False
 
@@ -546,7 +547,7 @@ def open_log(settings: Settings) -> IO[str]:
             return log
         except BlockingIOError:
             log.close()
-    raise errors.log_in_use(path)
+    raise reports.serving.log_in_use(path)
 
 
 def raise_stack_limit() -> None:
@@ -605,12 +606,12 @@ class Supervisor:
                 room.say(
                     "serve",
                     f"starting {world_size} ranks"
-                    + (f"; their log: {errors.shown(log.name)}" if self.settings.log else ""),
+                    + (f"; their log: {reports.shown(log.name)}" if self.settings.log else ""),
                 )
                 command = mpirun_command(
                     world_size, toolbox, self.settings, f"{Path(folder).name}-", secrets.token_hex(16)
                 )
-                preflight.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
+                checks.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
                 kept = log if self.settings.log else None
                 ranks = Ranks(command, environment, self.settings.root, Path(folder), kept)
                 try:
@@ -634,7 +635,7 @@ class Supervisor:
         """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
         missing = openai_lacks() if self.settings.openai_port is not None else []
         if missing and toolbox.backends is not None and "REHEARSAL_BACKENDS" not in os.environ:
-            raise errors.openai_package_missing(missing[0])
+            raise reports.packages.openai_package_missing(missing[0])
         if missing:
             room.say("serve", f"no OpenAI endpoint: this image's Python lacks {', '.join(missing)} (docker/README.md)")
         return self.settings.openai_port is not None and not missing
@@ -646,7 +647,7 @@ class Supervisor:
             self.endpoint.process.terminate()  # it takes no new requests and ends with the last that it has
             while self.endpoint.process.poll() is None and time.monotonic() < deadline:
                 if failure := ranks.failure():
-                    raise errors.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
+                    raise reports.serving.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
                 time.sleep(0.05)
         finished = self.endpoint is None or self.endpoint.process.poll() == 0
         return ranks.drain(max(UNLOAD_SECONDS, deadline - time.monotonic())) and finished
@@ -664,14 +665,14 @@ class Supervisor:
                 return
             if failure := ranks.failure():
                 if ranks.out_of_memory:
-                    raise errors.gpu_memory_too_small(*ranks.out_of_memory)
-                raise errors.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
+                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory)
+                raise reports.serving.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
             if self.endpoint is not None and self.endpoint.process.poll() is not None:
                 event = self.endpoint.failure() or ""
-                raise errors.endpoint_failed(event, "while starting", list(self.endpoint.last_lines))
+                raise reports.serving.endpoint_failed(event, "while starting", list(self.endpoint.last_lines))
             if time.monotonic() - started > self.settings.startup_seconds:
                 tails = {rank: ranks.tail(rank)[-3:] for rank in sorted(ranks.last_lines)}
-                raise errors.start_too_slow(self.settings.startup_seconds, tails)
+                raise reports.serving.start_too_slow(self.settings.startup_seconds, tails)
 
     def _ask_until_answered(self) -> None:
         while not self.asked_to_end.wait(0.1) and not self.answered.is_set():
@@ -713,9 +714,9 @@ class Supervisor:
             if failure is None and self.pulse.silent:
                 failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")
             if failure:
-                raise errors.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
+                raise reports.serving.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
             if self.endpoint is not None and (event := self.endpoint.failure()):
-                raise errors.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
+                raise reports.serving.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
 
     def _listen(self, pulse: Pulse, url: str) -> None:
         """Ask every second, beside everything else."""
@@ -755,11 +756,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if name == "openai_port" and value == "":
             continue
         if not (value.isascii() and value.isdigit()):
-            raise errors.bad_setting(
+            raise reports.settings.bad_setting(
                 name.upper(),
                 value,
                 "a port from 1 to 65535",
-                errors.make("serve", **{name.upper(): PORTS[name.upper()]}),
+                reports.make("serve", **{name.upper(): PORTS[name.upper()]}),
             )
         ports[name] = int(value)
     log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
@@ -775,4 +776,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from scripts import errors
+from scripts import reports
 
 # Characters that a makefile, or the shell in its recipes, would not take as part of a word.
 NOT_IN_WORDS = " \t\n$#%;'\"`&|<>()[]{}*?!~\\"
@@ -29,13 +29,13 @@ SECRETS = ("META_URL", "MIRROR_URL", "HF_TOKEN")
 NUMBERS_OR_EMPTY = {"CONTEXT": 4096, "MAX_INPUT_LEN": 2048, "MAX_SEQ_LEN": 4096, "MAX_NUM_TOKENS": 8192}
 
 
-def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolchains: Sequence[str]) -> errors.Problem:
+def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolchains: Sequence[str]) -> reports.Problem:
     """Why make refuses the setting `name`. settings: all that make knows, name -> value as typed."""
     if name in SECRETS:
-        return errors.secret_typed(name)
+        return reports.fetching.secret_typed(name)
     if name not in settings:
         near = difflib.get_close_matches(name.upper(), settings, 1, 0)
-        return errors.no_such_setting(name, sorted(settings), near[0] if near else "MODEL")
+        return reports.settings.no_such_setting(name, sorted(settings), near[0] if near else "MODEL")
     value = settings[name]
     bad = sorted(
         {
@@ -45,24 +45,24 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         }
     )
     if name == "SOURCE" and "://" in value and ("?" in value or "@" in value):
-        return errors.secret_in_source()
+        return reports.fetching.secret_in_source()
     if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE") and bad:
-        return errors.path_not_for_make(name, value, bad)
+        return reports.settings.path_not_for_make(name, value, bad)
     if name == "MODEL":
-        return errors.no_such_model(value, presets)
+        return reports.settings.no_such_model(value, presets)
     if name == "WEIGHTS":
         if "/" in settings["MODEL"] and value != settings["MODEL"]:
-            return errors.weights_named_twice(settings["MODEL"], value)
+            return reports.settings.weights_named_twice(settings["MODEL"], value)
         name = "MODEL" if value == settings["MODEL"] else "WEIGHTS"
-        return errors.weights_not_there(name, value, settings.get("SOURCE", ""))
+        return reports.settings.weights_not_there(name, value, settings.get("SOURCE", ""))
     if name == "PYTHON":
-        return errors.interpreter_missing(value)
+        return reports.packages.interpreter_missing(value)
     if name == "TOOLCHAIN":
-        return errors.bad_setting(
-            name, value, "one of " + ", ".join(toolchains), errors.make("serve", TOOLCHAIN=toolchains[0])
+        return reports.settings.bad_setting(
+            name, value, "one of " + ", ".join(toolchains), reports.make("serve", TOOLCHAIN=toolchains[0])
         )
     if name == "PP" and settings["ENGINE"] == "torch" and value.isdigit():
-        return errors.bad_setting(name, value, "1 with ENGINE=torch", errors.make("serve", PP=1))
+        return reports.settings.bad_setting(name, value, "1 with ENGINE=torch", reports.make("serve", PP=1))
     allowed, example = {
         "ENGINE": ("torch or tensorrt", "torch"),
         "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
@@ -85,7 +85,7 @@ def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolcha
         **{number: ("a whole number of at least 1, or empty", str(fit)) for number, fit in NUMBERS_OR_EMPTY.items()},
     }[name]
     engine = {"ENGINE": "tensorrt"} if name == "REHEARSAL" else {}
-    return errors.bad_setting(name, value, allowed, errors.make("serve", **engine, **{name: example}))
+    return reports.settings.bad_setting(name, value, allowed, reports.make("serve", **engine, **{name: example}))
 
 
 def main() -> None:
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-from scripts import errors, image_builders, room
+from scripts import reports, room
+from scripts.images import builders
 
 # Docker publishes where it is told; the container listens on all its addresses.
 RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 --publish 127.0.0.1:9000:9000 {tag}"
@@ -73,11 +74,11 @@ def main() -> None:
             f"{100 * sums['added_bytes'] / (sums['base_bytes'] + sums['engines_and_tokenizer_bytes']):.2f} % of these."
         )
         return
-    builder = image_builders.find_builder(args.builder)
-    image_builders.kept(builder, described)
+    builder = builders.find_builder(args.builder)
+    builders.kept(builder, described)
     passport = json.loads((args.image_room / "passport.json").read_bytes())
     print(f"\n  {described['iid']}\n\n  {run_command(described['tag'], passport)}\n", flush=True)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

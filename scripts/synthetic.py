@@ -13,9 +13,9 @@ import struct
 from pathlib import Path
 from typing import Any, Dict, List
 
-from scripts import errors
-from scripts.llama_shape import LlamaShape
+from scripts import reports
 from scripts.room import human_bytes, progress, say
+from scripts.weights.shape import LlamaShape
 
 SHAPE = LlamaShape(4096, 11008, 32, 32, 32, 32000)
 POSITIONS = 4096
@@ -42,7 +42,7 @@ def tokenizer_model(bundled: bytes, size: int) -> bytes:
     Field numbers: sentencepiece's src/sentencepiece_model.proto (pieces = 1; piece = 1, score = 2). No text has these words, so the
     encoding of any text stays as it is.
     """
-    from scripts.tokenizer import parse_model
+    from scripts.tokenizer.sentencepiece import parse_model
 
     out = bundled
     for index in range(parse_model(bundled).vocab_size, size):
@@ -72,7 +72,7 @@ def write(output: Path, shape: LlamaShape, seed: int) -> None:
     total_bytes = 2 * sum(torch.Size(size).numel() for size in shapes.values())
     say(
         "synthetic",
-        f"-> {errors.shown(output)}: {human_bytes(total_bytes)} of random numbers, seed {seed}, made on the {device}",
+        f"-> {reports.shown(output)}: {human_bytes(total_bytes)} of random numbers, seed {seed}, made on the {device}",
     )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -103,10 +103,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.output.is_dir():
-        say("synthetic", f"{errors.shown(args.output)} is there already")
+        say("synthetic", f"{reports.shown(args.output)} is there already")
     else:
         write(args.output, SHAPE, args.seed)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -18,7 +18,7 @@ report() { # title, what was seen, what to do, command
     exit 1
 }
 
-# What the user typed, with changes: typed serve TP=2. As errors.make in scripts/errors.py has it.
+# What the user typed, with changes: typed serve TP=2. As errors.make in scripts/reports has it.
 typed() {
     local goal=$1 settings=${BAKE_SETTINGS:-} line name words
     shift
@@ -65,7 +65,7 @@ gpus_here() {
     printf '%sx %s\n%s\n' "$(wc -l <<<"$seen")" "${seen%%,*}" "$kinds"
 }
 
-# '4x V100-SXM2-16GB' -> the same two lines; docker/gpus.json knows the names. As gpus.assumed in scripts/gpus.py has it.
+# '4x V100-SXM2-16GB' -> the same two lines; docker/gpus.json knows the names. As gpus.assumed in scripts/nvidia/gpus.py has it.
 gpus_assumed() {
     local name=$1 rows
     [[ $name =~ ^[1-9][0-9]?\ *x\ *(.+)$ ]] && name=${BASH_REMATCH[1]}

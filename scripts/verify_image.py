@@ -17,8 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from scripts import errors, image_archive, image_builders, passport, room
-from scripts.image_archive import Archive
+from scripts import reports, room
+from scripts.images import archive as image_archive
+from scripts.images import builders, passport
+from scripts.images.archive import Archive
 
 PROJECT = Path(__file__).parent.parent
 ENV_SITE = re.compile(r"opt/venv/lib/python3\.\d+/site-packages/([^/]+)\.dist-info/METADATA")
@@ -164,7 +166,7 @@ def verify(archive: Archive, image: str) -> None:
         "[!] not recomputed: that the weights are their publisher's, and what the accuracy report measured", flush=True
     )
     if failed:
-        raise errors.image_not_what_it_says(image, failed)
+        raise reports.images.image_not_what_it_says(image, failed)
 
 
 def main() -> None:
@@ -173,14 +175,14 @@ def main() -> None:
     args = parser.parse_args()
     image = os.environ.get("IMAGE", "").strip()
     if not image:
-        raise errors.which_image()
+        raise reports.images.which_image()
     if Path(image).is_file():
         with Archive(Path(image)) as archive:
             verify(archive, image)
         return
-    builder = image_builders.find_builder(args.builder)
+    builder = builders.find_builder(args.builder)
     if not builder.has(image):
-        raise errors.no_such_image(image, builder.name)
+        raise reports.images.no_such_image(image, builder.name)
     with tempfile.TemporaryDirectory(
         dir=PROJECT / "build" if (PROJECT / "build").is_dir() else None, prefix="verify-"
     ) as folder:
@@ -191,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

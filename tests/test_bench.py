@@ -8,8 +8,11 @@ from typing import Any, Dict, List
 import pytest
 from conftest import free_ports, make
 
-from scripts import bench, bench_page, errors, synthetic, tokenizer
-from scripts.llama_shape import LlamaShape
+from scripts import reports, synthetic
+from scripts.bench import load as bench
+from scripts.bench import page as bench_page
+from scripts.tokenizer import sentencepiece
+from scripts.weights.shape import LlamaShape
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"max_batch_size": 8, "max_input_len": 256, "max_seq_len": 300}
@@ -26,7 +29,7 @@ def test_loads_beyond_the_engines_limits_are_left_out():
 
 @pytest.mark.parametrize("text", ["16:16", "16:16:x", "0:1:1", "16:16:99"])
 def test_a_load_that_is_none_is_a_report(text):
-    with pytest.raises(errors.Problem, match="POINTS"):
+    with pytest.raises(reports.Problem, match="POINTS"):
         bench.points_of(text, LIMITS)
 
 
@@ -78,7 +81,7 @@ def test_aiperfs_records_become_requests():
 
 @pytest.mark.parametrize("broken", [record(output_sequence_length=63), {**record(), "error": {"message": "429"}}])
 def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: Dict[str, Any]):
-    with pytest.raises(errors.Problem):
+    with pytest.raises(reports.Problem):
         bench.aiperf_requests([record(), broken], AIPERF)
 
 
@@ -123,7 +126,7 @@ def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: L
 def test_a_file_that_is_no_run_is_a_report(tmp_path):
     (tmp_path / "old.json").write_text("{}")
     for path in (tmp_path / "old.json", tmp_path / "missing.json"):
-        with pytest.raises(errors.Problem, match="no run of make bench"):
+        with pytest.raises(reports.Problem, match="no run of make bench"):
             bench_page.read_run(path)
 
 
@@ -139,7 +142,7 @@ def test_the_documented_run_is_one_and_its_page_needs_nothing_else():
 
 def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does():
     bundled = synthetic.TOKENIZER.read_bytes()
-    made = tokenizer.parse_model(synthetic.tokenizer_model(bundled, 32000))
+    made = sentencepiece.parse_model(synthetic.tokenizer_model(bundled, 32000))
     assert made.vocab_size == 32000 and len({piece.text for piece in made.pieces}) == 32000
     from sentencepiece import SentencePieceProcessor
 

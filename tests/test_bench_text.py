@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import make
 
-from scripts import bench_text
+from scripts.bench import text as bench_text
 from scripts.build_model_repo import model_config_type
 
 

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import GROUPED, PADDED, PLAIN, Dims, Tensors, write_model
 
-from scripts import build_checkpoint, build_config, build_hf, contracts, errors, safetensors_file
-from scripts.llama_shape import LlamaShape
+from scripts import build_checkpoint, build_config, build_hf, reports
+from scripts.nvidia import contracts
 from scripts.room import read_manifest
+from scripts.weights import safetensors as safetensors_file
+from scripts.weights.shape import LlamaShape
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -129,7 +131,7 @@ def test_pipeline_stages_hold_the_same_tensors_as_the_ranks_of_one_stage(tmp_pat
 
 
 def test_stages_that_cannot_share_the_layers_are_refused_with_one_that_can(tmp_path: Path) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build_checkpoint.build_checkpoint(
             build_checkpoint.Settings(hf_room(tmp_path), tmp_path / "c", 1, "0.8.0", pp_size=2)
         )
@@ -323,8 +325,8 @@ def test_a_source_of_mixed_types_becomes_the_type_that_its_config_names(tmp_path
 # --- what is refused ---------------------------------------------------------------------------------------------------------
 
 
-def refused(hf: Path, room: Path, tp_size: int, dtype: Any = None, version: str = "0.8.0") -> errors.Problem:
-    with pytest.raises(errors.Problem) as caught:
+def refused(hf: Path, room: Path, tp_size: int, dtype: Any = None, version: str = "0.8.0") -> reports.Problem:
+    with pytest.raises(reports.Problem) as caught:
         build(hf, room, tp_size, dtype, version)
     assert not room.exists()
     return caught.value
@@ -416,7 +418,8 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
 
 def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
     """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
-    imports = "import os, sys, errno\nfrom scripts import build_checkpoint, errors, safetensors_file as s\ns.SYNC_BYTES = 200_000"
+    imports = "import os, sys, errno\nfrom scripts import build_checkpoint, reports\n"
+    imports += "from scripts.weights import safetensors as s\ns.SYNC_BYTES = 200_000"
     script = f"{imports}\n{code}\nerrors.run(build_checkpoint.main)"
     words = ["--model", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
     return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -457,7 +460,7 @@ def test_weights_that_change_while_they_are_read_make_no_checkpoint(
         return rows(tensor, *span)
 
     monkeypatch.setattr(safetensors_file.StoredTensor, "rows", change_in_the_middle)
-    with pytest.raises(errors.Problem, match="weights changed while they were read") as caught:
+    with pytest.raises(reports.Problem, match="weights changed while they were read") as caught:
         build_checkpoint.build_checkpoint(asked)
     assert path.name in caught.value.where and caught.value.command == "make checkpoint"
     assert not (tmp_path / "checkpoint").exists()

@@ -11,7 +11,8 @@ import pytest
 import stand_ins
 from synthetic import GROUPED, write_model
 
-from scripts import build_checkpoint, build_engines, build_hf, contracts, errors, gpus, room
+from scripts import build_checkpoint, build_engines, build_hf, reports, room
+from scripts.nvidia import contracts, gpus
 
 VERSIONS = contracts.versions()
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
@@ -100,7 +101,7 @@ def test_the_torch_engine_serves_the_checkpoints_own_files(checkpoints: Path, tm
 def test_the_torch_engine_has_no_pipeline_stages(checkpoints: Path, tmp_path: Path) -> None:
     staged = build_checkpoint.Settings(checkpoints / "hf", tmp_path / "checkpoint", 1, "0.8.0", pp_size=3)
     build_checkpoint.build_checkpoint(staged)
-    with pytest.raises(errors.Problem, match="PP cannot be 3"):
+    with pytest.raises(reports.Problem, match="PP cannot be 3"):
         build(tmp_path / "checkpoint", tmp_path / "engines", "0.8.0", engine="torch")
 
 
@@ -190,8 +191,8 @@ def test_a_version_whose_cache_is_dead_gets_none(checkpoints: Path, tmp_path: Pa
     assert manifest["facts"]["timing_cache_sha256"] is None and not (tmp_path / "caches").exists()
 
 
-def refused(checkpoint: Path, output: Path, version: str) -> errors.Problem:
-    with pytest.raises(errors.Problem) as caught:
+def refused(checkpoint: Path, output: Path, version: str) -> reports.Problem:
+    with pytest.raises(reports.Problem) as caught:
         build(checkpoint, output, version)
     assert not output.exists()
     return caught.value
@@ -273,7 +274,7 @@ def test_a_build_that_fails_leaves_a_report_its_log_and_the_old_room(
     engines = tmp_path / "engines"
     before = build(checkpoints / "0.14.0", engines, "0.14.0")
     stand_ins.trtllm_build(programs, "0.14.0", script)
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build(checkpoints / "0.14.0", engines, "0.14.0", max_batch_size=5)
     assert seen in " ".join(caught.value.report().split())
     assert room.read_manifest(engines) == before

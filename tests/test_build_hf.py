@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from synthetic import GROUPED, PLAIN, Dims, Tensors, meta_tensors, split, tokenizer_model, write_meta, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import build_config, build_hf, errors, meta_weights, safetensors_file
+from scripts import build_config, build_hf, reports
 from scripts.room import read_manifest
+from scripts.weights import meta as meta_weights
+from scripts.weights import safetensors as safetensors_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT / "models" / "stories"
@@ -478,8 +480,8 @@ BAD_META: Dict[str, Any] = {
 }
 
 
-def refused(weights: Path, room: Path) -> errors.Problem:
-    with pytest.raises(errors.Problem) as caught:
+def refused(weights: Path, room: Path) -> reports.Problem:
+    with pytest.raises(reports.Problem) as caught:
         build(weights, room)
     assert not room.exists(), "a refused model must leave no room"
     assert caught.value.report().splitlines()[-1].startswith("    "), "a report ends in a command"
@@ -604,7 +606,8 @@ def test_a_folder_that_is_not_there_gets_a_report(tmp_path: Path) -> None:
 
 def run(code: str, *words: object) -> "subprocess.CompletedProcess[str]":
     """Run build_hf in a process of its own, after `code`."""
-    script = f"from scripts import build_hf, errors, safetensors_file as s\nimport os, errno\n{code}\nerrors.run(build_hf.main)"
+    script = "from scripts import build_hf, reports\nfrom scripts.weights import safetensors as s\n"
+    script += f"import os, errno\n{code}\nreports.run(build_hf.main)"
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

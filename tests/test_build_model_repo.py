@@ -12,7 +12,8 @@ from conftest import ROOT
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from scripts import build_model_repo, contracts, errors, room
+from scripts import build_model_repo, reports, room
+from scripts.nvidia import contracts
 
 VERSIONS = ["0.8.0", "0.14.0", "1.2.1"]
 KINDS = json.loads((contracts.DOCKER / "engines.json").read_text())
@@ -58,7 +59,7 @@ def changed(model: str, old: str, new: str) -> Dict[str, str]:
 
 
 def refused(templates: Dict[str, str], **build: Any) -> str:
-    with pytest.raises(errors.Problem) as problem:
+    with pytest.raises(reports.Problem) as problem:
         render(templates=templates, **build)
     return problem.value.report()
 
@@ -259,7 +260,7 @@ def test_a_parameter_that_nobody_decided_about_is_refused() -> None:
     tables["tensorrt_llm"]["parameters"].append(
         {"key": "new_one", "placeholder": "${new_hole}", "literal_in_template": None}
     )
-    with pytest.raises(errors.Problem) as problem:
+    with pytest.raises(reports.Problem) as problem:
         build_model_repo.render(TEMPLATES, tables, engine_config("0.8.0"), KINDS["torch"], "0.8.0", True)
     assert "new_hole" in problem.value.seen
 
@@ -308,7 +309,7 @@ def test_every_filled_file_names_its_template(tmp_path: Path) -> None:
 
 
 def test_a_model_without_its_tokenizers_config_is_a_report(tmp_path: Path) -> None:
-    with pytest.raises(errors.Problem) as problem:
+    with pytest.raises(reports.Problem) as problem:
         build_model_repo.build_model_repo(rooms(tmp_path, None))
     assert "tokenizer_config.json" in problem.value.where
     assert not (tmp_path / "model_repo").exists()
@@ -317,14 +318,14 @@ def test_a_model_without_its_tokenizers_config_is_a_report(tmp_path: Path) -> No
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("lacking", ["gpt_attention_plugin", "remove_input_padding", "paged_kv_cache"])
 def test_in_flight_batching_is_not_promised_of_engines_without_its_plugins(version: str, lacking: str) -> None:
-    with pytest.raises(errors.Problem) as problem:
+    with pytest.raises(reports.Problem) as problem:
         render(version, "tensorrt", plugins={lacking: None})
     assert lacking in problem.value.report() and "make engines" in problem.value.report()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_kv_cache_reuse_needs_paged_context_fmha(version: str) -> None:
-    with pytest.raises(errors.Problem) as problem:
+    with pytest.raises(reports.Problem) as problem:
         render(version, "tensorrt", kv_reuse=True, plugins={"use_paged_context_fmha": False})
     assert "use_paged_context_fmha" in problem.value.report() and "KV_REUSE=off" in problem.value.report()
     configs = parsed(render(version, "tensorrt", kv_reuse=True, plugins={"use_paged_context_fmha": True}))

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts import answers, build_verified, compare, errors, verified_report
+from scripts import build_verified, reports
+from scripts.verifying import compare, sides
+from scripts.verifying import page as verified_report
 
 VARIANT = Path("build/stories/torch-0.8.0-tp2-float16")
 FLOAT32 = compare.thresholds("float32")
@@ -60,7 +62,7 @@ def test_the_room_knows_no_path_and_is_made_once(tree: Path, verified: Path) -> 
     assert make(tree, "-q", "verified").returncode == 0
 
 
-@pytest.mark.parametrize("file", ["scripts/answers.py", "scripts/compare.py", "models/prompts.txt"])
+@pytest.mark.parametrize("file", ["scripts/verifying/sides.py", "scripts/verifying/compare.py", "models/prompts.txt"])
 def test_a_changed_judge_judges_again_and_makes_nothing_else(tree: Path, verified: Path, file: str) -> None:
     would = make(tree, "-n", "-W", file, "verified").stdout
     assert "scripts.build_verified" in would and would.count("scripts.build_") == 1
@@ -133,9 +135,9 @@ def test_prompts_are_cut_to_what_the_engine_takes(limits: tuple[int, int], lengt
 
 def test_prompts_asked_together_have_one_length() -> None:
     prompts = [[0] * length for length in [3, 5] + [4] * 40 + [3]]
-    found = list(answers.groups(prompts))
+    found = list(sides.groups(prompts))
     assert sorted(i for group in found for i in group) == list(range(len(prompts)))
-    assert all(len({len(prompts[i]) for i in group}) == 1 and len(group) <= answers.AT_ONCE for group in found)
+    assert all(len({len(prompts[i]) for i in group}) == 1 and len(group) <= sides.AT_ONCE for group in found)
 
 
 # --- how Hugging Face's side and the engine's are read ---
@@ -149,7 +151,7 @@ def test_the_reference_is_what_one_uncached_forward_says() -> None:
         )
     ).eval()  # fmt: skip
     prompts = [[1, 17, 80, 4], [1, 5, 99, 42]]
-    for prompt, said in zip(prompts, answers.continue_group(model, prompts, answer_tokens=5, top_k=7), strict=True):
+    for prompt, said in zip(prompts, sides.continue_group(model, prompts, answer_tokens=5, top_k=7), strict=True):
         reference = compare.Reference(**said)
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *reference.tokens]])).logits[0, :-1]
@@ -172,7 +174,7 @@ class Piece:
 def test_pieces_of_a_prompt_in_two_steps_are_put_together() -> None:
     prompt, logits = [4, 1, 3], torch.randn(4, 6)  # positions 0 .. 3 of 3 prompt tokens and 2 new ones
     expected = logits.log_softmax(-1)
-    collector = answers.Collector({"prompt": prompt, "top_ids": [[0, 5], [1, 2], [3, 4], [5, 0]]})
+    collector = sides.Collector({"prompt": prompt, "top_ids": [[0, 5], [1, 2], [3, 4], [5, 0]]})
     collector.take(Piece((), logits[:2], None))
     collector.take(Piece((2,), logits[2:3], logits[2:3]))
     collector.take(Piece((5,), None, logits[3:]))
@@ -249,7 +251,7 @@ def test_one_large_difference_fails_and_is_named_first() -> None:
     report = judged(changed(3, -0.127), count=70)
     assert failed(report) == ["largest difference of a log probability"]
     assert report["prompts"][0]["worst"] == {"position": 3, "token": "<8>", "hugging_face": -0.125, "engine": -0.127}
-    problem = errors.engine_differs("room/report.html", report, "build/x/engines").report()
+    problem = reports.verifying.engine_differs("room/report.html", report, "build/x/engines").report()
     assert "-0.125 for" in " ".join(problem.split()) and "0.002, must be at most 0.001" in " ".join(problem.split())
 
 
@@ -333,7 +335,7 @@ def ask(code: str, folder: Path, done: Done) -> None:
 )
 def test_a_side_that_ends_early_is_a_report_with_its_last_lines(tmp_path: Path, end: str, expected: str) -> None:
     done = Done()
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         ask(f"import os, sys; print('asked 4'); print('no weights here', flush=True); {end}", tmp_path, done)
     said = " ".join(caught.value.report().split())
     assert expected in said and "no weights here" in said and "asked" not in said
@@ -343,7 +345,7 @@ def test_a_side_that_ends_early_is_a_report_with_its_last_lines(tmp_path: Path, 
 def test_a_side_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_verified, "SILENT_SECONDS", 1)
     code = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(100)"
-    with pytest.raises(errors.Problem, match="does not answer") as caught:
+    with pytest.raises(reports.Problem, match="does not answer") as caught:
         ask(code, tmp_path, Done())
     pid = caught.value.seen.split("pid ")[1].split()[0]
     assert not Path(f"/proc/{pid}").exists()
@@ -351,7 +353,7 @@ def test_a_side_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_package_is_a_report_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build_verified.check_packages("torch", "0.8.0")
     assert caught.value.command.endswith("-r requirements/verify.txt")
 
@@ -359,13 +361,13 @@ def test_a_missing_package_is_a_report_that_installs_it(monkeypatch: pytest.Monk
 def test_a_container_without_what_belongs_to_it_is_not_repaired_with_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else 1)
     build_verified.check_packages("torch", "0.14.0")
-    with pytest.raises(errors.Problem, match="tensorrt_llm") as caught:
+    with pytest.raises(reports.Problem, match="tensorrt_llm") as caught:
         build_verified.check_packages("tensorrt", "0.14.0")
     assert caught.value.command.endswith("make doctor") and "0.14.0" in caught.value.seen
 
 
 def test_both_kinds_of_engines_are_asked_by_one_process_per_rank(tmp_path: Path) -> None:
-    for kind, module in (("torch", "scripts.answers"), ("tensorrt", "scripts.trtllm_runtime")):
+    for kind, module in (("torch", "scripts.verifying.sides"), ("tensorrt", "scripts.verifying.trtllm_side")):
         command = build_verified.engine_command(kind, Path("engines"), 4, tmp_path)
         assert command[0] == "mpirun" and command[command.index("-n") + 1] == "4"
         assert command[command.index("-m") + 1] == module and command[-1] == str(tmp_path / "answers.json")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from scripts import tokenizer as sentencepiece_tokenizer
 from scripts.openai import chat_template
 from scripts.openai.__main__ import text_code
 from scripts.openai.chat_template import ChatTemplate, Refused, template_of
+from scripts.tokenizer import sentencepiece as sentencepiece_tokenizer
 
 LLAMA_2 = (ROOT / "models/llama-2.jinja").read_text()
 CHATML = (

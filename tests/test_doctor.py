@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, free_ports
 from stand_ins import nvidia_smi, on_path
 
-from scripts import build_engines, contracts, doctor, errors, gpus, plan, serve
+from scripts import build_engines, doctor, plan, reports, serve
+from scripts.nvidia import contracts, gpus
 
 OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
 V100S, A100S = "4x V100-SXM2-16GB", "2x A100-80GB"
@@ -225,7 +226,7 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     is_noted("server", case(INTERPRETER="/nowhere/python"), "come with the packages")
 
     def missing() -> None:
-        raise errors.program_missing("mpirun")
+        raise reports.serving.program_missing("mpirun")
 
     monkeypatch.setattr(serve, "check_mpirun", missing)
     stops("server", case(), "NO MPIRUN")

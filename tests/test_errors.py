@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts import errors
+from scripts import reports
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A script of one function, run as ours are."""
-    code = (
-        f"import os\nfrom pathlib import Path\nfrom scripts import errors\ndef main():\n    {body}\nerrors.run(main)\n"
-    )
+    code = f"import os\nfrom pathlib import Path\nfrom scripts import reports\ndef main():\n    {body}\nreports.run(main)\n"
     environment = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60
@@ -27,21 +25,21 @@ def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 
 def test_a_report_names_the_place_and_both_values_and_ends_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAKE_SETTINGS", "MODEL=llama-2-7b\n TP=3\n")
-    report = errors.bad_setting("TP", 3, "2 or 4", errors.make("serve", TP=2)).report()
+    report = reports.settings.bad_setting("TP", 3, "2 or 4", reports.make("serve", TP=2)).report()
     lines = report.splitlines()
     assert lines[0].startswith("-- TP CANNOT BE 3 ---") and lines[0].endswith("--- Makefile")
     assert "TP is '3'; it must be 2 or 4." in lines
     assert lines[-1] == "    make serve MODEL=llama-2-7b TP=2"
-    assert max(map(len, lines)) == errors.WIDTH
+    assert max(map(len, lines)) == reports.WIDTH
 
 
 def test_the_command_holds_what_the_user_typed_so_that_a_shell_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAKE_SETTINGS", "HOST=two words\n PYTHON=/usr/bin/python3\n")
-    assert errors.make("ask", PROMPT='say "a"', PYTHON="") == """make ask HOST='two words' PYTHON= PROMPT='say "a"'"""
+    assert reports.make("ask", PROMPT='say "a"', PYTHON="") == """make ask HOST='two words' PYTHON= PROMPT='say "a"'"""
 
 
 def test_a_problem_goes_to_stderr_without_a_traceback() -> None:
-    done = run("raise errors.room_missing('build/x/hf')")
+    done = run("raise reports.rooms.room_missing('build/x/hf')")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith("    make hf")
@@ -74,7 +72,7 @@ def test_a_reader_that_goes_away_is_no_failure_to_tell_of() -> None:
     """make hf | head -1"""
     script = "[print('x' * 1000, flush=True) for _ in range(1000)]"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from scripts import errors\nerrors.run(lambda: {script})"],
+        [sys.executable, "-c", f"from scripts import reports\nreports.run(lambda: {script})"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None

@@ -22,8 +22,9 @@ import pytest
 from conftest import ROOT, make
 from synthetic import write_model
 
-from scripts import errors, fetch_weights, room, sources
-from scripts.llama_weights import form_of
+from scripts import fetch_weights, reports, room
+from scripts.fetching import sources
+from scripts.weights.forms import form_of
 
 SEGMENT = 10_000
 SECRET = "Policy=abc&Signature=s3cr3t~x__&Key-Pair-Id=K1"
@@ -159,13 +160,13 @@ def meta(web: Web, model: Dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> 
 def fetch(source: str, output: Path) -> Path:
     try:
         fetch_weights.fetch_weights(fetch_weights.Settings(source, output))
-    except errors.Finished:
+    except reports.Finished:
         pass
     return output
 
 
-def refused(source: str, output: Path) -> errors.Problem:
-    with pytest.raises(errors.Problem) as caught:
+def refused(source: str, output: Path) -> reports.Problem:
+    with pytest.raises(reports.Problem) as caught:
         fetch(source, output)
     report = caught.value.report()
     assert not output.exists() and report.splitlines()[-1].startswith("    ")
@@ -246,7 +247,7 @@ def test_after_kill_9_the_same_command_goes_on(meta: Web, model: Dict[str, bytes
 
     killed = threading.Event()
     meta.spoil = slow  # type: ignore[assignment]
-    code = "from scripts import errors, fetch_weights as f\nf.SEGMENT_BYTES = 10_000\nf.CONNECTIONS = 1\nerrors.run(f.main)"
+    code = "from scripts import reports, fetch_weights as f\nf.SEGMENT_BYTES = 10_000\nf.CONNECTIONS = 1\nreports.run(f.main)"
     command = [sys.executable, "-c", code, "--source=meta:llama-2-7b", "--output", str(tmp_path / "weights")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert arrived.wait(60)
@@ -350,7 +351,7 @@ def test_what_a_full_disk_cut_off_is_not_counted_again(
 def test_a_folder_that_make_did_not_fetch_is_not_touched(meta: Web, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/mine").write_text("")
-    with pytest.raises(errors.Problem, match="not ours"):
+    with pytest.raises(reports.Problem, match="not ours"):
         fetch("meta:llama-2-7b", tmp_path / "weights")
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 
@@ -584,7 +585,7 @@ class Changing:
 
         def take(fetching: fetch_weights.Fetch, arriving: fetch_weights.Arriving, start: int, end: int) -> None:
             if start >= 50_000:
-                raise errors.fetch_refused(arriving.remote.name, self.source, 403)
+                raise reports.fetching.fetch_refused(arriving.remote.name, self.source, 403)
             plain(fetching, arriving, start, end)
 
         with self.patch.context() as patch:
@@ -794,7 +795,7 @@ def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
     monkeypatch.setattr(
         sources.Meta, "files", lambda source: (fetch(f"{meta.url}/m", tmp_path / "weights"), plain(source))[1]
     )
-    with pytest.raises(errors.Problem, match="from elsewhere"):
+    with pytest.raises(reports.Problem, match="from elsewhere"):
         fetch("meta:llama-2-7b", tmp_path / "weights")
     assert files_of(tmp_path / "weights") == OLD
 
@@ -823,7 +824,7 @@ def test_one_folder_has_one_name(
         (tmp_path / "mounted" / name).write_bytes(data)
     monkeypatch.chdir(tmp_path)
     fetch("./mounted", Path("weights"))
-    with pytest.raises(errors.Finished, match="from ./mounted"):
+    with pytest.raises(reports.Finished, match="from ./mounted"):
         fetch_weights.fetch_weights(fetch_weights.Settings(again, Path("weights")))
 
 

@@ -13,8 +13,10 @@ from synthetic import GROUPED, Tensors, meta_tensors, split, write_meta, write_m
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from scripts import build_checkpoint, build_config, build_hf, byte_bpe, errors, safetensors_file
-from scripts.llama_shape import SCALED_ROPE, LlamaShape, padded_heads, why_impossible
+from scripts import build_checkpoint, build_config, build_hf, reports
+from scripts.tokenizer import byte_bpe
+from scripts.weights import safetensors as safetensors_file
+from scripts.weights.shape import SCALED_ROPE, LlamaShape, padded_heads, why_impossible
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +106,7 @@ def test_a_flipped_bit_of_a_bin_file_is_found_and_named(tmp_path: Path) -> None:
     data = bytearray((folder / "pytorch_model.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "pytorch_model.bin").write_bytes(data)
-    with pytest.raises(errors.Problem, match="damaged") as caught:
+    with pytest.raises(reports.Problem, match="damaged") as caught:
         checkpoint(folder, tmp_path / "room", 3)
     assert "The bytes of model." in caught.value.seen or "The bytes of lm_head" in caught.value.seen
 
@@ -117,7 +119,7 @@ def test_a_bin_file_that_wants_to_run_something_is_refused(tmp_path: Path) -> No
     folder = published(tmp_path / "published")
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room")
     assert "wants to call" in caught.value.seen
 
@@ -224,10 +226,10 @@ def test_so_many_heads_are_there_after_padding(heads: int, kv_heads: int, tp_siz
 
 def test_padding_is_asked_for_and_only_where_config_json_can_say_the_head_size(tmp_path: Path) -> None:
     folder = published(tmp_path / "published")
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room", 2)
     assert "the number of key/value heads is 3" in caught.value.seen and "PAD_HEADS=on" in caught.value.seen
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room", 2, "0.8.0", pad_heads=True)
     assert (
         "8 heads of 16 are not the 96 of hidden_size" in caught.value.seen and "TOOLCHAIN=1.2.1" in caught.value.command
@@ -240,7 +242,7 @@ def test_an_explicit_head_size(tmp_path: Path) -> None:
     room = checkpoint(folder, tmp_path / "room", 3, dtype="float32")
     assert json.loads((room / "config.json").read_text())["head_size"] == 32
     torch.testing.assert_close(logits_of(joined(room, folder)), logits_of(AutoModelForCausalLM.from_pretrained(folder)))
-    with pytest.raises(errors.Problem, match="head size"):
+    with pytest.raises(reports.Problem, match="head size"):
         checkpoint(folder, tmp_path / "old", 3, "0.8.0")
 
 
@@ -283,7 +285,7 @@ BAD_ROPES: Dict[str, Any] = {
 def test_scaled_positions_whose_numbers_are_not_there_are_refused(case: str, spelling: str, tmp_path: Path) -> None:
     rope, says = BAD_ROPES[case]
     folder = edit(published(tmp_path / "published"), **{"rope_parameters": None, spelling: rope})
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room", 3)
     assert says in caught.value.seen, caught.value.seen
 
@@ -307,19 +309,19 @@ def test_a_mistral_without_its_window_is_a_llama_and_with_it_is_refused(tmp_path
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     assert same(checkpoint(edit(folder, **mistral, sliding_window=None), tmp_path / "room", 3), expected)
     for changed in ({"sliding_window": 128}, {"sliding_window": True}):
-        with pytest.raises(errors.Problem) as caught:
+        with pytest.raises(reports.Problem) as caught:
             checkpoint(edit(folder, **changed), tmp_path / "refused", 3)
         assert "sliding_window is" in caught.value.seen
     values = json.loads((folder / "config.json").read_text())
     del values["sliding_window"]  # transformers takes 4096 then
     (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 8192}))
-    with pytest.raises(errors.Problem, match="can be converted"):
+    with pytest.raises(reports.Problem, match="can be converted"):
         checkpoint(folder, tmp_path / "refused", 3)
 
 
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "MixtralForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM"])
 def test_what_is_no_llama_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(edit(published(tmp_path / "published"), architectures=[name]), tmp_path / "room", 3)
     assert name in caught.value.seen and "LlamaForCausalLM" in caught.value.seen
 
@@ -410,7 +412,7 @@ def test_llama_3_in_metas_form_becomes_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_llama_3_1s_positions_are_stretched_as_its_size_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         checkpoint(llama3(tmp_path / "unknown", use_scaled_rope=True), tmp_path / "room")
     assert "use_scaled_rope is true, with dim 96 and 3 layers" in caught.value.seen
     monkeypatch.setitem(SCALED_ROPE, (96, 3), 32)
@@ -430,6 +432,6 @@ def test_llama_3_1s_positions_are_stretched_as_its_size_tells(tmp_path: Path, mo
 def test_a_damaged_tiktoken_file_is_a_report(spoil: Any, tmp_path: Path) -> None:
     folder = llama3(tmp_path / "llama3")
     (folder / "tokenizer.model").write_bytes(spoil((folder / "tokenizer.model").read_bytes()))
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     assert caught.value.title.startswith("tokenizer")

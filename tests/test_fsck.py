@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT, make
 from synthetic import write_model
 
-from scripts import build_checkpoint, build_config, build_engines, build_hf, room, safetensors_file
+from scripts import build_checkpoint, build_config, build_engines, build_hf, room
 from scripts.fsck import check_room
-from scripts.meta_weights import read_shard
+from scripts.weights import safetensors
+from scripts.weights.meta import read_shard
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_whole_rooms_are_said_to_be_whole(rooms: Path) -> None:
 def test_a_flipped_bit_in_any_tensor_of_any_file_is_named(own: Path) -> None:
     for name in ("hf/model.safetensors", "checkpoint/rank0.safetensors", "checkpoint/rank1.safetensors"):
         path = own / name
-        for tensor, stored in safetensors_file.read_header(path).items():
+        for tensor, stored in safetensors.read_header(path).items():
             flip(path, stored.start + stored.size_bytes - 1)
             [damage] = damages(own, path.parent.name)
             assert (damage["file"], damage["part"]) == (path.name, tensor)
@@ -174,7 +175,7 @@ def test_a_manifest_of_another_tool_makes_no_room(own: Path) -> None:
 
 def test_the_report_names_the_tensor_and_ends_in_a_command(own: Path) -> None:
     path = own / "checkpoint/rank0.safetensors"
-    stored = safetensors_file.read_header(path)["transformer.layers.0.mlp.fc.weight"]
+    stored = safetensors.read_header(path)["transformer.layers.0.mlp.fc.weight"]
     flip(path, stored.start)
     done = fsck(own, "config", "checkpoint")
     assert done.returncode == 1 and "Traceback" not in done.stderr

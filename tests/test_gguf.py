@@ -18,8 +18,11 @@ from synthetic import tokenizer_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import build_checkpoint, build_config, build_hf, errors, gguf_file, safetensors_file, tokenizer
+from scripts import build_checkpoint, build_config, build_hf, reports
 from scripts.room import read_manifest
+from scripts.tokenizer import sentencepiece
+from scripts.weights import gguf as gguf_file
+from scripts.weights import safetensors as safetensors_file
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, WIDE, LAYERS = 64, 4, 2, 32, 96, 2
@@ -159,7 +162,7 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     for text in ("hello world", "  two\n\ttabs", "안녕 😀", "it's one o'clock", "<|im_end|>"):
         assert ours(text).input_ids == theirs(text).input_ids, text
         assert ours.decode(ours(text).input_ids) == text
-    # SmolLM cuts a number into its digits, and so does llama.cpp; transformers does not look at tokenizer.ggml.pre
+    # SmolLM cuts a number into its digits, and so does llama.cpp; transformers does not look at sentencepiece.ggml.pre
     assert [ours.decode([number]) for number in ours("12 12").input_ids] == ["1", "2", " ", "1", "2"]
     said = ours.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     assert said == "<|im_start|>hello<|im_end|>"
@@ -170,7 +173,7 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
 
 def sentencepiece_gguf(folder: Path, **ids: int) -> Any:
     """tokenizer.json of a GGUF file with the vocabulary of tokenizer_model(), and these ids of special tokens."""
-    pieces = tokenizer.parse_model(tokenizer_model()).pieces
+    pieces = sentencepiece.parse_model(tokenizer_model()).pieces
     folder.mkdir()
     model = gguf.GGUFWriter(folder / "x.gguf", "llama")
     model.add_tokenizer_model("llama")
@@ -190,7 +193,9 @@ def sentencepiece_gguf(folder: Path, **ids: int) -> Any:
 def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(ids: Dict[str, int], tmp_path: Path) -> None:
     """Where the file does not say the special tokens, they are llama.cpp's."""
     made = sentencepiece_gguf(tmp_path / "weights", **ids)
-    expected = Tokenizer.from_str(json.dumps(tokenizer.tokenizer_json(tokenizer.parse_model(tokenizer_model()))))
+    expected = Tokenizer.from_str(
+        json.dumps(sentencepiece.tokenizer_json(sentencepiece.parse_model(tokenizer_model())))
+    )
     found = Tokenizer.from_str(json.dumps(made))
     for text in ("hello world", "banana  ana", "안녕하세요", "x = [[0, 0]]"):
         assert found.encode(text).ids == expected.encode(text).ids
@@ -198,10 +203,10 @@ def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(ids: Dict[
 
 @pytest.mark.parametrize("name", ["bos", "eos", "unknown"])
 def test_a_special_token_that_is_no_token_is_a_report(name: str, tmp_path: Path) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         sentencepiece_gguf(tmp_path / "weights", **{name: 312})
     assert f"{name}_token_id is 312, which is none of its 312 tokens" in caught.value.seen
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         sentencepiece_gguf(tmp_path / "none", **{name: 0xFFFFFFFF})
     assert f"has no {name[:3]}_token" in caught.value.seen
 
@@ -232,7 +237,7 @@ def test_what_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path) -> No
         writer.close()
     else:
         folder = write_gguf(tmp_path / "weights", **changed)
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     assert says in caught.value.seen, caught.value.seen
 
@@ -241,7 +246,7 @@ def test_what_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path) -> No
 def test_a_file_that_was_cut_off_is_a_report(size: int, tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "weights")
     os.truncate(folder / "small.gguf", size)
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     assert "small.gguf" in caught.value.seen
 
@@ -298,5 +303,5 @@ def test_a_damaged_file_is_a_report_or_a_model(tmp_path: Path) -> None:
             weights = build_config.describe(build_config.Settings(folder, tmp_path / "config")).weights
             for name, (_, shape) in weights.tensors.items():
                 assert sum(len(block) for block in weights.blocks(name)) == shape[0]
-        except errors.Problem:
+        except reports.Problem:
             continue

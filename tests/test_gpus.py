@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import errors, gpus
+from scripts import reports
+from scripts.nvidia import gpus
 
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05\n"
 
@@ -72,7 +73,7 @@ def test_assumed_gpus_are_those_named(text: str, count: int, name: str, capabili
 
 @pytest.mark.parametrize("text", ["", "4x", "A100", "4x Voodoo2", "0x L4", "two L4", "4x L4 L4"])
 def test_what_is_no_gpu_or_more_than_one_ends_in_a_report(text: str) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         gpus.assumed(text)
     assert repr(text) in caught.value.report() and caught.value.command.startswith("make plan")
 
@@ -104,7 +105,7 @@ def test_no_nvidia_smi_means_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_an_nvidia_smi_that_fails_is_quoted(on_path: Path, script: str, seen: str) -> None:
     stand_in(on_path, script)
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         gpus.here()
     assert seen in caught.value.report() and caught.value.command.startswith("nvidia-smi --query-gpu")
 

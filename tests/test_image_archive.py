@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import pytest
 from conftest import ROOT
 
-from scripts import errors, image_archive
+from scripts import reports
+from scripts.images import archive as image_archive
 
 Entry = Tuple[str, Optional[bytes], int]  # name, content (None: a folder), mode
 BASE: List[Entry] = [("usr", None, 0o755), ("usr/bin", None, 0o755), ("usr/bin/sh", b"base", 0o755)]
@@ -137,7 +138,7 @@ def test_canonical_is_a_fixed_point(tmp_path: Path) -> None:
 def test_a_changed_base_layer_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "1.tar", [layer(BASE, 5, 0), layer(OURS, 1, 0)])
     path.write_bytes(path.read_bytes().replace(b"base" + b"\0" * 20, b"evil" + b"\0" * 20, 1))
-    with pytest.raises(errors.Problem, match="layer 0 is damaged"):
+    with pytest.raises(reports.Problem, match="layer 0 is damaged"):
         canonical(path)
 
 
@@ -151,21 +152,21 @@ def test_a_layer_with_nothing_new_in_it_is_none(tmp_path: Path) -> None:
 
 def test_other_layers_than_the_dockerfile_has_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "1.tar", [layer(BASE, 5, 0), layer(OURS, 1, 0)])
-    with pytest.raises(errors.Problem, match="other layers"):
+    with pytest.raises(reports.Problem, match="other layers"):
         canonical(path, added=2)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar" * 200, layer(OURS, 0, 0)])
 def test_what_is_no_archive_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(errors.Problem, match="not an image's archive"):
+    with pytest.raises(reports.Problem, match="not an image's archive"):
         image_archive.Archive(tmp_path / "x")
 
 
 def test_sizes_in_an_archive_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "1.tar", [layer(BASE, 5, 0), layer(OURS, 1, 0)])
     monkeypatch.setattr(image_archive, "JSON_MAX_BYTES", 10)
-    with pytest.raises(errors.Problem, match="not an image's archive"):
+    with pytest.raises(reports.Problem, match="not an image's archive"):
         image_archive.Archive(path)
 
 

@@ -25,8 +25,9 @@ import pytest
 from conftest import ROOT, Served, copy_of_project, end_tree_of, free_ports, make, processes_below, serve
 from tokenizers import Tokenizer
 
-from scripts import build_model_repo, contracts, errors
+from scripts import build_model_repo, reports
 from scripts import serve as supervisor
+from scripts.nvidia import contracts
 from scripts.openai import engine, messages
 
 KEY = "sk-test-7f3a"
@@ -712,7 +713,7 @@ def test_a_python_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: 
     asked = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3, openai_port=4))
     assert not asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), None, []))
     assert "no OpenAI endpoint: this image's Python lacks no_such_package" in capsys.readouterr().out
-    with pytest.raises(errors.Problem, match="no package no_such_package"):
+    with pytest.raises(reports.Problem, match="no package no_such_package"):
         asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))
     none = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3))
     assert not none._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))

@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, make
 from stand_ins import nvidia_smi, on_path
 
-from scripts import build_checkpoint, contracts, errors, gpus, memory_model, plan, quantize, trtllm_build
-from scripts.llama_shape import LlamaShape, params_of
+from scripts import build_checkpoint, plan, reports
+from scripts.nvidia import contracts, gpus, memory, quantize, trtllm_build
+from scripts.weights.shape import LlamaShape, params_of
 
 GB, MIB = 10**9, 1 << 20
 V100S, A100S, H100S, H200S = "4x V100-SXM2-16GB", "2x A100-80GB", "2x H100-80GB", "8x H200-141GB"
@@ -43,10 +44,10 @@ def preset_shape(model: str) -> LlamaShape:
     return params.shape(params.vocab_size or 0)
 
 
-def engine(shape: LlamaShape, tp_size: int = 1, **changed: Any) -> memory_model.Engine:
+def engine(shape: LlamaShape, tp_size: int = 1, **changed: Any) -> memory.Engine:
     """float16, batch 8, prompts of 2048 tokens in texts of 4096, steps of 8192."""
     asked = {"max_batch_size": 8, "max_input_len": 2048, "max_seq_len": 4096, "max_num_tokens": 8192, **changed}
-    return memory_model.Engine(shape, asked.pop("dtype", "float16"), tp_size, **asked)
+    return memory.Engine(shape, asked.pop("dtype", "float16"), tp_size, **asked)
 
 
 # what a laptop has: neither docker nor nvidia-smi, and no Python before a test puts one there
@@ -56,7 +57,7 @@ PROGRAMS = "make bash cat realpath sha256sum sed sort find head tail tr cut grep
 
 
 def test_the_presets_have_their_published_number_of_parameters() -> None:
-    counts = {model: memory_model.parameters(preset_shape(model)) for model in json.loads(plan.SHAPES.read_text())}
+    counts = {model: memory.parameters(preset_shape(model)) for model in json.loads(plan.SHAPES.read_text())}
     assert counts["llama-2-7b"] == counts["llama-2-7b-chat"] == 6_738_415_616
     assert counts["llama-2-13b"] == counts["llama-2-13b-chat"] == 13_015_864_320
     assert counts["llama-2-70b"] == counts["llama-2-70b-chat"] == 68_976_648_192
@@ -69,7 +70,7 @@ def test_the_presets_have_their_published_number_of_parameters() -> None:
 def test_rank_files_have_the_bytes_of_upstreams_table() -> None:
     rows = json.loads((ROOT / "docker/contracts/rank-tensors/v0.8.0.json").read_text())
     for row, model in zip(rows, ("llama-2-7b", "llama-2-13b", "llama-2-70b"), strict=True):
-        assert memory_model.stage_bytes(engine(preset_shape(model), row["tp"])) == [row["payload_bytes_fp16"]]
+        assert memory.stage_bytes(engine(preset_shape(model), row["tp"])) == [row["payload_bytes_fp16"]]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 6, 12])
@@ -79,16 +80,14 @@ def test_rank_files_have_the_bytes_that_checkpoint_writes(tp_size: int, dtype: s
         hidden_size=96, intermediate_size=132, n_layers=5, n_heads=12, n_kv_heads=6 if tp_size == 12 else 3 * 2, vocab_size=101
     )  # fmt: skip
     tensors = build_checkpoint.rank_tensors(shape, tp_size, 0).values()
-    item = memory_model.ITEM_BYTES[dtype]
-    assert memory_model.stage_bytes(engine(shape, tp_size, dtype=dtype)) == [
-        sum(math.prod(t.shape) for t in tensors) * item
-    ]
+    item = memory.ITEM_BYTES[dtype]
+    assert memory.stage_bytes(engine(shape, tp_size, dtype=dtype)) == [sum(math.prod(t.shape) for t in tensors) * item]
 
 
 def test_pipeline_stages_share_the_layers_and_keep_the_ends() -> None:
     shape = preset_shape("llama-2-7b")
-    (whole,) = memory_model.stage_bytes(engine(shape, 2))
-    first, second, third, last = memory_model.stage_bytes(engine(shape, 2, pp_size=4))
+    (whole,) = memory.stage_bytes(engine(shape, 2))
+    first, second, third, last = memory.stage_bytes(engine(shape, 2, pp_size=4))
     assert first + second + third + last == whole
     # embedding: 32000 x 4096 x 2 bytes; lm_head: half of that at TP=2, and one norm
     assert second == third == first - 262_144_000 == last - 131_072_000 - 8192
@@ -98,18 +97,18 @@ def test_quantized_weights_leave_embedding_and_head() -> None:
     shape = preset_shape("llama-2-7b")
     # 6476005376 numbers in linear layers, 262144000 in embedding and head, 65 norms of 4096
     ends = 2 * (262_144_000 + 65 * 4096)
-    assert memory_model.stage_bytes(engine(shape, quant="fp8")) == [6_476_005_376 + ends]
-    assert memory_model.stage_bytes(engine(shape, quant="int4_awq")) == [int(6_476_005_376 * (0.5 + 2 / 128)) + ends]
+    assert memory.stage_bytes(engine(shape, quant="fp8")) == [6_476_005_376 + ends]
+    assert memory.stage_bytes(engine(shape, quant="int4_awq")) == [int(6_476_005_376 * (0.5 + 2 / 128)) + ends]
     for quant in ("int8_wo", "sq"):  # and some scales
-        assert 0 < memory_model.stage_bytes(engine(shape, quant=quant))[0] - 6_476_005_376 - ends < 10_000_000
+        assert 0 < memory.stage_bytes(engine(shape, quant=quant))[0] - 6_476_005_376 - ends < 10_000_000
 
 
 def test_kv_cache_of_a_token() -> None:
     """2 x layers x heads of the rank x 128 x 2 bytes; a head that several ranks need lies on each."""
     seven, seventy = preset_shape("llama-2-7b"), preset_shape("llama-2-70b")
-    assert [memory_model.kv_bytes_per_token(engine(seven, tp)) for tp in (1, 2, 4)] == [524_288, 262_144, 131_072]
-    assert [memory_model.kv_bytes_per_token(engine(seventy, tp)) for tp in (1, 8, 16)] == [327_680, 40_960, 40_960]
-    assert memory_model.kv_bytes_per_token(engine(seven, 2, pp_size=2)) == 131_072
+    assert [memory.kv_bytes_per_token(engine(seven, tp)) for tp in (1, 2, 4)] == [524_288, 262_144, 131_072]
+    assert [memory.kv_bytes_per_token(engine(seventy, tp)) for tp in (1, 8, 16)] == [327_680, 40_960, 40_960]
+    assert memory.kv_bytes_per_token(engine(seven, 2, pp_size=2)) == 131_072
 
 
 # --- held against what was measured: memory.md of TensorRT-LLM (Llama-2-7B in FP8, H100), its issue 1188 (Qwen2.5-0.5B, A4000) ---
@@ -129,14 +128,14 @@ QWEN = LlamaShape(hidden_size=896, intermediate_size=4864, n_layers=24, n_heads=
 def test_measured_activations_lie_between_the_bounds(
     shape: LlamaShape, limits: Dict[str, int], measured_mib: float
 ) -> None:
-    least, most = memory_model.activation_bytes(engine(shape, **limits))
+    least, most = memory.activation_bytes(engine(shape, **limits))
     assert least <= measured_mib * MIB <= most
 
 
 def test_the_measured_log_of_a_7b_on_an_h100_comes_out() -> None:
     """6695 MiB of engine, 259840 tokens of FP8 KV cache at a fraction of 0.9, blocks of 64 tokens."""
     asked = engine(preset_shape("llama-2-7b"), quant="fp8", max_batch_size=256)
-    fit = memory_model.fit(asked, int(79.10 * 1024 * MIB), 64)
+    fit = memory.fit(asked, int(79.10 * 1024 * MIB), 64)
     assert fit.weights_bytes == pytest.approx(6695 * MIB, rel=0.01)
     fit = dataclasses.replace(fit, kv_bytes_per_token=fit.kv_bytes_per_token // 2, kv_fraction=0.9)
     least, most = fit.kv_tokens
@@ -145,7 +144,7 @@ def test_the_measured_log_of_a_7b_on_an_h100_comes_out() -> None:
 
 def test_measured_buffers_for_sampling() -> None:
     for batch, vocab_size, measured in ((2048, 151_936, 2.66e9 + 5.76e9), (256, 32_000, 43.29e6 + 180.30e6)):
-        assert memory_model.SAMPLING_COPIES * batch * vocab_size * 4 == pytest.approx(measured, rel=0.05)
+        assert memory.SAMPLING_COPIES * batch * vocab_size * 4 == pytest.approx(measured, rel=0.05)
 
 
 # --- the grid ---
@@ -186,7 +185,7 @@ def test_what_fits_and_what_does_not(model: str, gpu: str, monkeypatch: pytest.M
             journey = planned(**typed)
             assert journey.fit and journey.toolchain == (LAST_FOR_VOLTA if gpu == V100S else NEWEST)
             verdicts.append(journey.fit.verdict)
-        except errors.Problem as problem:
+        except reports.Problem as problem:
             verdicts.append({f"{model} {NO}": "no", FEW: "few"}[problem.title])
             assert_mended(problem.command, MODEL=model)
     assert verdicts == GRID[model, gpu]
@@ -200,7 +199,7 @@ def assert_mended(command: str, **kept: str) -> None:
     try:
         journey = planned(**{**kept, **changed})
         assert journey.fit and journey.fit.verdict != "no"
-    except errors.Problem as problem:
+    except reports.Problem as problem:
         # fewer ranks that exist may still be too small; that report's own command then fits
         assert problem.title.endswith(NO)
         assert_mended(problem.command, **kept)
@@ -236,7 +235,7 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_what_cannot_work_is_refused(changed: Dict[str, str], title: str, seen: Sequence[str]) -> None:
-    with pytest.raises(errors.Problem) as raised:
+    with pytest.raises(reports.Problem) as raised:
         planned(**changed)
     assert raised.value.title == title
     assert all(value in raised.value.report() for value in seen), raised.value.report()
@@ -250,7 +249,7 @@ def test_fp8_runs_from_ada_on_and_bfloat16_from_ampere_on() -> None:
 
 def test_where_more_ranks_do_not_help_shorter_texts_or_fewer_bytes_do() -> None:
     def advice(**changed: str) -> str:
-        with pytest.raises(errors.Problem) as raised:
+        with pytest.raises(reports.Problem) as raised:
             planned(**changed)
         assert_mended(raised.value.command, **changed)
         return raised.value.command
@@ -311,7 +310,7 @@ def test_the_torch_engine_is_planned_for_gpus_and_for_none() -> None:
     on_gpus = planned(ENGINE="torch", ASSUME_GPU=A100S)
     # it takes the whole KV cache at start: 8 x 4096 tokens
     assert on_gpus.fit and on_gpus.fit.needed_tokens == 32_768 and on_gpus.fit.verdict == "fits"
-    with pytest.raises(errors.Problem, match="does not fit"):
+    with pytest.raises(reports.Problem, match="does not fit"):
         planned(ENGINE="torch", ASSUME_GPU="1x V100-SXM2-16GB", TP="1")
     asked = choice(ENGINE="torch")
     on_cpu = plan.journey_of(asked, plan.model_of(asked), [])
@@ -354,7 +353,7 @@ def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:
     found = plan.model_of(choice(MODEL=str(tmp_path / "hf"), WEIGHTS=str(tmp_path / "hf"), CONTEXT=""))
     assert (found.form, found.dtype, found.context) == ("hf", "bfloat16", 123)
     assert found.shape == LlamaShape(64, 96, 3, 4, 2, 77)
-    with pytest.raises(errors.Problem, match="no such folder"):
+    with pytest.raises(reports.Problem, match="no such folder"):
         plan.model_of(choice(MODEL="/nowhere/model", WEIGHTS="/nowhere/model"))
 
 
@@ -434,7 +433,7 @@ def test_make_and_python_choose_the_same_toolchain() -> None:
 
 def test_the_fraction_and_the_block_are_those_that_are_served_and_built() -> None:
     source = (ROOT / "scripts/build_model_repo.py").read_text()
-    assert f'"kv_cache_free_gpu_mem_fraction": "{memory_model.KV_FRACTION}"' in source
+    assert f'"kv_cache_free_gpu_mem_fraction": "{memory.KV_FRACTION}"' in source
     fit = planned(ASSUME_GPU=V100S).fit
     assert fit and fit.block_tokens == trtllm_build.TOKENS_PER_BLOCK
 

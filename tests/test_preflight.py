@@ -12,7 +12,9 @@ from typing import Any, Callable, Dict, Optional
 import pytest
 import stand_ins
 
-from scripts import errors, gpus, preflight, room, serve
+from scripts import reports, room, serve
+from scripts.nvidia import gpus
+from scripts.serving import checks
 
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
 FACTS: Dict[str, Any] = {
@@ -23,7 +25,7 @@ FACTS: Dict[str, Any] = {
     "custom_all_reduce": None,
 }
 GPU = gpus.Gpu("Tesla V100-SXM2-16GB", 16160 << 20, "7.0", "535.104.05")
-FIT = preflight.Host(
+FIT = checks.Host(
     Path("build/llama/engines"),
     [GPU, GPU],
     gpus.Links(True, True),
@@ -33,56 +35,56 @@ FIT = preflight.Host(
     None,
     Path("/usr/bin/mpirun"),
 )
-Check = Callable[[Dict[str, Any], preflight.Host], None]
+Check = Callable[[Dict[str, Any], checks.Host], None]
 
 
-def check_driver(facts: Dict[str, Any], host: preflight.Host) -> None:
-    preflight.check_driver(facts, host, "525")
+def check_driver(facts: Dict[str, Any], host: checks.Host) -> None:
+    checks.check_driver(facts, host, "525")
 
 
 CHECKS = [
-    preflight.check_gpus,
-    preflight.check_links,
-    preflight.check_version,
+    checks.check_gpus,
+    checks.check_links,
+    checks.check_version,
     check_driver,
-    preflight.check_shared_memory,
-    preflight.check_mpi,
+    checks.check_shared_memory,
+    checks.check_mpi,
 ]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
     check(FACTS, FIT)
-    assert preflight.remarks(FACTS, FIT) == []
+    assert checks.remarks(FACTS, FIT) == []
 
 
 @pytest.mark.parametrize(
     "check, changed, seen, command",
     [
-        (preflight.check_gpus, {"gpus": [GPU]}, ("2 ranks", "here is 1"), "make serve TP=1"),
-        (preflight.check_gpus, {"gpus": []}, ("2 ranks", "here are 0"), "make doctor"),
+        (checks.check_gpus, {"gpus": [GPU]}, ("2 ranks", "here is 1"), "make serve TP=1"),
+        (checks.check_gpus, {"gpus": []}, ("2 ranks", "here are 0"), "make doctor"),
         (
-            preflight.check_gpus,
+            checks.check_gpus,
             {"gpus": [GPU, gpus.Gpu("NVIDIA A100", 80 << 30, "8.0", "535.1")]},
             ("capability 7.0", "NVIDIA A100 has 8.0"),
             "rm -r build/llama/engines && make engines",
         ),
-        (preflight.check_version, {"trtllm_version": "1.2.1"}, ("0.14.0", "1.2.1"), "TOOLCHAIN=0.14.0"),
+        (checks.check_version, {"trtllm_version": "1.2.1"}, ("0.14.0", "1.2.1"), "TOOLCHAIN=0.14.0"),
         (check_driver, {"gpus": [replace(GPU, driver="470.82.01")] * 2}, ("470.82.01", "525"), "nvidia-smi"),
-        (preflight.check_shared_memory, {"shared_memory_bytes": 64 << 20}, ("67 MB", "336 MB"), "/dev/shm"),
+        (checks.check_shared_memory, {"shared_memory_bytes": 64 << 20}, ("67 MB", "336 MB"), "/dev/shm"),
         (
-            preflight.check_mpi,
+            checks.check_mpi,
             {"mpirun": Path("/opt/hpcx/ompi/bin/mpirun")},
             ("not set", "/opt/hpcx"),
             "export OPAL_PREFIX=/opt/hpcx/ompi",
         ),
-        (preflight.check_mpi, {"opal_prefix": Path("/opt/nowhere")}, ("/opt/nowhere",), "export OPAL_PREFIX=/usr"),
+        (checks.check_mpi, {"opal_prefix": Path("/opt/nowhere")}, ("/opt/nowhere",), "export OPAL_PREFIX=/usr"),
     ],
 )
 def test_what_does_not_fit_is_named_with_both_values(
     check: Check, changed: Dict[str, Any], seen: "tuple[str, ...]", command: str
 ) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         check(FACTS, replace(FIT, **changed))
     report = " ".join(caught.value.report().split())
     assert not [word for word in seen if word not in report] and command in caught.value.command
@@ -91,19 +93,19 @@ def test_what_does_not_fit_is_named_with_both_values(
 @pytest.mark.parametrize("peer_access", [False, None])
 def test_custom_all_reduce_is_not_served_where_gpus_do_not_reach_each_other(peer_access: Optional[bool]) -> None:
     host = replace(FIT, links=gpus.Links(peer_access, True))
-    preflight.check_links({**FACTS, "custom_all_reduce": False}, host)
-    preflight.check_links({**FACTS, "custom_all_reduce": None}, host)  # the version decides at run time
-    with pytest.raises(errors.Problem, match="do not reach each other"):
-        preflight.check_links({**FACTS, "custom_all_reduce": True}, host)
+    checks.check_links({**FACTS, "custom_all_reduce": False}, host)
+    checks.check_links({**FACTS, "custom_all_reduce": None}, host)  # the version decides at run time
+    with pytest.raises(reports.Problem, match="do not reach each other"):
+        checks.check_links({**FACTS, "custom_all_reduce": True}, host)
 
 
 def test_what_stops_nothing_is_a_line() -> None:
     host = replace(
         FIT, memlock_bytes=8 << 20, trtllm_version=None, gpus=[replace(GPU, name="Tesla V100-SXM2-32GB")] * 2
     )
-    lines = " ".join(preflight.remarks(FACTS, host))
+    lines = " ".join(checks.remarks(FACTS, host))
     assert "8.4 MB" in lines and "memlock=-1" in lines and "V100-SXM2-32GB" in lines and "not installed" in lines
-    preflight.check_version(FACTS, host)
+    checks.check_version(FACTS, host)
 
 
 # --- all ranks together ---
@@ -121,14 +123,14 @@ def with_mpirun(environment: Dict[str, str], folder: Path, script: str) -> Dict[
 
 
 def test_ranks_that_reach_each_other_add_up(tmp_path: Path, environment: Dict[str, str]) -> None:
-    preflight.check_all_reduce(2, environment, tmp_path, threading.Event())
+    checks.check_all_reduce(2, environment, tmp_path, threading.Event())
     words = (tmp_path / "all_reduce/log").read_text()
     for rank in range(2):
         assert f"rank {rank}: MPI adds up over 2 ranks" in words and f"rank {rank}: gloo adds up over 2 ranks" in words
 
 
 def test_one_rank_has_nobody_to_reach(tmp_path: Path) -> None:
-    preflight.check_all_reduce(1, {}, tmp_path, threading.Event())
+    checks.check_all_reduce(1, {}, tmp_path, threading.Event())
     assert not list(tmp_path.iterdir())
 
 
@@ -136,8 +138,8 @@ def test_ranks_that_hang_are_ended_at_the_deadline(tmp_path: Path, environment: 
     hanging = with_mpirun(
         environment, tmp_path / "bin", f"echo $$ > {tmp_path}/pid; echo NCCL waits; sleep 600; exit 0"
     )
-    with pytest.raises(errors.Problem) as caught:
-        preflight.check_all_reduce(2, hanging, tmp_path, threading.Event(), seconds=1)
+    with pytest.raises(reports.Problem) as caught:
+        checks.check_all_reduce(2, hanging, tmp_path, threading.Event(), seconds=1)
     assert "did not finish within 1 s" in caught.value.seen and "NCCL waits" in caught.value.seen
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
@@ -146,8 +148,8 @@ def test_ranks_that_fail_are_quoted(tmp_path: Path, environment: Dict[str, str])
     failing = with_mpirun(
         environment, tmp_path / "bin", "echo 'NCCL WARN Cuda failure: peer access is not supported'; exit 6"
     )
-    with pytest.raises(errors.Problem) as caught:
-        preflight.check_all_reduce(2, failing, tmp_path, threading.Event())
+    with pytest.raises(reports.Problem) as caught:
+        checks.check_all_reduce(2, failing, tmp_path, threading.Event())
     assert "status 6" in caught.value.seen and "peer access is not supported" in caught.value.seen
 
 
@@ -155,7 +157,7 @@ def test_told_to_end_it_ends(tmp_path: Path, environment: Dict[str, str]) -> Non
     asked_to_end = threading.Event()
     asked_to_end.set()
     started = time.monotonic()
-    preflight.check_all_reduce(2, with_mpirun(environment, tmp_path / "bin", "sleep 600"), tmp_path, asked_to_end)
+    checks.check_all_reduce(2, with_mpirun(environment, tmp_path / "bin", "sleep 600"), tmp_path, asked_to_end)
     assert time.monotonic() - started < 60
 
 
@@ -172,9 +174,9 @@ def test_the_manifest_decides_which_checks_there_are(tmp_path: Path, monkeypatch
     stand_ins.nvidia_smi(tmp_path, [V100])
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    preflight.check(engines(tmp_path / "torch", {"engine": "torch"}), environment, tmp_path, threading.Event())
+    checks.check(engines(tmp_path / "torch", {"engine": "torch"}), environment, tmp_path, threading.Event())
     (tmp_path / "tensorrt").mkdir()
     room_of_two = engines(tmp_path / "tensorrt", FACTS)
-    with pytest.raises(errors.Problem, match="not enough GPUs"):
-        preflight.check(room_of_two, environment, tmp_path, threading.Event())
-    assert set(preflight.CHECKS) == set(json.loads((serve.PROJECT / "docker/engines.json").read_text()))
+    with pytest.raises(reports.Problem, match="not enough GPUs"):
+        checks.check(room_of_two, environment, tmp_path, threading.Event())
+    assert set(checks.CHECKS) == set(json.loads((serve.PROJECT / "docker/engines.json").read_text()))

@@ -13,7 +13,8 @@ import pytest
 import stand_ins
 from synthetic import GROUPED, write_model
 
-from scripts import build_hf, contracts, errors, quantize, room
+from scripts import build_hf, reports, room
+from scripts.nvidia import contracts, quantize
 
 VERSIONS = contracts.versions()
 ALGOS = {"int8_wo": "W8A16", "sq": "W8A8_SQ_PER_CHANNEL", "int4_awq": "W4A16_AWQ", "fp8": "FP8"}
@@ -111,8 +112,8 @@ def test_the_room_is_what_the_tool_wrote_and_how_it_was_asked(hf: Path, tmp_path
     assert names == {*manifest["files"], "args", "args.sha256", "manifest.json"}
 
 
-def refused(hf: Path, tmp_path: Path, quant: str = "fp8") -> errors.Problem:
-    with pytest.raises(errors.Problem) as caught:
+def refused(hf: Path, tmp_path: Path, quant: str = "fp8") -> reports.Problem:
+    with pytest.raises(reports.Problem) as caught:
         quantize.build_quantized(settings(hf, tmp_path, quant))
     assert not (tmp_path / "checkpoint").exists()
     return caught.value
@@ -154,7 +155,7 @@ def test_a_tool_that_writes_too_few_ranks_is_noticed(hf: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("changed", [{"quant": "int3"}, {"dtype": "float32"}])
 def test_what_no_tool_does_is_refused_at_once(hf: Path, tmp_path: Path, changed: Dict[str, str]) -> None:
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         settings(hf, tmp_path, **{"quant": "fp8", **changed})
     assert next(iter(changed.values())) in caught.value.seen and caught.value.command.startswith("make checkpoint")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import make
 
-from scripts import contracts, errors, release, room
+from scripts import release, reports, room
+from scripts.nvidia import contracts
 
 SOURCES = json.loads((contracts.DOCKER / "contracts/sources.json").read_text())
 
@@ -86,7 +87,7 @@ def test_engines_are_real_and_verified(
     room_of(tmp_path, "engines", {}, engine_facts)
     digest = room.manifest_sha256(tmp_path / "engines") if same else "0" * 64
     room_of(tmp_path, "verified", {"engines": digest}, {"passed": passed})
-    with pytest.raises(errors.Problem, match=title):
+    with pytest.raises(reports.Problem, match=title):
         release.check_rooms(tmp_path)
 
 

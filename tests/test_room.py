@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from scripts import errors, room
+from scripts import reports, room
 
 
 def files_of(folder: Path) -> Dict[str, bytes]:
@@ -110,7 +110,7 @@ def test_nothing_is_kept_that_changed_its_size(tmp_path: Path) -> None:
 
 def test_what_was_made_meanwhile_is_not_made_again(tmp_path: Path, asked_by_make: Path) -> None:
     fill(tmp_path / "hf", "by another make")
-    with pytest.raises(errors.Finished, match="by another make"):
+    with pytest.raises(reports.Finished, match="by another make"):
         fill(tmp_path / "hf", "mine")
     assert [path.name for path in tmp_path.glob("hf*")] == ["hf"]
 
@@ -136,7 +136,7 @@ def test_a_room_that_was_whole_when_killed_only_gets_its_name(tmp_path: Path, as
     fill(tmp_path / "hf", "whole")
     os.rename(tmp_path / "hf", tmp_path / "hf.partial")
     (tmp_path / ("hf" if moved == "nothing" else "hf.old")).mkdir()
-    with pytest.raises(errors.Finished, match="whole already"):
+    with pytest.raises(reports.Finished, match="whole already"):
         fill(tmp_path / "hf", "again")
     assert files_of(tmp_path / "hf")["folder/a.txt"] == b"whole"
     assert [path.name for path in tmp_path.glob("hf*")] == ["hf"]
@@ -189,11 +189,11 @@ def test_a_file_of_another_room_is_not_copied(tmp_path: Path, monkeypatch: pytes
 def test_damage_is_a_report_with_both_values(tmp_path: Path) -> None:
     fill(tmp_path / "hf")
     (tmp_path / "hf/folder/a.txt").write_bytes(b"longer")
-    with pytest.raises(errors.Problem, match="changed after it was made") as caught:
+    with pytest.raises(reports.Problem, match="changed after it was made") as caught:
         room.read_manifest(tmp_path / "hf")
     assert "3 bytes" in caught.value.seen and "6 bytes" in caught.value.seen
     (tmp_path / "hf/folder/a.txt").unlink()
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         room.read_manifest(tmp_path / "hf")
     assert "no such file" in caught.value.seen
 
@@ -202,7 +202,7 @@ def test_damage_is_a_report_with_both_values(tmp_path: Path) -> None:
 def test_a_manifest_that_is_not_ours_is_a_report(tmp_path: Path, content: bytes) -> None:
     fill(tmp_path / "hf")
     (tmp_path / "hf" / room.MANIFEST).write_bytes(content)
-    with pytest.raises(errors.Problem, match="manifest cannot be read"):
+    with pytest.raises(reports.Problem, match="manifest cannot be read"):
         room.read_manifest(tmp_path / "hf")
 
 
@@ -210,7 +210,7 @@ def test_a_room_that_was_never_finished_is_a_report(tmp_path: Path) -> None:
     for reads in (tmp_path / "hf", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with (
-            pytest.raises(errors.Problem, match="no hf|no empty"),
+            pytest.raises(reports.Problem, match="no hf|no empty"),
             room.filling(tmp_path / "checkpoint", {"hf": reads}),
         ):
             raise AssertionError("must not start")

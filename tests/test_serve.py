@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc as triton
 from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
 
-from scripts import errors
+from scripts import reports
 from scripts import serve as supervisor
 from scripts.serve import (
     OUT_OF_MEMORY,
@@ -342,9 +342,9 @@ def test_no_library_has_to_be_loaded_from_dev_shm(
 
 
 def test_ports_must_differ_and_be_ports() -> None:
-    with pytest.raises(errors.Problem, match="two ports are the same"):
+    with pytest.raises(reports.Problem, match="two ports are the same"):
         Settings(Path("."), "127.0.0.1", 8000, 8000, 8002)
-    with pytest.raises(errors.Problem, match="HTTP_PORT cannot be 70000"):
+    with pytest.raises(reports.Problem, match="HTTP_PORT cannot be 70000"):
         Settings(Path("."), "127.0.0.1", 70000, 8001, 8002)
 
 
@@ -362,7 +362,7 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line):
     """The lines are those of gpu_llama.py and engine.py."""
     found = OUT_OF_MEMORY.search(f"rank 0: error: {line}\n    At: ...")
     assert found
-    report = errors.gpu_memory_too_small(0, found[1]).report()
+    report = reports.serving.gpu_memory_too_small(0, found[1]).report()
     assert "OUT OF GPU MEMORY" in report and "85.0 GB" in report and "raise TP" in " ".join(report.split())
     assert report.rstrip().splitlines()[-1].strip().startswith("make serve MAX_NUM_TOKENS=2048")
 

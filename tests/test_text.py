@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from synthetic import tokenizer_model
 
-from scripts import tokenizer
+from scripts.tokenizer import sentencepiece as tokenizer
 
 sys.path.insert(0, str(ROOT / "model_repo_template" / "tensorrt_llm_bls" / "1"))
 

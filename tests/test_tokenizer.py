@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import CORPUS, tokenizer_model
 
-from scripts import errors, tokenizer
+from scripts import reports
+from scripts.tokenizer import sentencepiece as tokenizer
 
 STORIES = Path("models/stories/tokenizer.model")
 # Two vocabularies: real English, and one trained on repetitions, where the order of equal merges shows.
@@ -117,7 +118,7 @@ def test_merges_are_written_so_that_older_libraries_load_them() -> None:
 def test_other_kinds_are_refused_by_name(changed: Dict[str, Any], named: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_model(300 if changed.get("byte_fallback", True) else 60, **changed))
-    with pytest.raises(errors.Problem) as refused:
+    with pytest.raises(reports.Problem) as refused:
         tokenizer.read_tokenizer_model(path)
     assert named in refused.value.seen
 
@@ -130,7 +131,7 @@ def test_pieces_that_cannot_be_written_as_merges_are_refused(tmp_path: Path) -> 
     whole = next(text for text in texts if text[:1] == left and text[2:] == right and len(text) == 3)
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data.replace(b"\n\x03" + whole, b"\n\x03" + left + b" " + right))
-    with pytest.raises(errors.Problem) as refused:
+    with pytest.raises(reports.Problem) as refused:
         tokenizer.read_tokenizer_model(path)
     assert f"'{left.decode()} {right.decode()}' holds a space" in refused.value.seen
 
@@ -138,7 +139,7 @@ def test_pieces_that_cannot_be_written_as_merges_are_refused(tmp_path: Path) -> 
 def test_llama_3s_tiktoken_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(errors.Problem) as refused:
+    with pytest.raises(reports.Problem) as refused:
         tokenizer.read_tokenizer_model(path)
     assert "tiktoken" in refused.value.seen
 
@@ -153,7 +154,7 @@ def test_a_damaged_file_is_a_report_or_still_a_whole_model(tmp_path_factory: Any
         path.write_bytes(damaged)
         try:
             model = tokenizer.read_tokenizer_model(path)
-        except errors.Problem as problem:
+        except reports.Problem as problem:
             assert problem.command
         else:
             tokenizer.tokenizer_json(model)

@@ -21,7 +21,8 @@ from google.protobuf import text_format
 from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
-from scripts import ask, build_model_repo, contracts, errors, gpus, plan
+from scripts import ask, build_model_repo, plan, reports
+from scripts.nvidia import contracts, gpus
 
 TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
@@ -523,8 +524,8 @@ def test_ask_streams_over_http_without_tritonclient(
     text = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily. She\n"
     assert capsys.readouterr().out == text
     monkeypatch.setattr("sys.argv", ["ask", "--http-port", str(served.http_port), "--max-tokens", "99999"])
-    with pytest.raises(errors.Problem, match="the server refused the request"):
+    with pytest.raises(reports.Problem, match="the server refused the request"):
         ask.main()
     monkeypatch.setattr("sys.argv", ["ask", "--http-port", str(free_ports(1)[0])])
-    with pytest.raises(errors.Problem, match="no server answers"):
+    with pytest.raises(reports.Problem, match="no server answers"):
         ask.main()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from synthetic import GROUPED, meta_tensors
 
-from scripts import errors
-from scripts.torch_file import directory, read_torch_file
+from scripts import reports
+from scripts.weights.torch_file import directory, read_torch_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -113,7 +113,7 @@ def test_a_small_file_that_would_take_for_ever_is_refused_at_once(case: str, tmp
         archive.writestr("x/data.pkl", directory_bytes)
         archive.writestr("x/data/0", b"\0\0")
     code = "import sys\nfrom pathlib import Path\nfrom scripts import errors, torch_file\n"
-    code += "errors.run(lambda: torch_file.read_torch_file(Path(sys.argv[1])))"
+    code += "reports.run(lambda: torch_file.read_torch_file(Path(sys.argv[1])))"
     command = [sys.executable, "-c", code, str(tmp_path / "x.pth")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -129,7 +129,7 @@ def test_what_is_compressed_is_no_torch_file(how: int, damaged: bool, tmp_path: 
     if damaged:
         data = path.read_bytes()
         path.write_bytes(data[:60] + bytes(byte ^ 0x55 for byte in data[60:75]) + data[75:])
-    with pytest.raises(errors.Problem) as caught:
+    with pytest.raises(reports.Problem) as caught:
         read_torch_file(path)
     assert "is compressed" in caught.value.seen
 
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_a_report_or_gives_the_same_tensors(tmp_path: Path) ->
         path.write_bytes(damaged)
         try:
             found = read_torch_file(path)
-        except errors.Problem:
+        except reports.Problem:
             continue
         # a changed checksum is found when the bytes are read; another place must not be believed
         assert {name: (t.dtype, t.shape) for name, t in found.items()} == {

@@ -7,8 +7,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 
-from scripts import contracts, errors, gpus, trtllm_build
-from scripts.trtllm_build import Intent
+from scripts import reports
+from scripts.nvidia import contracts, gpus, trtllm_build
+from scripts.nvidia.trtllm_build import Intent
 
 VERSIONS = contracts.versions()
 AMPERE = Intent("float16", 2, 1, 8.0, 8, 1024, 3072, 4096, timing_cache="model.cache")
@@ -150,7 +151,7 @@ def test_workers_are_as_many_as_memory_gpus_and_ranks_allow() -> None:
     assert trtllm_build.workers_that_fit(8, 8, seven_b_half, 2000 * 10**9) == 8
 
 
-def refused(gpu: str, version: str, dtype: str = "float16", quant: Optional[str] = None) -> Optional[errors.Problem]:
+def refused(gpu: str, version: str, dtype: str = "float16", quant: Optional[str] = None) -> Optional[reports.Problem]:
     toolchains = {name: contracts.toolchain(name) for name in VERSIONS}
     return trtllm_build.refusal(gpus.assumed(gpu)[0], dtype, quant, version, toolchains)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts import answers, compare, contracts, trtllm_build, trtllm_runtime
-from scripts.trtllm_runtime import Watcher
+from scripts.nvidia import contracts, trtllm_build
+from scripts.verifying import compare, sides, trtllm_side
+from scripts.verifying.trtllm_side import Watcher
 
 VERSIONS = contracts.versions()
 VOCAB, PADDED, ANSWER_TOKENS = 101, 104, 5
@@ -56,7 +57,7 @@ class Runner:
 
 
 def references(model: LlamaForCausalLM, prompts: list[list[int]] = PROMPTS) -> list[dict[str, Any]]:
-    return answers.continue_group(model, prompts, ANSWER_TOKENS, top_k=7)
+    return sides.continue_group(model, prompts, ANSWER_TOKENS, top_k=7)
 
 
 def alone(value: Any) -> list[Any]:
@@ -67,7 +68,7 @@ def alone(value: Any) -> list[Any]:
 @pytest.mark.parametrize("prompts", [PROMPTS, [[9]]], ids=["several tokens", "one token"])
 def test_the_same_model_says_the_same_at_every_position(model: LlamaForCausalLM, prompts: list[list[int]]) -> None:
     asked = references(model, prompts)
-    said = trtllm_runtime.ask_group(Runner(model), asked, VOCAB, alone)
+    said = trtllm_side.ask_group(Runner(model), asked, VOCAB, alone)
     assert said is not None
     for ours, theirs in zip(asked, said, strict=True):
         assert theirs["tokens"] == ours["tokens"]
@@ -81,7 +82,7 @@ def test_the_same_model_says_the_same_at_every_position(model: LlamaForCausalLM,
 
 def test_the_prompts_own_text_is_forced_whatever_the_engine_would_say(model: LlamaForCausalLM) -> None:
     runner = Runner(model)
-    trtllm_runtime.ask_group(runner, references(model), VOCAB, alone)
+    trtllm_side.ask_group(runner, references(model), VOCAB, alone)
     greedy, forced = runner.texts
     assert [text[:4] for text in greedy] == PROMPTS and {len(text) for text in greedy} == {4 + ANSWER_TOKENS}
     assert forced == PROMPTS
@@ -90,9 +91,9 @@ def test_the_prompts_own_text_is_forced_whatever_the_engine_would_say(model: Lla
 def test_an_engine_that_ends_its_answers_has_parted_there(model: LlamaForCausalLM) -> None:
     """The id that ends an answer is none that the reference holds likely."""
     asked = references(model)
-    end_id = trtllm_runtime.unlikely_id(asked, VOCAB)
+    end_id = trtllm_side.unlikely_id(asked, VOCAB)
     assert not any(end_id in ids for one in asked for ids in (*one["top_ids"], one["tokens"], one["prompt"]))
-    said = trtllm_runtime.ask_group(Always(Runner(model), end_id), asked, VOCAB, alone)
+    said = trtllm_side.ask_group(Always(Runner(model), end_id), asked, VOCAB, alone)
     assert said is not None
     for ours, theirs in zip(asked, said, strict=True):
         assert theirs["tokens"] == [end_id]
@@ -119,25 +120,23 @@ class Always:
 
 def test_answers_are_ended_by_an_id_that_nobody_says() -> None:
     asked = [{"prompt": [0, 4], "tokens": [1, 2], "top_ids": [[4, 3], [1, 6], [2, 5]]}]
-    assert trtllm_runtime.unlikely_id(asked, 9) == 7
-    assert trtllm_runtime.unlikely_id(asked, 7) == 3  # where everything is likely somewhere, at least unsaid
+    assert trtllm_side.unlikely_id(asked, 9) == 7
+    assert trtllm_side.unlikely_id(asked, 7) == 3  # where everything is likely somewhere, at least unsaid
 
 
 def test_with_stages_the_tokens_are_the_first_ones_and_the_numbers_the_last_ones(model: LlamaForCausalLM) -> None:
     """Tokens come out on rank 0 and logits are seen on the last stage's ranks only."""
     asked = references(model)
     gathered: list[Any] = []
-    last = trtllm_runtime.ask_group(
-        Runner(model), asked, VOCAB, gathered.append
-    )  # None, as MPI's gather on other ranks
+    last = trtllm_side.ask_group(Runner(model), asked, VOCAB, gathered.append)  # None, as MPI's gather on other ranks
     assert last is None and len(gathered) == 1
 
     def gather(value: Any) -> list[Any]:
         assert not any(rows for kept in value.values() for rows in kept)
         return [value, gathered[0]]
 
-    first = trtllm_runtime.ask_group(FirstStage(asked), asked, VOCAB, gather)
-    assert first == trtllm_runtime.ask_group(Runner(model), asked, VOCAB, alone)
+    first = trtllm_side.ask_group(FirstStage(asked), asked, VOCAB, gather)
+    assert first == trtllm_side.ask_group(Runner(model), asked, VOCAB, alone)
 
 
 class FirstStage:
@@ -159,8 +158,8 @@ def test_every_version_takes_every_name_that_it_is_called_with(version: str, tmp
     table = contracts.table("runtime", version)
     watcher = Watcher([], VOCAB)
     calls = {
-        "from_dir": trtllm_runtime.load_arguments(tmp_path, 1),
-        "generate": trtllm_runtime.generate_arguments([], 5, 3, watcher),
+        "from_dir": trtllm_side.load_arguments(tmp_path, 1),
+        "generate": trtllm_side.generate_arguments([], 5, 3, watcher),
     }
     for call, given in calls.items():
         part = table[call]
@@ -195,4 +194,4 @@ def test_each_part_of_a_table_names_its_source(version: str) -> None:
     "version, word", [("4.36.1", "torch_dtype"), ("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.23.0", "dtype")]
 )
 def test_the_dtype_is_named_as_the_installed_transformers_names_it(version: str, word: str) -> None:
-    assert answers.dtype_keyword(version) == word
+    assert sides.dtype_keyword(version) == word

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
-from scripts import errors
+from scripts import reports
 
 
 def ask(address: str, concurrency: int, count: int, max_tokens: int, prompts: Sequence[str]) -> List[Dict[str, Any]]:
@@ -39,7 +39,7 @@ async def _ask(
             began, arrivals = time.perf_counter(), []
             async for result, error in client.stream_infer(requests()):
                 if error is not None:
-                    raise errors.request_refused(str(error))
+                    raise reports.serving.request_refused(str(error))
                 if result.get_response().outputs:
                     arrivals.append(time.perf_counter())
                 if result.get_response().parameters["triton_final_response"].bool_param:

@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Dict, List, Optional
 
-from scripts import contracts, errors
-from scripts.llama_shape import Params
+from scripts import reports
+from scripts.nvidia import contracts
 from scripts.room import human_bytes
+from scripts.weights.shape import Params
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "models" / "stories" / "tokenizer.model"
 VOCAB_SIZE = 2048
 # 20 layers of it are 2.05 GB in float16
@@ -188,7 +189,7 @@ def _measure(command: List[str], unsynced: Optional[Path], into: Measured) -> No
     )
     sampler.join()
     if status:
-        raise errors.bench_step_failed(command, status)
+        raise reports.bench.bench_step_failed(command, status)
 
 
 def _sample(process: "subprocess.Popen[bytes]", into: Measured) -> None:
@@ -263,8 +264,8 @@ def main() -> None:
     result = bench_convert(settings)
     output = settings.scratch.with_name(f"bench-convert-{settings.cache}.json")
     output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"-> {errors.shown(output)}")
+    print(f"-> {reports.shown(output)}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -31,7 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import bench_client, bench_page, errors, gpus, room, serve
+from scripts import reports, room, serve
+from scripts.bench import client as bench_client
+from scripts.bench import page as bench_page
+from scripts.nvidia import gpus
 
 # (input tokens, output tokens, streams at once)
 DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
@@ -73,7 +76,7 @@ def points_of(text: str, limits: Mapping[str, int]) -> List[Point]:
     for word in text.split():
         parts = word.split(":")
         if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-            raise errors.bad_setting(
+            raise reports.settings.bad_setting(
                 "POINTS",
                 word,
                 "input tokens:output tokens:streams, for instance 128:128:8",
@@ -88,7 +91,7 @@ def points_of(text: str, limits: Mapping[str, int]) -> List[Point]:
         and point.concurrency <= limits["max_batch_size"]
     ]
     if not fit:
-        raise errors.bad_setting(
+        raise reports.settings.bad_setting(
             "POINTS", text, f"at least one load within {dict(limits)}", "make bench POINTS=16:16:1"
         )
     return fit
@@ -207,7 +210,7 @@ def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[s
         if running.wait() or not export.is_file():
             log.seek(0)
             print(log.read(), file=sys.stderr)
-            raise errors.bench_step_failed(list(command), running.returncode)
+            raise reports.bench.bench_step_failed(list(command), running.returncode)
 
 
 def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> List[str]:
@@ -300,7 +303,7 @@ def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> List[
         tokens = metrics.get("output_sequence_length")
         if record.get("error") or tokens != point.output_tokens:
             said = record.get("error") or f"{tokens} tokens where {point.output_tokens} were asked for"
-            raise errors.request_refused(str(said)[:300])
+            raise reports.serving.request_refused(str(said)[:300])
         began = record["metadata"]["request_start_ns"] / 1e9
         arrivals = [began + metrics["time_to_first_token"] / 1e3, began + metrics["request_latency"] / 1e3]
         requests.append({"began": began, "arrivals": arrivals, "tokens": [1, tokens - 1]})
@@ -318,7 +321,7 @@ def served(settings: serve.Settings) -> Iterator[Tuple[float, "subprocess.Popen[
     try:
         assert server.stdout is not None
         if not any("ready after" in line for line in server.stdout):
-            raise errors.server_not_there(settings.url, "it did not become ready; its report is above")
+            raise reports.serving.server_not_there(settings.url, "it did not become ready; its report is above")
         yield time.monotonic() - began, server
     finally:
         server.send_signal(signal.SIGTERM)
@@ -337,13 +340,13 @@ def mpirun(world_size: int, root: Path, *arguments: object) -> None:
         "-n",
         str(world_size),
     ]
-    command += [sys.executable, "-m", "scripts.bench_ranks", *map(str, arguments)]
+    command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
         toolbox = serve.find_toolbox(Path(folder))
         environment = serve.server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
         done = subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise errors.bench_step_failed(command, done.returncode)
+        raise reports.bench.bench_step_failed(command, done.returncode)
 
 
 def host() -> Dict[str, Any]:
@@ -420,7 +423,7 @@ def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) ->
             for side, ask in ways.items():
                 try:
                     note(side, point, summary(ask()))
-                except errors.Problem as problem:  # the rest still tells something
+                except reports.Problem as problem:  # the rest still tells something
                     failed[f"{side}, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
             if server.poll() is not None:
                 break
@@ -461,7 +464,7 @@ def peers(args: argparse.Namespace, points: Sequence[Point], folder: Path, note:
     few = [point for point in points if point.concurrency <= 32 and point.input_tokens <= 128]
     wanted, out = folder / "peer-points.json", folder / "transformers.json"
     wanted.write_text(json.dumps([point.numbers() for point in few]))
-    command = [args.peer_python, "-m", "scripts.bench_ranks", "transformers", str(args.hf), str(wanted), str(out)]
+    command = [args.peer_python, "-m", "scripts.bench.ranks", "transformers", str(args.hf), str(wanted), str(out)]
     if args.peers and few:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GENERATOR_SECONDS, check=False)
         for point, one in zip(few, json.loads(out.read_bytes())["points"] if out.is_file() else []):
@@ -532,12 +535,12 @@ def main() -> int:
     write(args.out, result)
     room.say("bench", f"-> {args.out}.json, .csv, .html")
     if result["failed"]:
-        raise errors.loads_failed(result["failed"])
+        raise reports.bench.loads_failed(result["failed"])
     worse = [line for line in result.get("compared", []) if line["worse"]]
     if worse:
-        raise errors.slower_than_baseline(args.baseline, worse)
+        raise reports.bench.slower_than_baseline(args.baseline, worse)
     return 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

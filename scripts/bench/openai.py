@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List
 
 import numpy as np
 
-from scripts import errors, serve
+from scripts import reports, serve
 
 PROMPT = "Once upon a time"
 
@@ -58,7 +58,7 @@ def over_grpc(settings: serve.Settings, ids: List[int], tokens: int) -> float:
         done.wait(600)
         client.stop_stream()
     if failures:
-        raise errors.request_refused(str(failures[0]))
+        raise reports.serving.request_refused(str(failures[0]))
     return first[0]
 
 
@@ -75,7 +75,7 @@ def over_openai(settings: serve.Settings, ids: List[int], tokens: int) -> float:
     seconds = time.monotonic() - began
     whole = first + answer.read()
     if answer.status != 200 or f'"completion_tokens":{tokens}'.encode() not in whole:
-        raise errors.request_refused(whole[-300:].decode(errors="replace"))
+        raise reports.serving.request_refused(whole[-300:].decode(errors="replace"))
     return seconds
 
 
@@ -104,7 +104,7 @@ def endpoint_of(supervisor: int) -> int:
     for child in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
         if b"scripts.openai" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
             return int(child)
-    raise errors.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
+    raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
 
 
 def measure(settings: serve.Settings, streams: int, tokens: int) -> Dict[str, Any]:
@@ -118,7 +118,7 @@ def measure(settings: serve.Settings, streams: int, tokens: int) -> Dict[str, An
     try:
         assert server.stdout is not None
         if not any("ready after" in line for line in server.stdout):
-            raise errors.server_not_there(settings.openai_url, "it did not become ready")
+            raise reports.serving.server_not_there(settings.openai_url, "it did not become ready")
         endpoint = endpoint_of(server.pid)
         ids = [1, 403, 407, 261, 378]
         ways = {"grpc": over_grpc, "openai": over_openai}
@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-from scripts import errors
+from scripts import reports
 
 STYLE = """
 :root { color-scheme: light }
@@ -29,7 +29,7 @@ def read_run(path: Path) -> Dict[str, Any]:
         run = json.loads(path.read_bytes())
         run["rows"][0]["side"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise errors.no_bench_run(path, f"{type(error).__name__}: {error}") from None
+        raise reports.bench.no_bench_run(path, f"{type(error).__name__}: {error}") from None
     return dict(run)
 
 

@@ -1,8 +1,8 @@
 """One process of `make bench` below the server: a rank of the engine alone, of the host's ceilings, or a peer.
 
-python3 -m scripts.bench_ranks ceilings OUT         under mpirun: copy bandwidth, all-reduce time by size
-python3 -m scripts.bench_ranks engine ENGINES POINTS OUT    under mpirun: the engine without Triton, the same requests
-python3 -m scripts.bench_ranks transformers HF POINTS OUT   Hugging Face's generate on one device, the same lengths
+python3 -m scripts.bench.ranks ceilings OUT         under mpirun: copy bandwidth, all-reduce time by size
+python3 -m scripts.bench.ranks engine ENGINES POINTS OUT    under mpirun: the engine without Triton, the same requests
+python3 -m scripts.bench.ranks transformers HF POINTS OUT   Hugging Face's generate on one device, the same lengths
 """
 
 import importlib
@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
-from scripts import errors
+from scripts import reports
 
-ENGINE_CODE = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm" / "1"
+ENGINE_CODE = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm" / "1"
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 REPEAT = 20
 
@@ -170,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

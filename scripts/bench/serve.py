@@ -19,7 +19,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from scripts import ask, errors, serve
+from scripts import ask, reports, serve
 
 PROMPT = "Once upon a time"
 
@@ -55,7 +55,7 @@ def stream(address: str, max_tokens: int) -> float:
         seconds = time.monotonic() - began
         client.stop_stream()
     if failures:
-        raise errors.request_refused(str(failures[0]))
+        raise reports.serving.request_refused(str(failures[0]))
     return seconds
 
 
@@ -80,7 +80,7 @@ def measure(settings: serve.Settings, streams: int, max_tokens: int) -> Dict[str
     try:
         assert server.stdout is not None
         if not any("ready after" in line for line in server.stdout):
-            raise errors.server_not_there(settings.url, "it did not become ready")
+            raise reports.serving.server_not_there(settings.url, "it did not become ready")
         ready = time.monotonic() - began
         address = f"{settings.host}:{settings.grpc_port}"
         stream(address, max_tokens)  # warm
@@ -136,4 +136,4 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

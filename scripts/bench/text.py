@@ -1,7 +1,7 @@
 """`make bench-text`: the text models against NVIDIA's of v0.8.0, side by side on a real tritonserver, over an engine without weights.
 
-alone   tensorrt_llm asked with token ids: a stand-in (scripts/bench_models/stand_in.py), the most that anything over it can reach
-stock   Triton's ensemble of NVIDIA's pre- and postprocessing, its behaviour said anew (scripts/bench_models/stock_*.py)
+alone   tensorrt_llm asked with token ids: a stand-in (scripts/bench/models/stand_in.py), the most that anything over it can reach
+stock   Triton's ensemble of NVIDIA's pre- and postprocessing, its behaviour said anew (scripts/bench/models/stock_*.py)
 ours    the ensemble that `make model_repo` makes
 
 Each client keeps one request on its way over a gRPC stream of its own: 128 tokens in, 64 out, streamed. Every answer of ours is compared
@@ -29,10 +29,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import grpc
 import numpy as np
 
-from scripts import bench_serve, build_model_repo, contracts, errors, processes, serve
+from scripts import build_model_repo, reports, serve
+from scripts.bench import serve as bench_serve
+from scripts.nvidia import contracts
+from scripts.serving import processes
 
-MODELS = Path(__file__).parent / "bench_models"
-WRITTEN = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm_bls" / "1"
+MODELS = Path(__file__).parent / "models"
+WRITTEN = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm_bls" / "1"
 # the first: the one whose stock models are described here
 VERSION = contracts.versions()[0]
 IN_TOKENS, OUT_TOKENS = 128, 64
@@ -151,7 +154,7 @@ class Server:
         while not serve.http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready", None, 2):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.end()
-                raise errors.bench_server_failed("it did not become ready", self.tail())
+                raise reports.bench.bench_server_failed("it did not become ready", self.tail())
             time.sleep(0.1)
 
     def pace(self, text: str) -> None:
@@ -232,7 +235,7 @@ async def client(stub: Any, request: Any, expected: Optional[str], until: float,
         while not done:
             answer = await stream.read()
             if answer.error_message:
-                raise errors.request_refused(answer.error_message)
+                raise reports.serving.request_refused(answer.error_message)
             response = answer.infer_response
             if response.outputs:
                 responses += 1
@@ -321,7 +324,7 @@ class Bench:
                 server.end()
                 del self.servers[stock]
                 print(f"  ({why}, attempt {attempt + 1})", flush=True)
-        raise errors.bench_server_failed(why, tail)
+        raise reports.bench.bench_server_failed(why, tail)
 
     def end(self) -> None:
         for server in self.servers.values():
@@ -407,8 +410,8 @@ def main() -> None:
     for key, value in verdicts(found).items():
         print(f"{key:<28} {value:.2f}")
     if any(found[pace]["ours"]["wrong_texts"] for pace in found):
-        raise errors.text_is_wrong("ensemble")
+        raise reports.bench.text_is_wrong("ensemble")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

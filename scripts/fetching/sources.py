@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
 from urllib.parse import quote, unquote, urlsplit
 
-from scripts import errors, room
+from scripts import reports, room
 
 PIECE_BYTES = 1 << 20
 # Checklists, indexes and configs, which say what else there is.
@@ -102,7 +102,7 @@ def find(source: str, output: Path, revision: Optional[str] = None) -> Source:
         return Store(source)
     if "/" in source and not colon:
         return Folder(source)
-    raise errors.no_such_source(source)
+    raise reports.fetching.no_such_source(source)
 
 
 def public_name(source: str) -> str:
@@ -114,7 +114,9 @@ def public_name(source: str) -> str:
         try:
             return _public_url(source)
         except ValueError:  # of the port, or of brackets
-            raise (errors.secret_in_source() if "@" in source else errors.no_such_source(source)) from None
+            raise (
+                reports.fetching.secret_in_source() if "@" in source else reports.fetching.no_such_source(source)
+            ) from None
     if ":" in source:
         return source.rstrip("/")
     folder = str(Path(source))  # ./mounted and mounted/ are one folder
@@ -131,7 +133,7 @@ def without_secret(source: str) -> str:
     if "://" in source:
         public_name(source)
         if "?" in source or (source.startswith("http") and "@" in urlsplit(source).netloc):
-            raise errors.secret_in_source()
+            raise reports.fetching.secret_in_source()
     return source
 
 
@@ -235,9 +237,9 @@ class HttpSource:
         """Where a file is; may hold a secret."""
         raise NotImplementedError
 
-    def refused(self, name: str, status: int) -> errors.Problem:
+    def refused(self, name: str, status: int) -> reports.Problem:
         """What a status from 400 on means."""
-        return errors.fetch_refused(name, self.name, status)
+        return reports.fetching.fetch_refused(name, self.name, status)
 
     def small(self, key: str) -> Optional[bytes]:
         """The content of a small file; None where there is none."""
@@ -251,7 +253,7 @@ class HttpSource:
         size, _ = _sizes(response)
         if size is None or size > SMALL_MAX_BYTES:
             response.close()
-            raise errors.fetch_odd(key, self.name, f"it should be a small file, and has {size} bytes")
+            raise reports.fetching.fetch_odd(key, self.name, f"it should be a small file, and has {size} bytes")
         return b"".join(self.http.pieces(response, 0, size)) if size else b""
 
     def _tried(self, key: str) -> Any:
@@ -261,7 +263,7 @@ class HttpSource:
                 return self._asked(key, key, 0, None)
             except Broken as broken:
                 reason = str(broken)
-        raise errors.fetch_broken(key, self.name, reason, 0, None)
+        raise reports.fetching.fetch_broken(key, self.name, reason, 0, None)
 
     def remote(
         self, name: str, key: str, digests: Optional[Mapping[str, str]] = None, size_bytes: Optional[int] = None
@@ -273,9 +275,9 @@ class HttpSource:
             raise self.refused(name, response.status)
         size, ranges = _sizes(response)
         if size is None:
-            raise errors.fetch_odd(name, self.name, "the server does not say how long it is")
+            raise reports.fetching.fetch_odd(name, self.name, "the server does not say how long it is")
         if size_bytes not in (None, size):
-            raise errors.fetched_file_differs(name, self.name, "size", str(size_bytes), str(size))
+            raise reports.fetching.fetched_file_differs(name, self.name, "size", str(size_bytes), str(size))
         return Remote(name, key, size, digests or {}, ranges, "" if digests else _version(response))
 
     def _asked(self, name: str, key: str, start: int, end: Optional[int], version: str = "") -> Any:
@@ -283,7 +285,7 @@ class HttpSource:
         encoding = str(response.headers.get("Content-Encoding", "")).lower()
         if response.status < 400 and encoding not in ("", "identity"):
             response.close()
-            raise errors.fetch_odd(
+            raise reports.fetching.fetch_odd(
                 name, self.name, f"the server sends it packed ({encoding[:20]}), though it was asked for as it is"
             )
         return response
@@ -297,12 +299,16 @@ class HttpSource:
         size, _ = _sizes(response)
         if size not in (None, remote.size_bytes):
             response.close()
-            raise errors.fetched_file_differs(remote.name, self.name, "size", str(remote.size_bytes), str(size))
+            raise reports.fetching.fetched_file_differs(
+                remote.name, self.name, "size", str(remote.size_bytes), str(size)
+            )
         version = _version(response)
         # a part need not say again of what it is a part (RFC 9110, 15.3.7); a whole file instead of a part does
         if remote.version and version != remote.version and (version or (remote.ranges and response.status == 200)):
             response.close()
-            raise errors.fetched_file_changed(remote.name, self.name, remote.version, version or "without any")
+            raise reports.fetching.fetched_file_changed(
+                remote.name, self.name, remote.version, version or "without any"
+            )
         yield from self.http.pieces(response, start, end)
 
 
@@ -312,10 +318,12 @@ def checklist(data: bytes, name: str, source: str) -> Dict[str, str]:
     matches = [CHECKLIST_LINE.fullmatch(line.strip()) for line in lines]
     found = {match[2]: match[1] for match in matches if match and NAME.fullmatch(match[2])}
     if not found or len(found) != len(lines):
-        raise errors.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
+        raise reports.fetching.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
     for ours in found:
         if ours in (room.MANIFEST, room.ARGS, room.FINISHED) or ours.endswith((".part", ".writing")):
-            raise errors.fetch_odd(name, source, f"it names {ours}, which is a name for what make writes itself")
+            raise reports.fetching.fetch_odd(
+                name, source, f"it names {ours}, which is a name for what make writes itself"
+            )
     return found
 
 
@@ -324,7 +332,7 @@ def _sha256(data: bytes) -> Dict[str, str]:
     return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _secret_url(name: str, unreadable: Callable[[str], errors.Problem]) -> str:
+def _secret_url(name: str, unreadable: Callable[[str], reports.Problem]) -> str:
     """What the variable `name` holds, or the file that `name`_FILE names; nothing where neither is set."""
     path = os.environ.get(f"{name}_FILE", "")
     try:
@@ -336,12 +344,12 @@ def _secret_url(name: str, unreadable: Callable[[str], errors.Problem]) -> str:
 
 def meta_url() -> str:
     """The presigned URL of Meta's licence mail: META_URL, or the content of the file that META_URL_FILE names."""
-    url = _secret_url("META_URL", errors.no_meta_url)
+    url = _secret_url("META_URL", reports.fetching.no_meta_url)
     if not url:
-        raise errors.no_meta_url("neither META_URL nor META_URL_FILE is set")
+        raise reports.fetching.no_meta_url("neither META_URL nor META_URL_FILE is set")
     parts = urlsplit(url)
     if parts.scheme not in ("https", "http") or not parts.hostname or "*" not in parts.path:
-        raise errors.no_meta_url(
+        raise reports.fetching.no_meta_url(
             f"what was given has {len(url)} characters, {'begins with https://' if url.startswith('https://') else 'no https:// in front'} "
             f"and {'a' if '*' in url else 'no'} * where the file's name goes"
         )
@@ -359,9 +367,9 @@ class Meta(HttpSource):
     def url(self, key: str) -> str:
         return self.template.replace("*", key, 1)
 
-    def refused(self, name: str, status: int) -> errors.Problem:
+    def refused(self, name: str, status: int) -> reports.Problem:
         if status in (400, 401, 403):
-            return errors.meta_link_refused(name, self.name, status)
+            return reports.fetching.meta_link_refused(name, self.name, status)
         return super().refused(name, status)
 
     def files(self) -> List[Remote]:
@@ -374,7 +382,7 @@ class Meta(HttpSource):
         ):
             data = self.small(key)
             if data is None:
-                raise errors.fetch_refused(name, self.name, 404)
+                raise reports.fetching.fetch_refused(name, self.name, 404)
             lists.update(checklist(data, name, self.name))
             digests[name] = _sha256(data)
             found.append((name, key))
@@ -391,7 +399,7 @@ class Meta(HttpSource):
 def mirror_url(source: str) -> str:
     """The URL of a mirror with what is secret in it (user:password@, or ?token=): MIRROR_URL, or the content of the file that
     MIRROR_URL_FILE names; nothing where neither is set. SOURCE is the same URL without these."""
-    url = _secret_url("MIRROR_URL", errors.mirror_url_odd)
+    url = _secret_url("MIRROR_URL", reports.fetching.mirror_url_odd)
     if not url and not os.environ.get("MIRROR_URL_FILE", ""):
         return ""
     try:
@@ -400,7 +408,7 @@ def mirror_url(source: str) -> str:
         name = ""
     if name != public_name(source):
         shown = f"it is for {name}" if name.startswith("http") and "@" not in name else f"it has {len(url)} characters"
-        raise errors.mirror_url_odd(f"SOURCE is {public_name(source)}, and {shown}")
+        raise reports.fetching.mirror_url_odd(f"SOURCE is {public_name(source)}, and {shown}")
     return url
 
 
@@ -420,9 +428,9 @@ class Mirror(HttpSource):
     def url(self, key: str) -> str:
         return f"{self.name}/{quote(key)}" + (f"?{self.query}" if self.query else "")
 
-    def refused(self, name: str, status: int) -> errors.Problem:
+    def refused(self, name: str, status: int) -> reports.Problem:
         if status in (401, 403):
-            return errors.mirror_refused(name, self.name, status, self.secret)
+            return reports.fetching.mirror_refused(name, self.name, status, self.secret)
         return super().refused(name, status)
 
     def files(self) -> List[Remote]:
@@ -439,7 +447,7 @@ class Mirror(HttpSource):
             return [self.remote(name, name, digests.get(name)) for name in sorted(names)]
         read = {name: data for name in HF_FILES if (data := self.small(name)) is not None}
         if "config.json" not in read:
-            raise errors.fetch_odd(
+            raise reports.fetching.fetch_odd(
                 "checklist.chk", self.name, "neither it (Meta's form) nor config.json (Hugging Face's) is there"
             )
         for suffix, index in HF_INDEXES.items():
@@ -454,7 +462,9 @@ class Mirror(HttpSource):
                 continue
             digests = {name: _sha256(data) for name, data in read.items()}
             return [self.remote(name, name, digests.get(name)) for name in sorted({*digests, *weights})]
-        raise errors.fetch_odd("model.safetensors", self.name, "neither it nor an index of several files is there")
+        raise reports.fetching.fetch_odd(
+            "model.safetensors", self.name, "neither it nor an index of several files is there"
+        )
 
     def _there(self, key: str) -> bool:
         response = self._tried(key)
@@ -469,10 +479,12 @@ def _named_by(data: bytes, index: str, suffix: str, source: str) -> List[str]:
     try:
         names = sorted(set(json.loads(data)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.fetch_odd(index, source, f"it is no index ({type(error).__name__})") from None
+        raise reports.fetching.fetch_odd(index, source, f"it is no index ({type(error).__name__})") from None
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name) or not name.endswith(suffix):
-            raise errors.fetch_odd(index, source, f"it names {name!r}, which is no {suffix} file of this folder")
+            raise reports.fetching.fetch_odd(
+                index, source, f"it names {name!r}, which is no {suffix} file of this folder"
+            )
     return names
 
 
@@ -493,9 +505,9 @@ class Hub(HttpSource):
     def url(self, key: str) -> str:
         return str(self.hub.hf_hub_url(self.repository, key, revision=self.revision, endpoint=self.api.endpoint))
 
-    def refused(self, name: str, status: int) -> errors.Problem:
+    def refused(self, name: str, status: int) -> reports.Problem:
         if status in (401, 403):
-            return errors.hub_refused(self.repository, status, bool(self.token))
+            return reports.fetching.hub_refused(self.repository, status, bool(self.token))
         return super().refused(name, status)
 
     def files(self) -> List[Remote]:
@@ -510,11 +522,11 @@ class Hub(HttpSource):
                 wanted += weights + [name for name in (HF_INDEXES.get(suffix),) if name in by_name]
                 break
         else:
-            raise errors.fetch_odd(
+            raise reports.fetching.fetch_odd(
                 "model.safetensors", self.name, f"there are no weights among its {len(by_name)} files"
             )
         if weights[0].endswith(".gguf") and len(weights) > 1:
-            raise errors.fetch_odd(
+            raise reports.fetching.fetch_odd(
                 weights[0], self.name, f"it has {len(weights)} GGUF files; which one is meant cannot be told"
             )
         return [self._remote(by_name[name]) for name in sorted(wanted)]
@@ -536,21 +548,25 @@ class Hub(HttpSource):
             try:
                 return self.api.model_info(self.repository, revision=self.asked, files_metadata=True, token=self.token)
             except known.GatedRepoError as error:
-                raise errors.hub_refused(self.repository, error.response.status_code, bool(self.token)) from None
+                raise reports.fetching.hub_refused(
+                    self.repository, error.response.status_code, bool(self.token)
+                ) from None
             except known.RepositoryNotFoundError:  # the hub answers so for what one may not see, too
-                raise errors.hub_refused(self.repository, 404 if self.token else 401, bool(self.token)) from None
+                raise reports.fetching.hub_refused(
+                    self.repository, 404 if self.token else 401, bool(self.token)
+                ) from None
             except known.RevisionNotFoundError:
-                raise errors.fetch_odd(self.asked or "main", self.name, "there is no such revision") from None
+                raise reports.fetching.fetch_odd(self.asked or "main", self.name, "there is no such revision") from None
             except known.HfHubHTTPError as error:
                 status = error.response.status_code
                 if status in (401, 403, 404):
-                    raise errors.hub_refused(self.repository, status, bool(self.token)) from None
+                    raise reports.fetching.hub_refused(self.repository, status, bool(self.token)) from None
                 if status < 500:
-                    raise errors.fetch_refused("the list of files", self.name, status) from None
+                    raise reports.fetching.fetch_refused("the list of files", self.name, status) from None
                 reason = f"the server answers {status}"
             except Exception as error:  # the HTTP library's own, which huggingface_hub has changed before
                 reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise errors.fetch_broken("the list of files", self.name, reason, 0, None)
+        raise reports.fetching.fetch_broken("the list of files", self.name, reason, 0, None)
 
 
 # --- other places ------------------------------------------------------------------------------------------------------
@@ -569,7 +585,7 @@ class Store:
         try:
             self.store = obstore.store.from_url(url)
         except Exception as error:
-            raise errors.store_refused(self.name, "", _first_line(error)) from None
+            raise reports.fetching.store_refused(self.name, "", _first_line(error)) from None
 
     def files(self) -> List[Remote]:
         def small(name: str) -> bytes:
@@ -586,7 +602,7 @@ class Store:
                 return _of_listing(self.name, names, versions, small)
             except Broken as broken:
                 reason = str(broken)
-        raise errors.fetch_broken("the list of files", self.name, reason, 0, None)
+        raise reports.fetching.fetch_broken("the list of files", self.name, reason, 0, None)
 
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
         """Bytes [start, end) of a file."""
@@ -595,20 +611,22 @@ class Store:
             got = self._asked(remote.name, self.obstore.get, remote.key, options={"range": span})
             etag = got.meta["e_tag"]
             if remote.version.startswith('"') and etag and etag != remote.version:
-                raise errors.fetched_file_changed(remote.name, self.name, remote.version, etag)
+                raise reports.fetching.fetched_file_changed(remote.name, self.name, remote.version, etag)
             yield bytes(self._asked(remote.name, lambda store, got=got: got.bytes()))
 
     def _asked(self, name: str, ask: Any, *words: Any, **more: Any) -> Any:
         try:
             return ask(self.store, *words, **more)
         except FileNotFoundError:
-            raise errors.fetch_refused(name, self.name, 404) from None
+            raise reports.fetching.fetch_refused(name, self.name, 404) from None
         except Exception as error:
             if type(error).__name__ == "InvalidPathError":  # of a key with .. in it, for instance, which its text names
-                raise errors.fetch_odd(name or "the list of files", self.name, _first_line(error)) from None
+                raise reports.fetching.fetch_odd(name or "the list of files", self.name, _first_line(error)) from None
             status = re.search(r"\b40[13] \w+", str(error))  # listing gives a GenericError for these
             if status or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise errors.store_refused(self.name, name, status[0] if status else type(error).__name__) from None
+                raise reports.fetching.store_refused(
+                    self.name, name, status[0] if status else type(error).__name__
+                ) from None
             raise Broken(_first_line(error)) from None
 
 
@@ -626,7 +644,7 @@ class Folder:
 
     def files(self) -> List[Remote]:
         if not self.path.is_dir():
-            raise errors.fetch_odd(self.path.name, self.name, "no folder is there")
+            raise reports.fetching.fetch_odd(self.path.name, self.name, "no folder is there")
         found = {path.name: path.stat() for path in self.path.iterdir() if path.is_file() and NAME.fullmatch(path.name)}
         for name in ("tokenizer.model", "tokenizer_checklist.chk"):  # where Meta's download leaves them for all sizes
             above = self.path.resolve().parent / name
@@ -650,7 +668,7 @@ class Folder:
             with self._at(remote.key).open("rb") as file:
                 version = self._version(os.fstat(file.fileno()))
                 if remote.version and version != remote.version:
-                    raise errors.fetched_file_changed(remote.name, self.name, remote.version, version)
+                    raise reports.fetching.fetched_file_changed(remote.name, self.name, remote.version, version)
                 file.seek(start)
                 while start < end and (data := file.read(min(PIECE_BYTES, end - start))):
                     start += len(data)
@@ -676,7 +694,7 @@ def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, st
         kinds, besides = ["model.gguf"], []
     weights = next((found[kind] for kind in kinds if found[kind]), [])
     if not weights:
-        raise errors.fetch_odd(kinds[0], source, f"no weights are there: {errors.some(sorted(names), 12)}")
+        raise reports.fetching.fetch_odd(kinds[0], source, f"no weights are there: {reports.some(sorted(names), 12)}")
     index = HF_INDEXES.get(Path(weights[0]).suffix, "")
     wanted = [*weights, *(name for name in (*besides, index) if name in names)]
     lists: Dict[str, str] = {}
@@ -688,7 +706,7 @@ def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, st
             digests[name] = _sha256(data)
     missing = sorted(set(lists) - set(names))
     if missing:
-        raise errors.fetch_refused(missing[0], source, 404)
+        raise reports.fetching.fetch_refused(missing[0], source, 404)
     digests.update({name: {"md5": md5} for name, md5 in lists.items()})
     return [
         Remote(name, name, names[name], digests.get(name, {}), version="" if name in digests else versions[name])
@@ -715,7 +733,7 @@ def download_wheel(requirements: Path, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise errors.pip_failed(
+        raise reports.fetching.pip_failed(
             requirements, done.returncode, [line for line in lines if line.startswith("ERROR")] or lines[-4:]
         )
     return wheels[0]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
-from scripts import errors
+from scripts import reports
 
 EPOCH = "1970-01-01T00:00:00Z"
 OCI = "application/vnd.oci.image"
@@ -102,9 +102,9 @@ class Archive:
             self._layers = [self._followed(name) for name in described["Layers"]]
             diff_ids = self.config["rootfs"]["diff_ids"]
         except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
-            raise errors.no_image_archive(path, f"{type(error).__name__}: {error}") from None
+            raise reports.images.no_image_archive(path, f"{type(error).__name__}: {error}") from None
         if len(diff_ids) != len(self._layers):
-            raise errors.no_image_archive(path, f"{len(diff_ids)} diff_ids for {len(self._layers)} layers")
+            raise reports.images.no_image_archive(path, f"{len(diff_ids)} diff_ids for {len(self._layers)} layers")
         self.diff_ids: List[str] = diff_ids
 
     def __enter__(self) -> "Archive":
@@ -293,7 +293,7 @@ def write_canonical(
         with source.layer(number) if base.tar is None else open(base.tar, "rb") as layer:
             digest, size_bytes, _ = blobs.add(lambda blob: copy_to(blob, layer))  # noqa: B023
         if base.tar is None and digest != source.diff_ids[number]:
-            raise errors.layer_damaged(source.path, number, source.diff_ids[number], digest)
+            raise reports.images.layer_damaged(source.path, number, source.diff_ids[number], digest)
         layers.append(Layer(digest, size_bytes, why="the base image"))
     contents = []
     for number in range(base.layers, len(source.diff_ids)):
@@ -302,7 +302,7 @@ def write_canonical(
             if members := canonical_members(tar, below):
                 contents.append((number, members))
     if len(contents) != len(added):
-        raise errors.layers_do_not_match(source.path, len(contents), [line for line, _ in added])
+        raise reports.images.layers_do_not_match(source.path, len(contents), [line for line, _ in added])
     for (number, members), (instruction, why) in zip(contents, added):
         with tarfile.open(fileobj=source.layer(number), mode="r:") as tar:
             digest, size_bytes, files = blobs.add(lambda blob: write_layer(tar, members, blob))  # noqa: B023
@@ -397,7 +397,7 @@ def read_file(archive: Archive, path: str, limit_bytes: int = JSON_MAX_BYTES) ->
         for tar, member in archive.entries(number):
             if clean(member.name) == path and member.isreg():
                 if member.size > limit_bytes:
-                    raise errors.no_image_archive(archive.path, f"{path} has {member.size} bytes")
+                    raise reports.images.no_image_archive(archive.path, f"{path} has {member.size} bytes")
                 file = tar.extractfile(member)
                 assert file is not None
                 found = file.read()

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from scripts import errors
+from scripts import reports
 
 QUESTION_SECONDS = 120
 LAST_LINES = 20
@@ -75,7 +75,7 @@ class Builder:
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode:
-            raise errors.push_failed(words[2], (done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
+            raise reports.images.push_failed(words[2], (done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
         return done.stdout
 
     def _run(self, *words: str, quiet: bool = True, environment: Optional[Mapping[str, str]] = None) -> str:
@@ -98,8 +98,8 @@ class Builder:
         if status:
             last = [line for line in lines if line.strip()][-LAST_LINES:]
             if any(NO_SPACE.search(line) for line in last):
-                raise errors.no_space_for_image(self.name, words[:2], last)
-            raise errors.builder_failed(self.name, words[:2], status, last)
+                raise reports.images.no_space_for_image(self.name, words[:2], last)
+            raise reports.images.builder_failed(self.name, words[:2], status, last)
         return "\n".join(lines)
 
     def _asked(self, *words: str) -> Optional[Any]:
@@ -258,7 +258,7 @@ def kept(builder: Builder, described: Mapping[str, Any]) -> str:
     for name in (described["iid"], described["tag"]):
         if builder.has(name):
             return str(name)
-    raise errors.image_gone(described["tag"], described["iid"], builder.name)
+    raise reports.images.image_gone(described["tag"], described["iid"], builder.name)
 
 
 BUILDERS = {"docker": Docker, "buildah": Buildah}
@@ -282,4 +282,4 @@ def find_builder(asked: str) -> Builder:
             if (done.stderr or done.stdout).strip()
             else "no answer"
         )
-    raise errors.no_builder(seen)
+    raise reports.images.no_builder(seen)

@@ -20,9 +20,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors, image_archive, image_builders, passport, release, room, show_image, verify_image
+from scripts import release, reports, room, show_image, verify_image
+from scripts.images import archive as image_archive
+from scripts.images import builders, passport
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 BASE_LOCK = PROJECT / "docker" / "base.txt"
 ARCHIVE = "image.oci.tar"
 SUMS = "SHA256SUMS"
@@ -263,9 +265,11 @@ def openssl(key: Path, *words: str, data: Optional[bytes] = None) -> bytes:
     try:
         done = subprocess.run(["openssl", *words, *password], input=data, capture_output=True, timeout=600, check=False)
     except FileNotFoundError:
-        raise errors.program_missing("openssl") from None
+        raise reports.serving.program_missing("openssl") from None
     if done.returncode:
-        raise errors.not_signed(key, (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[0])
+        raise reports.images.not_signed(
+            key, (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[0]
+        )
     return done.stdout
 
 
@@ -301,13 +305,13 @@ def check_base(base: Path, about: Mapping[str, Any]) -> None:
     facts = about["base"]
     if facts.get("image"):
         if not facts.get("digest") and "@sha256:" not in facts["image"]:
-            raise errors.base_not_pinned([f"{facts['image']}: a name without a digest"])
+            raise reports.images.base_not_pinned([f"{facts['image']}: a name without a digest"])
         return
     here = (base / "packages.txt").read_text().splitlines()
     pinned = BASE_LOCK.read_text().splitlines() if BASE_LOCK.is_file() else []
     differ = [f"+ {line}" for line in here if line not in pinned] + [f"- {line}" for line in pinned if line not in here]
     if differ:
-        raise errors.base_not_pinned(differ[:12])
+        raise reports.images.base_not_pinned(differ[:12])
 
 
 def commit_time() -> datetime:
@@ -332,10 +336,10 @@ def write_release(settings: Settings) -> None:
     name = f"{described['tag'].partition(':')[0]}:{settings.version}"
     if (dist / "passport.json").is_file():
         if (dist / "passport.json").read_bytes() == (settings.image_room / "passport.json").read_bytes():
-            raise errors.Finished(f"{'release':<11} {errors.shown(dist)} is this image already")
-        raise errors.release_exists(dist)
-    builder = image_builders.find_builder(settings.builder)
-    kept = image_builders.kept(builder, described)
+            raise reports.Finished(f"{'release':<11} {reports.shown(dist)} is this image already")
+        raise reports.images.release_exists(dist)
+    builder = builders.find_builder(settings.builder)
+    kept = builders.kept(builder, described)
     partial = dist.with_name(dist.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -351,7 +355,7 @@ def write_release(settings: Settings) -> None:
         image_archive.synced(out)
     saved.unlink()
     if image.iid != described["iid"]:
-        raise errors.room_damaged(
+        raise reports.rooms.room_damaged(
             settings.image_room, "image.iid", described["iid"][:19], f"{image.iid[:19]} in {builder.name}"
         )
     with image_archive.Archive(partial / ARCHIVE) as archive:
@@ -373,7 +377,7 @@ def write_release(settings: Settings) -> None:
     size_bytes = sum(path.stat().st_size for path in dist.iterdir())
     room.say(
         "release",
-        f"-> {errors.shown(dist)}: {len(sums) + 1} files, {room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}",
+        f"-> {reports.shown(dist)}: {len(sums) + 1} files, {room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}",
     )
 
 
@@ -392,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

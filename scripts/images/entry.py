@@ -17,7 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
-from scripts import errors, preflight, room, serve
+from scripts import reports, room, serve
+from scripts.serving import checks
 
 SRV = Path("/srv")
 PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
@@ -65,7 +66,7 @@ def check_rooms(srv: Path) -> str:
     about = read_passport(srv)
     for name in ("engines", "model_repo"):
         if about["rooms"][name]["manifest_sha256"] != room.manifest_sha256(srv / name):
-            raise errors.room_damaged(srv / name, room.MANIFEST, "what the passport says", "another content")
+            raise reports.rooms.room_damaged(srv / name, room.MANIFEST, "what the passport says", "another content")
     return f"{about['model']}: {world_size} ranks of {about['engine']['kind']}, {about['engine']['dtype']}; every file has its size"
 
 
@@ -79,7 +80,7 @@ def check_memory(srv: Path) -> str:
     needed_bytes = wide * sum(record["size_bytes"] for record in files.values())
     available_bytes = memory_available()
     if available_bytes < needed_bytes:
-        raise errors.memory_too_small(available_bytes, needed_bytes)
+        raise reports.images.memory_too_small(available_bytes, needed_bytes)
     return f"{room.human_bytes(available_bytes)} available, {room.human_bytes(needed_bytes)} for the weights"
 
 
@@ -121,7 +122,7 @@ def check_host(srv: Path) -> str:
         environment = serve.server_environment(
             os.environ, toolbox, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1
         )
-        preflight.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
+        checks.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
     if about["engine"]["kind"] == "torch":
         return f"{os.cpu_count()} cores for {about['engine']['world_size']} ranks" + (
             ", and GPUs" if shutil.which("nvidia-smi") else "; no GPU is asked for"
@@ -145,7 +146,7 @@ def doctor(srv: Path) -> int:
     for name, check in CHECKS:
         try:
             print(f"[{MARKS['fine']}] {name:<14} {check(srv)}", flush=True)
-        except errors.Problem as problem:
+        except reports.Problem as problem:
             stopped = True
             print(f"[{MARKS['stop']}] {name:<14} {problem.title}\n\n{problem.report()}\n", flush=True)
         except Exception as error:
@@ -178,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

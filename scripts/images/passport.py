@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from scripts import contracts, errors, room
+from scripts import reports, room
+from scripts.nvidia import contracts
 
 VERSION = 1
 LABEL = "trtllm-bake"
@@ -32,7 +33,7 @@ def chain(rooms: Sequence[Path], places: Sequence[Path]) -> Dict[str, Dict[str, 
             same = [place for place in before if room.manifest_sha256(place) == read]
             if not same:
                 seen = room.manifest_sha256(before[0])[:12] if before else "nothing"
-                raise errors.room_damaged(folder, room.MANIFEST, f"{name} {read[:12]}", seen)
+                raise reports.rooms.room_damaged(folder, room.MANIFEST, f"{name} {read[:12]}", seen)
             if name not in found:
                 queue.append(same[0])
     return dict(sorted(found.items()))

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Union, cast
 
-from scripts import errors
+from scripts import reports
 
 # What a flag is to say: on or off, a number, a word; None: nothing. And a version's flags by name, as its table has them.
 Wish = Union[bool, int, str, None]
 Flags = Mapping[str, Mapping[str, Any]]
 
-DOCKER = Path(__file__).parent.parent / "docker"
+DOCKER = Path(__file__).parents[2] / "docker"
 # Types of flags that are enumerations upstream: KVCacheTypeFromString in cpp/include/tensorrt_llm/runtime/modelConfig.h
 ENUMS = {"KVCacheType": ["continuous", "paged", "disabled"]}
 
@@ -26,7 +26,7 @@ def toolchain(trtllm_version: str) -> Dict[str, Any]:
     toolchains = json.loads((DOCKER / "toolchains.json").read_text())
     if trtllm_version not in toolchains:
         known = ", ".join(toolchains)
-        raise errors.bad_setting("TOOLCHAIN", trtllm_version, f"one of {known}", errors.make("help"))
+        raise reports.settings.bad_setting("TOOLCHAIN", trtllm_version, f"one of {known}", reports.make("help"))
     return cast(Dict[str, Any], toolchains[trtllm_version])
 
 
@@ -34,7 +34,7 @@ def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
     """One table of docker/contracts for a version: kind is the folder, for instance 'backend' or 'engine-config'."""
     path = DOCKER / "contracts" / kind / f"{toolchain(trtllm_version)['contract'][kind]}.json"
     if not path.is_file():
-        raise errors.no_contract_table(trtllm_version, kind, path)
+        raise reports.nvidia.no_contract_table(trtllm_version, kind, path)
     return cast(Dict[str, Any], json.loads(path.read_text()))
 
 

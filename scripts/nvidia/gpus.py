@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
-from scripts import errors
+from scripts import reports
 
-TABLE = Path(__file__).parent.parent / "docker" / "gpus.json"
+TABLE = Path(__file__).parents[2] / "docker" / "gpus.json"
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
 # A driver that hangs on a lost GPU answers never; one that answers takes seconds when it has to wake eight of them.
@@ -58,7 +58,7 @@ def assumed(text: str) -> List[Gpu]:
         key for key in table if name and key.upper().startswith(name)
     ]
     if not match or len(known) != 1:
-        raise errors.gpu_not_known(text, list(table), known)
+        raise reports.nvidia.gpu_not_known(text, list(table), known)
     row = table[known[0]]
     return [Gpu(known[0], row["memory_mib"] * MIB, row["compute_capability"])] * int(match[1] or 1)
 
@@ -119,13 +119,13 @@ def here() -> List[Gpu]:
     try:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise errors.nvidia_smi_failed(QUERY, f"no answer within {SECONDS} s") from None
+        raise reports.nvidia.nvidia_smi_failed(QUERY, f"no answer within {SECONDS} s") from None
     if done.returncode:
-        raise errors.nvidia_smi_failed(QUERY, (done.stderr or done.stdout).strip())
+        raise reports.nvidia.nvidia_smi_failed(QUERY, (done.stderr or done.stdout).strip())
     try:
         return parse_query(done.stdout)
     except ValueError as error:
-        raise errors.nvidia_smi_failed(QUERY, f"a line that is no GPU: {error}") from None
+        raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is no GPU: {error}") from None
 
 
 def links_here(count: int) -> Links:

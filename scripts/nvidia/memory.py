@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Dict, List, Tuple
 
-from scripts.llama_shape import LlamaShape
+from scripts.weights.shape import LlamaShape
 
 MIB = 1 << 20
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

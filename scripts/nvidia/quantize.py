@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from scripts import contracts, errors, gpus, processes, room, trtllm_build
-from scripts.contracts import Flags, Wish, spell
-from scripts.hf_model import read_hf_model
+from scripts import reports, room
+from scripts.nvidia import contracts, gpus, trtllm_build
+from scripts.nvidia.contracts import Flags, Wish, spell
+from scripts.serving import processes
+from scripts.weights.hugging_face import read_hf_model
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.quant not in WAYS:
             allowed = f"empty or one of {', '.join(WAYS)}"
-            raise errors.bad_setting("QUANT", self.quant, allowed, errors.make("checkpoint", QUANT=""))
+            raise reports.settings.bad_setting("QUANT", self.quant, allowed, reports.make("checkpoint", QUANT=""))
         if self.dtype == "float32":
             allowed = f"float16 or bfloat16 with QUANT={self.quant}"
-            raise errors.bad_setting("DTYPE", self.dtype, allowed, errors.make("checkpoint", DTYPE="float16"))
+            raise reports.settings.bad_setting(
+                "DTYPE", self.dtype, allowed, reports.make("checkpoint", DTYPE="float16")
+            )
 
 
 # --- core ---
@@ -99,7 +103,7 @@ def check_gpu(settings: Settings) -> None:
     """The GPU that measures must be one that the engines can run on: hours of quantizing are not for nothing."""
     host = gpus.here()
     if not host:
-        raise errors.no_gpu("TensorRT-LLM's tool for quantizing")
+        raise reports.nvidia.no_gpu("TensorRT-LLM's tool for quantizing")
     toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
     algo, version = WAYS[settings.quant].quant_algo, settings.trtllm_version
     problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains)
@@ -113,7 +117,7 @@ def build_quantized(settings: Settings) -> None:
     way = WAYS[settings.quant]
     script = settings.examples / row["examples"][way.tool]
     if not script.is_file():
-        raise errors.examples_missing(script, settings.examples, settings.trtllm_version)
+        raise reports.checkpoint.examples_missing(script, settings.examples, settings.trtllm_version)
     check_gpu(settings)
     flags = contracts.flags(way.tool, settings.trtllm_version)
     world_size = settings.tp_size * settings.pp_size
@@ -128,7 +132,7 @@ def build_quantized(settings: Settings) -> None:
         shape = read_hf_model(settings.hf).shape
         room.say(
             "checkpoint",
-            f"<- {errors.shown(settings.hf)}: {shape.n_layers} layers -> {settings.quant}, {world_size} ranks",
+            f"<- {reports.shown(settings.hf)}: {shape.n_layers} layers -> {settings.quant}, {world_size} ranks",
         )
         work = filling.path / "quantizing"
         work.mkdir()
@@ -136,14 +140,14 @@ def build_quantized(settings: Settings) -> None:
         log = work / "log"
         status, lines = processes.run_logged(command, log, lambda line: None)
         if status != 0:
-            raise errors.quantization_failed(log, settings.quant, status, lines[-12:])
+            raise reports.checkpoint.quantization_failed(log, settings.quant, status, lines[-12:])
         names = ["config.json", *(f"rank{rank}.safetensors" for rank in range(world_size))]
         for name in names:
             if not (filling.path / name).is_file():
-                raise errors.checkpoint_not_as_asked(filling.path / name, name, "written", "nothing", log)
+                raise reports.checkpoint.checkpoint_not_as_asked(filling.path / name, name, "written", "nothing", log)
         different = difference(json.loads((filling.path / "config.json").read_bytes()), settings)
         if different:
-            raise errors.checkpoint_not_as_asked(filling.path / "config.json", *different, log)
+            raise reports.checkpoint.checkpoint_not_as_asked(filling.path / "config.json", *different, log)
         shutil.rmtree(work)
         for extra in sorted({path.name for path in filling.path.iterdir()} - {*names, *filling.kept, room.FINISHED}):
             (filling.path / extra).unlink()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors
-from scripts.contracts import Flags, Wish, spell
-from scripts.gpus import Gpu
+from scripts import reports
+from scripts.nvidia.contracts import Flags, Wish, spell
+from scripts.nvidia.gpus import Gpu
 
 # Tokens of a block of the paged KV cache. Upstream's default went 128 (0.8), 64 (0.10), 32 (1.x); the attention kernels of all of them
 # take 64, and one value makes one arithmetic of memory.
@@ -153,31 +153,31 @@ NEEDS = {
 
 def refusal(
     gpu: Gpu, dtype: str, quant_algo: Optional[str], version: str, toolchains: Mapping[str, Mapping[str, Any]]
-) -> Optional[errors.Problem]:
+) -> Optional[reports.Problem]:
     """Why engines of this kind cannot be built or run on this GPU by this version; None where nothing speaks against it.
 
     toolchains: docker/toolchains.json; its `architectures` are the compute capabilities a version has kernels for.
     """
     fitting = [name for name, row in toolchains.items() if gpu.compute_capability in row["architectures"]]
     if version not in fitting:
-        return errors.gpu_not_in_toolchain(
+        return reports.nvidia.gpu_not_in_toolchain(
             version, toolchains[version]["architectures"], gpu.name, gpu.compute_capability, fitting
         )
     for word, change in ((dtype, {"DTYPE": "float16"}), (quant_algo or "", {"QUANT": ""})):
         for kind, (needed, reason) in NEEDS.items():
             if word.startswith(kind) and gpu.capability < needed:
-                command = errors.make("engines", **change)
-                return errors.gpu_cannot(kind, str(needed), gpu.name, gpu.compute_capability, reason, command)
+                command = reports.make("engines", **change)
+                return reports.nvidia.gpu_cannot(kind, str(needed), gpu.name, gpu.compute_capability, reason, command)
     return None
 
 
-def no_kv_reuse(gpu: Gpu) -> Optional[errors.Problem]:
+def no_kv_reuse(gpu: Gpu) -> Optional[reports.Problem]:
     """Why engines for this GPU cannot share the KV cache of equal beginnings; None where they can."""
     if gpu.capability >= PAGED_CONTEXT_FMHA:
         return None
     reason = "It needs paged-context FMHA, which is an assertion failure there (fmhaRunner.cpp, TensorRT-LLM #1671)."
-    command = errors.make("engines", KV_REUSE="off")
-    return errors.gpu_cannot(
+    command = reports.make("engines", KV_REUSE="off")
+    return reports.nvidia.gpu_cannot(
         "KV cache reuse", str(PAGED_CONTEXT_FMHA), gpu.name, gpu.compute_capability, reason, command
     )
 
@@ -277,7 +277,7 @@ def cause_of(status: int, lines: Sequence[str]) -> Cause:
     return UNKNOWN
 
 
-def failure(log: Path, status: int, lines: Sequence[str], intent: Intent, last: int = 12) -> errors.Problem:
+def failure(log: Path, status: int, lines: Sequence[str], intent: Intent, last: int = 12) -> reports.Problem:
     """The report of a trtllm-build that ended with `status`; lines: the end of its log."""
     cause = cause_of(status, lines)
     settings = {
@@ -286,5 +286,5 @@ def failure(log: Path, status: int, lines: Sequence[str], intent: Intent, last: 
         "MAX_NUM_TOKENS": intent.max_num_tokens,
     }
     changes = {**{n: max(1, settings[n] // 2) for n in cause.halve}, **{n: settings[n] * 2 for n in cause.double}}
-    command = errors.make(cause.target, **changes)
-    return errors.trtllm_build_failed(log, status, lines[-last:], cause.means, cause.advice, command)
+    command = reports.make(cause.target, **changes)
+    return reports.nvidia.trtllm_build_failed(log, status, lines[-last:], cause.means, cause.advice, command)

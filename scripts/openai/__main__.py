@@ -21,7 +21,7 @@ from typing import Any, List, Optional
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from scripts import errors
+from scripts import reports
 from scripts.openai.app import ApiError, Endpoint, application
 from scripts.openai.chat_template import ChatTemplate, template_of
 from scripts.openai.engine import Engine, read_limits
@@ -41,7 +41,7 @@ def text_code(root: Path) -> Any:
     sys.dont_write_bytecode = True  # a room is never written into
     spec = importlib.util.spec_from_file_location("text", root / TEXT)
     if spec is None or spec.loader is None:
-        raise errors.room_missing(root / "model_repo")
+        raise reports.rooms.room_missing(root / "model_repo")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -170,4 +170,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

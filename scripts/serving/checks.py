@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import contracts, errors, gpus, processes, room
-from scripts.gpus import Gpu, Links
+from scripts import reports, room
+from scripts.nvidia import contracts, gpus
+from scripts.nvidia.gpus import Gpu, Links
+from scripts.serving import processes
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 # Triton's Python backend: 64 MB for each of the three Python models by its defaults; NCCL and MPI take tens of MB a rank (hosts with
 # docker's 64 MB were seen to hang: TensorRT-LLM #408, #602, #9680).
 MODELS_SHM_BYTES, RANK_SHM_BYTES = 3 * (64 << 20), 64 << 20
@@ -50,11 +52,11 @@ class Host:
 def check_gpus(facts: Mapping[str, Any], host: Host) -> None:
     """A GPU for each rank, of the compute capability that the engines were built for: they do not travel between generations."""
     if len(host.gpus) < facts["world_size"]:
-        raise errors.too_few_gpus(facts["world_size"], [gpu.name for gpu in host.gpus])
+        raise reports.planning.too_few_gpus(facts["world_size"], [gpu.name for gpu in host.gpus])
     built_for = facts["gpu"]["compute_capability"]
     for gpu in host.gpus[: facts["world_size"]]:
         if gpu.compute_capability != built_for:
-            raise errors.engine_for_another_gpu(
+            raise reports.planning.engine_for_another_gpu(
                 host.engines, facts["gpu"]["name"], built_for, gpu.name, gpu.compute_capability
             )
 
@@ -62,27 +64,27 @@ def check_gpus(facts: Mapping[str, Any], host: Host) -> None:
 def check_links(facts: Mapping[str, Any], host: Host) -> None:
     """Engines with custom all-reduce built in die at their first token where GPUs do not reach each other (TensorRT-LLM #1374)."""
     if facts["custom_all_reduce"] and host.links.peer_access is not True:
-        raise errors.engine_needs_peer_access(host.engines, host.links.peer_access)
+        raise reports.planning.engine_needs_peer_access(host.engines, host.links.peer_access)
 
 
 def check_version(facts: Mapping[str, Any], host: Host) -> None:
     """A runtime reads only what its own version wrote (TensorRT-LLM #1803, tensorrtllm_backend #375)."""
     if host.trtllm_version is not None and host.trtllm_version.partition("+")[0] != facts["trtllm_version"]:
-        raise errors.engine_of_another_version(host.engines, facts["trtllm_version"], host.trtllm_version)
+        raise reports.planning.engine_of_another_version(host.engines, facts["trtllm_version"], host.trtllm_version)
 
 
 def check_driver(facts: Mapping[str, Any], host: Host, minimum: str) -> None:
     """minimum: driver_min of docker/toolchains.json; with an older driver CUDA in the container does not start."""
     for gpu in host.gpus[:1]:
         if gpu.driver is not None and _numbers(gpu.driver) < _numbers(minimum):
-            raise errors.driver_too_old(gpu.driver, minimum, facts["trtllm_version"])
+            raise reports.planning.driver_too_old(gpu.driver, minimum, facts["trtllm_version"])
 
 
 def check_shared_memory(facts: Mapping[str, Any], host: Host) -> None:
     """Docker gives 64 MB when nobody asks for more."""
     needed_bytes = MODELS_SHM_BYTES + RANK_SHM_BYTES * facts["world_size"]
     if host.shared_memory_bytes < needed_bytes:
-        raise errors.shared_memory_too_small(host.shared_memory_bytes, needed_bytes)
+        raise reports.serving.shared_memory_too_small(host.shared_memory_bytes, needed_bytes)
 
 
 def check_mpi(facts: Mapping[str, Any], host: Host) -> None:
@@ -90,9 +92,9 @@ def check_mpi(facts: Mapping[str, Any], host: Host) -> None:
     environment that was cleaned, lacks it, and mpirun then cannot find itself (tensorrtllm_backend #738)."""
     relocated = "hpcx" in host.mpirun.parts
     if relocated and host.opal_prefix is None:
-        raise errors.opal_prefix_wrong("not set", host.mpirun)
+        raise reports.planning.opal_prefix_wrong("not set", host.mpirun)
     if host.opal_prefix is not None and not host.opal_prefix.is_dir():
-        raise errors.opal_prefix_wrong(f"{host.opal_prefix}, which is no folder", host.mpirun)
+        raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is no folder", host.mpirun)
 
 
 def remarks(facts: Mapping[str, Any], host: Host) -> List[str]:
@@ -117,7 +119,7 @@ def remarks(facts: Mapping[str, Any], host: Host) -> List[str]:
 def all_reduce_command(world_size: int, folder: Path, seconds: float) -> List[str]:
     """One process per rank; the options of mpirun are those of serve.mpirun_command."""
     mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
-    return [*mpirun, sys.executable, "-m", "scripts.all_reduce", str(folder), str(seconds)]
+    return [*mpirun, sys.executable, "-m", "scripts.serving.all_reduce", str(folder), str(seconds)]
 
 
 def _numbers(version: str) -> Tuple[int, ...]:
@@ -137,7 +139,7 @@ def look(engines: Path, world_size: int, environment: Mapping[str, str]) -> Host
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     mpirun = shutil.which("mpirun", path=environment.get("PATH"))
     if mpirun is None:
-        raise errors.program_missing("mpirun")
+        raise reports.serving.program_missing("mpirun")
     prefix = environment.get("OPAL_PREFIX")
     return Host(
         engines,
@@ -186,7 +188,7 @@ def check_all_reduce(
             child.wait()
     if status != 0 and not asked_to_end.is_set():
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise errors.ranks_do_not_add_up(world_size, status, seconds, lines[-LAST_LINES:])
+        raise reports.planning.ranks_do_not_add_up(world_size, status, seconds, lines[-LAST_LINES:])
 
 
 def check_tensorrt(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import errors
+from scripts import reports
 
 TIKTOKEN_MAX_BYTES = 64 << 20
 
@@ -43,9 +43,13 @@ def tokenizer_json(
     """
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise errors.tokenizer_unfit(path, f"Its texts are cut the way that llama.cpp calls {pre!r}; known are {known}")
+        raise reports.weights.tokenizer_unfit(
+            path, f"Its texts are cut the way that llama.cpp calls {pre!r}; known are {known}"
+        )
     if not tokens or len(set(tokens)) != len(tokens):
-        raise errors.tokenizer_unreadable(path, f"of its {len(tokens)} tokens {len(set(tokens))} are different")
+        raise reports.weights.tokenizer_unreadable(
+            path, f"of its {len(tokens)} tokens {len(set(tokens))} are different"
+        )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
@@ -159,13 +163,15 @@ def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
                 raise ValueError(f"rank {int(rank)} in line {number + 1}")
             tokens.append(base64.b64decode(word, validate=True))
         except ValueError as error:
-            raise errors.tokenizer_unreadable(path, f"line {number + 1} is not base64 and its rank ({error})") from None
+            raise reports.weights.tokenizer_unreadable(
+                path, f"line {number + 1} is not base64 and its rank ({error})"
+            ) from None
     if (
         len(data) > TIKTOKEN_MAX_BYTES
         or len(set(tokens)) != len(tokens)
         or not {bytes([b]) for b in range(256)} <= set(tokens)
     ):
-        raise errors.tokenizer_unreadable(
+        raise reports.weights.tokenizer_unreadable(
             path, f"its {len(tokens)} tokens are not all different, or lack one of the 256 bytes"
         )
     return Tiktoken(tuple(tokens), special_tokens(since_3_1))

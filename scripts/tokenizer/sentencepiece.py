@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
-from scripts import errors
+from scripts import reports
 
 # sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -48,7 +48,9 @@ def path_of(folder: Path) -> Path:
     for path in (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"):
         if path.is_file():
             return path
-    raise errors.weights_file_missing(folder, "tokenizer.model", sorted(path.name for path in folder.glob("*token*")))
+    raise reports.weights.weights_file_missing(
+        folder, "tokenizer.model", sorted(path.name for path in folder.glob("*token*"))
+    )
 
 
 def read_tokenizer_model(path: Path) -> SentencePieceModel:
@@ -57,13 +59,15 @@ def read_tokenizer_model(path: Path) -> SentencePieceModel:
         with path.open("rb") as file:
             data = file.read(MODEL_MAX_BYTES)
     except OSError as error:
-        raise errors.tokenizer_unreadable(path, error.strerror or type(error).__name__) from None
+        raise reports.weights.tokenizer_unreadable(path, error.strerror or type(error).__name__) from None
     if _is_tiktoken(data):
-        raise errors.tokenizer_unfit(path, "It is a tiktoken file (lines of base64 and a rank, as Llama 3 has them)")
+        raise reports.weights.tokenizer_unfit(
+            path, "It is a tiktoken file (lines of base64 and a rank, as Llama 3 has them)"
+        )
     try:
         return parse_model(data, path)
     except (ValueError, struct.error, IndexError) as error:
-        raise errors.tokenizer_unreadable(path, f"not a whole SentencePiece model ({error})") from None
+        raise reports.weights.tokenizer_unreadable(path, f"not a whole SentencePiece model ({error})") from None
 
 
 def parse_model(data: bytes, path: Union[str, Path] = "tokenizer.model") -> SentencePieceModel:
@@ -96,7 +100,7 @@ def parse_model(data: bytes, path: Union[str, Path] = "tokenizer.model") -> Sent
     }
     for name, kind in (("unk_id", UNKNOWN), ("bos_id", CONTROL), ("eos_id", CONTROL)):
         if not 0 <= ids[name] < len(pieces) or pieces[ids[name]].type != kind:
-            raise errors.tokenizer_unfit(
+            raise reports.weights.tokenizer_unfit(
                 path, f"Its {name} is {ids[name]}, which is no such piece among its {len(pieces)}"
             )
     return SentencePieceModel(tuple(pieces), **ids)
@@ -220,8 +224,8 @@ def _refuse_other_kinds(
 ) -> None:
     """A Problem for whatever would make other token ids than the BPE of tokenizer_json."""
 
-    def unfit(what: str) -> errors.Problem:
-        return errors.tokenizer_unfit(path, what)
+    def unfit(what: str) -> reports.Problem:
+        return reports.weights.tokenizer_unfit(path, what)
 
     model_type = trainer.get(3, 1)
     if model_type != BPE:
@@ -244,8 +248,8 @@ def _refuse_other_kinds(
 def check_pieces(path: Union[str, Path], pieces: Sequence[Piece]) -> None:
     """A Problem where the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
 
-    def unfit(what: str) -> errors.Problem:
-        return errors.tokenizer_unfit(path, what)
+    def unfit(what: str) -> reports.Problem:
+        return reports.weights.tokenizer_unfit(path, what)
 
     missing = {f"<0x{byte:02X}>" for byte in range(256)} - {piece.text for piece in pieces if piece.type == BYTE}
     if missing:

@@ -4,7 +4,7 @@ import html
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts.compare import ARITHMETIC, Answer, Check, Difference, Reference, Thresholds, Verdict, shown_up
+from scripts.verifying.compare import ARITHMETIC, Answer, Check, Difference, Reference, Thresholds, Verdict, shown_up
 
 # Prompts on the page; report.json has all.
 WORST_PROMPTS = 10

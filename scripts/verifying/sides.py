@@ -1,9 +1,9 @@
 """Who is asked in the room verified: Hugging Face's model, and the torch engine's ranks under mpirun; a process of its own each.
 
-python -m scripts.answers hf HF QUESTIONS.json REFERENCES.json
-mpirun -n 2 python -m scripts.answers torch ENGINES REFERENCES.json ANSWERS.json
+python -m scripts.verifying.sides hf HF QUESTIONS.json REFERENCES.json
+mpirun -n 2 python -m scripts.verifying.sides torch ENGINES REFERENCES.json ANSWERS.json
 
-TensorRT engines are asked by scripts/trtllm_runtime.py.
+TensorRT engines are asked by scripts/verifying/trtllm_side.py.
 
 Each writes one line `asked N` per N prompts that are done. Logits are reduced to the few numbers that are compared as they come, so
 memory holds those of a few prompts only.
@@ -18,9 +18,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from scripts import errors
+from scripts import reports
 
-ENGINE_CODE = Path(__file__).parent.parent / "model_repo_template" / "tensorrt_llm" / "1"
+ENGINE_CODE = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm" / "1"
 # Prompts that are in work at the same time: logits of 16 prompts of 32 tokens and 128 000 ids are 262 MB.
 AT_ONCE = 16
 # The longest wait for the next piece of any answer; the first step of a large model on a processor is slow.
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

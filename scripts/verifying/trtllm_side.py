@@ -1,6 +1,6 @@
 """Asks TensorRT engines, in the room verified, through TensorRT-LLM's own Python runtime; one process per rank, all doing the same.
 
-mpirun -n 2 python -m scripts.trtllm_runtime ENGINES REFERENCES.json ANSWERS.json
+mpirun -n 2 python -m scripts.verifying.trtllm_side ENGINES REFERENCES.json ANSWERS.json
 
 The engines are those that are served. They give the logits of a step's last tokens only. Logits of every prompt token would need
 engines built with gather_context_logits: the last layer over every token of a step, 8192 * 32 000 * 4 bytes = 1.05 GB of buffer on
@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from scripts import errors
-from scripts.answers import groups, log_probs_at
+from scripts import reports
+from scripts.verifying.sides import groups, log_probs_at
 
 # Instead of minus infinity, of which half precision has none to spare in a softmax
 REFUSED = -1e4
@@ -162,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    reports.run(main)

@@ -5,11 +5,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, Protocol, Sequence, Tuple
 
-from scripts import errors, gguf_file
-from scripts.hf_model import BIN_INDEX, INDEX, HfConfig, read_hf_model
-from scripts.llama_shape import LlamaShape, Shape, read_params
-from scripts.meta_weights import MetaModel, joined, read_shard, shard_paths
-from scripts.safetensors_file import Raw
+from scripts import reports
+from scripts.weights import gguf as gguf_file
+from scripts.weights.hugging_face import BIN_INDEX, INDEX, HfConfig, read_hf_model
+from scripts.weights.meta import MetaModel, joined, read_shard, shard_paths
+from scripts.weights.safetensors import Raw
+from scripts.weights.shape import LlamaShape, Shape, read_params
 
 
 class Weights(Protocol):
@@ -57,10 +58,10 @@ def form_of(folder: Path) -> str:
     if meta and not any(name == "config.json" for name in hf):
         found.pop("hf", None)  # as it always was: Meta's own folder may hold other formats of the same weights
     if not found:
-        raise errors.weights_unknown_form(folder, names)
+        raise reports.weights.weights_unknown_form(folder, names)
     if len(found) > 1:
         (one, ours), (other, theirs) = list(found.items())[:2]
-        raise errors.weights_two_forms(folder, one, ours, other, theirs)
+        raise reports.weights.weights_two_forms(folder, one, ours, other, theirs)
     return next(iter(found))
 
 
@@ -100,11 +101,11 @@ def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
             for path, before in begun.items():
                 now = path.stat() if path.is_file() else None
                 if now is None or _identity(now) != _identity(before):
-                    raise errors.weights_changed(path, before, now, room)
+                    raise reports.weights.weights_changed(path, before, now, room)
 
         try:
             yield unchanged
-        except (errors.Problem, FileNotFoundError):
+        except (reports.Problem, FileNotFoundError):
             unchanged()
             raise
 

@@ -10,11 +10,12 @@ from typing import Any, BinaryIO, Dict, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
-from scripts import byte_bpe, errors, tokenizer
-from scripts.hf_model import check_tensors
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape
-from scripts.meta_weights import pairs_to_halves
-from scripts.safetensors_file import Raw, row_blocks
+from scripts import reports
+from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.weights.hugging_face import check_tensors
+from scripts.weights.meta import pairs_to_halves
+from scripts.weights.safetensors import Raw, row_blocks
+from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape
 
 # llama.cpp's names -> Hugging Face's (gguf-py, tensor_mapping.py)
 GLOBAL = {"token_embd.weight": EMBEDDING, "output_norm.weight": LAST_NORM, "output.weight": HEAD}
@@ -88,7 +89,9 @@ class GgufWeights:
                 values = values.astype(np.float32, copy=False).reshape(end - first, *rest)
             except (ValueError, TypeError, LookupError, NotImplementedError) as error:
                 kind = f"{stored.name} is of the type {stored.tensor_type.name}"
-                raise errors.weights_unreadable(self.path, f"{kind}, which cannot be dequantized ({error})") from None
+                raise reports.weights.weights_unreadable(
+                    self.path, f"{kind}, which cannot be dequantized ({error})"
+                ) from None
             raw = np.ascontiguousarray(values).view(np.uint32)
             yield pairs_to_halves(raw, self.shape.head_size) if permuted else raw
 
@@ -110,7 +113,7 @@ class GgufModel:
         """A field of the architecture; a Problem where it is missing, and for what is no plain number."""
         value = self.fields.get(f"llama.{name}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
-            raise errors.weights_contradict(
+            raise reports.weights.weights_contradict(
                 self.path, f"llama.{name}", "it must be a number above 0", f"it is {value!r}"
             )
         return value
@@ -175,18 +178,20 @@ class GgufModel:
         add_bos = self.fields.get("tokenizer.ggml.add_bos_token")
         if llama:
             pieces = self._pieces(tokens, field["token_type"] or [], ids)
-            made, config = tokenizer.tokenizer_json(pieces), tokenizer.tokenizer_config(pieces)
+            made, config = sentencepiece.tokenizer_json(pieces), sentencepiece.tokenizer_config(pieces)
         elif field["model"] == "gpt2":
             types = dict(enumerate(field["token_type"] or []))
             if len(types) not in (0, len(tokens)):
-                raise errors.tokenizer_unreadable(self.path, f"it has {len(tokens)} tokens and {len(types)} types")
+                raise reports.weights.tokenizer_unreadable(
+                    self.path, f"it has {len(tokens)} tokens and {len(types)} types"
+                )
             added = {number: types[number] == CONTROL for number in types if types[number] in (CONTROL, USER_DEFINED)}
             merges = self.fields.get("tokenizer.ggml.merges") or []
             bos = ids["bos_token"] if add_bos else None
             made = byte_bpe.tokenizer_json(self.path, tokens, merges, added, str(field["pre"] or "default"), bos)
             config = byte_bpe.tokenizer_config(special, bool(add_bos))
         else:
-            raise errors.tokenizer_unfit(
+            raise reports.weights.tokenizer_unfit(
                 self.path, f"Its tokenizer is of the kind {field['model']!r}, not llama or gpt2"
             )
         if isinstance(template, str):
@@ -210,32 +215,32 @@ class GgufModel:
         if type(value) is int and 0 <= value < n_tokens:
             return value
         if needed:
-            raise errors.tokenizer_unreadable(
+            raise reports.weights.tokenizer_unreadable(
                 self.path, f"its {name}_token_id is {value!r}, which is none of its {n_tokens} tokens"
             )
         return None
 
-    def _pieces(self, tokens: Any, types: Any, ids: Mapping[str, Any]) -> tokenizer.SentencePieceModel:
+    def _pieces(self, tokens: Any, types: Any, ids: Mapping[str, Any]) -> sentencepiece.SentencePieceModel:
         scores = self.fields.get("tokenizer.ggml.scores") or []
         if not len(tokens) == len(scores) == len(types):
-            raise errors.tokenizer_unreadable(
+            raise reports.weights.tokenizer_unreadable(
                 self.path, f"it has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types"
             )
         if not self.fields.get("tokenizer.ggml.add_space_prefix", True):
-            raise errors.tokenizer_unfit(self.path, "It puts no space in front (add_space_prefix is false)")
+            raise reports.weights.tokenizer_unfit(self.path, "It puts no space in front (add_space_prefix is false)")
         missing = [name for name in ("unk_token", "bos_token", "eos_token") if ids[name] is None]
         if missing:
-            raise errors.tokenizer_unfit(self.path, f"It says that it has no {missing[0]}")
-        pieces = tuple(tokenizer.Piece(*piece) for piece in zip(tokens, scores, types))
-        tokenizer.check_pieces(self.path, pieces)
-        return tokenizer.SentencePieceModel(pieces, ids["unk_token"], ids["bos_token"], ids["eos_token"])
+            raise reports.weights.tokenizer_unfit(self.path, f"It says that it has no {missing[0]}")
+        pieces = tuple(sentencepiece.Piece(*piece) for piece in zip(tokens, scores, types))
+        sentencepiece.check_pieces(self.path, pieces)
+        return sentencepiece.SentencePieceModel(pieces, ids["unk_token"], ids["bos_token"], ids["eos_token"])
 
 
 def read_gguf(folder: Path) -> GgufModel:
     """The one GGUF file of a folder; only its metadata is read. A Problem where it is damaged or no Llama."""
     paths = sorted(folder.glob("*.gguf"))
     if len(paths) != 1:
-        raise errors.weights_extra_file(folder, [path.name for path in paths[1:]], paths[0].name)
+        raise reports.weights.weights_extra_file(folder, [path.name for path in paths[1:]], paths[0].name)
     [path] = paths
     import gguf
 
@@ -259,16 +264,16 @@ def read_gguf(folder: Path) -> GgufModel:
         OverflowError,
         MemoryError,
     ) as error:
-        raise errors.weights_unreadable(path, f"it is cut off, damaged or no GGUF file ({error})") from None
+        raise reports.weights.weights_unreadable(path, f"it is cut off, damaged or no GGUF file ({error})") from None
     model = GgufModel(path, fields, stored)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise errors.model_unfit(path, f"general.architecture is {architecture!r}", "llama")
+        raise reports.weights.model_unfit(path, f"general.architecture is {architecture!r}", "llama")
     for name in ("expert_count", "attention.sliding_window"):
         if fields.get(f"llama.{name}"):
-            raise errors.model_unfit(path, f"llama.{name} is {fields[f'llama.{name}']}", "none of it")
+            raise reports.weights.model_unfit(path, f"llama.{name} is {fields[f'llama.{name}']}", "none of it")
     if model.scaling not in ("none", "linear"):
-        raise errors.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear")
+        raise reports.weights.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear")
     return model
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from scripts import errors
-from scripts.llama_shape import (
+from scripts import reports
+from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, read_header
+from scripts.weights.shape import (
     EMBEDDING,
     HEAD,
     LlamaShape,
@@ -17,8 +18,7 @@ from scripts.llama_shape import (
     rope_of,
     shape_of_config,
 )
-from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, read_header
-from scripts.torch_file import read_torch_file
+from scripts.weights.torch_file import read_torch_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -106,7 +106,7 @@ def read_hf_model(folder: Path, config: Optional[HfConfig] = None) -> HfModel:
         part = read_header(path) if path.suffix == ".safetensors" else read_bin(path)
         twice = sorted(set(part) & set(found))
         if twice:
-            raise errors.weights_unreadable(path, f"{twice[0]} is in it and in {found[twice[0]].path.name}")
+            raise reports.weights.weights_unreadable(path, f"{twice[0]} is in it and in {found[twice[0]].path.name}")
         found.update(part)
     # rotary frequencies are computed, not learnt; transformers before 4.32 stored them
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -122,7 +122,7 @@ def read_bin(path: Path) -> Dict[str, StoredTensor]:
     found = read_torch_file(path)
     for name, tensor in found.items():
         if tensor.dtype not in ITEM_BYTES:
-            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
+            raise reports.weights.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
     return {
         name: StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start, tensor.crc32)
         for name, tensor in found.items()
@@ -135,10 +135,10 @@ def check_tensors(
     """A Problem for a missing, an unknown or a mis-shaped tensor."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
-        raise errors.tensor_names_differ(where, says, missing, unknown, len(expected), len(found))
+        raise reports.weights.tensor_names_differ(where, says, missing, unknown, len(expected), len(found))
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise errors.weights_contradict(
+            raise reports.weights.weights_contradict(
                 where, name, f"{says} says {list(shape)}", f"the tensor has {list(found[name])}"
             )
 
@@ -152,7 +152,7 @@ def weight_files(folder: Path) -> List[str]:
     here = sorted(path.name for path in folder.glob(kind))
     if not (folder / index).is_file():
         if not (folder / single).is_file():
-            raise errors.weights_file_missing(folder, f"{single} or {index}", here)
+            raise reports.weights.weights_file_missing(folder, f"{single} or {index}", here)
         return [single]
     weight_map = read_json(folder / index).get("weight_map")
     if (
@@ -160,17 +160,17 @@ def weight_files(folder: Path) -> List[str]:
         or not weight_map
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
-        raise errors.weights_unreadable(folder / index, "it has no weight_map of names")
+        raise reports.weights.weights_unreadable(folder / index, "it has no weight_map of names")
     files = sorted(set(weight_map.values()))
     if single not in files and (folder / single).is_file():
-        raise errors.weights_extra_file(folder, [single], files[0])
+        raise reports.weights.weights_extra_file(folder, [single], files[0])
     for name in files:
         if not re.fullmatch(r"[\w.-]+" + re.escape(kind[1:]), name):
-            raise errors.weights_unreadable(
+            raise reports.weights.weights_unreadable(
                 folder / index, f"it names {name!r}, which is no {kind[1:]} file of this folder"
             )
         if not (folder / name).is_file():
-            raise errors.weights_file_missing(folder, name, here)
+            raise reports.weights.weights_file_missing(folder, name, here)
     return files
 
 
@@ -181,7 +181,7 @@ def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], pa
         return DTYPE_NAMES[stored.pop()]
     named = config.get("torch_dtype", config.get("dtype"))
     if named not in DTYPE_NAMES.values():
-        raise errors.model_unfit(
+        raise reports.weights.model_unfit(
             path,
             f"torch_dtype is {named} and the tensors are mixed ({', '.join(sorted(stored))})",
             ", ".join(DTYPE_NAMES.values()),

@@ -10,11 +10,11 @@ from typing import Dict, Iterator, List, Mapping, Tuple
 
 import numpy as np
 
-from scripts import errors
-from scripts.hf_model import check_tensors
-from scripts.llama_shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params, Shape
-from scripts.safetensors_file import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor
-from scripts.torch_file import read_torch_file
+from scripts import reports
+from scripts.weights.hugging_face import check_tensors
+from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor
+from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params, Shape
+from scripts.weights.torch_file import read_torch_file
 
 # How the shards of a tensor make the whole: rows and columns are laid side by side, the same is in every shard.
 ROWS, COLUMNS, SAME = "rows", "columns", "same"
@@ -50,13 +50,13 @@ def shard_paths(folder: Path) -> List[Path]:
     numbered = [name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)]
     extra = sorted(set(names) - set(numbered))
     if extra:
-        raise errors.weights_extra_file(folder, extra, "consolidated.NN.pth")
+        raise reports.weights.weights_extra_file(folder, extra, "consolidated.NN.pth")
     missing = sorted(set(expected) - set(names))
     if missing or not names:
-        raise errors.weights_file_missing(folder, missing[0] if missing else "consolidated.00.pth", names)
+        raise reports.weights.weights_file_missing(folder, missing[0] if missing else "consolidated.00.pth", names)
     dangling = [name for name in names if not (folder / name).is_file()]
     if dangling:
-        raise errors.weights_file_missing(folder, dangling[0], sorted(set(names) - set(dangling)))
+        raise reports.weights.weights_file_missing(folder, dangling[0], sorted(set(names) - set(dangling)))
     return [folder / name for name in names]
 
 
@@ -67,7 +67,7 @@ def read_shard(path: Path) -> Shard:
         if name == DROPPED:
             continue
         if tensor.dtype not in ITEM_BYTES:
-            raise errors.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
+            raise reports.weights.model_unfit(path, f"{name} is of the type {tensor.dtype}", ", ".join(DTYPES))
         shard[name] = StoredTensor(path, name, tensor.dtype, tensor.shape, tensor.start, tensor.crc32)
     return shard
 
@@ -105,7 +105,7 @@ class MetaModel:
             same = [np.concatenate(list(part.blocks())) for part in parts]  # norms: a few kB
             for part, values in zip(parts, same, strict=True):
                 if not np.array_equal(values, same[0]):
-                    raise errors.weights_contradict(
+                    raise reports.weights.weights_contradict(
                         part.path,
                         name,
                         "it must be the same in all shards",
@@ -127,7 +127,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
     """All tensors of all shards against params.json and the tokenizer's vocab_size; a Problem for the first that does not fit."""
     layers = {match.group(1) for name in shards[0] if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != params.n_layers:
-        raise errors.weights_contradict(
+        raise reports.weights.weights_contradict(
             folder, "n_layers", f"params.json says {params.n_layers}", f"the tensors have {len(layers)}"
         )
     shape = params.shape(vocab_size)
@@ -135,7 +135,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
     _check_feed_forward(folder / "consolidated.00.pth", params, shape, len(shards), found[0])
     model_vocab_size = found[0].get("output.weight", (0,))[0] * len(shards)
     if model_vocab_size not in (0, vocab_size):
-        raise errors.vocabulary_differs(tokenizer_path, vocab_size, model_vocab_size)
+        raise reports.weights.vocabulary_differs(tokenizer_path, vocab_size, model_vocab_size)
     for name, size in (
         ("n_heads", shape.n_heads),
         ("n_kv_heads", shape.n_kv_heads),
@@ -143,7 +143,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
         ("dim", params.dim),
     ):
         if size % len(shards):
-            raise errors.weights_contradict(
+            raise reports.weights.weights_contradict(
                 folder, name, f"it is {size}", f"{len(shards)} shards cannot share it evenly"
             )
     names = _names(shape, shards)
@@ -153,7 +153,7 @@ def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Pa
     dtypes = {tensor.dtype: tensor for shard in shards for tensor in shard.values()}
     if len(dtypes) > 1:
         one, other = list(dtypes.values())[:2]
-        raise errors.weights_contradict(
+        raise reports.weights.weights_contradict(
             folder,
             "the type of the weights",
             f"{one.name} in {one.path.name} is {one.dtype}",
@@ -210,8 +210,8 @@ def _check_feed_forward(
     if rows * n_shards == expected or columns != shape.hidden_size:
         return
     if rows and expected % rows == 0 and expected // rows > n_shards:
-        raise errors.shards_missing(path.parent, n_shards, expected // rows)
-    raise errors.weights_contradict(
+        raise reports.weights.shards_missing(path.parent, n_shards, expected // rows)
+    raise reports.weights.weights_contradict(
         path,
         "feed-forward size",
         f"params.json (dim {params.dim}, multiple_of {params.multiple_of}, ffn_dim_multiplier "

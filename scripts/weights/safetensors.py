@@ -20,7 +20,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from scripts import errors
+from scripts import reports
 from scripts.room import FileRecord, Filling, say
 
 Raw = npt.NDArray[Any]  # uint16 or uint32: the bits as stored
@@ -73,7 +73,7 @@ class StoredTensor:
             file.seek(self.start + first * self.row_bytes)
             values = np.fromfile(file, raw, count)
         if values.size != count:
-            raise errors.weights_unreadable(self.path, f"it ends inside of {self.name}")
+            raise reports.weights.weights_unreadable(self.path, f"it ends inside of {self.name}")
         return values.reshape(end - first, *self.shape[1:])
 
     def blocks(self, multiple: int = 1, other_row_bytes: int = 0) -> Iterator[Raw]:
@@ -88,7 +88,7 @@ class StoredTensor:
                 crc = zlib.crc32(block.data.cast("B"), crc)
             yield block
         if self.crc32 is not None and crc != self.crc32:
-            raise errors.tensor_damaged(self.path, self.name, f"{self.crc32:08x}", f"{crc:08x}")
+            raise reports.weights.tensor_damaged(self.path, self.name, f"{self.crc32:08x}", f"{crc:08x}")
 
 
 def row_blocks(first: int, end: int, row_bytes: int, multiple: int = 1) -> Iterator[Tuple[int, int]]:
@@ -189,7 +189,7 @@ def fingerprint(path: Path, advance: Callable[[int], Any] = lambda size_bytes: N
             while size_bytes < end:
                 data = file.read(min(BLOCK_BYTES, end - size_bytes))
                 if not data:
-                    raise errors.weights_unreadable(path, f"it ends inside of {name or 'its header'}")
+                    raise reports.weights.weights_unreadable(path, f"it ends inside of {name or 'its header'}")
                 digest.update(data)
                 crc = zlib.crc32(data, crc)
                 size_bytes += len(data)
@@ -286,8 +286,8 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
     The checks are the safetensors library's own: offsets start at 0, have neither gap nor overlap and end where the file ends.
     """
 
-    def unreadable(reason: str) -> errors.Problem:
-        return errors.weights_unreadable(path, reason)
+    def unreadable(reason: str) -> reports.Problem:
+        return reports.weights.weights_unreadable(path, reason)
 
     def once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
         named = dict(pairs)
@@ -315,7 +315,7 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
         for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if dtype not in ITEM_BYTES:
-                raise errors.model_unfit(path, f"{name} is of the type {dtype}", ", ".join(ITEM_BYTES))
+                raise reports.weights.model_unfit(path, f"{name} is of the type {dtype}", ", ".join(ITEM_BYTES))
             if any(type(n) is not int or n <= 0 for n in shape) or not shape:
                 raise unreadable(f"{name} has the shape {list(shape)}")
             if type(begin) is not int or type(end) is not int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from scripts import errors
+from scripts import reports
 
 Shape = Tuple[int, ...]
 
@@ -110,7 +110,7 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
     kv_heads = positive(params, "n_kv_heads", path, n_heads)
     dim = positive(params, "dim", path)
     if dim % n_heads or dim // n_heads % 2 or n_heads % kv_heads:
-        raise errors.weights_contradict(
+        raise reports.weights.weights_contradict(
             path,
             "n_heads",
             "the heads must divide dim into even parts, the key/value heads the heads",
@@ -121,7 +121,7 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
         factor = params.get("rope_scaling_factor") or SCALED_ROPE.get((dim, positive(params, "n_layers", path)))
         if not isinstance(factor, (int, float)) or factor <= 0:
             known = ", ".join(f"dim {dim} with {layers} layers" for dim, layers in SCALED_ROPE)
-            raise errors.model_unfit(
+            raise reports.weights.model_unfit(
                 path,
                 f"use_scaled_rope is true, with dim {dim} and {params.get('n_layers')} layers",
                 f"{known}; or a rope_scaling_factor",
@@ -164,12 +164,14 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     """config.json -> dimensions; a Problem where it is no plain Llama."""
     architectures = config.get("architectures")
     if architectures not in ARCHITECTURES:
-        raise errors.model_unfit(path, f"architectures is {architectures}", " or ".join(map(str, ARCHITECTURES)))
+        raise reports.weights.model_unfit(
+            path, f"architectures is {architectures}", " or ".join(map(str, ARCHITECTURES))
+        )
     positions = positive(config, "max_position_embeddings", path, 2048)
     # where config.json does not say, transformers' Mistral has a window of 4096
     window = config.get("sliding_window", 4096 if architectures == MISTRAL else None)
     if window is not None and not (type(window) is int and window >= positions):
-        raise errors.model_unfit(
+        raise reports.weights.model_unfit(
             path, f"sliding_window is {window!r}", f"null, or at least the {positions} positions of the model"
         )
     for name, allowed in (
@@ -181,27 +183,31 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         value = config.get(name)
         if value not in (None, allowed):
             shown = value.get("quant_method", "set") if isinstance(value, dict) else value
-            raise errors.model_unfit(path, f"{name} is {shown}", str(allowed))
+            raise reports.weights.model_unfit(path, f"{name} is {shown}", str(allowed))
     heads = positive(config, "num_attention_heads", path)
     hidden = positive(config, "hidden_size", path)
     kv_heads = positive(config, "num_key_value_heads", path, heads)
     head_size = positive(config, "head_dim", path, hidden // heads)
     if (config.get("head_dim") is None and hidden % heads) or head_size % 2 or heads % kv_heads:
-        raise errors.model_unfit(
+        raise reports.weights.model_unfit(
             path,
             f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {config.get('head_dim')}",
             "an even head_dim (where it is not said, hidden_size / heads), and key/value heads that divide the heads",
         )
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
-            raise errors.weights_contradict(path, name, "it must be null or an object", f"it is {config[name]!r}")
+            raise reports.weights.weights_contradict(
+                path, name, "it must be null or an object", f"it is {config[name]!r}"
+            )
     kind = rope_of(config).get("rope_type", rope_of(config).get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3"):
-        raise errors.model_unfit(path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3")
+        raise reports.weights.model_unfit(
+            path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3"
+        )
     _check_rope(rope_of(config), kind, path)
     layers = positive(config, "num_hidden_layers", path)
     if layers > LAYERS_MAX:
-        raise errors.model_unfit(path, f"num_hidden_layers is {layers}", f"at most {LAYERS_MAX}")
+        raise reports.weights.model_unfit(path, f"num_hidden_layers is {layers}", f"at most {LAYERS_MAX}")
     return LlamaShape(
         hidden_size=hidden,
         intermediate_size=positive(config, "intermediate_size", path),
@@ -218,14 +224,14 @@ def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
     if kind == "default":
         return
     if number(rope, "factor", path) < 1:
-        raise errors.weights_contradict(
+        raise reports.weights.weights_contradict(
             path, "factor of the rope scaling", "it must be at least 1", f"it is {rope['factor']!r}"
         )
     if kind == "llama3":
         positive(rope, "original_max_position_embeddings", path)
         low, high = number(rope, "low_freq_factor", path), number(rope, "high_freq_factor", path)
         if low >= high:
-            raise errors.weights_contradict(
+            raise reports.weights.weights_contradict(
                 path, "low_freq_factor", "it must be less than high_freq_factor", f"they are {low:g} and {high:g}"
             )
 
@@ -235,7 +241,7 @@ def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional
     value = config.get(name)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise errors.weights_contradict(path, name, "it must be a whole number above 0", f"it is {value!r}")
+        raise reports.weights.weights_contradict(path, name, "it must be a whole number above 0", f"it is {value!r}")
     return value
 
 
@@ -244,7 +250,7 @@ def number(config: Mapping[str, Any], name: str, path: Path, default: Optional[f
     value = config.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise errors.weights_contradict(path, name, "it must be a number above 0", f"it is {value!r}")
+        raise reports.weights.weights_contradict(path, name, "it must be a number above 0", f"it is {value!r}")
     return float(value)
 
 
@@ -254,13 +260,13 @@ def read_json(path: Path) -> Dict[str, Any]:
         with path.open("rb") as file:
             value = json.loads(file.read(JSON_MAX_BYTES))
     except FileNotFoundError:
-        raise errors.weights_file_missing(
+        raise reports.weights.weights_file_missing(
             path.parent, path.name, sorted(p.name for p in path.parent.glob("*"))
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise errors.weights_unreadable(path, f"no JSON ({error})") from None
+        raise reports.weights.weights_unreadable(path, f"no JSON ({error})") from None
     if not isinstance(value, dict):
-        raise errors.weights_unreadable(path, f"a JSON {type(value).__name__}, not an object")
+        raise reports.weights.weights_unreadable(path, f"a JSON {type(value).__name__}, not an object")
     return value
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, Optional, Tuple
 
-from scripts import errors
-from scripts.safetensors_file import ITEM_BYTES
+from scripts import reports
+from scripts.weights.safetensors import ITEM_BYTES
 
 # Real ones have about 100 bytes per tensor: 100 kB for 70B.
 DIRECTORY_MAX_BYTES = 16 << 20
@@ -70,7 +70,7 @@ def read_torch_file(path: Path) -> Dict[str, FileTensor]:
     except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error) as error:
         size_bytes = path.stat().st_size if path.is_file() else 0
         reason = f"it is cut off, damaged or no torch file of version 1.6 or later ({size_bytes} bytes; {error})"
-        raise errors.weights_unreadable(path, reason) from None
+        raise reports.weights.weights_unreadable(path, reason) from None
 
 
 def directory(pickle: bytes) -> Any:

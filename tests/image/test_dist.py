@@ -95,7 +95,7 @@ def test_another_reader_of_oci_archives_takes_it(dist: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["config"]["Entrypoint"] == ["/opt/venv/bin/python", "-m", "scripts.image"]
+    assert json.loads(done.stdout)["config"]["Entrypoint"] == ["/opt/venv/bin/python", "-m", "scripts.images.entry"]
 
 
 def test_the_bill_of_materials_is_valid_and_complete(dist: Path) -> None:

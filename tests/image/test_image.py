@@ -15,7 +15,7 @@ from baking import PLANTED, Baked, Container, bake, committed, docker, until
 from conftest import ROOT, copy_of_project, free_ports, make
 from test_journey import STORY
 
-from scripts import image_archive
+from scripts.images import archive as image_archive
 
 pytestmark = pytest.mark.timeout(1500)
 Run = Callable[..., Container]
@@ -128,9 +128,9 @@ def test_it_serves_read_only_as_any_user_with_no_network_but_its_own(baked: Bake
 
 def test_process_1_is_the_launcher_and_no_shell_is_between(baked: Baked, run: Run) -> None:
     config = json.loads(docker("image", "inspect", baked.tag).stdout)[0]["Config"]
-    assert config["Entrypoint"] == ["/opt/venv/bin/python", "-m", "scripts.image"] and config["Cmd"] == ["serve"]
+    assert config["Entrypoint"] == ["/opt/venv/bin/python", "-m", "scripts.images.entry"] and config["Cmd"] == ["serve"]
     assert config["User"] == "10001:10001" and config["StopSignal"] == "SIGTERM"
-    assert config["Healthcheck"]["Test"] == ["CMD", "/opt/venv/bin/python", "-m", "scripts.image", "health"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "/opt/venv/bin/python", "-m", "scripts.images.entry", "health"]
 
 
 def test_health_turns_when_ranks_are_stopped(baked: Baked, run: Run) -> None:

@@ -22,7 +22,7 @@ from engine_config import read_config  # noqa: E402
 from llama import Chunk, Llama, load_weights  # noqa: E402
 from ranks import this_rank, use_own_cores  # noqa: E402
 
-from scripts import contracts  # noqa: E402
+from scripts.nvidia import contracts  # noqa: E402
 
 TABLE = contracts.table("runtime", os.environ["REHEARSAL_TRTLLM"])
 

@@ -1,0 +1,62 @@
+"""Every foreseen failure, in the words that the user reads: one function per failure, one module per subject.
+
+Each function returns a Problem to raise: `raise reports.weights.tensor_damaged(...)`.
+"""
+
+from scripts.reports import (
+    bench,
+    checkpoint,
+    engines,
+    fetching,
+    images,
+    nvidia,
+    packages,
+    planning,
+    releasing,
+    rooms,
+    serving,
+    settings,
+    verifying,
+    weights,
+)
+from scripts.reports.problem import (
+    PLANNING,
+    WIDTH,
+    Finished,
+    Outdated,
+    PathLike,
+    Problem,
+    Reported,
+    make,
+    run,
+    shown,
+    some,
+)
+
+__all__ = [
+    "Finished",
+    "Outdated",
+    "PLANNING",
+    "PathLike",
+    "Problem",
+    "Reported",
+    "WIDTH",
+    "bench",
+    "checkpoint",
+    "engines",
+    "fetching",
+    "images",
+    "make",
+    "nvidia",
+    "packages",
+    "planning",
+    "releasing",
+    "rooms",
+    "run",
+    "serving",
+    "settings",
+    "shown",
+    "some",
+    "verifying",
+    "weights",
+]

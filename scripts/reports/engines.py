@@ -1,0 +1,61 @@
+"""Reports of the rooms engines and model_repo."""
+
+from typing import Sequence
+
+from scripts.reports.problem import PathLike, Problem, make
+from scripts.reports.settings import bad_setting
+
+
+def not_a_number(name: str, value: str) -> Problem:
+    return bad_setting(name, value, "a whole number of at least 1", make("serve", **{name: 8}))
+
+
+def limits_do_not_fit(name: str, value: int, other: str, limit: int, mended: int) -> Problem:
+    return Problem(
+        f"{name} is too large",
+        "Makefile",
+        f"{name} is {value}; {other} is {limit}, and it cannot be more than that allows.",
+        "Lower it:",
+        make("serve", **{name: mended}),
+    )
+
+
+def engine_kind_missing(kind: str) -> Problem:
+    return Problem(
+        f"ENGINE={kind} is not ready",
+        "scripts/build_engines.py",
+        f"ENGINE is {kind}; what can be done with its engines here is not known.",
+        "Use the torch engine:",
+        make("serve", ENGINE="torch"),
+    )
+
+
+def holes_do_not_match(template: PathLike, unfilled: Sequence[str], unused: Sequence[str]) -> Problem:
+    return Problem(
+        "template and values do not match",
+        template,
+        f"Holes without a value: {', '.join(unfilled) or 'none'}. Values without a hole: {', '.join(unused) or 'none'}.",
+        "Mend the template or scripts/build_model_repo.py, then:",
+        make("model_repo"),
+    )
+
+
+def engine_lacks(feature: str, missing: Sequence[str]) -> Problem:
+    without = {"KV_REUSE": "off"} if "KV" in feature else {}
+    return Problem(
+        f"engines without {feature}",
+        "engines/config.json",
+        f"The configs ask for {feature}; these engines were built without {', '.join(missing)}.",
+        "Serve without it:" if without else "Build them again:",
+        make("serve" if without else "engines", **without),
+    )
+
+
+def config_not_accepted(config: PathLike, reason: str) -> Problem:
+    return Problem(
+        "Triton would not take this config",
+        config,
+        f"The filled file does not pass: {reason}",
+        "Mend the template it was filled from, then:",
+        make("model_repo"),
+    )

@@ -1,0 +1,295 @@
+"""Reports of the image: building, showing, verifying, pushing."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Mapping, Sequence
+
+from scripts.reports.problem import PathLike, Problem, make, shown
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line[:300]}" for line in lines) or "    (it said nothing)"
+
+
+def no_builder(seen: Mapping[str, str]) -> Problem:
+    listed = "; ".join(f"{name}: {answer}" for name, answer in seen.items())
+    return Problem(
+        "nothing that builds images",
+        "docker, buildah",
+        f"An image is built by docker, where its daemon answers, or by buildah. Here: {listed}.",
+        "Start or install one of them (Debian and Ubuntu have both), for instance:",
+        "sudo apt-get install docker.io && sudo systemctl start docker && " + make("image"),
+    )
+
+
+def builder_failed(name: str, words: Sequence[str], status: int, last: Sequence[str]) -> Problem:
+    return Problem(
+        f"{name} stopped",
+        " ".join(words),
+        f"{' '.join(words)} ended with status {status}. Its last words:\n\n{_indented(last)}\n\n"
+        "What was built before is as it was.",
+        "Mend that, and go on:",
+        make("image"),
+    )
+
+
+def no_space_for_image(name: str, words: Sequence[str], last: Sequence[str]) -> Problem:
+    return Problem(
+        f"no space left for {name}",
+        " ".join(words),
+        f"{' '.join(words)} says:\n\n{_indented(last[-3:])}\n\nNo image was changed; what was half built is not kept under any name.",
+        "See what takes the space, make room, and go on:",
+        f"{name} images; df -h; {make('image')}",
+    )
+
+
+def no_space_to_bake(folder: PathLike, free_bytes: int, needed_bytes: int) -> Problem:
+    return Problem(
+        "not enough space to bake",
+        folder,
+        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image as it is "
+        "built, and in its canonical form. Nothing was built.",
+        "Make room, and go on:",
+        f"df -h {shlex.quote(shown(folder))}; {make('image')}",
+    )
+
+
+def no_mmdebstrap() -> Problem:
+    return Problem(
+        "no mmdebstrap",
+        "PATH",
+        "With ENGINE=torch the image stands on a base made from Debian packages, by mmdebstrap; it is not on PATH. Any image with CPython "
+        "3.11 or 3.12, its shared library and glibc 2.35 will do instead (BASE_IMAGE).",
+        "Install it, or name a base:",
+        "sudo apt-get install mmdebstrap && "
+        + make("image")
+        + "\nmake image BASE_IMAGE=python:3.11-slim-bookworm@sha256:...",
+    )
+
+
+def base_not_made(status: int, last: Sequence[str]) -> Problem:
+    return Problem(
+        "mmdebstrap stopped",
+        "Debian packages",
+        f"The base could not be made; mmdebstrap ended with status {status}:\n\n{_indented(last)}",
+        "Is a mirror within reach, and is the keyring there (package debian-archive-keyring)? Then go on:",
+        make("image"),
+    )
+
+
+def base_not_here(image: str, builder: str) -> Problem:
+    return Problem(
+        "the base image is not here",
+        image,
+        f"{builder} has no image {image}. It may be large, so it is fetched only when you say so.",
+        "Fetch it, and go on:",
+        f"{builder} pull {shlex.quote(image)} && {make('image')}",
+    )
+
+
+def base_changed(image: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "the base image is another one now",
+        image,
+        f"When the room base was made, its last layer was {expected[:19]}; now it is {actual[:19]}. A tag was moved.",
+        "Look at it anew (a digest cannot be moved):",
+        f"rm -r build/ground-* && {make('image')}",
+    )
+
+
+def base_of_another_version(image: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "the base has another TensorRT-LLM",
+        image,
+        f"The engines are built by TensorRT-LLM {expected}; {image} has {actual or 'none that it tells of'}. An engine runs only on the "
+        "version that built it.",
+        "Leave BASE_IMAGE away, or build the engines for its version:",
+        make("image"),
+    )
+
+
+def wheels_not_fetched(target: str, last: Sequence[str]) -> Problem:
+    cpu = target == "cpu" and any("torch" in line for line in last)
+    return Problem(
+        "packages for the image could not be fetched",
+        "requirements/",
+        f"pip says:\n\n{_indented(last)}"
+        + ("\n\nPlain PyPI has only PyTorch's CUDA build; the CPU one is on PyTorch's own index." if cpu else ""),
+        "Give pip that index and go on, or bake the CUDA build:"
+        if cpu
+        else "Check the network (or pip's index and proxy settings), and go on:",
+        f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu {make('image')}\n{make('image', TARGET='cuda')}"
+        if cpu
+        else make("image"),
+    )
+
+
+def rank_file_missing(room: PathLike, rank: int, world_size: int) -> Problem:
+    return Problem(
+        f"no engine for rank {rank}",
+        room,
+        f"The engines have {world_size} ranks; the manifest lists no file of rank {rank}.",
+        "Make them again:",
+        f"rm -r {shown(room)} && {make('engines')}",
+    )
+
+
+def no_image_archive(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "not an image's archive",
+        path,
+        f"It is not what `docker save` or `make release` writes: {reason}.",
+        "Write it again:",
+        make("release", VERSION="x.y.z"),
+    )
+
+
+def layers_do_not_match(path: PathLike, actual: int, instructions: Sequence[str]) -> Problem:
+    return Problem(
+        "the builder made other layers than the Dockerfile says",
+        path,
+        f"docker/Dockerfile adds {len(instructions)} layers to its base; the image has {actual} more than the base.",
+        "Build it without any cache:",
+        make("image", NO_CACHE=1),
+    )
+
+
+def layer_damaged(path: PathLike, number: int, expected: str, actual: str) -> Problem:
+    return Problem(
+        f"layer {number} is damaged",
+        path,
+        f"The image's configuration says {expected[:19]}; the layer's content is {actual[:19]}.",
+        "Build it again:",
+        make("image", NO_CACHE=1),
+    )
+
+
+def image_gone(tag: str, iid: str, builder: str) -> Problem:
+    return Problem(
+        "the image is gone",
+        tag,
+        f"build/ says that {tag} is {iid[:19]}; {builder} has no such image any more.",
+        "Bake it again (the same rooms give the same image):",
+        f"rm -r build/*/*/image && {make('image')}",
+    )
+
+
+def which_image() -> Problem:
+    return Problem(
+        "which image?",
+        "IMAGE",
+        "IMAGE is empty; it is a name that docker or buildah knows, or the path of an archive.",
+        "For instance:",
+        "make verify-image IMAGE=dist/stories-1.0.0/image.oci.tar",
+    )
+
+
+def no_such_image(image: str, builder: str) -> Problem:
+    return Problem(
+        "no such image",
+        image,
+        f"{builder} has no image {image}, and no file has that name.",
+        "These are there:",
+        f"{builder} images",
+    )
+
+
+def image_not_what_it_says(image: str, failed: Sequence[str]) -> Problem:
+    return Problem(
+        "the image is not what its passport says",
+        image,
+        f"{len(failed)} of what was recomputed differs:\n\n{_indented(failed)}",
+        "Do not serve it. Bake it again:",
+        make("image", NO_CACHE=1),
+    )
+
+
+def memory_too_small(available_bytes: int, needed_bytes: int) -> Problem:
+    return Problem(
+        "not enough memory",
+        "/proc/meminfo",
+        f"{available_bytes / 1e9:.1f} GB are available; the weights alone take {needed_bytes / 1e9:.1f} GB.",
+        "End something else, take a larger machine, or give the container more:",
+        f"docker run --memory {needed_bytes // 10**9 * 2 + 1}g ... {os.environ.get('BAKED_IMAGE', 'IMAGE')}",
+    )
+
+
+def which_license() -> Problem:
+    return Problem(
+        "which licence has the model?",
+        "LICENSE",
+        "A release ships the model; LICENSE says under which terms: llama2, or an SPDX name. Presets know theirs; a folder does not.",
+        "Say it:",
+        make("release", LICENSE="llama2"),
+    )
+
+
+def license_files_missing(license: str, folder: PathLike, missing: Sequence[str]) -> Problem:
+    return Problem(
+        "the model's licence is not with it",
+        folder,
+        f"LICENSE is {license}: who passes the model on must pass on {' and '.join(missing)} too. "
+        f"Neither {shown(folder)} nor the folder above has a file of that name.",
+        "Meta's download leaves them above the models' folders; copy them there, and go on:",
+        f"cp LICENSE USE_POLICY.md {shlex.quote(shown(folder))}/ && {make('release')}",
+    )
+
+
+def base_not_pinned(seen: Sequence[str]) -> Problem:
+    return Problem(
+        "the base is not pinned",
+        "docker/base.txt",
+        f"A release stands on a base that can be had again. Here:\n\n{_indented(seen)}",
+        "Pin the packages as they are now, and commit; or name an image by digest (BASE_IMAGE=name@sha256:...):",
+        "make lock-base && git add docker/base.txt",
+    )
+
+
+def release_exists(folder: PathLike) -> Problem:
+    return Problem(
+        "this version was released",
+        folder,
+        f"{shown(folder)} is there and is another image's. A version names one image for good.",
+        "Take the next version, or take that folder away:",
+        make("release", VERSION="x.y.z"),
+    )
+
+
+def not_signed(key: PathLike, reason: str) -> Problem:
+    return Problem(
+        "could not sign",
+        key,
+        f"openssl says: {reason}. The key has to be an EC P-256 private key in PEM form, as `cosign import-key-pair` takes "
+        "it; its password, if any, is read from COSIGN_PASSWORD.",
+        "Make one, and go on:",
+        "openssl ecparam -genkey -name prime256v1 -noout -out key.pem && " + make("release"),
+    )
+
+
+def push_failed(image: str, last: Sequence[str]) -> Problem:
+    said = " ".join(last).lower()
+    if "unauthorized" in said or "denied" in said or "authentication required" in said or "no basic auth" in said:
+        advice, command = (
+            "The registry knows you not, or you may not write there. Log in, and push again:",
+            f"docker login {image.partition('/')[0]}",
+        )
+    elif "no such host" in said or "connection refused" in said or "timeout" in said or "deadline" in said:
+        advice, command = (
+            "The registry does not answer. Look at its name and the network, and push again:",
+            make("push", IMAGE=image),
+        )
+    else:
+        advice, command = "Mend that, and push again:", make("push", IMAGE=image)
+    return Problem("the push failed", image, f"The builder says:\n\n{_indented(last)}", advice, command)
+
+
+def push_what(image: str, dist: PathLike) -> Problem:
+    return Problem(
+        "nothing to push",
+        dist,
+        f"IMAGE is {image!r}, and {shown(dist)} {'is' if Path(dist).is_dir() else 'is not'} there. "
+        "A release's archive is pushed, under a name with a registry in it.",
+        "Release first, then say where to:",
+        "make release VERSION=1.0.0 && make push VERSION=1.0.0 IMAGE=registry.example/llama:1.0.0",
+    )

@@ -1,0 +1,131 @@
+"""Reports about NVIDIA's GPUs, toolchains and programs."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from scripts.reports.problem import PathLike, Problem, make, shown
+
+
+def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem:
+    return Problem(
+        f"no {kind} table for TensorRT-LLM {trtllm_version}",
+        path,
+        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} is not there, so what that version takes is not known.",
+        "Use a version whose tables are complete:",
+        make("serve", TOOLCHAIN=""),
+    )
+
+
+def gpu_not_known(text: str, known: Sequence[str], matching: Sequence[str]) -> Problem:
+    meant = f"More than one begins so: {', '.join(matching)}." if matching else f"Known are: {', '.join(known)}."
+    return Problem(
+        "no such GPU",
+        "docker/gpus.json",
+        f"ASSUME_GPU is {text!r}; it must be a number and the name of a GPU. {meant}",
+        "For instance:",
+        make("plan", ASSUME_GPU="4x V100-SXM2-16GB"),
+    )
+
+
+def nvidia_smi_failed(command: Sequence[str], reason: str) -> Problem:
+    return Problem(
+        "nvidia-smi does not answer",
+        command[0],
+        f"What GPUs are here is not known: {reason or 'it failed without a word'}",
+        "See for yourself; a driver that was updated without a restart, or one too old for this question, shows here too:",
+        shlex.join(command),
+    )
+
+
+def no_gpu(asked_by: str) -> Problem:
+    return Problem(
+        "no GPU",
+        "nvidia-smi",
+        f"{asked_by} needs one NVIDIA GPU; nvidia-smi names none here. (One is enough to build, for any TP.)",
+        "See whether the driver is there, and in a container whether it was started with --gpus; or use the torch engine:",
+        make("serve", ENGINE="torch"),
+    )
+
+
+def gpu_not_in_toolchain(
+    version: str, architectures: Sequence[str], name: str, capability: str, fitting: Sequence[str]
+) -> Problem:
+    if fitting:
+        advice, command = "Use the newest one that has it:", make("serve", TOOLCHAIN=fitting[-1])
+    else:
+        advice, command = "No toolchain here has it. The torch engine runs on any GPU:", make("serve", ENGINE="torch")
+    return Problem(
+        "TensorRT-LLM does not run on this GPU",
+        "docker/toolchains.json",
+        f"{name} has compute capability {capability}; TensorRT-LLM {version} has kernels for {', '.join(architectures)}.",
+        advice,
+        command,
+    )
+
+
+def gpu_cannot(what: str, needed: str, name: str, capability: str, reason: str, command: str) -> Problem:
+    return Problem(
+        f"{what} does not run on this GPU",
+        name,
+        f"{what} needs compute capability {needed} or later; {name} has {capability}. {reason}",
+        "Choose another:",
+        command,
+    )
+
+
+def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes: int, needed_tokens: int) -> Problem:
+    return Problem(
+        "engines do not fit this GPU",
+        engines,
+        f"{gpu} has {gpu_bytes / 1e9:.1f} GB. Of it a rank takes {weights_bytes / 1e9:.1f} GB for its weights; with one step and what CUDA "
+        f"takes, not even at best is room left for a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN), and the engines would not start.",
+        "See the sum, and what would fit:",
+        make("plan"),
+    )
+
+
+def not_in_toolchain(program: str, version: str) -> Problem:
+    return Problem(
+        f"no {program}",
+        program,
+        f"{program} is not here. It is part of TensorRT-LLM {version}, and that of its container; nothing else can build or run "
+        "TensorRT engines.",
+        "See what is missing for the container:",
+        make("doctor"),
+    )
+
+
+def toolchain_is_another(asked: str, found: str) -> Problem:
+    return Problem(
+        "another TensorRT-LLM is installed",
+        sys.executable,
+        f"TOOLCHAIN is {asked}; installed here is TensorRT-LLM {found}. Engines run only where they were built.",
+        "Ask for what is there, or run this in the container of the version that is asked for:",
+        make("engines", TOOLCHAIN=found),
+    )
+
+
+def trtllm_build_failed(
+    log: PathLike, status: int, lines: Sequence[str], cause: str, advice: str, command: str
+) -> Problem:
+    shown_lines = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
+    ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return Problem(
+        "trtllm-build failed",
+        log,
+        f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{shown_lines}",
+        advice,
+        command,
+    )
+
+
+def engine_not_as_asked(where: PathLike, what: str, asked: object, built: object) -> Problem:
+    return Problem(
+        "the engine is not what was asked for",
+        where,
+        f"{what} was asked to be {asked}; trtllm-build wrote {built}.",
+        "Look at what it says of that, then ask for something it can do:",
+        f"grep -n -i -e warn -e {what} {shlex.quote(shown(Path(where).parent / 'building' / 'trtllm-build.log'))}",
+    )

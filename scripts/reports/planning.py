@@ -1,0 +1,119 @@
+"""Reports of plan, doctor and the checks before serving."""
+
+import shlex
+from pathlib import Path
+from typing import Optional, Sequence
+
+from scripts.reports.problem import PathLike, Problem, make, shown
+
+
+def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: str) -> Problem:
+    return Problem(
+        "more ranks than GPUs",
+        "Makefile",
+        f"TP {tp_size} x PP {pp_size} are {tp_size * pp_size} ranks, each needs a GPU of its own to serve; there are {count} ({found}).",
+        "See what fits with fewer:",
+        command,
+    )
+
+
+def does_not_fit(model: str, found: str, shares: str, advice: str, command: str) -> Problem:
+    return Problem(
+        f"{model} does not fit",
+        found,
+        "Even at best the KV cache has no room for the tokens it must hold, and the engine would not start. Of its GPU a rank takes:"
+        f"\n\n{shares}",
+        advice,
+        command,
+    )
+
+
+def disk_too_small(where: PathLike, free_bytes: int, needed_bytes: int, rooms: Sequence[str]) -> Problem:
+    return Problem(
+        "the disk is too small",
+        where,
+        f"{free_bytes / 1e9:.1f} GB are free here; the rooms that are still to be made ({', '.join(rooms)}) take "
+        f"{needed_bytes / 1e9:.1f} GB.",
+        "build/ may be a link to a larger disk; see what each room takes:",
+        make("plan"),
+    )
+
+
+def too_few_gpus(needed: int, names: Sequence[str]) -> Problem:
+    return Problem(
+        "not enough GPUs",
+        "nvidia-smi",
+        f"The engines have {needed} ranks, and each takes one GPU; here {'is' if len(names) == 1 else 'are'} {len(names)}"
+        f"{': ' + ', '.join(names) if names else ''}.",
+        "Build for as many as there are:"
+        if names
+        else "See whether the driver is there, and docker was told --gpus all:",
+        make("serve", TP=len(names)) if names else make("doctor"),
+    )
+
+
+def engine_for_another_gpu(engines: PathLike, built_on: str, built_for: str, here: str, capability: str) -> Problem:
+    return Problem(
+        "engine does not fit this GPU",
+        engines,
+        f"The engines were built on {built_on} for compute capability {built_for}; {here} has {capability}. TensorRT engines do not "
+        "travel between GPU generations.",
+        "Build them here:",
+        f"rm -r {shown(engines)} && {make('engines')}",
+    )
+
+
+def engine_needs_peer_access(engines: PathLike, peer_access: Optional[bool]) -> Problem:
+    seen = "it is not known whether they can" if peer_access is None else "they cannot"
+    return Problem(
+        "the GPUs do not reach each other",
+        engines,
+        f"The engines were built with custom all-reduce, for GPUs that read each other's memory; here {seen} (nvidia-smi topo -p2p r).",
+        "Build them here, so that they use NCCL:",
+        f"rm -r {shown(engines)} && {make('engines')}",
+    )
+
+
+def engine_of_another_version(engines: PathLike, built_by: str, found: str) -> Problem:
+    return Problem(
+        "engine of another TensorRT-LLM",
+        engines,
+        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. A runtime reads only what its own version wrote.",
+        "Serve them in the toolchain that built them:",
+        make("serve", TOOLCHAIN=built_by),
+    )
+
+
+def driver_too_old(driver: str, minimum: str, version: str) -> Problem:
+    return Problem(
+        "NVIDIA's driver is too old",
+        "nvidia-smi",
+        f"The driver is {driver}; the container of TensorRT-LLM {version} needs {minimum} or later.",
+        "Install a newer driver, restart, and look:",
+        "nvidia-smi --query-gpu=driver_version --format=csv",
+    )
+
+
+def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
+    return Problem(
+        "Open MPI cannot find itself",
+        mpirun,
+        f"OPAL_PREFIX is {seen}; mpirun is {mpirun}. NVIDIA's image sets OPAL_PREFIX to the folder of its Open MPI; an image that was "
+        "exported and imported again, or an environment that was cleaned, has lost it.",
+        "Use NVIDIA's image itself; where that cannot be, set it and serve again:",
+        f"export OPAL_PREFIX={shlex.quote(str(Path(mpirun).parent.parent))}",
+    )
+
+
+def ranks_do_not_add_up(world_size: int, status: Optional[int], seconds: float, lines: Sequence[str]) -> Problem:
+    shown_lines = "\n".join(f"    {line[:200]}" for line in lines) or "    (it wrote nothing)"
+    event = f"did not finish within {seconds:.0f} s" if status is None else f"ended with status {status}"
+    return Problem(
+        "the ranks do not reach each other",
+        "scripts/serving/all_reduce.py",
+        f"Adding up one number over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{shown_lines}\n\n"
+        "GPUs that hang here often cannot read each other's memory though they say so (virtual machines, IOMMU or ACS), or share "
+        "too little of /dev/shm.",
+        "See what NCCL says; NCCL_P2P_DISABLE=1 shows whether it is the way between the GPUs:",
+        f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.serving.all_reduce "$(mktemp -d)" 60',
+    )

@@ -1,0 +1,136 @@
+"""What a report is, how it is shown, and how a script ends with one."""
+
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+import textwrap
+from pathlib import Path
+from typing import Callable, NoReturn, Optional, Sequence, Union
+
+PathLike = Union[str, Path]
+WIDTH = 100
+# the goals that ASSUME_GPU is for
+PLANNING = ("plan", "doctor")
+
+
+class Problem(Exception):
+    """A foreseen failure. It is shown as a report that ends in a command, never as a traceback; the exit status is 1.
+
+    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence that
+    introduces the command; command: what the user types next.
+    """
+
+    def __init__(self, title: str, where: PathLike, seen: str, advice: str, command: str) -> None:
+        super().__init__(title)
+        self.title, self.where, self.seen, self.advice, self.command = title, str(where), seen, advice, command
+
+    def report(self) -> str:
+        """The report as text, WIDTH columns, the command on the last line."""
+        head = f"-- {self.title.upper()} "
+        tail = f" {shown(self.where)}"
+        rule = "-" * max(3, WIDTH - len(head) - len(tail))
+        paragraphs = [p if p.startswith("    ") else textwrap.fill(p, WIDTH) for p in self.seen.split("\n\n")]
+        return "\n\n".join([head + rule + tail, *paragraphs, self.advice, textwrap.indent(self.command, "    ")])
+
+    def as_json(self) -> str:
+        """The same report for scripts, one line of JSON."""
+        return json.dumps({key: getattr(self, key) for key in ("title", "where", "seen", "advice", "command")})
+
+
+class Reported(Problem):
+    """A report that another program has already put into words, ending in a command as ours do."""
+
+    def __init__(self, report: str) -> None:
+        title = next((line.strip("- ") for line in report.splitlines() if line.startswith("-- ")), "see below")
+        super().__init__(title, "", report, "", "")
+
+    def report(self) -> str:
+        return self.seen.strip()
+
+
+class Outdated(Problem):
+    """A report after which nothing of what was made so far may be kept for the next try."""
+
+
+class Finished(Exception):
+    """Nothing is left to do: what was asked is already there. Not a failure."""
+
+
+def shown(path: PathLike) -> str:
+    """A path as the user knows it: relative to where make runs when it lies below."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def make(target: str, **changed: object) -> str:
+    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`.
+
+    None leaves a setting away. In an image there is no make: where a variable helps, it is docker's command; else the image is made anew.
+    """
+    if baked := os.environ.get("BAKED_IMAGE"):
+        variables = "".join(f"--env {name}={value} " for name, value in changed.items() if value is not None)
+        if target in ("serve", "doctor") and set(changed) <= {
+            "HOST",
+            "HTTP_PORT",
+            "GRPC_PORT",
+            "METRICS_PORT",
+            "OPENAI_PORT",
+        }:
+            return f"docker run {variables}{baked}{' doctor' if target == 'doctor' else ''}"
+        target = "image"
+    settings = dict(
+        line.strip().split("=", 1) for line in os.environ.get("BAKE_SETTINGS", "").splitlines() if "=" in line
+    )
+    settings.update({name: str(value) for name, value in changed.items() if value is not None})
+    # make refuses to build or serve for GPUs that are only assumed
+    left_out = {name for name, value in changed.items() if value is None}
+    left_out |= set() if target in PLANNING else {"ASSUME_GPU"}
+    settings = {name: value for name, value in settings.items() if name not in left_out}
+    return " ".join(
+        ["make", target, *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items())]
+    )
+
+
+def run(main: Callable[[], Optional[int]]) -> NoReturn:
+    """Run a script's `main`: a Problem becomes a report on stderr and status 1; a traceback means our bug."""
+    from scripts.reports import packages, rooms  # they build on this module
+
+    as_json = "--json" in sys.argv
+    try:
+        sys.exit(main() or 0)
+    except Problem as problem:
+        print(problem.as_json() if as_json else f"\n{problem.report()}\n", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Finished as finished:
+        print(finished, flush=True)
+        sys.exit(0)
+    except BrokenPipeError:  # whoever read our lines has gone (make hf | head): nothing to tell, nobody to tell it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        where = error.filename or Path.cwd()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            report = rooms.disk_full(where, error.strerror).report()
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            report = rooms.not_allowed(where, error.strerror).report()
+        else:
+            raise
+        print(f"\n{report}\n", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "scripts":
+            raise
+        print(f"\n{packages.package_missing(error.name).report()}\n", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """The first of some names, and how many more there are."""
+    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,47 @@
+"""Reports of make release before it builds."""
+
+from typing import Mapping, Sequence
+
+from scripts.reports.problem import PathLike, Problem, make
+
+
+def tree_not_clean(lines: Sequence[str]) -> Problem:
+    listed = "\n".join(f"    {line}" for line in lines[:12]) or "    git does not answer"
+    return Problem(
+        "the tree is not clean",
+        "git status",
+        f"A release is made of what is committed. Here is more:\n\n{listed}",
+        "Commit it or take it away:",
+        "git status",
+    )
+
+
+def toolchain_not_pinned(version: str, image: str) -> Problem:
+    return Problem(
+        f"toolchain {version} is not pinned",
+        "docker/toolchains.json",
+        f"The image is {image}, a tag that can be moved; its digest is not known. That is good for trying out, not for a release.",
+        "On a machine with docker and network:",
+        "make pin",
+    )
+
+
+def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
+    listed = "\n".join(f"    {cell}: {reason}"[:160] for cell, reason in cells.items())
+    return Problem(
+        f"toolchain {version} is partly inferred",
+        "docker/contracts/README.md",
+        f"{len(cells)} of the tables and cells that this release would use have no primary source:\n\n{listed}",
+        "Confirm them on the real image, or accept them in so many words:",
+        make("release", INFERRED="accept"),
+    )
+
+
+def engines_rehearsed(engines: PathLike) -> Problem:
+    return Problem(
+        "these engines are a rehearsal's",
+        engines,
+        "Stand-ins made them (docker/rehearsal); no GPU runs them.",
+        "Build them on the real toolchain:",
+        make("engines", REHEARSAL=None),
+    )

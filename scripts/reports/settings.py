@@ -1,0 +1,82 @@
+"""Reports about what was typed: settings, models, presets."""
+
+import os
+import shlex
+from typing import Sequence
+
+from scripts.reports.problem import PathLike, Problem, make
+
+
+def bad_setting(name: str, value: object, allowed: str, command: str) -> Problem:
+    return Problem(
+        f"{name} cannot be {value if str(value) else 'empty'}",
+        "Makefile",
+        f"{name} is {str(value)!r}; it must be {allowed}.",
+        "For instance:",
+        command,
+    )
+
+
+def path_not_for_make(name: str, value: str, characters: Sequence[str]) -> Problem:
+    listed = " ".join(repr(character) for character in characters)
+    return Problem(
+        f"{name} is a path that make cannot take",
+        value,
+        f"The path holds {listed}. To make and to the shell such characters are not part of a name: a path with a space, a quote or any "
+        "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ cannot be used.",
+        "Make a link with a plain name and use that:",
+        f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make('serve', **{name: '/tmp/linked'})}",
+    )
+
+
+def no_such_setting(name: str, settings: Sequence[str], near: str) -> Problem:
+    return Problem(
+        f"no setting named {name}",
+        "Makefile",
+        f"{name} was typed; the settings are: {', '.join(settings)}.",
+        f"The nearest one is {near}. What make takes:",
+        "make help",
+    )
+
+
+def weights_named_twice(model: str, weights: str) -> Problem:
+    return Problem(
+        "two places for the weights",
+        "Makefile",
+        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for a preset; which folder is meant cannot be told.",
+        "Say one of them:",
+        f"make serve MODEL={weights if '/' in weights else './' + weights}",
+    )
+
+
+def weights_not_there(name: str, folder: PathLike, source: str = "") -> Problem:
+    seen = (
+        f"{name} is {folder}: no folder is there. It should hold a model as Meta's download leaves it (params.json, consolidated.NN.pth), "
+        "in Hugging Face's form (config.json, .safetensors or .bin), or one .gguf file."
+    )
+    if source:
+        return Problem(
+            "no such folder",
+            folder,
+            seen,
+            f"Put the model or a link to it there, or have it fetched from {source}:",
+            make("weights"),
+        )
+    return Problem(
+        "no such folder",
+        folder,
+        seen,
+        "Put the model or a link to it there, or say where it is:",
+        make("serve", **{name: "/path/to/folder"}),
+    )
+
+
+def no_such_model(model: str, presets: Sequence[str]) -> Problem:
+    return Problem(
+        f"no model named {model}",
+        "models/",
+        f"MODEL is {model!r}; the presets are: {', '.join(presets)}.\n\n"
+        "A folder with weights is named with a slash in it, so that it is not taken for a preset.",
+        "For instance:",
+        make("serve", MODEL="stories"),
+    )

@@ -1,0 +1,61 @@
+"""Reports of the room verified."""
+
+from pathlib import Path
+from typing import Any, Mapping, Optional, Sequence
+
+from scripts.reports.problem import PathLike, Problem, make, shown
+
+
+def side_failed(side: str, status: int, last_lines: Sequence[str]) -> Problem:
+    how = "status" if status > 0 else "signal"
+    memory = " The kernel ends a process so when memory runs out." if status in (-9, 137) else ""
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"{side} gave no answers",
+        "verified",
+        f"It ended with {how} {abs(status)} before every prompt was answered.{memory}\n\nIts last lines:\n\n{lines}",
+        "When the cause is mended:",
+        make("verified"),
+    )
+
+
+def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem:
+    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
+    return Problem(
+        f"{side} does not answer",
+        "verified",
+        f"No answer came for {seconds:.0f} s, which is enough to load a model of 140 GB from a slow disk. It was ended."
+        f"\n\nIts last lines:\n\n{lines}",
+        "See what this machine lacks:",
+        make("doctor"),
+    )
+
+
+def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike) -> Problem:
+    """`report`: report.json of the room verified."""
+
+    def shown_value(value: Optional[float]) -> str:
+        return "no number" if value is None else f"{value:g}"
+
+    failed = "; ".join(
+        f"{check['name']}: {shown_value(check['measured'])}, must be at {'least' if check['at_least'] else 'most'} {check['limit']:g}"
+        for check in report["checks"]
+        if not check["passed"]
+    )
+    one = report["prompts"][0]
+    worst = one.get("worst")
+    values = (
+        f" At position {worst['position']} the log probability of {worst['token']!r} is {shown_value(worst['hugging_face'])} for Hugging "
+        f"Face's model and {shown_value(worst['engine'])} for the engine."
+        if worst
+        else ""
+    )
+    checkpoint = Path(engines).with_name("checkpoint")
+    return Problem(
+        "the engine says something else",
+        page,
+        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model goes on {one['hugging_face']!r}, the engine "
+        f"{one['engine']!r}.\n\nThe whole report is the page named above. The room verified was not made, nor will be what needs it.",
+        "Make the engines anew from the weights, and ask again:",
+        f"rm -r {shown(checkpoint)} {shown(engines)} && {make('verified')}",
+    )

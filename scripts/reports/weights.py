@@ -1,0 +1,190 @@
+"""Reports about weights and tokenizers in any form."""
+
+import os
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Optional, Sequence
+
+from scripts.reports.problem import Outdated, PathLike, Problem, make, shown, some
+
+
+def look(path: PathLike) -> str:
+    """What to type where the content of a folder, or of a file's folder, is not what it should be: a room of ours is made again,
+    Meta's download is checked by its own list, anything else is looked at."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / "manifest.json").is_file() and (folder / "args").is_file():
+        return f"rm -r {shown(folder)} && {make(folder.name)}"
+    if (folder / "checklist.chk").is_file():
+        return f"cd {shown(folder)} && md5sum -c checklist.chk"
+    return f"ls -l {shown(folder)}"
+
+
+def chat_template_unfit(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "this is no chat template",
+        path,
+        f"CHAT_TEMPLATE is {shown(path)}: {reason}.",
+        "See what a template looks like, or leave CHAT_TEMPLATE unset for the model's own:",
+        "cat models/llama-2.jinja",
+    )
+
+
+def tokenizer_unreadable(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        "tokenizer cannot be read",
+        path,
+        f"{Path(path).name} cannot be read: {reason}.",
+        "Fetch it again from where the weights came from, and look at what is there now:",
+        f"ls -l {shown(path)}",
+    )
+
+
+def tokenizer_unfit(path: PathLike, seen: str) -> Problem:
+    return Problem(
+        "tokenizer is not of llama 2's kind",
+        path,
+        f"{seen}. What can be converted is a SentencePiece BPE model with byte fallback, as Llama 2 has it.",
+        "If the model also exists as a Hugging Face folder with a tokenizer.json, use that:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
+    return Problem(
+        "no model in this folder",
+        folder,
+        "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json and "
+        f".safetensors. Here is: {some(found, 12)}.",
+        "Say where the model is:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+def weights_two_forms(folder: PathLike, one: str, ours: Sequence[str], other: str, theirs: Sequence[str]) -> Problem:
+    forms = {"meta": "Meta's form", "hf": "Hugging Face's form", "gguf": "GGUF"}
+    return Problem(
+        "two models in one folder",
+        folder,
+        f"Of {forms[one]} there is {some(ours)}; of {forms[other]} there is {some(theirs)}. Which one is meant cannot be told.",
+        "Move one of them to a folder of its own, for instance:",
+        f"cd {shown(folder)} && mkdir {other} && mv {' '.join(theirs)} {other}/",
+    )
+
+
+def weights_file_missing(folder: PathLike, name: str, found: Sequence[str]) -> Problem:
+    return Problem(
+        f"no {name}",
+        folder,
+        f"{name} is missing. Here is: {some(found, 12)}.",
+        "Fetch it from where the other files came from, and look again:",
+        look(folder),
+    )
+
+
+def weights_extra_file(folder: PathLike, extra: Sequence[str], expected: str) -> Problem:
+    return Problem(
+        "a file too many",
+        folder,
+        f"{some(extra)} does not belong to a model whose weights are named {expected}; whether it should be read cannot be told.",
+        "Move it away:",
+        f"cd {shown(folder)} && mkdir -p ../extra && mv {' '.join(extra)} ../extra/",
+    )
+
+
+def weights_unreadable(path: PathLike, reason: str) -> Problem:
+    return Problem(
+        f"{Path(path).name} cannot be read",
+        path,
+        f"{Path(path).name} cannot be read: {reason}.",
+        "Fetch it again and compare its size with the source's:",
+        look(path),
+    )
+
+
+def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "weights are damaged",
+        path,
+        f"The bytes of {tensor} are not those that were saved: the file says CRC-32 {expected}, its bytes give {actual}.",
+        "Fetch the file again (Meta's download brings checklist.chk, which finds every damaged file), and look:",
+        look(path),
+    )
+
+
+def weights_changed(path: PathLike, before: os.stat_result, now: Optional[os.stat_result], room: str) -> Problem:
+    def described(stat: os.stat_result) -> str:
+        written = datetime.fromtimestamp(stat.st_mtime).isoformat(" ", "milliseconds")
+        return f"{stat.st_size} bytes of {written} (inode {stat.st_ino})"
+
+    return Outdated(
+        "weights changed while they were read",
+        path,
+        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'not there'}. What was read may be of both, "
+        f"so the room {room} was not made.",
+        "When nothing writes there any more:",
+        make(room),
+    )
+
+
+def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
+    return Problem(
+        "weight files are missing",
+        folder,
+        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, as the size of their "
+        f"tensors tells; here are {found}.",
+        "Fetch the others and look again:",
+        look(folder),
+    )
+
+
+def weights_contradict(path: PathLike, what: str, expected: str, actual: str) -> Problem:
+    return Problem(
+        "the model contradicts itself",
+        path,
+        f"{what}: {expected}; {actual}.",
+        "These files do not belong together. Compare them with the source's:",
+        look(path),
+    )
+
+
+def tensor_names_differ(
+    path: PathLike, says: str, missing: Sequence[str], unknown: Sequence[str], expected: int, found: int
+) -> Problem:
+    return Problem(
+        "not the tensors of this model",
+        path,
+        f"{says} asks for {expected} tensors, here are {found}. Missing: {some(missing, 3)}. Unknown: {some(unknown, 3)}.",
+        "These files do not belong together. Compare them with the source's:",
+        look(path),
+    )
+
+
+def vocabulary_differs(path: PathLike, tokenizer_size: int, model_size: int) -> Problem:
+    return Problem(
+        "tokenizer of another model",
+        path,
+        f"{Path(path).name} has {tokenizer_size} tokens, the model has {model_size}.",
+        "Put the model's own tokenizer there:",
+        look(path),
+    )
+
+
+def model_unfit(path: PathLike, seen: str, allowed: str) -> Problem:
+    return Problem(
+        "not a model that can be converted",
+        path,
+        f"{seen}; what can be converted has: {allowed}.",
+        "Choose another model:",
+        make("hf", MODEL="/path/to/folder"),
+    )
+
+
+def checksum_differs(path: PathLike, expected: str, actual: str) -> Problem:
+    return Problem(
+        f"{Path(path).name} is damaged",
+        path,
+        f"checklist.chk, which came with the weights, says that its md5 is {expected}; it is {actual}.",
+        "Fetch the file again, and compare all of them:",
+        f"cd {shlex.quote(shown(Path(path).parent))} && md5sum -c checklist.chk",
+    )
