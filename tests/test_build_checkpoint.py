@@ -420,7 +420,7 @@ def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
     """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
     imports = "import os, sys, errno\nfrom scripts import build_checkpoint, reports\n"
     imports += "from scripts.weights import safetensors as s\ns.SYNC_BYTES = 200_000"
-    script = f"{imports}\n{code}\nerrors.run(build_checkpoint.main)"
+    script = f"{imports}\n{code}\nreports.run(build_checkpoint.main)"
     words = ["--model", str(hf), "--tp-size", "4", "--dtype=", "--trtllm-version", "0.8.0", "--output", str(room)]
     return subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
 

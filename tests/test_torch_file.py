@@ -112,7 +112,7 @@ def test_a_small_file_that_would_take_for_ever_is_refused_at_once(case: str, tmp
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("x/data.pkl", directory_bytes)
         archive.writestr("x/data/0", b"\0\0")
-    code = "import sys\nfrom pathlib import Path\nfrom scripts import errors, torch_file\n"
+    code = "import sys\nfrom pathlib import Path\nfrom scripts import reports\nfrom scripts.weights import torch_file\n"
     code += "reports.run(lambda: torch_file.read_torch_file(Path(sys.argv[1])))"
     command = [sys.executable, "-c", code, str(tmp_path / "x.pth")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
