@@ -18,19 +18,12 @@ from scripts import reports
 from scripts.nvidia import contracts, quantize
 from scripts.room import filling, human_bytes, progress, say
 from scripts.weights import safetensors
+from scripts.weights.cast import cast, infinite
 from scripts.weights.forms import Weights, open_weights, watched
 from scripts.weights.hugging_face import HfConfig, read_hf_config, read_hf_model
 from scripts.weights.safetensors import DTYPES, ITEM_BYTES, Raw
-from scripts.weights.shape import (
-    EMBEDDING,
-    HEAD,
-    LAST_NORM,
-    LlamaShape,
-    Shape,
-    padded_heads,
-    possible_tp_sizes,
-    why_impossible,
-)
+from scripts.weights.shape import padded_heads, possible_tp_sizes, why_impossible
+from scripts.weights.split import RankTensor, _rows_of, _zeros, rank_tensors
 
 # rope scaling of Llama 3.1 is known to TensorRT-LLM from 0.12 on (upstream's release notes)
 LLAMA3_ROPE_SINCE = (0, 12)
@@ -67,111 +60,6 @@ class Settings:
             raise reports.settings.bad_setting("DTYPE", self.dtype, known, reports.make("checkpoint", DTYPE="float16"))
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A rectangle of one of Hugging Face's tensors, [first, end) each; columns None: all. Zeros follow it, on the right and below."""
-
-    source: str
-    rows: Tuple[int, int]
-    columns: Optional[Tuple[int, int]] = None
-    zero_columns: int = 0
-    zero_rows: int = 0
-
-
-@dataclass(frozen=True)
-class RankTensor:
-    """One tensor of a rank file: its shape, and the rectangles that make it, one below the other."""
-
-    shape: Shape
-    cuts: Tuple[Cut, ...]
-
-
-# --- core: values in, values out ---------------------------------------------------------------------------------------
-
-
-def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -> Dict[str, RankTensor]:
-    """Everything that rankN.safetensors holds, by TensorRT-LLM v0.8.0's rules (examples/llama/convert_checkpoint.py).
-
-    - q, k and v: rows; each is cut by itself, then q of this rank, k, v lie below each other.
-    - More ranks than key/value heads: each such head is repeated for tp / kv_heads neighbouring ranks.
-    - fc is gate_proj and gate is up_proj: the network computes proj(silu(fc x) * gate x).
-    - dense and proj: columns. Norms and the embedding: whole on every rank.
-    - lm_head: rows, after zero rows up to the next multiple of tp. vocab_size in config.json stays what it was.
-    - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts them from 0;
-      the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of tensorrt_llm/mapping.py).
-    - Where the heads do not divide, as if they had been followed by heads of zeros up to padded_heads(shape, tp_size), which is ours:
-      such a head's query is 0, its value is 0, and dense does not look at it, so nothing is added to the sum.
-    """
-    hidden, head = shape.hidden_size, shape.head_size
-    stage, place = divmod(rank, tp_size)
-    layers = shape.n_layers // pp_size
-
-    def part(size: int) -> Tuple[int, int]:
-        return place * (size // tp_size), (place + 1) * (size // tp_size)
-
-    q, k_v = _rank_heads(shape, tp_size, place)
-
-    def heads(name: str, span: Tuple[int, int, int]) -> Cut:
-        first, end, count = span
-        return Cut(name, (first * head, end * head), zero_rows=(count - (end - first)) * head)
-
-    def stack(columns: int, *cuts: Cut) -> RankTensor:
-        return RankTensor((sum(cut.rows[1] - cut.rows[0] + cut.zero_rows for cut in cuts), columns), cuts)
-
-    def whole(name: str, *size: int) -> RankTensor:
-        return RankTensor(size, (Cut(name, (0, size[0])),))
-
-    def columns(name: str, first: int, end: int, size: int) -> RankTensor:
-        return RankTensor((hidden, size), (Cut(name, (0, hidden), (first, end), size - (end - first)),))
-
-    first, end = part(-(-shape.vocab_size // tp_size) * tp_size)
-    inside = min(first, shape.vocab_size), min(end, shape.vocab_size)
-    tensors: Dict[str, RankTensor] = {}
-    if stage == pp_size - 1:
-        tensors["lm_head.weight"] = stack(hidden, Cut(HEAD, inside, zero_rows=end - first - (inside[1] - inside[0])))
-        tensors["transformer.ln_f.weight"] = whole(LAST_NORM, hidden)
-    if stage == 0:
-        tensors["transformer.vocab_embedding.weight"] = whole(EMBEDDING, shape.vocab_size, hidden)
-    for index in range(layers):
-        hf, ours = f"model.layers.{stage * layers + index}.", f"transformer.layers.{index}."
-        attention, mlp = f"{hf}self_attn.", f"{hf}mlp."
-        tensors.update(
-            {
-                f"{ours}attention.qkv.weight": stack(
-                    hidden,
-                    heads(f"{attention}q_proj.weight", q),
-                    heads(f"{attention}k_proj.weight", k_v),
-                    heads(f"{attention}v_proj.weight", k_v),
-                ),
-                f"{ours}attention.dense.weight": columns(
-                    f"{attention}o_proj.weight", q[0] * head, q[1] * head, q[2] * head
-                ),
-                f"{ours}mlp.fc.weight": stack(hidden, Cut(f"{mlp}gate_proj.weight", part(shape.intermediate_size))),
-                f"{ours}mlp.gate.weight": stack(hidden, Cut(f"{mlp}up_proj.weight", part(shape.intermediate_size))),
-                f"{ours}mlp.proj.weight": columns(
-                    f"{mlp}down_proj.weight", *part(shape.intermediate_size), shape.intermediate_size // tp_size
-                ),
-                f"{ours}input_layernorm.weight": whole(f"{hf}input_layernorm.weight", hidden),
-                f"{ours}post_layernorm.weight": whole(f"{hf}post_attention_layernorm.weight", hidden),
-            }
-        )
-    return tensors
-
-
-def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> Tuple[Tuple[int, int, int], Tuple[int, int, int]]:
-    """(first, end, count) of the heads of a rank, and of its key/value heads; count - (end - first) heads of zeros follow."""
-    n_heads, n_kv_heads = padded_heads(shape, tp_size)
-    group, wide_group = shape.n_heads // shape.n_kv_heads, n_heads // n_kv_heads
-    count, kv_count = n_heads // tp_size, max(1, n_kv_heads // tp_size)
-    kv_first = place * n_kv_heads // tp_size
-    kv = min(kv_first, shape.n_kv_heads), min(kv_first + kv_count, shape.n_kv_heads), kv_count
-    # in their group, and of the groups that are there; only whole groups, or a part of one, lie on a rank
-    inside = place * count - kv_first * wide_group
-    first = min(kv_first * group + min(inside, group), shape.n_heads)
-    end = min(first + count, (kv_first + kv_count) * group, shape.n_heads)
-    return (first, end, count), kv
-
-
 def checkpoint_config(
     golden: Mapping[str, Any], model: HfConfig, dtype: str, tp_size: int, pp_size: int = 1
 ) -> Dict[str, Any]:
@@ -198,49 +86,6 @@ def checkpoint_config(
     ranks = {"world_size": tp_size * pp_size, "tp_size": tp_size, "pp_size": pp_size, "moe_tp_size": tp_size}
     config["mapping"] = {key: ranks.get(key, value) for key, value in golden["mapping"].items()}
     return config
-
-
-def cast(values: Raw, source: str, target: str) -> Raw:
-    """Raw numbers of one safetensors dtype -> raw numbers of another, rounded to nearest even as torch does; NaN stays NaN.
-
-    Too large a value becomes infinity, as in torch; the caller looks for that (see infinite).
-    """
-    if source == target:
-        return values
-    if source == "F16":
-        single = values.view(np.float16).astype(np.float32).view(np.uint32)
-    elif source == "BF16":
-        single = np.left_shift(values, 16, dtype=np.uint32)
-    else:
-        single = values
-    if target == "F32":
-        return single
-    if target == "F16":
-        with np.errstate(over="ignore"):
-            return single.view(np.float32).astype(np.float16).view(np.uint16)
-    # Round to nearest even: add just under half of the last kept bit, and one more where that bit is set. What came from F16 is exact
-    # or rounds the same way.
-    rounded = ((single + (0x7FFF + ((single >> 16) & 1))) >> 16).astype(np.uint16)
-    if infinite(
-        single, "F32"
-    ):  # where all bits of a NaN are set, the carry would run through the exponent and leave a zero
-        nan = (single & 0x7FFFFFFF) > 0x7F800000
-        rounded[nan] = (single[nan] >> 16) | 0x40
-    return rounded
-
-
-def infinite(values: Raw, dtype: str) -> int:
-    """How many raw numbers are NaN or infinite: all bits of the exponent are set."""
-    exponent = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}[dtype]
-    sign = 1 << (8 * ITEM_BYTES[dtype] - 1)
-    # The two maxima first: they take no memory, and nearly always they are the answer. Without a sign such a number is the largest of
-    # the signed ones, with a sign it is the largest of the unsigned ones.
-    if values.view(f"i{values.itemsize}").max(initial=0) < exponent and values.max(initial=0) < sign | exponent:
-        return 0
-    return int(np.count_nonzero((values & values.dtype.type(sign - 1)) >= exponent))
-
-
-# --- shell --------------------------------------------------------------------------------------------------------------
 
 
 def build_checkpoint(settings: Settings) -> None:
@@ -342,20 +187,6 @@ class _StageReader:
             yield result
 
 
-def _rows_of(cut: Cut, block: Raw, at: int) -> Raw:
-    """What a rectangle has of the rows that begin at `at`."""
-    rows = block[max(0, cut.rows[0] - at) : max(0, cut.rows[1] - at)]
-    if cut.columns is not None:
-        rows = rows[:, slice(*cut.columns)]
-    if cut.zero_columns:
-        rows = np.pad(rows, ((0, 0), (0, cut.zero_columns)))
-    return rows
-
-
-def _zeros(cut: Cut, shape: Shape, item_bytes: int) -> Raw:
-    return np.zeros((cut.zero_rows, *shape[1:]), np.uint16 if item_bytes == 2 else np.uint32)
-
-
 def _refuse(weights: Weights, name: str, target: str) -> None:
     """Look at the whole tensor again and report: the source itself is damaged, or its values are too large for the target."""
     source, shape = weights.tensors[name]
@@ -415,5 +246,12 @@ def main() -> None:
         build_checkpoint(Settings(**args, pad_heads=pad_heads))
 
 
+"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank, straight from the weights in any form.
+
+Room:   checkpoint
+Reads:  config: config.json; and the weights' folder (Meta's, Hugging Face's, a GGUF file). Or the room hf, which has both
+Writes: config.json, rank0.safetensors ... rankN-1.safetensors
+Needs:  numpy; for a GGUF file the package gguf
+"""
 if __name__ == "__main__":
     reports.run(main)

@@ -33,7 +33,7 @@ APP = (
     "scripts/nvidia/gpus.py",
     "scripts/room.py",
     "scripts/serve.py",
-    *(f"scripts/serving/{name}.py" for name in ("all_reduce", "checks", "processes")),
+    *sorted(f"scripts/serving/{path.name}" for path in (PROJECT / "scripts/serving").glob("[!_]*.py")),
     *(f"scripts/openai/{name}.py" for name in ("__main__", "answers", "app", "chat_template", "engine", "messages")),
     "scripts/openai/page.html",
     "docker/toolchains.json",

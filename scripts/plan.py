@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import build_engines, reports, serve, settings
+from scripts import build_engines, reports, settings
 from scripts.nvidia import contracts, gpus, trtllm_build
 from scripts.nvidia import memory as memory_model
 from scripts.room import human_bytes
+from scripts.serving import launch, toolbox
 from scripts.tokenizer import sentencepiece
 from scripts.weights.shape import (
     LlamaShape,
@@ -397,15 +398,15 @@ def programs(journey: Journey) -> Dict[str, List[str]]:
     timing_cache = build_engines.TIMING_CACHE if "--output_timing_cache" in flags else None
     intent = build_engines.intent_of(checkpoint, limits, list(journey.gpus), links, 1, timing_cache)
     open_mpi = int(contracts.toolchain(journey.toolchain)["open_mpi"].partition(".")[0])
-    toolbox = serve.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [], open_mpi)
+    tools = toolbox.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [], open_mpi)
     http_port, grpc_port, metrics_port = (
         journey.choice.number(name) or default
         for name, default in (("HTTP_PORT", 8000), ("GRPC_PORT", 8001), ("METRICS_PORT", 8002))
     )
-    where = serve.Settings(Path(), journey.choice["HOST"] or "127.0.0.1", http_port, grpc_port, metrics_port)
+    where = launch.Settings(Path(), journey.choice["HOST"] or "127.0.0.1", http_port, grpc_port, metrics_port)
     return {
         "engines": trtllm_build.argv(intent, flags, "checkpoint", "engines"),
-        "serve": serve.mpirun_command(engine.world_size, toolbox, where),
+        "serve": launch.mpirun_command(engine.world_size, tools, where),
     }
 
 

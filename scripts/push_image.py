@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scripts import reports, room
 from scripts.images import archive as image_archive
-from scripts.images import builders, dist
+from scripts.images import builders
 
 # a registry, which has a dot, a port or is localhost; a name; a tag
 NAMED = re.compile(
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--builder", default="")
     args = parser.parse_args()
     image = os.environ.get("IMAGE", "").strip()
-    archive = args.dist / dist.ARCHIVE
+    archive = args.dist / image_archive.ARCHIVE
     if not NAMED.fullmatch(image) or not archive.is_file():
         raise reports.images.push_what(image, args.dist)
     builder = builders.find_builder(args.builder)

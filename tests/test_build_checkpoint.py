@@ -20,6 +20,7 @@ from synthetic import GROUPED, PADDED, PLAIN, Dims, Tensors, write_model
 from scripts import build_checkpoint, build_config, build_hf, reports
 from scripts.nvidia import contracts
 from scripts.room import read_manifest
+from scripts.weights import cast, split
 from scripts.weights import safetensors as safetensors_file
 from scripts.weights.shape import LlamaShape
 
@@ -167,7 +168,7 @@ def test_each_16_bit_pattern_and_the_borders_of_rounding_are_cast_as_torch_casts
     tensor = tensor.to(TYPES[target])
     expected = tensor.view(torch.int32 if target == "float32" else torch.int16).numpy()
     number = ~tensor.isnan().numpy()
-    ours = build_checkpoint.cast(raw, safetensors_file.DTYPES[source], safetensors_file.DTYPES[target])
+    ours = cast.cast(raw, safetensors_file.DTYPES[source], safetensors_file.DTYPES[target])
     assert np.array_equal(ours.view(expected.dtype)[number], expected[number])
 
 
@@ -189,7 +190,7 @@ def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: in
 
     def made(rank: int) -> Dict[str, Any]:
         tensors = {}
-        for name, tensor in build_checkpoint.rank_tensors(shape, tp_size, rank).items():
+        for name, tensor in split.rank_tensors(shape, tp_size, rank).items():
             parts: List[Any] = []
             for cut in tensor.cuts:
                 part = hf[cut.source][slice(*cut.rows)][..., slice(*(cut.columns or (None, None)))]
@@ -244,7 +245,7 @@ def test_the_plan_for_the_real_models_is_upstreams_table(expected: Dict[str, Any
         per_layer = expected["per_layer_tensors_under_transformer_layers_N"]
         names.update({f"transformer.layers.{layer}.{name}": size for name, size in per_layer.items()})
     for rank in range(expected["tp"]):
-        plan = build_checkpoint.rank_tensors(shape, expected["tp"], rank)
+        plan = split.rank_tensors(shape, expected["tp"], rank)
         assert {name: list(tensor.shape) for name, tensor in plan.items()} == names
         assert len(plan) == expected["tensor_count"]
         assert sum(2 * math.prod(tensor.shape) for tensor in plan.values()) == expected["payload_bytes_fp16"]

@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, free_ports
 from stand_ins import nvidia_smi, on_path
 
-from scripts import build_engines, doctor, plan, reports, serve
+from scripts import build_engines, doctor, plan, reports
 from scripts.nvidia import contracts, gpus
+from scripts.serving import host, toolbox
 
 OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
 V100S, A100S = "4x V100-SXM2-16GB", "2x A100-80GB"
@@ -116,7 +117,7 @@ def test_ports() -> None:
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     is_fine("shared memory", case(TP="1"))
-    monkeypatch.setattr(serve, "SHARED_MEMORY_BYTES_PER_RANK", 1 << 50)
+    monkeypatch.setattr(host, "SHARED_MEMORY_BYTES_PER_RANK", 1 << 50)
     stops("shared memory", case(), "/dev/shm")
 
 
@@ -228,7 +229,7 @@ def test_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise reports.serving.program_missing("mpirun")
 
-    monkeypatch.setattr(serve, "check_mpirun", missing)
+    monkeypatch.setattr(toolbox, "check_mpirun", missing)
     stops("server", case(), "NO MPIRUN")
 
 

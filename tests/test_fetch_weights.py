@@ -23,7 +23,8 @@ from conftest import ROOT, make
 from synthetic import write_model
 
 from scripts import fetch_weights, reports, room
-from scripts.fetching import sources
+from scripts.fetching import meta as meta_source
+from scripts.fetching import source
 from scripts.weights.forms import form_of
 
 SEGMENT = 10_000
@@ -125,7 +126,7 @@ class Web:
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(fetch_weights, "SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(fetch_weights, "RETRY_SECONDS", 0.001)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(source, "PIECE_BYTES", 1000)
     for name in ("META_URL", "META_URL_FILE", "MIRROR_URL", "MIRROR_URL_FILE", "HF_TOKEN", "ROOM_ARGS", "ROOM_NEEDS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -770,17 +771,17 @@ def test_a_folder_without_weights_is_refused(names: List[str], web: Web, tmp_pat
 def test_another_make_that_fetched_it_meanwhile_is_enough(
     meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, asked = sources.Meta.files, []
+    plain, asked = meta_source.Meta.files, []
 
-    def files(source: sources.Meta) -> List[sources.Remote]:
-        remotes = plain(source)
+    def files(of: meta_source.Meta) -> List[source.Remote]:
+        remotes = plain(of)
         if not asked:  # we are the second; the first fetches all between our first question and our lock
             asked.append(0)
             fetch("meta:llama-2-7b", tmp_path / "weights")
             asked.append(len(meta.asked))
         return remotes
 
-    monkeypatch.setattr(sources.Meta, "files", files)
+    monkeypatch.setattr(meta_source.Meta, "files", files)
     monkeypatch.setenv("ROOM_NEEDS", "")  # as the Makefile has it
     fetch("meta:llama-2-7b", tmp_path / "weights")
     assert len(meta.asked) == asked[1], "nothing was asked for a second time"
@@ -791,9 +792,9 @@ def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
     meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta.files.update({f"/m/{name}": data for name, data in OLD.items()})
-    plain = sources.Meta.files
+    plain = meta_source.Meta.files
     monkeypatch.setattr(
-        sources.Meta, "files", lambda source: (fetch(f"{meta.url}/m", tmp_path / "weights"), plain(source))[1]
+        meta_source.Meta, "files", lambda source: (fetch(f"{meta.url}/m", tmp_path / "weights"), plain(source))[1]
     )
     with pytest.raises(reports.Problem, match="from elsewhere"):
         fetch("meta:llama-2-7b", tmp_path / "weights")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from scripts import build_checkpoint, build_config, build_hf, reports
 from scripts.tokenizer import byte_bpe
 from scripts.weights import safetensors as safetensors_file
+from scripts.weights import split as split_over
 from scripts.weights.shape import SCALED_ROPE, LlamaShape, padded_heads, why_impossible
 
 
@@ -218,7 +219,7 @@ def test_so_many_heads_are_there_after_padding(heads: int, kv_heads: int, tp_siz
     shape = LlamaShape(64 * heads, 840, 2, heads, kv_heads, 100)
     assert padded_heads(shape, tp_size) == expected
     for rank in range(tp_size):
-        tensors = build_checkpoint.rank_tensors(shape, tp_size, rank)
+        tensors = split_over.rank_tensors(shape, tp_size, rank)
         rows = (expected[0] // tp_size + 2 * max(1, expected[1] // tp_size)) * 64
         assert tensors["transformer.layers.0.attention.qkv.weight"].shape == (rows, 64 * heads)
         assert tensors["transformer.layers.0.attention.dense.weight"].shape == (64 * heads, expected[0] // tp_size * 64)

@@ -26,9 +26,9 @@ from conftest import ROOT, Served, copy_of_project, end_tree_of, free_ports, mak
 from tokenizers import Tokenizer
 
 from scripts import build_model_repo, reports
-from scripts import serve as supervisor
 from scripts.nvidia import contracts
 from scripts.openai import engine, messages
+from scripts.serving import endpoint, launch, supervisor, toolbox
 
 KEY = "sk-test-7f3a"
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0}
@@ -707,13 +707,13 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
 
 def test_a_python_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """NVIDIA's image serves without the endpoint, and says so; ours, which make installs, must have them."""
-    assert supervisor.openai_lacks() == []
-    monkeypatch.setattr(supervisor, "OPENAI_MODULES", ("json", "no_such_package.aio"))
-    assert supervisor.openai_lacks() == ["no_such_package"]
-    asked = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3, openai_port=4))
-    assert not asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), None, []))
+    assert endpoint.openai_lacks() == []
+    monkeypatch.setattr(endpoint, "OPENAI_MODULES", ("json", "no_such_package.aio"))
+    assert endpoint.openai_lacks() == ["no_such_package"]
+    asked = supervisor.Supervisor(launch.Settings(Path("."), "127.0.0.1", 1, 2, 3, openai_port=4))
+    assert not asked._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), None, []))
     assert "no OpenAI endpoint: this image's Python lacks no_such_package" in capsys.readouterr().out
     with pytest.raises(reports.Problem, match="no package no_such_package"):
-        asked._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))
-    none = supervisor.Supervisor(supervisor.Settings(Path("."), "127.0.0.1", 1, 2, 3))
-    assert not none._opens_endpoint(supervisor.Toolbox(Path("tritonserver"), Path("backends"), []))
+        asked._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), Path("backends"), []))
+    none = supervisor.Supervisor(launch.Settings(Path("."), "127.0.0.1", 1, 2, 3))
+    assert not none._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), Path("backends"), []))

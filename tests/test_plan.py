@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, make
 from stand_ins import nvidia_smi, on_path
 
-from scripts import build_checkpoint, plan, reports
+from scripts import plan, reports
 from scripts.nvidia import contracts, gpus, memory, quantize, trtllm_build
+from scripts.weights import split
 from scripts.weights.shape import LlamaShape, params_of
 
 GB, MIB = 10**9, 1 << 20
@@ -79,7 +80,7 @@ def test_rank_files_have_the_bytes_that_checkpoint_writes(tp_size: int, dtype: s
     shape = LlamaShape(
         hidden_size=96, intermediate_size=132, n_layers=5, n_heads=12, n_kv_heads=6 if tp_size == 12 else 3 * 2, vocab_size=101
     )  # fmt: skip
-    tensors = build_checkpoint.rank_tensors(shape, tp_size, 0).values()
+    tensors = split.rank_tensors(shape, tp_size, 0).values()
     item = memory.ITEM_BYTES[dtype]
     assert memory.stage_bytes(engine(shape, tp_size, dtype=dtype)) == [sum(math.prod(t.shape) for t in tensors) * item]
 

@@ -12,9 +12,9 @@ from typing import Any, Callable, Dict, Optional
 import pytest
 import stand_ins
 
-from scripts import reports, room, serve
+from scripts import reports, room
 from scripts.nvidia import gpus
-from scripts.serving import checks
+from scripts.serving import checks, launch, ranks, toolbox
 
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
 FACTS: Dict[str, Any] = {
@@ -113,8 +113,8 @@ def test_what_stops_nothing_is_a_line() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Dict[str, str]:
-    toolbox = serve.Toolbox(Path("tritonserver"), None, [Path(sys.prefix) / "lib"])
-    return serve.server_environment(os.environ, toolbox, tmp_path, 2, os.cpu_count() or 1)
+    tools = toolbox.Toolbox(Path("tritonserver"), None, [Path(sys.prefix) / "lib"])
+    return launch.server_environment(os.environ, tools, tmp_path, 2, os.cpu_count() or 1)
 
 
 def with_mpirun(environment: Dict[str, str], folder: Path, script: str) -> Dict[str, str]:
@@ -179,4 +179,4 @@ def test_the_manifest_decides_which_checks_there_are(tmp_path: Path, monkeypatch
     room_of_two = engines(tmp_path / "tensorrt", FACTS)
     with pytest.raises(reports.Problem, match="not enough GPUs"):
         checks.check(room_of_two, environment, tmp_path, threading.Event())
-    assert set(checks.CHECKS) == set(json.loads((serve.PROJECT / "docker/engines.json").read_text()))
+    assert set(checks.CHECKS) == set(json.loads((ranks.PROJECT / "docker/engines.json").read_text()))

@@ -22,15 +22,10 @@ from conftest import Served, end_tree_of, free_ports, make, processes_below, ser
 
 from scripts import reports
 from scripts import serve as supervisor
-from scripts.serve import (
-    OUT_OF_MEMORY,
-    Settings,
-    Toolbox,
-    find_toolbox,
-    mpirun_command,
-    open_mpi_major,
-    server_environment,
-)
+from scripts.serving import pulse
+from scripts.serving.launch import Settings, mpirun_command, server_environment
+from scripts.serving.ranks import OUT_OF_MEMORY
+from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
 
 LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -371,14 +366,14 @@ def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.Monk
     """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost; the next one is answered."""
     now, answers = [1000.0], [False, True, False, False, False]
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor, "http_ok", lambda *_: answers.pop(0))
-    pulse = supervisor.Pulse()
+    monkeypatch.setattr(pulse, "http_ok", lambda *_: answers.pop(0))
+    listened = pulse.Pulse()
     now[0] += 3600
-    assert not pulse.silent
-    pulse.ask("")
-    assert not pulse.silent, "one question was lost"
-    pulse.ask("")
+    assert not listened.silent
+    listened.ask("")
+    assert not listened.silent, "one question was lost"
+    listened.ask("")
     for silent in (False, True):
         now[0] += 4.5
-        pulse.ask("")
-        assert pulse.silent == silent
+        listened.ask("")
+        assert listened.silent == silent

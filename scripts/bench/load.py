@@ -35,6 +35,7 @@ from scripts import reports, room, serve
 from scripts.bench import client as bench_client
 from scripts.bench import page as bench_page
 from scripts.nvidia import gpus
+from scripts.serving import launch, pulse, toolbox
 
 # (input tokens, output tokens, streams at once)
 DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
@@ -277,7 +278,7 @@ def ask_perf_analyzer(
 
 
 def ask_aiperf(
-    path: str, settings: serve.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
+    path: str, settings: launch.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
     server: "subprocess.Popen[str]",
 ) -> List[Dict[str, Any]]:  # fmt: skip
     """The OpenAI-compatible endpoint, streamed: of every request when it began, its first and its last token."""
@@ -311,7 +312,7 @@ def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> List[
 
 
 @contextmanager
-def served(settings: serve.Settings) -> Iterator[Tuple[float, "subprocess.Popen[str]"]]:
+def served(settings: launch.Settings) -> Iterator[Tuple[float, "subprocess.Popen[str]"]]:
     """A running server; gives the seconds until it was ready, and its process."""
     began = time.monotonic()
     command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
@@ -342,8 +343,8 @@ def mpirun(world_size: int, root: Path, *arguments: object) -> None:
     ]
     command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
-        toolbox = serve.find_toolbox(Path(folder))
-        environment = serve.server_environment(os.environ, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+        tools = toolbox.find_toolbox(Path(folder))
+        environment = launch.server_environment(os.environ, tools, Path(folder), world_size, os.cpu_count() or 1)
         done = subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise reports.bench.bench_step_failed(command, done.returncode)
@@ -373,7 +374,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) -> Dict[str, Any]:
+def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -> Dict[str, Any]:
     """All sides of one variant; what did not run is in `not_run`, with the reason."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
     pretrained, build = config["pretrained_config"], config["build_config"]
@@ -400,7 +401,7 @@ def measure(args: argparse.Namespace, settings: serve.Settings, folder: Path) ->
         not_run["perf_analyzer"] = perf_said
     aiperf, aiperf_said = generator("aiperf", "")
     with served(settings) as (ready, server):
-        if aiperf and not (settings.openai_port and serve.http_ok(f"{settings.openai_url}/health", None, 30)):
+        if aiperf and not (settings.openai_port and pulse.http_ok(f"{settings.openai_url}/health", None, 30)):
             aiperf, aiperf_said = None, "the OpenAI-compatible endpoint is not open"
         if aiperf is None:
             not_run["aiperf"] = aiperf_said

@@ -19,11 +19,12 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 
 from scripts import reports, serve
+from scripts.serving import launch
 
 PROMPT = "Once upon a time"
 
 
-def over_grpc(settings: serve.Settings, ids: List[int], tokens: int) -> float:
+def over_grpc(settings: launch.Settings, ids: List[int], tokens: int) -> float:
     """One answer of tensorrt_llm; seconds until its first token."""
     import tritonclient.grpc as triton
 
@@ -62,7 +63,7 @@ def over_grpc(settings: serve.Settings, ids: List[int], tokens: int) -> float:
     return first[0]
 
 
-def over_openai(settings: serve.Settings, ids: List[int], tokens: int) -> float:
+def over_openai(settings: launch.Settings, ids: List[int], tokens: int) -> float:
     """The same answer through the endpoint; seconds until its first token."""
     # with a bias the end token is never chosen: every stream has all its tokens
     asked = {"model": settings.root.parent.name, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
@@ -80,7 +81,7 @@ def over_openai(settings: serve.Settings, ids: List[int], tokens: int) -> float:
 
 
 def together(
-    one: Callable[..., float], settings: serve.Settings, ids: List[int], tokens: int, count: int
+    one: Callable[..., float], settings: launch.Settings, ids: List[int], tokens: int, count: int
 ) -> Dict[str, float]:
     """Tokens a second of `count` answers at once, and the median time until a first token."""
     firsts: List[float] = []
@@ -107,7 +108,7 @@ def endpoint_of(supervisor: int) -> int:
     raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
 
 
-def measure(settings: serve.Settings, streams: int, tokens: int) -> Dict[str, Any]:
+def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, Any]:
     """Serve, measure, end."""
     command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
     command += [

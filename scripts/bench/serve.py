@@ -20,6 +20,7 @@ from typing import Any, Dict, List
 import numpy as np
 
 from scripts import ask, reports, serve
+from scripts.serving import launch
 
 PROMPT = "Once upon a time"
 
@@ -70,7 +71,7 @@ def together(address: str, count: int, max_tokens: int) -> float:
     return time.monotonic() - began
 
 
-def measure(settings: serve.Settings, streams: int, max_tokens: int) -> Dict[str, float]:
+def measure(settings: launch.Settings, streams: int, max_tokens: int) -> Dict[str, float]:
     """Serve, measure, end."""
     began = time.monotonic()
     command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]

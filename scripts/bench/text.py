@@ -29,10 +29,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import grpc
 import numpy as np
 
-from scripts import build_model_repo, reports, serve
+from scripts import build_model_repo, reports
 from scripts.bench import serve as bench_serve
 from scripts.nvidia import contracts
-from scripts.serving import processes
+from scripts.serving import launch, processes, pulse, ranks, toolbox
 
 MODELS = Path(__file__).parent / "models"
 WRITTEN = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm_bls" / "1"
@@ -134,15 +134,15 @@ class Server:
         self.folder = run_dir / "served"
         write_repository(made, self.folder, stock)
         self.pace(pace)
-        toolbox = serve.find_toolbox(run_dir)
-        environment = serve.server_environment(os.environ, toolbox, run_dir, 1, os.cpu_count() or 1)
+        tools = toolbox.find_toolbox(run_dir)
+        environment = launch.server_environment(os.environ, tools, run_dir, 1, os.cpu_count() or 1)
         environment["HF_HUB_OFFLINE"] = "1"
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
             second.bind(("127.0.0.1", 0))
             http_port, self.grpc_port = first.getsockname()[1], second.getsockname()[1]
         environment["BAKE_GRPC_ADDRESS"] = f"127.0.0.1:{self.grpc_port}"
-        command = serve.server_command(toolbox, f"{run_dir.name}-") + [
+        command = launch.server_command(tools, f"{run_dir.name}-") + [
             "--http-address=127.0.0.1", f"--http-port={http_port}", "--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}",
             "--allow-metrics=false",
         ]  # fmt: skip
@@ -151,7 +151,7 @@ class Server:
             command, cwd=self.folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
         deadline = time.monotonic() + 120
-        while not serve.http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready", None, 2):
+        while not pulse.http_ok(f"http://127.0.0.1:{http_port}/v2/health/ready", None, 2):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.end()
                 raise reports.bench.bench_server_failed("it did not become ready", self.tail())
@@ -164,7 +164,7 @@ class Server:
     def tail(self) -> List[str]:
         """What it has to say of its failure."""
         lines = Path(self.log.name).read_text().splitlines()
-        return [line for line in lines if line[:1] in ("E", "F")][-serve.LOG_LINES :]
+        return [line for line in lines if line[:1] in ("E", "F")][-ranks.LOG_LINES :]
 
     def end(self) -> None:
         """With all that it started: a server that hangs leaves its stubs behind."""

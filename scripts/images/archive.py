@@ -20,6 +20,8 @@ from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, S
 
 from scripts import reports
 
+# what a release calls it
+ARCHIVE = "image.oci.tar"
 EPOCH = "1970-01-01T00:00:00Z"
 OCI = "application/vnd.oci.image"
 # What of a builder's configuration is the Dockerfile's, base image and `--label` included. The rest (Hostname, Image, OnBuild, ...) is

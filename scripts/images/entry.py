@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 from scripts import reports, room, serve
-from scripts.serving import checks
+from scripts.serving import checks, host, launch, supervisor, toolbox
 
 SRV = Path("/srv")
 PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
@@ -31,7 +31,7 @@ def read_passport(srv: Path) -> Dict[str, Any]:
     return cast(Dict[str, Any], json.loads((srv / "passport.json").read_bytes()))
 
 
-def settings_of(srv: Path) -> serve.Settings:
+def settings_of(srv: Path) -> launch.Settings:
     """Where to listen: on all addresses of the container, unless the environment says otherwise."""
     parser = serve.settings_parser()
     words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
@@ -44,7 +44,7 @@ def settings_of(srv: Path) -> serve.Settings:
 def health(srv: Path) -> int:
     """One token through all ranks, or status 1 with the reason: docker keeps both."""
     url = settings_of(srv).url
-    body = json.dumps(serve.PROBE).encode()
+    body = json.dumps(supervisor.PROBE).encode()
     try:
         with urllib.request.urlopen(f"{url}/v2/models/ensemble/generate", data=body, timeout=HEALTH_SECONDS) as answer:
             said = json.loads(answer.read())
@@ -62,7 +62,7 @@ def health(srv: Path) -> int:
 
 
 def check_rooms(srv: Path) -> str:
-    world_size = serve.check_rooms(srv)
+    world_size = host.check_rooms(srv)
     about = read_passport(srv)
     for name in ("engines", "model_repo"):
         if about["rooms"][name]["manifest_sha256"] != room.manifest_sha256(srv / name):
@@ -97,30 +97,30 @@ def memory_available() -> int:
 
 
 def check_shared_memory(srv: Path) -> str:
-    serve.check_shared_memory(serve.check_rooms(srv))
+    host.check_shared_memory(host.check_rooms(srv))
     stat = os.statvfs("/dev/shm")
     return f"{room.human_bytes(stat.f_bavail * stat.f_frsize)} free in /dev/shm"
 
 
 def check_temporary(srv: Path) -> str:
-    serve.check_temporary()
+    host.check_temporary()
     return "/tmp can be written"
 
 
 def check_ports(srv: Path) -> str:
     settings = settings_of(srv)
-    serve.check_ports(settings)
+    host.check_ports(settings)
     return f"{', '.join(map(str, settings.ports.values()))} are free on {settings.host}"
 
 
 def check_host(srv: Path) -> str:
     """What the engine kind asks of the host: GPUs, driver, links, a sum over all ranks."""
-    serve.check_mpirun()
+    toolbox.check_mpirun()
     about = read_passport(srv)
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
-        toolbox = serve.find_toolbox(Path(folder))
-        environment = serve.server_environment(
-            os.environ, toolbox, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1
+        tools = toolbox.find_toolbox(Path(folder))
+        environment = launch.server_environment(
+            os.environ, tools, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1
         )
         checks.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
     if about["engine"]["kind"] == "torch":
@@ -161,7 +161,7 @@ def print_passport(srv: Path) -> int:
 
 
 COMMANDS: Dict[str, Callable[[Path], int]] = {
-    "serve": lambda srv: serve.Supervisor(settings_of(srv)).run(),
+    "serve": lambda srv: supervisor.Supervisor(settings_of(srv)).run(),
     "health": health,
     "doctor": doctor,
     "passport": print_passport,

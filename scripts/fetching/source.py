@@ -1,0 +1,182 @@
+"""What a source of weights is: its files, with their sizes and what it promises of each."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol
+from urllib.parse import urlsplit
+
+from scripts import reports, room
+
+PIECE_BYTES = 1 << 20
+# Checklists, indexes and configs, which say what else there is.
+SMALL_MAX_BYTES = 64 << 20
+# A file of a model; no name leaves the folder.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+CHECKLIST_LINE = re.compile(r"([0-9a-f]{32})\s+\*?(?:\./)?(\S+)")
+# What belongs to a model in Hugging Face's form, besides its weights. Never code.
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
+HF_INDEXES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+
+
+class Broken(Exception):
+    """A connection that ended early, a server that is busy: worth another try."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file to be fetched. key: what its source calls it; digests: what it says of the bytes (md5, sha256, git-sha1); ranges: whether
+    a part of it can be asked for; version: where there are no digests, what tells it from another file of the same size."""
+
+    name: str
+    key: str
+    size_bytes: int
+    digests: Mapping[str, str] = field(default_factory=dict)
+    ranges: bool = True
+    version: str = ""
+
+    def promise(self) -> Dict[str, Any]:
+        """What its source says of it. Only a file of the same promise is gone on with."""
+        return {"size_bytes": self.size_bytes, "digests": dict(self.digests), "version": self.version}
+
+    def is_promised(self, promise: object) -> bool:
+        """Whether a promise of an earlier try is of this very file; never where the source says nothing but the size."""
+        return bool(self.digests or self.version) and promise == self.promise()
+
+
+class Source(Protocol):
+    """name: as the manifest keeps it, without secrets; revision: the commit, where there are any."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> Optional[str]: ...
+
+    def files(self) -> List[Remote]:
+        """Every file of the model; a Problem where that cannot be told."""
+        ...
+
+    def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
+        """Bytes [start, end) of a file, in pieces. Broken where it is worth another try, a Problem where it is not."""
+        ...
+
+
+def public_name(source: str) -> str:
+    """What a manifest says of a source: no user and password, no query of a URL; of a package its name and version."""
+    if source.startswith("pip:"):
+        lines = Path(source.partition(":")[2]).read_text().splitlines()
+        return "pip:" + next(line.split()[0] for line in lines if line and not line.startswith("#"))
+    if "://" in source:
+        try:
+            return _public_url(source)
+        except ValueError:  # of the port, or of brackets
+            raise (
+                reports.fetching.secret_in_source() if "@" in source else reports.fetching.no_such_source(source)
+            ) from None
+    if ":" in source:
+        return source.rstrip("/")
+    folder = str(Path(source))  # ./mounted and mounted/ are one folder
+    return folder if "/" in folder else f"./{folder}"
+
+
+def _public_url(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}".rstrip("/")
+
+
+def without_secret(source: str) -> str:
+    """SOURCE as it was typed; a Problem that does not show it, where it holds a secret."""
+    if "://" in source:
+        public_name(source)
+        if "?" in source or (source.startswith("http") and "@" in urlsplit(source).netloc):
+            raise reports.fetching.secret_in_source()
+    return source
+
+
+def checklist(data: bytes, name: str, source: str) -> Dict[str, str]:
+    """File name -> md5, from a checklist.chk (md5sum's form); a Problem for anything else, for instance an error page."""
+    lines = [line for line in data.decode(errors="replace").splitlines() if line.strip()]
+    matches = [CHECKLIST_LINE.fullmatch(line.strip()) for line in lines]
+    found = {match[2]: match[1] for match in matches if match and NAME.fullmatch(match[2])}
+    if not found or len(found) != len(lines):
+        raise reports.fetching.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
+    for ours in found:
+        if ours in (room.MANIFEST, room.ARGS, room.FINISHED) or ours.endswith((".part", ".writing")):
+            raise reports.fetching.fetch_odd(
+                name, source, f"it names {ours}, which is a name for what make writes itself"
+            )
+    return found
+
+
+def _sha256(data: bytes) -> Dict[str, str]:
+    """The digests of a file that was read already: it has to come with the same bytes again."""
+    return {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _named_by(data: bytes, index: str, suffix: str, source: str) -> List[str]:
+    """The weight files that an index names."""
+    import json
+
+    try:
+        names = sorted(set(json.loads(data)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise reports.fetching.fetch_odd(index, source, f"it is no index ({type(error).__name__})") from None
+    for name in names:
+        if not isinstance(name, str) or not NAME.fullmatch(name) or not name.endswith(suffix):
+            raise reports.fetching.fetch_odd(
+                index, source, f"it names {name!r}, which is no {suffix} file of this folder"
+            )
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> List[Remote]:
+    """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file (llama_weights.form_of)."""
+    patterns = {
+        "consolidated.00.pth": r"consolidated\.\d\d\.pth",
+        "model.safetensors": r"model.*\.safetensors",
+        "pytorch_model.bin": r"pytorch_model.*\.bin",
+        "model.gguf": r".*\.gguf",
+    }
+    found = {kind: [name for name in names if re.fullmatch(pattern, name)] for kind, pattern in patterns.items()}
+    if "params.json" in names and (found["consolidated.00.pth"] or "config.json" not in names):
+        kinds, besides = ["consolidated.00.pth"], ["params.json", "tokenizer.model", *CHECKLISTS]
+    elif "config.json" in names:
+        kinds, besides = ["model.safetensors", "pytorch_model.bin"], [*HF_FILES]
+    else:
+        kinds, besides = ["model.gguf"], []
+    weights = next((found[kind] for kind in kinds if found[kind]), [])
+    if not weights:
+        raise reports.fetching.fetch_odd(kinds[0], source, f"no weights are there: {reports.some(sorted(names), 12)}")
+    index = HF_INDEXES.get(Path(weights[0]).suffix, "")
+    wanted = [*weights, *(name for name in (*besides, index) if name in names)]
+    lists: Dict[str, str] = {}
+    digests: Dict[str, Dict[str, str]] = {}
+    for name in CHECKLISTS:
+        if name in wanted and names[name] <= SMALL_MAX_BYTES:
+            data = small(name)
+            lists.update(checklist(data, name, source))
+            digests[name] = _sha256(data)
+    missing = sorted(set(lists) - set(names))
+    if missing:
+        raise reports.fetching.fetch_refused(missing[0], source, 404)
+    digests.update({name: {"md5": md5} for name, md5 in lists.items()})
+    return [
+        Remote(name, name, names[name], digests.get(name, {}), version="" if name in digests else versions[name])
+        for name in sorted(wanted)
+    ]

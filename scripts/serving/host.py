@@ -1,0 +1,88 @@
+"""Checks of this host and of the rooms before anything is loaded; `make doctor` runs them too."""
+
+import errno
+import json
+import os
+import resource
+import socket
+from pathlib import Path
+
+from scripts import reports, room
+from scripts.serving.launch import Settings
+
+# Every Python model takes 1 MB of shared memory at start and grows; MPI takes some more per rank.
+SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
+# tritonserver puts a request's pieces on the stack (server issue 5840): with the usual 8 MB one HTTP request of 5 MB ended it.
+STACK_BYTES = 1 << 30
+
+
+def check_ports(settings: Settings) -> None:
+    """Every port must be free on the address that is asked for, before anything is loaded."""
+    for name, port in settings.ports.items():
+        try:
+            family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((settings.host, port))
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise reports.serving.host_not_here(settings.host, error.strerror or str(error)) from None
+            raise reports.serving.port_not_free(
+                name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
+            ) from None
+
+
+def check_api_keys(settings: Settings) -> None:
+    """A file for API keys that has none would leave the endpoint open, or shut."""
+    path = settings.api_key_file
+    try:
+        if path and not Path(path).read_text(encoding="utf-8").strip():
+            raise reports.serving.no_api_key(path, "it has no line with a key")
+    except (OSError, ValueError) as error:
+        raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None
+
+
+def _free_port(host: str) -> int:
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
+    except OSError:
+        return 8000
+
+
+def check_temporary() -> None:
+    """Triton's Python backend ends (status 134) where it cannot make a folder in /tmp: that place is written into it (2.51)."""
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise reports.serving.no_temporary_folder("/tmp")
+
+
+def check_shared_memory(world_size: int) -> None:
+    """Triton's Python backend and MPI talk through /dev/shm."""
+    stat = os.statvfs("/dev/shm")
+    free_bytes, needed_bytes = stat.f_bavail * stat.f_frsize, SHARED_MEMORY_BYTES_PER_RANK * world_size
+    if free_bytes < needed_bytes:
+        raise reports.serving.shared_memory_too_small(free_bytes, needed_bytes)
+
+
+def check_rooms(root: Path) -> int:
+    """engines and model_repo are whole and belong together. Returns the world size (ranks)."""
+    room.read_manifest(root / "engines")
+    model_repo = room.read_manifest(root / "model_repo")
+    actual = room.manifest_sha256(root / "engines")
+    if model_repo["reads"]["engines"] != actual:
+        raise reports.rooms.room_damaged(
+            root / "model_repo", "manifest.json", f"engines {model_repo['reads']['engines'][:12]}", actual[:12]
+        )
+    config = root / "engines" / "config.json"
+    if room.sha256_of(config) != room.record_of(room.read_manifest(root / "engines"), config.name):
+        raise reports.rooms.room_damaged(root / "engines", config.name, "another sha256", "changed content")
+    return int(json.loads(config.read_bytes())["pretrained_config"]["mapping"]["world_size"])
+
+
+def raise_stack_limit() -> None:
+    """For this process and what it starts, as far as the hard limit lets it; a stack takes memory only as it is used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))

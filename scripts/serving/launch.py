@@ -1,0 +1,134 @@
+"""What is started, as words: tritonserver, mpirun in leader mode, their environment; and what `serve` was asked."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional
+
+from scripts import reports
+from scripts.serving.toolbox import Toolbox
+
+# Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
+STARTUP_SECONDS = 900
+DRAIN_SECONDS = 20
+# A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
+CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
+PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to serve and where to listen. log: a file for the servers' output; None: standard output."""
+
+    root: Path
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    log: Optional[Path] = None
+    startup_seconds: float = STARTUP_SECONDS
+    # where clients find it, when that differs from `host`: a container listens on all its addresses, docker publishes one of the host's
+    shown_host: str = ""
+    # None: no endpoint
+    openai_port: Optional[int] = None
+    api_key_file: str = ""
+
+    def __post_init__(self) -> None:
+        ports = self.ports
+        for name, port in ports.items():
+            if not 1 <= port <= 65535:
+                raise reports.settings.bad_setting(
+                    name, port, "a port from 1 to 65535", reports.make("serve", **{name: PORTS[name]})
+                )
+        if len(set(ports.values())) < len(ports):
+            raise reports.serving.ports_equal(ports)
+
+    @property
+    def ports(self) -> Dict[str, int]:
+        """The ports that are opened, by the names of their settings."""
+        ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
+        return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
+
+    @property
+    def reached_at(self) -> str:
+        """The address under which this machine reaches its own ports, as a URL has it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.reached_at}:{self.http_port}"
+
+    @property
+    def openai_url(self) -> str:
+        return f"http://{self.reached_at}:{self.openai_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Where the text models find tensorrt_llm (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
+        return f"{self.reached_at}:{self.grpc_port}"
+
+
+def server_command(toolbox: Toolbox, shared_memory: str) -> List[str]:
+    """tritonserver over the folder model_repo. shared_memory: what the names of the Python backend's begin with."""
+    return [
+        str(toolbox.tritonserver),
+        "--model-repository=model_repo",
+        "--disable-auto-complete-config",
+        *([f"--backend-directory={toolbox.backends}"] if toolbox.backends else []),
+        f"--backend-config=python,shm-region-prefix-name={shared_memory}",
+    ]
+
+
+def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "", key: str = "KEY") -> List[str]:
+    """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
+
+    Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
+    to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
+    shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away; what only the
+    server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens to a key that nobody is told (key).
+    """
+    leader = [
+        f"--http-restricted-api={CLOSED_TO_CLIENTS}:bake-key={key}",
+        f"--grpc-restricted-protocol={CLOSED_TO_CLIENTS}:bake-key={key}",
+        f"--http-address={settings.host}", f"--http-port={settings.http_port}",
+        f"--grpc-address={settings.host}", f"--grpc-port={settings.grpc_port}",
+        f"--metrics-address={settings.host}", f"--metrics-port={settings.metrics_port}",
+        f"--exit-timeout-secs={DRAIN_SECONDS}",
+    ]  # fmt: skip
+    follower = [
+        "--model-control-mode=explicit", "--load-model=tensorrt_llm",
+        "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
+    ]  # fmt: skip
+    command = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
+    for rank in range(world_size):
+        role = leader if rank == 0 else follower
+        command += [":"] * (rank > 0) + ["-n", "1", *server_command(toolbox, f"{run}prefix{rank}_"), *role]
+    return command
+
+
+def server_environment(
+    inherited: Mapping[str, str], toolbox: Toolbox, run_dir: Path, world_size: int, cores: int
+) -> Dict[str, str]:
+    """The environment of mpirun and its ranks."""
+    environment = dict(inherited)
+    # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+    libraries = [str(path) for path in toolbox.libraries]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [inherited.get("LD_LIBRARY_PATH")])])
+    # A room is never written into after it is made, not even with compiled Python.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    # Everything temporary lies in one folder that goes when we go.
+    environment["TMPDIR"] = str(run_dir)
+    shared_memory = "sm" if toolbox.open_mpi >= 5 else "vader"
+    environment[f"OMPI_MCA_btl_{shared_memory}_backing_directory"] = str(run_dir)
+    # All ranks are on this host: shared memory only, no probing of networks.
+    environment["OMPI_MCA_pml"] = "ob1"
+    environment["OMPI_MCA_btl"] = f"self,{shared_memory}"
+    if world_size >= cores:
+        # A rank that waits for another spins. Where there is no core to spare it must give its own away: to another rank, or to
+        # tritonserver and the text models (2 ranks on 2 cores: a fifth more tokens per second for one stream).
+        environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    return environment

@@ -1,0 +1,150 @@
+"""The running ranks: one mpirun, its processes and their output."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from scripts import reports
+from scripts.serving import processes
+
+PROJECT = Path(__file__).parents[2]
+# How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
+STOPPED_SECONDS = 3.0
+LOG_LINES = 15
+# The tables that tritonserver prints at its start tell nothing of a failure.
+TABLE_LINE = re.compile(r"\s*[|+]")
+# How mpirun names the rank that ended first
+ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")
+# ... which it does a moment after all have ended
+NAMED_SECONDS = 1.0
+TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
+# What Triton's core writes when the last running request of a server that was told to end is done
+REQUESTS_DONE = "All models are stopped"
+# From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
+UNLOAD_SECONDS = 3.0
+# What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
+LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
+# What it writes when its GPU cannot hold the engine (gpu_llama.py beside it)
+OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memory: .*?or lower MAX_BATCH_SIZE)")
+
+
+class Ranks:
+    """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Optional[IO[str]]
+    ) -> None:
+        self.mpirun = subprocess.Popen(
+            command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, text=True, errors="replace",
+        )  # fmt: skip
+        self.session, self.run_dir = self.mpirun.pid, run_dir
+        guard = [sys.executable, "-m", "scripts.serving.processes", str(self.session), str(run_dir)]
+        self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
+        self.last_lines: Dict[int, Deque[str]] = {}
+        self.lost_rank: Optional[int] = None
+        self.out_of_memory: Optional[Tuple[int, str]] = None
+        self.ended_first: Optional[int] = None
+        self.gone_since: Optional[float] = None
+        self.requests_done_at: Optional[float] = None
+        self.expected: Dict[Tuple[int, int], processes.Process] = {}
+        self.stopped_since: Dict[Tuple[int, int], float] = {}
+        self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self.reader.start()
+
+    def _read(self, log: Optional[IO[str]]) -> None:
+        """Sort the ranks' output: mpirun marks each line with its rank."""
+        assert self.mpirun.stdout is not None
+        for line in self.mpirun.stdout:
+            parts = TAG.split(line.rstrip("\n"))
+            tagged = [(-1, parts[0])] + [(int(rank), text) for rank, text in zip(parts[1::2], parts[2::2])]
+            for rank, text in tagged:
+                if not text.strip():
+                    continue
+                if not TABLE_LINE.match(text):
+                    self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
+                if short := OUT_OF_MEMORY.search(text):
+                    self.out_of_memory = (rank, short[1])
+                if lost := LOST_RANK.search(text):
+                    self.lost_rank = int(lost[1])
+                if rank < 0 and self.ended_first is None and (first := ENDED_FIRST.search(text)):
+                    self.ended_first = int(first[1] or first[2])
+                if rank == 0 and REQUESTS_DONE in text:
+                    self.requests_done_at = time.monotonic()
+                print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
+
+    def tail(self, rank: int) -> List[str]:
+        """The last lines that a rank wrote; mpirun's own when it wrote none."""
+        return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
+
+    def watch(self) -> None:
+        """From now on every process that is there must stay."""
+        self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
+
+    def failure(self, ending: bool = False) -> Optional[Tuple[int, str]]:
+        """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS.
+
+        Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
+        """
+        now, current = time.monotonic(), processes.of_session(self.session)
+        servers = {key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"}
+        # a server that starts another program is two of that name for a moment
+        pids = {p.pid for p in servers.values()}
+        self.expected.update({key: p for key, p in servers.items() if p.parent not in pids})
+        gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
+        if gone:
+            self.gone_since = self.gone_since or now
+            # When one rank falls, the others follow within moments: a peer or mpirun says which was the first.
+            first = self.lost_rank if self.ended_first is None else self.ended_first
+            if first is None and now - self.gone_since < NAMED_SECONDS:
+                return None
+            process = min(gone, key=lambda p: (p.rank != first, p.rank == 0))
+            if first is not None and process.rank != first:  # it was gone before we saw it
+                return first, "it ended"
+            return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
+        self.stopped_since = {key: since for key, since in self.stopped_since.items() if key in current}
+        for key, process in current.items():
+            if process.state not in "tT":
+                self.stopped_since.pop(key, None)
+            elif now - self.stopped_since.setdefault(key, now) >= STOPPED_SECONDS:
+                return process.rank or 0, f"its process {process.name} (pid {process.pid}) is stopped"
+        if self.lost_rank is not None and not ending:
+            return self.lost_rank, "it no longer answers the other ranks"
+        if self.mpirun.poll() is not None and not ending:
+            self.reader.join(timeout=NAMED_SECONDS)  # its last words name the rank
+            return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
+        return None
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Let rank 0 finish its requests; True when none was cut off. A Problem when a rank fails meanwhile.
+
+        tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
+        a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
+        """
+        servers = [p for p in processes.of_session(self.session).values() if p.rank == 0 and p.name == "tritonserver"]
+        for server in servers:
+            processes.send(server, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline:
+            if not {server.identity for server in servers} & set(processes.of_session(self.session)):
+                return True
+            if self.requests_done_at is not None and time.monotonic() - self.requests_done_at > UNLOAD_SECONDS:
+                return True
+            if failure := self.failure(ending=True):
+                raise reports.serving.rank_failed(*failure, "while ending", self.tail(failure[0]))
+            time.sleep(0.05)
+        return False
+
+    def end(self) -> None:
+        """End everything at once; nothing is left behind."""
+        processes.end_session(self.session, timeout_seconds=5)
+        self.mpirun.wait()
+        self.guard.communicate()
+        processes.remove_shared_memory(self.run_dir.name)
+        self.reader.join(timeout=2)

@@ -1,0 +1,206 @@
+"""Start, wait until ready, watch, end: the ranks and the endpoint together."""
+
+import fcntl
+import importlib.util
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Optional
+
+from scripts import reports, room
+from scripts.serving import checks, processes
+from scripts.serving.endpoint import Endpoint, openai_lacks
+from scripts.serving.host import (
+    check_api_keys,
+    check_ports,
+    check_rooms,
+    check_shared_memory,
+    check_temporary,
+    raise_stack_limit,
+)
+from scripts.serving.launch import DRAIN_SECONDS, Settings, mpirun_command, server_environment
+from scripts.serving.pulse import SILENT_SECONDS, Pulse, http_ok
+from scripts.serving.ranks import UNLOAD_SECONDS, Ranks
+from scripts.serving.toolbox import Toolbox, check_mpirun, find_toolbox
+
+PROBE = {"text_input": "Hello", "max_tokens": 1}
+
+
+def open_log(settings: Settings) -> IO[str]:
+    """The file for the servers' output; a second server of the same rooms takes one that is named after its port."""
+    path = settings.log or Path(os.devnull)
+    for candidate in (path, path.with_name(f"{path.stem}-{settings.http_port}{path.suffix}")):
+        log = open(candidate, "a", encoding="utf-8")  # noqa: SIM115 (it is returned)
+        try:
+            if settings.log is not None:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                log.truncate(0)
+            return log
+        except BlockingIOError:
+            log.close()
+    raise reports.serving.log_in_use(path)
+
+
+class Supervisor:
+    """Start, wait until ready, watch, end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
+        self.pulse = Pulse()
+        self.endpoint: Optional[Endpoint] = None
+
+    def run(self) -> int:
+        """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.asked_to_end.set())
+        processes.adopt_orphans()
+        raise_stack_limit()
+        started = time.monotonic()
+        world_size = check_rooms(self.settings.root)
+        check_mpirun()
+        check_ports(self.settings)
+        check_temporary()
+        check_api_keys(self.settings)
+        check_shared_memory(world_size)
+        with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
+            toolbox = find_toolbox(Path(folder))
+            # the endpoint's secret is none of Triton's business
+            inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
+            environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+            environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
+            if importlib.util.find_spec("tritonclient") is None:
+                room.say(
+                    "serve", "no tritonclient here: the text models ask over BLS, which fails under load in Triton 2.51"
+                )
+            opens = self._opens_endpoint(toolbox)
+            with open_log(self.settings) as log:
+                room.say(
+                    "serve",
+                    f"starting {world_size} ranks"
+                    + (f"; their log: {reports.shown(log.name)}" if self.settings.log else ""),
+                )
+                command = mpirun_command(
+                    world_size, toolbox, self.settings, f"{Path(folder).name}-", secrets.token_hex(16)
+                )
+                checks.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
+                kept = log if self.settings.log else None
+                ranks = Ranks(command, environment, self.settings.root, Path(folder), kept)
+                try:
+                    if opens:
+                        self.endpoint = Endpoint(self.settings, os.environ, kept)
+                    self._wait_until_ready(ranks, started)
+                    if not self.asked_to_end.is_set():
+                        self._announce(world_size, time.monotonic() - started)
+                        self._watch(ranks)
+                        room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
+                        if not self._drain(ranks):
+                            room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
+                finally:
+                    if self.endpoint is not None:
+                        self.endpoint.end()
+                    ranks.end()
+        room.say("serve", "ended")
+        return 0
+
+    def _opens_endpoint(self, toolbox: Toolbox) -> bool:
+        """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
+        missing = openai_lacks() if self.settings.openai_port is not None else []
+        if missing and toolbox.backends is not None and "REHEARSAL_BACKENDS" not in os.environ:
+            raise reports.packages.openai_package_missing(missing[0])
+        if missing:
+            room.say("serve", f"no OpenAI endpoint: this image's Python lacks {', '.join(missing)} (docker/README.md)")
+        return self.settings.openai_port is not None and not missing
+
+    def _drain(self, ranks: Ranks) -> bool:
+        """Let running requests finish, the endpoint's first; True when none was cut off."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        if self.endpoint is not None:
+            self.endpoint.process.terminate()  # it takes no new requests and ends with the last that it has
+            while self.endpoint.process.poll() is None and time.monotonic() < deadline:
+                if failure := ranks.failure():
+                    raise reports.serving.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
+                time.sleep(0.05)
+        finished = self.endpoint is None or self.endpoint.process.poll() == 0
+        return ranks.drain(max(UNLOAD_SECONDS, deadline - time.monotonic())) and finished
+
+    def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
+        """Ready: a token came out of all ranks."""
+        watching_all = False
+        threading.Thread(target=self._ask_until_answered, daemon=True).start()
+        while not self.asked_to_end.wait(0.1):
+            if self.loaded.is_set() and not watching_all:
+                # Triton calls itself ready when its models are loaded; from here on each of their processes must live.
+                ranks.watch()
+                watching_all = True
+            if self.answered.is_set():
+                return
+            if failure := ranks.failure():
+                if ranks.out_of_memory:
+                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory)
+                raise reports.serving.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
+            if self.endpoint is not None and self.endpoint.process.poll() is not None:
+                event = self.endpoint.failure() or ""
+                raise reports.serving.endpoint_failed(event, "while starting", list(self.endpoint.last_lines))
+            if time.monotonic() - started > self.settings.startup_seconds:
+                tails = {rank: ranks.tail(rank)[-3:] for rank in sorted(ranks.last_lines)}
+                raise reports.serving.start_too_slow(self.settings.startup_seconds, tails)
+
+    def _ask_until_answered(self) -> None:
+        while not self.asked_to_end.wait(0.1) and not self.answered.is_set():
+            if http_ok(f"{self.settings.url}/v2/health/ready", None, 2):
+                self.loaded.set()
+                if http_ok(f"{self.settings.url}/v2/models/ensemble/generate", PROBE, 30) and self._endpoint_answers():
+                    self.answered.set()
+
+    def _endpoint_answers(self) -> bool:
+        """A token comes through the endpoint too, where there is one."""
+        return self.endpoint is None or http_ok(f"{self.settings.openai_url}/health", None, 30)
+
+    def _announce(self, world_size: int, seconds: float) -> None:
+        settings = replace(self.settings, host=self.settings.shown_host or self.settings.host)
+        host = settings.reached_at
+        room.say("serve", f"ready after {seconds:.1f} s: a token went through {world_size} ranks")
+        print(
+            f"  HTTP      {settings.url}/v2/models/ensemble/generate\n"
+            f"  gRPC      {host}:{settings.grpc_port}\n"
+            f"  metrics   http://{host}:{settings.metrics_port}/metrics\n"
+            + (
+                f"  OpenAI    {settings.openai_url}/v1   (a page to try it: {settings.openai_url})\n"
+                if self.endpoint
+                else ""
+            )
+            + "\n"
+            f"  curl -s {settings.url}/v2/models/ensemble/generate -d "
+            f"""'{{"text_input": "Once upon a time", "max_tokens": 48}}'\n""",
+            flush=True,
+        )
+
+    def _watch(self, ranks: Ranks) -> None:
+        """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
+        self._listen(self.pulse, f"{self.settings.url}/v2/health/live")
+        if self.endpoint is not None:
+            self._listen(self.endpoint.pulse, f"{self.settings.openai_url}/health/live")
+        while not self.asked_to_end.wait(0.25):
+            failure = ranks.failure()
+            if failure is None and self.pulse.silent:
+                failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")
+            if failure:
+                raise reports.serving.rank_failed(failure[0], failure[1], "while serving", ranks.tail(failure[0]))
+            if self.endpoint is not None and (event := self.endpoint.failure()):
+                raise reports.serving.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
+
+    def _listen(self, pulse: Pulse, url: str) -> None:
+        """Ask every second, beside everything else."""
+
+        def ask() -> None:
+            while not self.asked_to_end.wait(1):
+                pulse.ask(url)
+
+        pulse.heard()
+        threading.Thread(target=ask, daemon=True).start()
