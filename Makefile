@@ -317,7 +317,7 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q $(TESTS)
 test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
-	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/test_text.py tests/test_tokenizer.py tests/test_chat_template.py $(wildcard tests/test_fuzz*.py))
+	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py)
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
 lint: $(addprefix $(HAS),$(if $(HAS),run.txt openai.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint

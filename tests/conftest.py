@@ -1,200 +1,25 @@
-"""What tests share: a copy of the project to type make in, and one served model."""
+"""Fixtures that tests share: a copy of the project, and one served model. Helpers are in tests/support."""
 
-import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Dict, Iterator, Optional
 
 import pytest
 from hypothesis import settings
+from project import ROOT, copy_of_project
+from server import Served, processes_below, serve
 
 # `make test-long`: fifty times as many examples
 settings.register_profile("long", max_examples=5000, deadline=None)
 
-ROOT = Path(__file__).resolve().parent.parent
-# fixtures of tests/image
+# fixtures of tests/images/docker
 pytest_plugins = ["baking"]
 sys.path.insert(0, str(ROOT))
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
     os.environ.pop(name, None)
-
-# What the project is made of; build/, .venv/ and caches stay behind.
-PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
-
-
-def copy_of_project(target: Path) -> Path:
-    """A tree like a fresh clone: typing make there touches nothing of ours."""
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, target / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / part)
-    return target
-
-
-def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Type make with the interpreter that runs the tests."""
-    command = ["make", f"PYTHON={sys.executable}", *words]
-    return subprocess.run(
-        command,
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def free_ports(count: int) -> List[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-@dataclass
-class Served:
-    """A running `make serve`."""
-
-    tree: Path
-    process: "subprocess.Popen[str]"
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-    openai_port: int
-    lines: List[str] = field(default_factory=list)
-    ready: threading.Event = field(default_factory=threading.Event)
-    reader: threading.Thread = field(default_factory=threading.Thread)
-
-    @property
-    def http(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
-
-    @property
-    def grpc(self) -> str:
-        return f"127.0.0.1:{self.grpc_port}"
-
-    @property
-    def openai(self) -> str:
-        return f"http://127.0.0.1:{self.openai_port}"
-
-    @property
-    def supervisor(self) -> int:
-        """Process id of scripts.serve: make's child, or make itself when the shell replaced it."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if children else self.process.pid
-
-    def post(self, model: str, how: str = "generate", **body: Any) -> Dict[str, Any]:
-        """One request over HTTP; the answer's JSON with its status added as `status`."""
-        request = urllib.request.Request(f"{self.http}/v2/models/{model}/{how}", data=json.dumps(body).encode())
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return {**json.loads(answer.read()), "status": answer.status}
-        except urllib.error.HTTPError as error:
-            return {**json.loads(error.read()), "status": error.code}
-
-    def stream(self, model: str, **body: Any) -> List[Dict[str, Any]]:
-        """The events of one request over generate_stream."""
-        request = urllib.request.Request(
-            f"{self.http}/v2/models/{model}/generate_stream", data=json.dumps(body).encode()
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return [json.loads(line[6:]) for line in answer.read().decode().splitlines() if line.startswith("data: ")]
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The value of the first metric of that name with these labels; 0 before there is one."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        found = (line for line in lines if line.startswith(name) and all(label in line for label in wanted))
-        return float(next(found, "0").rsplit(" ", 1)[-1])
-
-    @property
-    def active(self) -> float:
-        """How many requests the engine works on."""
-        return self.metric("nv_trt_llm_request_metrics", request_type="active")
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if line.strip().startswith("curl "):
-                self.ready.set()
-        self.ready.set()
-
-    def end(self, number: signal.Signals = signal.SIGTERM, timeout: float = 40) -> int:
-        """Ask the supervisor to end, as Ctrl-C or a service manager does; returns make's status."""
-        if self.process.poll() is None:
-            os.kill(self.supervisor, number)
-        return self.process.wait(timeout)
-
-
-def serve(tree: Path, *words: str, wait: bool = True) -> Served:
-    """`make serve` on free ports, ready unless told not to wait."""
-    http_port, grpc_port, metrics_port, openai_port = free_ports(4)
-    command = ["make", f"PYTHON={sys.executable}", "serve", f"OPENAI_PORT={openai_port}", *words]
-    command += [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
-    process = subprocess.Popen(
-        command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    served = Served(tree, process, http_port, grpc_port, metrics_port, openai_port)
-    served.reader = threading.Thread(target=served._read, daemon=True)
-    served.reader.start()
-    if wait and (not served.ready.wait(120) or not any("ready after" in line for line in served.lines)):
-        end_tree_of(process.pid)
-        raise AssertionError("make serve did not become ready:\n" + "".join(served.lines))
-    return served
-
-
-def processes_below(pid: int) -> Dict[int, str]:
-    """Every descendant of a process: pid -> name."""
-    found: Dict[int, str] = {}
-    parents: Dict[int, List[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            name = stat[stat.index("(") + 1 : stat.rindex(")")]
-            fields = stat[stat.rindex(")") + 2 :].split()
-            if fields[0] != "Z":
-                parents.setdefault(int(fields[1]), []).append(int(entry.name))
-                found[int(entry.name)] = name
-    below: Dict[int, str] = {}
-    queue = [pid]
-    while queue:
-        for child in parents.get(queue.pop(), []):
-            below[child] = found[child]
-            queue.append(child)
-    return below
-
-
-def end_tree_of(pid: int) -> None:
-    """Kill a process that a test started, with all it started."""
-    for child in [*processes_below(pid), pid]:
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 @pytest.fixture(scope="session")

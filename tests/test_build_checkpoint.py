@@ -24,7 +24,7 @@ from scripts.weights import cast, split
 from scripts.weights import safetensors as safetensors_file
 from scripts.weights.shape import LlamaShape
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

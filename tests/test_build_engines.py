@@ -1,5 +1,5 @@
 """The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt what trtllm-build is asked,
-what counts as done, and how each failure reads. trtllm-build and nvidia-smi are stand-ins (tests/stand_ins.py)."""
+what counts as done, and how each failure reads. trtllm-build and nvidia-smi are stand-ins (tests/support/stand_ins.py)."""
 
 import json
 import os

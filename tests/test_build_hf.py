@@ -24,7 +24,7 @@ from scripts.room import read_manifest
 from scripts.weights import meta as meta_weights
 from scripts.weights import safetensors as safetensors_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT / "models" / "stories"
 
 

@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from conftest import ROOT
 from google.protobuf import text_format
+from project import ROOT
 from tritonclient.grpc import model_config_pb2
 
 from scripts import build_model_repo, reports, room

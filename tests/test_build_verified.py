@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make
+from project import make
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -12,7 +12,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_ports
+from project import ROOT
+from server import free_ports
 from stand_ins import nvidia_smi, on_path
 
 from scripts import build_engines, doctor, plan, reports

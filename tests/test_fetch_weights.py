@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
-from conftest import ROOT, make
+from project import ROOT, make
 from synthetic import write_model
 
 from scripts import fetch_weights, reports, room

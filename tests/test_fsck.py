@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from conftest import ROOT, make
+from project import ROOT, make
 from synthetic import write_model
 
 from scripts import build_checkpoint, build_config, build_engines, build_hf, room

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from conftest import Served, free_ports, make
-
-STORY = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
+from project import make
+from server import Served, free_ports
+from triton_requests import STORY
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import pytest
-from conftest import ROOT, copy_of_project
+from project import ROOT, copy_of_project
 
 # Answers what a sound CPython 3.12 with PyTorch's CPU wheel would, but for what the environment says is wrong.
 PYTHON = r"""#!/usr/bin/env bash

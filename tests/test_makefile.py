@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
-from conftest import ROOT, copy_of_project, make
+from project import ROOT, copy_of_project, make
 
 from scripts import build_image, settings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
-from conftest import ROOT, make
+from project import ROOT, make
 from stand_ins import nvidia_smi, on_path
 
 from scripts import plan, reports

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Iterator, List, Tuple
 
 import pytest
-from conftest import ROOT, Served, serve
+from project import ROOT
+from server import Served, serve
 
 READMES = ("README.md", "README.ko.md")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import List
 
 import pytest
-from conftest import ROOT, free_ports, make
+from project import ROOT, make
 from safetensors.torch import load_file, save_file
-from test_journey import STORY
+from server import free_ports
+from triton_requests import STORY
 
 TABLE = json.loads((ROOT / "docker/toolchains.json").read_text())
 VERSIONS: List[str] = list(TABLE)

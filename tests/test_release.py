@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import make
+from project import make
 
 from scripts import release, reports, room
 from scripts.nvidia import contracts

@@ -11,7 +11,7 @@ import pytest
 
 from scripts import reports
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -18,7 +18,8 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from conftest import Served, end_tree_of, free_ports, make, processes_below, serve
+from project import make
+from server import Served, end_tree_of, free_ports, processes_below, serve
 
 from scripts import reports
 from scripts import serve as supervisor

@@ -23,7 +23,7 @@ def text_is_wrong(model: str) -> Problem:
         model,
         f"Answers of {model} were not the text of their tokens (the table above says how many), so its speed says nothing.",
         "See what the text models' tests say:",
-        make("test", TESTS="tests/test_text.py tests/test_text_models.py"),
+        make("test", TESTS="tests/text_models/test_text.py tests/text_models/test_text_models.py"),
     )
 
 

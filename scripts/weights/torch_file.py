@@ -3,7 +3,7 @@
 A .pth names its tensors in a pickle, which is a program for a small stack machine. torch.load(weights_only=True) runs that program
 with few functions allowed; here no function is called at all: the machine below knows the few operations that torch.save writes and
 takes down what they say. It also tells what torch does not, where in the file each tensor begins and its CRC-32, and spares the
-1.5 s that importing torch takes. tests/test_torch_file.py holds it against torch.load.
+1.5 s that importing torch takes. tests/weights/test_torch_file.py holds it against torch.load.
 """
 
 import math

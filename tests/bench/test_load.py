@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from conftest import free_ports, make
+from project import make
+from server import free_ports
 
 from scripts import reports, synthetic
 from scripts.bench import load as bench
@@ -14,7 +15,7 @@ from scripts.bench import page as bench_page
 from scripts.tokenizer import sentencepiece
 from scripts.weights.shape import LlamaShape
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"max_batch_size": 8, "max_input_len": 256, "max_seq_len": 300}
 SEVEN_B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,

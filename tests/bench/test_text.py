@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from conftest import make
+from project import make
 
 from scripts.bench import text as bench_text
 from scripts.build_model_repo import model_config_type

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 from scripts import reports
 from scripts.images import archive as image_archive

@@ -67,7 +67,7 @@ def put_tool(folder: Path, quant: str, version: str, text: str = TOOL, algo: str
     tool = quantize.WAYS[quant].tool
     script = folder / "TensorRT-LLM" / contracts.toolchain(version)["examples"][tool]
     script.parent.mkdir(parents=True)
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     script.write_text(text.format(root=root, tool=tool, version=version, algo=algo or ALGOS[quant]))
 
 
@@ -182,7 +182,7 @@ def test_the_checkpoint_script_leaves_quantizing_to_the_tools(hf: Path, tmp_path
         "--output",
         str(tmp_path / "room"),
     ]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "room/config.json").read_bytes())["dtype"] == "float16"  # the source's own

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
-from conftest import ROOT, Served, free_ports
 from google.protobuf import text_format
+from project import ROOT
+from server import Served, free_ports
 from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 

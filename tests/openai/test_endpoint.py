@@ -22,7 +22,8 @@ import numpy as np
 import openai
 import pydantic
 import pytest
-from conftest import ROOT, Served, copy_of_project, end_tree_of, free_ports, make, processes_below, serve
+from project import ROOT, copy_of_project, make
+from server import Served, end_tree_of, free_ports, processes_below, serve
 from tokenizers import Tokenizer
 
 from scripts import build_model_repo, reports

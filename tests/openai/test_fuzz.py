@@ -14,11 +14,12 @@ from typing import Any, Iterator, List
 import openai
 import pytest
 import schemathesis
-from conftest import Served, copy_of_project, end_tree_of, processes_below, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from project import copy_of_project
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from server import Served, end_tree_of, processes_below, serve
 
 LONG = "--hypothesis-profile=long" in sys.argv
 EXAMPLES = 3000 if LONG else 60

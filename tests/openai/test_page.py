@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from conftest import Served, copy_of_project, serve
+from project import copy_of_project
+from server import Served, serve
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

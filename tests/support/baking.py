@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from conftest import copy_of_project, make
+from project import copy_of_project, make
 
 IGNORED = "build/\ndist/\n.venv/\n__pycache__/\n*.pyc\n"
 PATIENCE_SECONDS = 180

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model_repo_template" / "tensorrt_llm" / "1"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repo_template" / "tensorrt_llm" / "1"))
 
 import engine as engines  # noqa: E402
 import gpu_llama  # noqa: E402

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model_repo_template" / "tensorrt_llm" / "1"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repo_template" / "tensorrt_llm" / "1"))
 
 import gpu_kernels as kernels  # noqa: E402
 import torch  # noqa: E402

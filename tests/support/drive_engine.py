@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-VERSION_DIR = Path(__file__).resolve().parents[1] / "model_repo_template" / "tensorrt_llm" / "1"
+VERSION_DIR = Path(__file__).resolve().parents[2] / "model_repo_template" / "tensorrt_llm" / "1"
 sys.path.insert(0, str(VERSION_DIR))
 
 from engine import Engine, Piece, Request, open_engine  # noqa: E402

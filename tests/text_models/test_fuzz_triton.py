@@ -10,10 +10,10 @@ from typing import Any, Dict, List
 import grpc
 import numpy as np
 import pytest
-from conftest import Served, processes_below
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_text_models import PROMPT, STORY, until
+from server import Served, processes_below
+from triton_requests import PROMPT, STORY, until
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 MODELS = ["ensemble", "tensorrt_llm_bls", "preprocessing", "postprocessing", "tensorrt_llm"]

@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import torch
 import tritonclient.grpc as triton
-from conftest import Served, make
+from project import make
+from server import Served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = [

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ROOT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from project import ROOT
 from synthetic import tokenizer_model
 
 from scripts.tokenizer import sentencepiece as tokenizer

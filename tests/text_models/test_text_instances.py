@@ -4,8 +4,9 @@ from contextlib import closing
 from typing import Dict, Iterator
 
 import pytest
-from conftest import Served, copy_of_project, end_tree_of, serve
-from test_text_models import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, until, yes
+from project import copy_of_project
+from server import Served, end_tree_of, serve
+from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, until, yes
 
 BLS = 'import os\n\nos.environ["BAKE_GRPC_ADDRESS"] = ""\n'
 

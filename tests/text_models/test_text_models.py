@@ -1,137 +1,39 @@
 """What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""
 
 import json
-import queue
 import re
 import socket
-import time
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from contextlib import closing
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import pytest
 import tokenizers
-import tritonclient.grpc as triton
-from conftest import Served, make
+from project import make
+from server import Served
+from triton_requests import (
+    NOISE,
+    PROMPT,
+    PROMPTS,
+    STORY,
+    Stream,
+    abandoned,
+    ask,
+    core_request,
+    floats,
+    infer,
+    ints,
+    is_clean,
+    preprocessed,
+    tell,
+    text_of,
+    texts,
+    until,
+    yes,
+)
 from tritonclient.utils import InferenceServerException
-
-PROMPT = "Once upon a time"
-STORY = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
-Outputs = Dict[str, Any]
-
-TYPES = {"O": "BYTES", "?": "BOOL", "i": "INT32", "l": "INT64", "L": "UINT64", "f": "FP32", "e": "FP16"}
-
-
-def texts(*values: Any) -> Any:
-    return np.array([[value if isinstance(value, bytes) else value.encode() for value in values]], dtype=object)
-
-
-def ints(*values: int) -> Any:
-    return np.array([values], dtype=np.int32)
-
-
-def floats(*values: float) -> Any:
-    return np.array([values], dtype=np.float32)
-
-
-def yes(value: bool = True) -> Any:
-    return np.array([[value]])
-
-
-def inputs_of(values: Dict[str, Any]) -> List[Any]:
-    inputs = []
-    for name, value in values.items():
-        inputs.append(triton.InferInput(name, list(value.shape), TYPES[value.dtype.char]))
-        inputs[-1].set_data_from_numpy(value)
-    return inputs
-
-
-class Stream:
-    """One gRPC stream, as NVIDIA's clients use it; many requests may be on their way in it."""
-
-    def __init__(self, served: Served) -> None:
-        self._client = triton.InferenceServerClient(served.grpc)
-        self._answers: queue.Queue[Any] = queue.Queue()
-        self._client.start_stream(lambda result, error: self._answers.put(error or result))
-
-    def send(self, model: str, request_id: str = "", outputs: Optional[Sequence[str]] = None, **values: Any) -> None:
-        wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        self._client.async_stream_infer(
-            model, inputs_of(values), request_id=request_id, outputs=wanted, enable_empty_final_response=True
-        )
-
-    def next(self) -> Any:
-        answer = self._answers.get(timeout=60)
-        if isinstance(answer, InferenceServerException):
-            raise answer
-        return answer
-
-    def until_final(self) -> Iterator[Any]:
-        """The responses of the requests on their way, until one of them has ended."""
-        while True:
-            answer = self.next()
-            if answer.get_response().outputs:
-                yield answer
-            if answer.get_response().parameters["triton_final_response"].bool_param:
-                return
-
-    def close(self, cancel: bool = False) -> None:
-        self._client.stop_stream(cancel_requests=cancel)
-        self._client.close()
-
-
-def ask(served: Served, model: str, request_id: str = "", **values: Any) -> List[Outputs]:
-    """The outputs of every response to one request."""
-    with closing(Stream(served)) as stream:
-        stream.send(model, request_id, **values)
-        return [
-            {tensor.name: answer.as_numpy(tensor.name) for tensor in answer.get_response().outputs}
-            for answer in stream.until_final()
-        ]
-
-
-def text_of(responses: List[Outputs]) -> str:
-    return b"".join(response["text_output"].item() for response in responses).decode()
-
-
-def tell(served: Served, model: str = "ensemble", prompt: Any = PROMPT, max_tokens: int = 12, **values: Any) -> str:
-    return text_of(ask(served, model, text_input=texts(prompt), max_tokens=ints(max_tokens), **values))
-
-
-def infer(served: Served, model: str, **values: Any) -> Outputs:
-    with triton.InferenceServerClient(served.grpc) as client:
-        result = client.infer(model, inputs_of(values))
-        return {tensor.name: result.as_numpy(tensor.name) for tensor in result.get_response().outputs}
-
-
-def preprocessed(served: Served, prompt: str = PROMPT, n: int = 12) -> Outputs:
-    """What end_to_end_test.py sends first."""
-    return infer(
-        served, "preprocessing",
-        QUERY=texts(prompt), REQUEST_OUTPUT_LEN=ints(n), BAD_WORDS_DICT=texts(""), STOP_WORDS_DICT=texts(""),
-    )  # fmt: skip
-
-
-def core_request(ids: Any, n: int, **values: Any) -> Dict[str, Any]:
-    """What inflight_batcher_llm_client.py always sends."""
-    return {
-        "input_ids": ids, "input_lengths": ints(ids.shape[1]), "request_output_len": ints(n), "beam_width": ints(1),
-        "temperature": floats(1.0), "streaming": yes(False), "end_id": ints(2), "pad_id": ints(2), "return_log_probs": yes(False),
-        "runtime_top_k": ints(1), "runtime_top_p": floats(0.0), **values,
-    }  # fmt: skip
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Watch the server until something is so; a deadline is the only clock."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-# --- NVIDIA's clients, with their exact tensors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
@@ -254,9 +156,6 @@ def test_prompts_get_hugging_faces_ids_with_the_beginning_in_front(served: Serve
     assert before["REQUEST_INPUT_LEN"].tolist() == [[before["INPUT_ID"].size]]
 
 
-# --- what can be asked for -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_stop_word_ends_the_text_before_it_and_the_work_with_it(served: Served, streaming: bool) -> None:
     """Across tokens, in the middle of one, and with nothing of it streamed."""
@@ -348,8 +247,6 @@ def test_an_answer_that_ends_at_once_is_one_empty_response(served: Served) -> No
     assert (answer["status"], answer["text_output"]) == (200, "")
 
 
-# --- bad requests ----------------------------------------------------------------------------------------------------------
-
 HTTP_REFUSALS: Dict[str, Any] = {
     "empty": ({"text_input": ""}, "text_input is empty"),
     "too long": ({"text_input": "the dog " * 150}, "the prompt has 302 tokens; this engine takes at most 256"),
@@ -395,11 +292,6 @@ def post(served: Served, how: str, body: Any) -> Tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-
-
-def is_clean(message: str) -> bool:
-    """Nothing of our insides reaches a client."""
-    return len(message) < 400 and not re.search(r"Traceback|File \"|\.py|/\w+/|Error:", message)
 
 
 GRPC_REFUSALS: Dict[str, Any] = {
@@ -462,19 +354,6 @@ def test_a_prompt_of_emoji_is_answered(served: Served) -> None:
     assert answer["status"] == 200 and answer["text_output"]
 
 
-# --- clients that leave, and many at once ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def abandoned(served: Served) -> Iterator[None]:
-    """The engine works on a request inside of the block, and must stop long before its 450 tokens after it."""
-    until(lambda: served.active == 0, "the engine is busy before")
-    before = served.metric("torch_engine_steps")
-    yield
-    until(lambda: served.active == 0, "the slot is not free")
-    assert served.metric("torch_engine_steps") - before < 400
-
-
 def test_a_grpc_client_that_cancels_frees_its_slot(served: Served) -> None:
     with abandoned(served):
         stream = Stream(served)
@@ -507,18 +386,6 @@ def test_a_request_that_waits_for_a_slot_can_leave_too(served: Served) -> None:
         streams[0].close(cancel=True)
 
 
-PROMPTS = [
-    "Once upon a time",
-    "The dog",
-    "One day, Tom",
-    "She said",
-    "안녕",
-    "A cat and a bird",
-    "The sun was",
-    "😀 Lily",
-]
-
-
 @pytest.mark.parametrize("n_streams", [8, 64])
 def test_many_at_once_get_what_each_gets_alone(served: Served, n_streams: int) -> None:
     """Half of them want the text only: outputs that nobody wants have crashed the server."""
@@ -536,17 +403,6 @@ def test_many_at_once_get_what_each_gets_alone(served: Served, n_streams: int) -
     assert together == {str(n): alone[PROMPTS[n % 8]] for n in range(n_streams)}
 
 
-# --- the log ---------------------------------------------------------------------------------------------------------------
-
-# What tritonserver 2.51 says on a machine without a GPU, and on every machine
-NOISE = (
-    "Unable to allocate pinned system memory",
-    "CudaDriverHelper has not been initialized.",
-    "Failed to initialize NVML",
-    "DCGM unable to start",
-)
-
-
 def test_no_unexpected_warning_is_in_the_servers_log(served: Served) -> None:
     """Last in this file: after every request above."""
     assert served.post("ensemble", text_input=PROMPT, max_tokens=12)["text_output"] == tell(served)
@@ -557,3 +413,6 @@ def test_no_unexpected_warning_is_in_the_servers_log(served: Served) -> None:
         if re.search(r"(: |^)[WEF]\d{4} |[Ee]rror|Traceback|[Ww]arning", line)
     ]
     assert [line for line in found if not any(noise in line for noise in NOISE)] == []
+
+
+"""What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""

@@ -11,8 +11,9 @@ from typing import Any, Dict, Iterator, List, Tuple
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from conftest import Served, copy_of_project, end_tree_of, make, serve
-from test_text_models import (
+from project import copy_of_project, make
+from server import Served, end_tree_of, serve
+from triton_requests import (
     NOISE,
     PROMPT,
     STORY,

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from drive_engine import VERSION_DIR, Answer
 from split_checkpoint import write_engine
-from test_torch_engine import TINY, TINY_BUILD, random_weights
+from tiny_model import TINY, TINY_BUILD, random_weights
 
-CONTRACT = json.loads((Path(__file__).resolve().parents[1] / "docker/contracts/backend/v0.8.0.json").read_text())
+CONTRACT = json.loads((Path(__file__).resolve().parents[2] / "docker/contracts/backend/v0.8.0.json").read_text())
 OUTPUTS = [output["name"] for output in CONTRACT["tensorrt_llm"]["outputs"]]
 FINAL = 1
 

@@ -1,7 +1,5 @@
 """The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -23,23 +21,14 @@ from ranks import has_code_for
 from safetensors.numpy import load_file, save_file
 from split_checkpoint import Arrays, engine_config, meta_to_hf, write_engine
 from step import Chunk, Step, decode, encode
+from tiny_model import DTYPE, TINY, TINY_BUILD, random_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT / "models" / "stories"
 MPIRUN = Path(sys.executable).with_name("mpirun")
 MPI_ENVIRONMENT = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
-
-# On a GPU the engine computes in the dtype of its files; what is compared to 1e-4 here is float32.
-DTYPE = "float32" if torch.cuda.is_available() else "float16"
-# All sizes differ; a head is not hidden/heads wide; 4 ranks share 2 KV heads and pad the vocabulary.
-TINY = {
-    "dtype": DTYPE, "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
-    "max_position_embeddings": 96,
-}  # fmt: skip
-TINY_BUILD = {"max_batch_size": 5, "max_input_len": 48, "max_output_len": 32, "max_num_tokens": 11}
 STORIES_NETWORK = {
     "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -52,15 +41,6 @@ STORY_PROMPTS = [
     "The old man had", "At the beach", "My favorite", "The bird sang", "Every morning", "Why did", "Max the rabbit",
     "Once there was a king who",
 ]  # fmt: skip
-
-
-def random_weights(network: dict[str, Any]) -> Arrays:
-    torch.manual_seed(7)
-    arrays = {}
-    for name, tensor in LlamaForCausalLM(LlamaConfig(**network)).state_dict().items():
-        spread = 1 + 0.3 * torch.randn_like(tensor) if tensor.ndim == 1 else 0.2 * torch.randn_like(tensor)
-        arrays[name] = spread.half().numpy()
-    return arrays
 
 
 def oracle(network: dict[str, Any], hf: Arrays) -> LlamaForCausalLM:
@@ -466,3 +446,6 @@ def test_unknown_rotary_scaling_is_refused_by_name():
 )
 def test_a_gpu_that_pytorch_has_no_code_for_is_known(capability, built_for, runs):
     assert has_code_for(capability, built_for) is runs
+
+
+"""The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""

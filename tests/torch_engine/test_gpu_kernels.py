@@ -3,9 +3,9 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from project import ROOT
 
 
 @pytest.mark.skipif(
@@ -22,6 +22,6 @@ import pytest
 )
 def test_without_a_gpu_it_gives_what_pytorch_gives(script, how, said):
     """In a process of its own: Triton interprets all kernels of a process, or none."""
-    command = [sys.executable, Path(__file__).with_name(script), *how]
+    command = [sys.executable, ROOT / "tests/support" / script, *how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and said in done.stdout, done.stderr

@@ -24,7 +24,7 @@ from scripts.tokenizer import sentencepiece
 from scripts.weights import gguf as gguf_file
 from scripts.weights import safetensors as safetensors_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, WIDE, LAYERS = 64, 4, 2, 32, 96, 2
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 

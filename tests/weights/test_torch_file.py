@@ -17,7 +17,7 @@ from synthetic import GROUPED, meta_tensors
 from scripts import reports
 from scripts.weights.torch_file import directory, read_torch_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 

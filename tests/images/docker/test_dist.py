@@ -12,7 +12,8 @@ from typing import Iterator
 
 import pytest
 from baking import Baked, committed, docker
-from conftest import free_ports, make
+from project import make
+from server import free_ports
 
 pytestmark = pytest.mark.timeout(1500)
 VERSION = "VERSION=1.2.3"

@@ -12,8 +12,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from baking import PLANTED, Baked, Container, bake, committed, docker, until
-from conftest import ROOT, copy_of_project, free_ports, make
-from test_journey import STORY
+from project import ROOT, copy_of_project, make
+from server import free_ports
+from triton_requests import STORY
 
 from scripts.images import archive as image_archive
 

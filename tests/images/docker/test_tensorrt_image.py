@@ -7,7 +7,7 @@ from typing import Iterator
 
 import pytest
 from baking import Baked, committed, docker
-from conftest import ROOT, copy_of_project, make
+from project import ROOT, copy_of_project, make
 
 from scripts import build_base, room
 

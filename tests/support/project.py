@@ -1,0 +1,37 @@
+"""A copy of the project to type make in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the project is made of; build/, .venv/ and caches stay behind.
+PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
+
+
+def copy_of_project(target: Path) -> Path:
+    """A tree like a fresh clone: typing make there touches nothing of ours."""
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / part)
+    return target
+
+
+def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Type make with the interpreter that runs the tests."""
+    command = ["make", f"PYTHON={sys.executable}", *words]
+    return subprocess.run(
+        command,
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
