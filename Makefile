@@ -315,7 +315,9 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ## Development:
 
 test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## every test that this machine can run
-	@$(PY) -m pytest -q $(TESTS)
+	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker)
+test-image: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt test.txt release.txt)) ## the tests of the image: they need docker, buildah, mmdebstrap and root
+	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),tests/images/docker)
 test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
 	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py)
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
@@ -345,4 +347,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-long pin lint lock lock-base synthetic bench bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-image test-long pin lint lock lock-base synthetic bench bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck

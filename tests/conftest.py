@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterator, List, Optional
 
 import pytest
 from hypothesis import settings
@@ -43,3 +43,14 @@ def served(tree: Path) -> Iterator[Served]:
     status = running.end()
     left: Optional[Dict[int, str]] = {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()}
     assert (status, left) == (0, {}), "".join(running.lines)
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """With xdist: a module stays on one worker, and all that asks the shared server is one group, which begins first."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))
+    items.sort(key=lambda item: not asks_the_shared_server(item))
+
+
+def asks_the_shared_server(item: pytest.Item) -> bool:
+    return "served" in getattr(item, "fixturenames", ())
