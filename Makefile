@@ -250,20 +250,20 @@ forms_CODE    = scripts/room.py scripts/weights/hugging_face.py scripts/weights/
                   scripts/tokenizer/byte_bpe.py scripts/weights/safetensors.py scripts/tokenizer/sentencepiece.py scripts/weights/torch_file.py
 config_CODE     = scripts/build_config.py $(forms_CODE)
 hf_CODE         = scripts/build_hf.py $(config_CODE)
-checkpoint_CODE = scripts/build_checkpoint.py scripts/weights/split.py scripts/weights/cast.py scripts/nvidia/contracts.py $(forms_CODE) \
+checkpoint_CODE = scripts/build_checkpoint.py scripts/limits.py scripts/weights/split.py scripts/weights/cast.py scripts/nvidia/contracts.py $(forms_CODE) \
                   scripts/nvidia/quantize.py scripts/nvidia/trtllm_build.py scripts/nvidia/gpus.py scripts/serving/processes.py $(call tables,checkpoint-config) \
                   $(if $(QUANT),$(wildcard docker/contracts/convert/*.json docker/contracts/quantize/*.json))
-engines_CODE    = scripts/build_engines.py scripts/room.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/nvidia/trtllm_build.py \
+engines_CODE    = scripts/build_engines.py scripts/room.py scripts/limits.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/nvidia/trtllm_build.py \
                   scripts/serving/processes.py scripts/nvidia/memory.py scripts/weights/shape.py $(call tables,engine-config) \
                   $(wildcard docker/contracts/trtllm-build/*.json)
-verified_CODE   = scripts/build_verified.py scripts/room.py scripts/verifying/sides.py scripts/verifying/compare.py scripts/weights/hugging_face.py scripts/weights/shape.py \
+verified_CODE   = scripts/build_verified.py scripts/limits.py scripts/room.py scripts/verifying/sides.py scripts/verifying/compare.py scripts/weights/hugging_face.py scripts/weights/shape.py \
                   scripts/serving/processes.py scripts/serving/host.py scripts/serving/launch.py scripts/serving/toolbox.py scripts/weights/torch_file.py scripts/weights/safetensors.py scripts/verifying/page.py models/prompts.txt \
                   scripts/serving/checks.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/verifying/trtllm_side.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
-model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/nvidia/contracts.py $(call tables,backend) docker/engines.json \
+model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/limits.py scripts/nvidia/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
 base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py
 wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
-image_CODE      = scripts/build_image.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
+image_CODE      = scripts/build_image.py scripts/limits.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
                   scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
                   $(addprefix scripts/,serve.py images/entry.py nvidia/gpus.py) $(filter-out %/__init__.py,$(wildcard scripts/serving/*.py)) \
                   $(wildcard scripts/__init__.py $(addsuffix /__init__.py,$(addprefix scripts/,images nvidia serving)) scripts/reports/*.py) \

@@ -29,6 +29,7 @@ APP = (
     *(f"scripts/{folder}__init__.py" for folder in ("", "images/", "nvidia/", "openai/", "serving/")),
     *sorted(f"scripts/reports/{path.name}" for path in (PROJECT / "scripts" / "reports").glob("*.py")),
     "scripts/images/entry.py",
+    "scripts/limits.py",
     "scripts/nvidia/contracts.py",
     "scripts/nvidia/gpus.py",
     "scripts/room.py",

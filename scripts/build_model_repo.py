@@ -16,6 +16,7 @@ from string import Template
 from typing import Any, Dict, List, Mapping, Optional
 
 from scripts import reports, room
+from scripts.limits import limits_of
 from scripts.nvidia import contracts
 
 TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
@@ -88,7 +89,7 @@ def hole_values(
         "max_beam_width": str(build["max_beam_width"]),
         # not NVIDIA's: what our text models must know of the engine
         "max_input_len": str(build["max_input_len"]),
-        "max_seq_len": str(build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]),
+        "max_seq_len": str(limits_of(engine).max_seq_len),
         "vocab_size": str(network["vocab_size"]),
         # in-flight batching already batches: waiting at the door only adds to the time to first token
         "max_queue_delay_microseconds": "0",

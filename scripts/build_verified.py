@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
-from scripts import reports, room
+from scripts import limits, reports, room
 from scripts.serving import checks, host, launch, processes, toolbox
 from scripts.verifying import compare
 from scripts.verifying import page as verified_report
@@ -71,9 +71,9 @@ def hf_command(hf: Path, folder: Path) -> List[str]:
 
 
 def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> List[str]:
-    """The engine's side: references.json -> answers.json. The options of mpirun are those of launch.mpirun_command."""
-    mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
+    """The engine's side: references.json -> answers.json."""
     ask = [sys.executable, "-m", *ENGINE_SIDES[kind]]
+    mpirun = [*launch.MPIRUN, "-n", str(world_size)]
     return [*mpirun, *ask, str(engines.absolute()), str(folder / "references.json"), str(folder / "answers.json")]
 
 
@@ -195,15 +195,14 @@ def build_verified(settings: Settings) -> None:
     world_size = engine["world_size"]
     host.check_shared_memory(world_size)
     config = json.loads((settings.engines / "config.json").read_bytes())
-    build, dtype = config["build_config"], config["pretrained_config"]["dtype"]
+    built_for, dtype = limits.limits_of(config), config["pretrained_config"]["dtype"]
     stored = read_hf_model(settings.hf).dtype
     tokenizer = Tokenizer.from_file(str(settings.hf / "tokenizer.json"))
     texts = prompts_of(settings.prompts.read_text(encoding="utf-8"))
     asked = questions(
         [encoding.ids for encoding in tokenizer.encode_batch(texts)],
-        build["max_input_len"],
-        # up to 0.10 the schema has max_output_len instead (scripts/build_engines.py)
-        build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"],
+        built_for.max_input_len,
+        built_for.max_seq_len,
     )
     size = {"prompts": len(texts), "answer_tokens": asked["answer_tokens"], "top_k": asked["top_k"]}
     room.say(

@@ -31,6 +31,7 @@ def settings_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log", type=Path, help="file for the servers' output (default: ROOT/serve.log; - is standard output)"
     )
+    parser.add_argument("--ready-file", type=Path, help="written as JSON when the server is ready (default: none is)")
     parser.add_argument("--startup-seconds", type=float, default=STARTUP_SECONDS)
     return parser
 
@@ -55,6 +56,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return Settings(
         args.root, args.host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
         shown_host, ports.get("openai_port"), getattr(args, "api_key_file", ""),
+        getattr(args, "ready_file", None),
     )  # fmt: skip
 
 

@@ -20,22 +20,22 @@ import os
 import platform
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import reports, room, serve
 from scripts.bench import client as bench_client
 from scripts.bench import page as bench_page
+from scripts.limits import limits_of
 from scripts.nvidia import gpus
 from scripts.serving import launch, pulse, toolbox
+from scripts.serving.started import started
 
 # (input tokens, output tokens, streams at once)
 DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
@@ -198,7 +198,7 @@ def generator(name: str, why_missing: str) -> Tuple[Optional[str], str]:
     return (None if done.returncode else path), said[-1]
 
 
-def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[str]", export: Path) -> None:
+def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[bytes]", export: Path) -> None:
     """Run a load generator until it ends or the server does. A Problem, and what it said, when `export` is not written."""
     export.unlink(missing_ok=True)
     with log_path.open("w+") as log:
@@ -250,7 +250,7 @@ def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> Lis
 
 
 def ask_perf_analyzer(
-    path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: "subprocess.Popen[str]"
+    path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: "subprocess.Popen[bytes]"
 ) -> List[Dict[str, Any]]:
     """Triton's gRPC, streamed: every response's time."""
     data, export = folder / "input.json", folder / "export.json"
@@ -279,7 +279,7 @@ def ask_perf_analyzer(
 
 def ask_aiperf(
     path: str, settings: launch.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
-    server: "subprocess.Popen[str]",
+    server: "subprocess.Popen[bytes]",
 ) -> List[Dict[str, Any]]:  # fmt: skip
     """The OpenAI-compatible endpoint, streamed: of every request when it began, its first and its last token."""
     data, export = folder / "prompts.jsonl", folder / "aiperf" / "profile_export.jsonl"
@@ -311,36 +311,9 @@ def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> List[
     return requests
 
 
-@contextmanager
-def served(settings: launch.Settings) -> Iterator[Tuple[float, "subprocess.Popen[str]"]]:
-    """A running server; gives the seconds until it was ready, and its process."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
-    for name, port in settings.ports.items():
-        command += [f"--{name.lower().replace('_', '-')}", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        if not any("ready after" in line for line in server.stdout):
-            raise reports.serving.server_not_there(settings.url, "it did not become ready; its report is above")
-        yield time.monotonic() - began, server
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate()
-
-
 def mpirun(world_size: int, root: Path, *arguments: object) -> None:
     """A program of bench_ranks on every rank, in the environment that the server has."""
-    command = [
-        "mpirun",
-        "--allow-run-as-root",
-        "--bind-to",
-        "none",
-        "--map-by",
-        ":OVERSUBSCRIBE",
-        "-n",
-        str(world_size),
-    ]
+    command = [*launch.MPIRUN, "-n", str(world_size)]
     command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
         tools = toolbox.find_toolbox(Path(folder))
@@ -377,13 +350,8 @@ def processor() -> str:
 def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -> Dict[str, Any]:
     """All sides of one variant; what did not run is in `not_run`, with the reason."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
-    pretrained, build = config["pretrained_config"], config["build_config"]
-    max_seq_len = build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]
-    limits = {
-        "max_batch_size": build["max_batch_size"],
-        "max_input_len": build["max_input_len"],
-        "max_seq_len": max_seq_len,
-    }
+    pretrained = config["pretrained_config"]
+    limits = vars(limits_of(config))
     points, world_size = points_of(args.points or DEFAULT_POINTS, limits), pretrained["mapping"]["world_size"]
     rows: List[Dict[str, Any]] = []
     not_run: Dict[str, str] = {}
@@ -400,7 +368,8 @@ def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -
     if path is None:
         not_run["perf_analyzer"] = perf_said
     aiperf, aiperf_said = generator("aiperf", "")
-    with served(settings) as (ready, server):
+    with started(settings) as serving:
+        ready, server = serving.seconds, serving.process
         if aiperf and not (settings.openai_port and pulse.http_ok(f"{settings.openai_url}/health", None, 30)):
             aiperf, aiperf_said = None, "the OpenAI-compatible endpoint is not open"
         if aiperf is None:

@@ -8,9 +8,6 @@ import argparse
 import http.client
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 
 from scripts import reports, serve
 from scripts.serving import launch
+from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
 
@@ -100,27 +98,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def endpoint_of(supervisor: int) -> int:
-    """The endpoint's process among the supervisor's children."""
-    for child in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split():
-        if b"scripts.openai" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
-            return int(child)
-    raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
-
-
 def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, Any]:
     """Serve, measure, end."""
-    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
-    command += [
-        word for name, port in settings.ports.items() for word in (f"--{name.lower().replace('_', '-')}", str(port))
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     result: Dict[str, Any] = {}
-    try:
-        assert server.stdout is not None
-        if not any("ready after" in line for line in server.stdout):
-            raise reports.serving.server_not_there(settings.openai_url, "it did not become ready")
-        endpoint = endpoint_of(server.pid)
+    with started(settings) as serving:
+        if serving.endpoint_pid is None:
+            raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
+        endpoint = serving.endpoint_pid
         ids = [1, 403, 407, 261, 378]
         ways = {"grpc": over_grpc, "openai": over_openai}
         for one in ways.values():
@@ -139,9 +123,6 @@ def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, A
             share = best["openai"]["tokens_per_second"] / best["grpc"]["tokens_per_second"]
             result[f"openai / grpc, {count} at once"] = share
             result[f"cpu microseconds a token, {count} at once"] = 1e6 * used / (3 * count * tokens)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate()
     return result
 
 

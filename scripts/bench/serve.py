@@ -9,9 +9,7 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 
 from scripts import ask, reports, serve
 from scripts.serving import launch
+from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
 
@@ -73,23 +72,12 @@ def together(address: str, count: int, max_tokens: int) -> float:
 
 def measure(settings: launch.Settings, streams: int, max_tokens: int) -> Dict[str, float]:
     """Serve, measure, end."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
-    ports = ("http_port", "grpc_port", "metrics_port")
-    command += [word for port in ports for word in (f"--{port.replace('_', '-')}", str(getattr(settings, port)))]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        if not any("ready after" in line for line in server.stdout):
-            raise reports.serving.server_not_there(settings.url, "it did not become ready")
-        ready = time.monotonic() - began
+    with started(settings) as serving:
+        ready = serving.seconds
         address = f"{settings.host}:{settings.grpc_port}"
         stream(address, max_tokens)  # warm
         alone = min(together(address, 1, max_tokens) for _ in range(3))
         at_once = min(together(address, streams, max_tokens) for _ in range(3))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate()
     return {
         "ready_seconds": ready,
         "one_stream_seconds": alone,

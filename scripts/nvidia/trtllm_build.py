@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import reports
+from scripts.limits import limits_of
 from scripts.nvidia.contracts import Flags, Wish, spell
 from scripts.nvidia.gpus import Gpu
 
@@ -192,8 +193,7 @@ def difference(config: Mapping[str, Any], intent: Intent, version: str) -> Optio
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     mapping = pretrained["mapping"]
-    # up to 0.10 the schema has the length of the answer instead of the whole
-    max_seq_len = build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]
+    max_seq_len = limits_of(config).max_seq_len
     least_tokens = min(intent.max_num_tokens, intent.max_batch_size * intent.max_input_len)
     asked_and_built = (
         ("version", version, config.get("version")),

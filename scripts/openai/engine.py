@@ -15,6 +15,8 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
+from scripts.limits import limits_of
+
 log = logging.getLogger("openai")
 
 MODEL = "tensorrt_llm"
@@ -48,14 +50,13 @@ class Limits:
 
 
 def read_limits(engines: Path) -> Limits:
-    """The engines' own config.json. Before TensorRT-LLM 0.11 it has max_output_len; since then max_seq_len, prompt included."""
+    """The limits of the engines' config.json; a prompt leaves room for one token of the answer."""
     config = json.loads((engines / "config.json").read_text(encoding="utf-8"))
-    build = config["build_config"]
-    max_seq_len = build.get("max_seq_len") or build["max_input_len"] + build["max_output_len"]
+    built_for = limits_of(config)
     return Limits(
-        max_batch_size=build["max_batch_size"],
-        max_input_len=min(build["max_input_len"], max_seq_len - 1),
-        max_seq_len=max_seq_len,
+        max_batch_size=built_for.max_batch_size,
+        max_input_len=min(built_for.max_input_len, built_for.max_seq_len - 1),
+        max_seq_len=built_for.max_seq_len,
         vocab_size=config["pretrained_config"]["vocab_size"],
     )
 

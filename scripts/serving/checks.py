@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from scripts import reports, room
 from scripts.nvidia import contracts, gpus
 from scripts.nvidia.gpus import Gpu, Links
-from scripts.serving import processes
+from scripts.serving import launch, processes
 
 PROJECT = Path(__file__).parents[2]
 # Triton's Python backend: 64 MB for each of the three Python models by its defaults; NCCL and MPI take tens of MB a rank (hosts with
@@ -117,9 +117,17 @@ def remarks(facts: Mapping[str, Any], host: Host) -> List[str]:
 
 
 def all_reduce_command(world_size: int, folder: Path, seconds: float) -> List[str]:
-    """One process per rank; the options of mpirun are those of serve.mpirun_command."""
-    mpirun = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(world_size)]
-    return [*mpirun, sys.executable, "-m", "scripts.serving.all_reduce", str(folder), str(seconds)]
+    """One process per rank."""
+    return [
+        *launch.MPIRUN,
+        "-n",
+        str(world_size),
+        sys.executable,
+        "-m",
+        "scripts.serving.all_reduce",
+        str(folder),
+        str(seconds),
+    ]
 
 
 def _numbers(version: str) -> Tuple[int, ...]:

@@ -14,6 +14,8 @@ STARTUP_SECONDS = 900
 DRAIN_SECONDS = 20
 # A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
+# More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
+MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
 
 
@@ -33,6 +35,8 @@ class Settings:
     # None: no endpoint
     openai_port: Optional[int] = None
     api_key_file: str = ""
+    # written when the server is ready, for programs that start it (serving/started.py)
+    ready_file: Optional[Path] = None
 
     def __post_init__(self) -> None:
         ports = self.ports
@@ -101,7 +105,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
         "--model-control-mode=explicit", "--load-model=tensorrt_llm",
         "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
     ]  # fmt: skip
-    command = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
+    command = [*MPIRUN]
     command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):
         role = leader if rank == 0 else follower

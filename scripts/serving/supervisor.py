@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import json
 import os
 import secrets
 import signal
@@ -96,7 +97,9 @@ class Supervisor:
                         self.endpoint = Endpoint(self.settings, os.environ, kept)
                     self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
-                        self._announce(world_size, time.monotonic() - started)
+                        seconds = time.monotonic() - started
+                        self._announce(world_size, seconds)
+                        self._tell_ready(seconds)
                         self._watch(ranks)
                         room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
                         if not self._drain(ranks):
@@ -180,6 +183,13 @@ class Supervisor:
             f"""'{{"text_input": "Once upon a time", "max_tokens": 48}}'\n""",
             flush=True,
         )
+
+    def _tell_ready(self, seconds: float) -> None:
+        """What the lines of _announce say, for programs."""
+        if self.settings.ready_file is not None:
+            endpoint_pid = None if self.endpoint is None else self.endpoint.process.pid
+            about = {"seconds": seconds, "pid": os.getpid(), "endpoint_pid": endpoint_pid, **self.settings.ports}
+            room.write_synced(self.settings.ready_file, json.dumps(about).encode())
 
     def _watch(self, ranks: Ranks) -> None:
         """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
