@@ -387,7 +387,7 @@ def test_a_nan_whose_bits_are_all_set_does_not_become_zero(dtype: str, bits: Lis
     )
     edit_tensors(hf, tensors)
     problem = refused(hf, tmp_path / "checkpoint", 2, "bfloat16")
-    assert problem.title == "weights are no numbers"
+    assert problem.title == "weights are not numbers"
     assert "2 of the 9216 values of model.layers.2.self_attn.o_proj.weight are NaN or infinite" in problem.seen
 
 

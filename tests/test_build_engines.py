@@ -201,7 +201,7 @@ def refused(checkpoint: Path, output: Path, version: str) -> reports.Problem:
 def test_without_a_gpu_nothing_starts(checkpoints: Path, tmp_path: Path, programs: Path) -> None:
     stand_ins.nvidia_smi(programs, [])
     stand_ins.trtllm_build(programs, "0.8.0")
-    assert "nvidia-smi names none here" in refused(checkpoints / "0.8.0", tmp_path / "engines", "0.8.0").seen
+    assert "nvidia-smi lists none" in refused(checkpoints / "0.8.0", tmp_path / "engines", "0.8.0").seen
     assert not (programs / "argv").exists()
 
 

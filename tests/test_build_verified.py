@@ -331,7 +331,7 @@ def ask(code: str, folder: Path, done: Done) -> None:
 
 
 @pytest.mark.parametrize(
-    "end, expected", [("sys.exit(3)", "ended with status 3"), ("os.kill(os.getpid(), 9)", "when memory runs out")]
+    "end, expected", [("sys.exit(3)", "ended with status 3"), ("os.kill(os.getpid(), 9)", "because memory ran out")]
 )
 def test_a_side_that_ends_early_is_a_report_with_its_last_lines(tmp_path: Path, end: str, expected: str) -> None:
     done = Done()

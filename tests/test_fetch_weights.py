@@ -227,7 +227,7 @@ def test_after_an_expired_link_only_what_is_missing_is_asked_for(
 ) -> None:
     meta.spoil = lambda path, start: ("status", 403) if start >= 150_000 and "01.pth" in path else None
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
-    assert "403" in problem.seen and "META_URL_FILE" in problem.command and "What arrived is kept" in problem.advice
+    assert "403" in problem.seen and "META_URL_FILE" in problem.command and "Downloaded data is kept" in problem.advice
     kept = json.loads((tmp_path / "weights.partial" / room.FINISHED).read_text())["begun"]
     here = {int(start) for start, size in kept["consolidated.01.pth.part"].items() if size == SEGMENT}
     assert here  # how many of the 15 segments before it had come in when the link expired is the network's to say
@@ -292,7 +292,7 @@ def test_a_wrong_byte_is_found_named_and_fetched_again(meta: Web, model: Dict[st
         (lambda path, start: ("status", 403), "403"),
         (lambda path, start: ("status", 404) if "params" in path else None, "404: it is not there"),
         (lambda path, start: ("status", 500) if "01.pth" in path else None, "the server answers 500"),
-        (lambda path, start: ("cut", 0) if "01.pth" in path and start else None, "tried several times"),
+        (lambda path, start: ("cut", 0) if "01.pth" in path and start else None, "after several tries"),
     ],
     ids=["expired", "missing", "server error", "no connection holds"],
 )
@@ -325,7 +325,7 @@ def test_what_is_no_link_of_metas_is_told_and_not_shown(
     url: str, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("META_URL", url)
-    assert "NO URL OF META" in refused("meta:llama-2-7b", tmp_path / "weights").report()
+    assert "NO URL FROM META" in refused("meta:llama-2-7b", tmp_path / "weights").report()
 
 
 def test_what_a_full_disk_cut_off_is_not_counted_again(
@@ -352,7 +352,7 @@ def test_what_a_full_disk_cut_off_is_not_counted_again(
 def test_a_folder_that_make_did_not_fetch_is_not_touched(meta: Web, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/mine").write_text("")
-    with pytest.raises(reports.Problem, match="not ours"):
+    with pytest.raises(reports.Problem, match="did not fetch this folder"):
         fetch("meta:llama-2-7b", tmp_path / "weights")
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 
@@ -448,7 +448,7 @@ def test_a_gated_model_is_a_report_that_says_what_to_do(
 
 
 def test_a_model_that_the_hub_does_not_know_is_a_report(hub: Web, tmp_path: Path) -> None:
-    assert "THE HUB DOES NOT GIVE" in refused("hf:some/other", tmp_path / "weights").report()
+    assert "THE HUB REFUSES" in refused("hf:some/other", tmp_path / "weights").report()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -547,7 +547,7 @@ def test_an_object_store_is_listed_and_read_by_ranges(
     folder = fetch("s3://bucket/llama", tmp_path / "weights")
     assert files_of(folder) == model and "s3cr3t" not in (folder / room.MANIFEST).read_text()
     web.spoil = lambda path, start: ("status", 403)
-    assert "THE STORE DOES NOT GIVE" in refused("s3://bucket/llama", tmp_path / "other").report()
+    assert "THE STORE REFUSES" in refused("s3://bucket/llama", tmp_path / "other").report()
 
 
 def test_a_key_that_no_file_can_have_is_named(bucket: Bucket, model: Dict[str, bytes], tmp_path: Path) -> None:
@@ -796,7 +796,7 @@ def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
     monkeypatch.setattr(
         meta_source.Meta, "files", lambda source: (fetch(f"{meta.url}/m", tmp_path / "weights"), plain(source))[1]
     )
-    with pytest.raises(reports.Problem, match="from elsewhere"):
+    with pytest.raises(reports.Problem, match="have another source"):
         fetch("meta:llama-2-7b", tmp_path / "weights")
     assert files_of(tmp_path / "weights") == OLD
 
@@ -876,5 +876,5 @@ def test_a_secret_in_a_source_typed_behind_make_is_not_repeated(own_tree: Path, 
 
 def test_a_preset_without_its_weights_says_how_to_get_them(own_tree: Path) -> None:
     done = make(own_tree, "weights", "MODEL=llama-2-7b", META_URL="", META_URL_FILE="")
-    assert done.returncode == 2 and "NO URL OF META" in done.stderr
+    assert done.returncode == 2 and "NO URL FROM META" in done.stderr
     assert "NOTHING TO FETCH" in make(own_tree, "weights", "MODEL=stories").stderr

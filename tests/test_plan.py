@@ -226,7 +226,7 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
         ({"ASSUME_GPU": V100S, "QUANT": "int4_awq"}, "W4A16_AWQ does not run on this GPU", ["7.0", "8.0"]),
         ({"ASSUME_GPU": A100S, "TP": "1", "PP": "4"}, "more ranks than GPUs", ["4 ranks", "2 (2x A100-80GB)"]),
         ({"ASSUME_GPU": A100S, "TP": "3"}, "3 ranks cannot share this model", ["TP is 3", "heads is 32"]),
-        ({"ASSUME_GPU": A100S, "PP": "5"}, "the layers cannot be divided so", ["PP is 5", "32 layers"]),
+        ({"ASSUME_GPU": A100S, "PP": "5"}, "PP does not divide the layers", ["PP is 5", "32 layers"]),
         ({"ASSUME_GPU": H100S, "QUANT": "fp8", "DTYPE": "float32"}, "DTYPE cannot be float32", ["float32", "QUANT=fp8"]),
         ({"ASSUME_GPU": A100S, "QUANT": "fp4"}, "QUANT cannot be fp4", ["fp4", "int8_wo"]),
         ({"ASSUME_GPU": A100S, "MAX_SEQ_LEN": "5000"}, "MAX_SEQ_LEN is too large", ["5000", "4096"]),

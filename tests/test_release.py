@@ -58,7 +58,7 @@ def test_a_llama_is_passed_on_with_its_licence(own_tree: Path, tmp_path: Path) -
     release.check_license("llama2", weights)
     assert "Meta Platforms" in release.NOTICES["llama2"]
     folder = make(own_tree, "release", "VERSION=1.0.0", f"MODEL={weights}").stderr
-    assert "WHICH LICENCE HAS THE MODEL?" in folder and "LICENSE=llama2" in folder
+    assert "THE MODEL'S LICENCE IS NOT KNOWN" in folder and "LICENSE=llama2" in folder
 
 
 def test_quantizing_uses_more_tables(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def room_of(root: Path, name: str, reads: dict[str, str], facts: dict[str, objec
 @pytest.mark.parametrize(
     ("engine_facts", "passed", "same", "title"),
     [
-        ({"rehearsal": True}, True, True, "these engines are a rehearsal's"),
+        ({"rehearsal": True}, True, True, "these engines come from a rehearsal"),
         ({}, False, True, "verified was changed"),
         ({}, True, False, "verified was changed"),
     ],

@@ -10,9 +10,8 @@ def bench_server_failed(what: str, last_lines: Sequence[str]) -> Problem:
     return Problem(
         "the measured server failed",
         "bench-text",
-        f"Of the server that was measured: {what}. Its last complaints:\n\n"
-        + "\n".join(f"    {line}" for line in last_lines),
-        "Measure again, on a machine with nothing else to do:",
+        f"The measured server: {what}. Its last errors:\n\n" + "\n".join(f"    {line}" for line in last_lines),
+        "Measure again on an idle machine:",
         make("bench-text"),
     )
 
@@ -21,8 +20,8 @@ def text_is_wrong(model: str) -> Problem:
     return Problem(
         "wrong text",
         model,
-        f"Answers of {model} were not the text of their tokens (the table above says how many), so its speed says nothing.",
-        "See what the text models' tests say:",
+        f"Some answers of {model} were not the text of their tokens (the table above has the count), so its speed means nothing.",
+        "Run the text models' tests:",
         make("test", TESTS="tests/text_models/test_text.py tests/text_models/test_text_models.py"),
     )
 
@@ -32,18 +31,18 @@ def loads_failed(failed: Mapping[str, str]) -> Problem:
     return Problem(
         "some loads failed",
         "bench",
-        f"The other numbers are written. These loads were not served to their end:\n\n{listed}",
-        "The server's log, serve.log beside the rooms, says more. Measure again:",
+        f"The other numbers are written. These loads failed:\n\n{listed}",
+        "See serve.log beside the rooms. Measure again:",
         make("bench"),
     )
 
 
 def no_bench_run(path: PathLike, seen: str) -> Problem:
     return Problem(
-        "no run of make bench",
+        "not a result of make bench",
         path,
         f"It cannot be read as one: {seen}.",
-        "A run writes such a file:",
+        "make bench writes such a file:",
         make("bench"),
     )
 
@@ -56,8 +55,8 @@ def slower_than_baseline(path: PathLike, lines: Sequence[Mapping[str, Any]]) -> 
     return Problem(
         "worse than the baseline",
         path,
-        f"{len(lines)} numbers are worse by more than what two runs of one tree differ by:\n\n{listed}",
-        "See whether it is this tree, on the same machine with nothing beside it:",
+        f"{len(lines)} numbers are worse by more than two runs of the same code differ:\n\n{listed}",
+        "Measure again on the same machine, idle:",
         make("bench"),
     )
 
@@ -66,7 +65,7 @@ def bench_step_failed(command: Sequence[str], status: int) -> Problem:
     return Problem(
         "a measured step failed",
         command[0],
-        f"It ended with status {status}, so there is nothing to measure; its own words are above.",
-        "See it fail alone:",
+        f"It ended with status {status}, so there is nothing to measure. Its own message is above.",
+        "Run it alone:",
         shlex.join(command),
     )

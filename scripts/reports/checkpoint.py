@@ -12,7 +12,7 @@ def examples_missing(script: PathLike, examples: PathLike, version: str) -> Prob
     return Problem(
         "no examples of TensorRT-LLM",
         examples,
-        f"Quantizing is done by TensorRT-LLM's own {Path(script).name}, which is in no image; {shown(script)} is not there.",
+        f"QUANT uses TensorRT-LLM's own {Path(script).name}, which no image contains; {shown(script)} does not exist.",
         f"Fetch the repository at the tag of TensorRT-LLM {version}, then type your make command again:",
         f"GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 --branch v{version} https://github.com/NVIDIA/TensorRT-LLM {shown(examples)}",
     )
@@ -24,7 +24,7 @@ def quantization_failed(log: PathLike, quant: str, status: int, lines: Sequence[
         "quantizing failed",
         log,
         f"TensorRT-LLM's tool for QUANT={quant} ended with status {status}. Its last lines:\n\n{shown_lines}",
-        "When that is mended (a package that its requirements.txt names, the network for its texts, memory), again:",
+        "Correct the cause (a package of its requirements.txt, the network, memory), then type:",
         make("checkpoint"),
     )
 
@@ -33,8 +33,8 @@ def checkpoint_not_as_asked(where: PathLike, what: str, asked: object, written: 
     return Problem(
         "the checkpoint is not what was asked for",
         where,
-        f"{what} was asked to be {asked}; TensorRT-LLM's tool wrote {written}.",
-        "Look at what it says of that:",
+        f"{what} should be {asked}; TensorRT-LLM's tool wrote {written}.",
+        "See what its log says:",
         f"less {shlex.quote(shown(log))}",
     )
 
@@ -42,10 +42,10 @@ def checkpoint_not_as_asked(where: PathLike, what: str, asked: object, written: 
 def stages_impossible(where: PathLike, pp_size: int, n_layers: int) -> Problem:
     possible = [stages for stages in range(1, n_layers + 1) if n_layers % stages == 0]
     return Problem(
-        "the layers cannot be divided so",
+        "PP does not divide the layers",
         where,
-        f"PP is {pp_size}; the model has {n_layers} layers, and each stage takes the same number of them. "
-        f"Possible are {', '.join(map(str, possible))}.",
+        f"PP is {pp_size}; the model has {n_layers} layers, and every stage has the same number of layers. "
+        f"Possible: {', '.join(map(str, possible))}.",
         "For instance:",
         make("checkpoint", PP=max(stages for stages in possible if stages <= pp_size)),
     )
@@ -55,11 +55,11 @@ def split_impossible(
     where: PathLike, tp_size: int, what: str, size: int, rule: str, possible: Sequence[int], by_padding: bool = False
 ) -> Problem:
     fitting = max((tp for tp in possible if tp <= tp_size), default=1)
-    padding = " With PAD_HEADS=on, heads of zeros are added, and it can." if by_padding else ""
+    padding = " PAD_HEADS=on makes it possible: it adds heads of zeros." if by_padding else ""
     return Problem(
         f"{tp_size} ranks cannot share this model",
         where,
-        f"TP is {tp_size}, {what} is {size}: {rule}. What fits: {', '.join(map(str, possible))}.{padding}",
+        f"TP is {tp_size}, {what} is {size}: {rule}. Possible: {', '.join(map(str, possible))}.{padding}",
         "For instance:",
         make("checkpoint", TP=fitting),
     )
@@ -69,10 +69,10 @@ def no_head_size(
     where: PathLike, n_heads: int, head_size: int, hidden_size: int, version: str, able: Sequence[str]
 ) -> Problem:
     return Problem(
-        "this version cannot say the head size",
+        "this version has no head size",
         where,
-        f"{n_heads} heads of {head_size} are not the {hidden_size} of hidden_size, so the checkpoint's config.json must have head_size; "
-        f"that of TensorRT-LLM {version} has no such key. Those that have it: {', '.join(able)}.",
+        f"{n_heads} heads of {head_size} do not make hidden_size {hidden_size}, so the checkpoint's config.json needs the key head_size. "
+        f"TensorRT-LLM {version} does not have it. Versions that do: {', '.join(able)}.",
         "For instance:",
         make("checkpoint", TOOLCHAIN=able[-1]),
     )
@@ -80,10 +80,10 @@ def no_head_size(
 
 def weights_not_finite(path: PathLike, tensor: str, count: int, total: int) -> Problem:
     return Problem(
-        "weights are no numbers",
+        "weights are not numbers",
         path,
-        f"{count} of the {total} values of {tensor} are NaN or infinite; no text can come of that.",
-        "The weights are damaged where they come from. Fetch them again:",
+        f"{count} of the {total} values of {tensor} are NaN or infinite, so the model cannot produce text.",
+        "The weights are damaged at their source. Fetch them again:",
         look(path),
     )
 
@@ -96,6 +96,6 @@ def cast_overflows(
         path,
         f"{count} of the {total} values of {tensor} are too large for {target}: the largest is {largest:g}, the limit is {limit:g}. "
         f"The source is {source}.",
-        "Keep a type with a larger range:",
+        "Use a type with a larger range:",
         make("checkpoint", DTYPE="bfloat16" if target == "float16" else source),
     )

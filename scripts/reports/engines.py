@@ -14,7 +14,7 @@ def limits_do_not_fit(name: str, value: int, other: str, limit: int, mended: int
     return Problem(
         f"{name} is too large",
         "Makefile",
-        f"{name} is {value}; {other} is {limit}, and it cannot be more than that allows.",
+        f"{name} is {value}; {other} is {limit} and does not allow more.",
         "Lower it:",
         make("serve", **{name: mended}),
     )
@@ -24,7 +24,7 @@ def engine_kind_missing(kind: str) -> Problem:
     return Problem(
         f"ENGINE={kind} is not ready",
         "scripts/build_engines.py",
-        f"ENGINE is {kind}; what can be done with its engines here is not known.",
+        f"ENGINE is {kind}; this project has no code for it.",
         "Use the torch engine:",
         make("serve", ENGINE="torch"),
     )
@@ -35,7 +35,7 @@ def holes_do_not_match(template: PathLike, unfilled: Sequence[str], unused: Sequ
         "template and values do not match",
         template,
         f"Holes without a value: {', '.join(unfilled) or 'none'}. Values without a hole: {', '.join(unused) or 'none'}.",
-        "Mend the template or scripts/build_model_repo.py, then:",
+        "Correct the template or scripts/build_model_repo.py, then:",
         make("model_repo"),
     )
 
@@ -45,7 +45,7 @@ def engine_lacks(feature: str, missing: Sequence[str]) -> Problem:
     return Problem(
         f"engines without {feature}",
         "engines/config.json",
-        f"The configs ask for {feature}; these engines were built without {', '.join(missing)}.",
+        f"The configs need {feature}; these engines were built without {', '.join(missing)}.",
         "Serve without it:" if without else "Build them again:",
         make("serve" if without else "engines", **without),
     )
@@ -55,7 +55,7 @@ def config_not_accepted(config: PathLike, reason: str) -> Problem:
     return Problem(
         "Triton would not take this config",
         config,
-        f"The filled file does not pass: {reason}",
-        "Mend the template it was filled from, then:",
+        f"The filled file is not valid: {reason}",
+        "Correct the template, then:",
         make("model_repo"),
     )

@@ -6,7 +6,7 @@ from scripts.reports.problem import PathLike, Problem, make, shown
 
 
 def weights_again(advice: str) -> str:
-    return f"{advice} What arrived is kept; the same command goes on with it:"
+    return f"{advice} Downloaded data is kept; the same command continues:"
 
 
 def no_such_source(source: str) -> Problem:
@@ -24,18 +24,19 @@ def secret_typed(name: str) -> Problem:
     return Problem(
         f"{name} is a secret",
         "Makefile",
-        f"{name} was typed behind make. Every user of this machine can read a command line while it runs, and shells keep them.",
-        "Put it into the environment, or into a file of yours:",
+        f"{name} was typed on the command line. Every user of this machine can read it there, and shells keep it in their history.",
+        "Put it into a file of yours, or into the environment:",
         f"export {name}_FILE=/path/to/file && {make('weights')}",
     )
 
 
 def no_meta_url(seen: str) -> Problem:
     return Problem(
-        "no url of meta's",
+        "no URL from Meta",
         "META_URL",
-        f"Meta sends a URL when it has accepted your request; it is good for 24 hours. Here {seen}. It is never taken from what is typed.",
-        "Ask for it (https://www.llama.com/llama-downloads), put the URL from the mail into a file, whole as it is, and:",
+        f"Meta mails you a URL when it accepts your request; the URL works for 24 hours. Here {seen}. "
+        "make never takes it from the command line.",
+        "Request it (https://www.llama.com/llama-downloads), put the complete URL from the mail into a file, and type:",
         f"META_URL_FILE=/path/to/file {make('weights')}",
     )
 
@@ -44,18 +45,18 @@ def secret_in_source() -> Problem:
     return Problem(
         "source holds a secret",
         "Makefile",
-        "SOURCE is a URL with a user and password, or with a query (what comes after a ?). It is not shown here, and it was not used: "
-        "every user of this machine can read a command line while it runs, and shells keep them. SOURCE is the URL without these.",
-        "Put the whole URL, as it was given to you, into a file of yours:",
+        "SOURCE is a URL with a password or a query (the part after ?). It is not shown here and was not used, because "
+        "every user of this machine can read a command line. SOURCE must be the URL without them.",
+        "Put the complete URL into a file of yours:",
         f"MIRROR_URL_FILE=/path/to/file {make('weights', SOURCE='https://host/folder')}",
     )
 
 
 def mirror_url_odd(seen: str) -> Problem:
     return Problem(
-        "no url of the mirror",
+        "no URL of the mirror",
         "MIRROR_URL",
-        f"MIRROR_URL, or the file that MIRROR_URL_FILE names, holds the URL of SOURCE with what is secret in it: "
+        f"MIRROR_URL, or the file that MIRROR_URL_FILE names, must hold the URL of SOURCE with its secret part: "
         f"https://user:password@host/folder, or https://host/folder?token=... Here {seen}.",
         "Correct the file, or the setting:",
         f"MIRROR_URL_FILE=/path/to/file {make('weights')}",
@@ -63,36 +64,36 @@ def mirror_url_odd(seen: str) -> Problem:
 
 
 def mirror_refused(name: str, source: str, status: int, with_secret: bool) -> Problem:
-    secret = "with what MIRROR_URL holds" if with_secret else "without a login, since there is none (MIRROR_URL)"
+    secret = "with the login of MIRROR_URL" if with_secret else "without a login (MIRROR_URL is not set)"
     return Problem(
-        "the mirror does not give it",
+        "the mirror refuses",
         source,
-        f"The answer for {name} is {status}, {secret}.",
-        weights_again("Put the URL with user and password, or with its query, into a file of yours."),
+        f"The mirror answers {status} for {name}, {secret}.",
+        weights_again("Put the URL with its password or query into a file of yours."),
         f"MIRROR_URL_FILE=/path/to/file {make('weights')}",
     )
 
 
 def meta_link_refused(name: str, source: str, status: int) -> Problem:
     return Problem(
-        "meta's link is refused",
+        "Meta refuses the link",
         source,
-        f"The server answers {status} for {name}. A link is good for 24 hours and some downloads, for the models that were asked for, "
-        "and only whole: cut off at a & it is wrong.",
-        weights_again("Ask Meta for a new link (https://www.llama.com/llama-downloads) and put it in the file."),
+        f"The server answers {status} for {name}. A link works for 24 hours, for a few downloads and for the requested models. "
+        "It must be complete: a link that was cut at & does not work.",
+        weights_again("Request a new link from Meta (https://www.llama.com/llama-downloads) and put it in the file."),
         f"META_URL_FILE=/path/to/file {make('weights')}",
     )
 
 
 def hub_refused(repository: str, status: int, with_token: bool) -> Problem:
-    token = "with the token of this machine" if with_token else "without a token, since there is none (HF_TOKEN)"
+    token = "with the token of this machine" if with_token else "without a token (HF_TOKEN is not set)"
     return Problem(
-        "the hub does not give this model",
+        "the hub refuses this model",
         repository,
-        f"The hub answers {status}, {token}. Either there is no model of this name, or it is given only to those who accepted its licence, "
-        "by a token that may read it.",
+        f"The hub answers {status}, {token}. Either no model has this name, or you must accept its licence first "
+        "and use a token that may read it.",
         weights_again(
-            "Accept the licence on the model's page, make a token that may read (in your settings there), and put it in a file."
+            "Accept the licence on the model's page, create a read token in your settings there, and put it in a file."
         ),
         f'HF_TOKEN="$(cat /path/to/token)" {make("weights")}',
     )
@@ -100,26 +101,26 @@ def hub_refused(repository: str, status: int, with_token: bool) -> Problem:
 
 def store_refused(store: str, name: str, reason: str) -> Problem:
     return Problem(
-        "the store does not give it",
+        "the store refuses",
         store,
-        f"{f'For {name} it' if name else 'It'} says: {reason}. Credentials, region and endpoint are those of the environment "
+        f"The store says{f' for {name}' if name else ''}: {reason}. Credentials, region and endpoint come from the environment "
         "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL).",
-        weights_again("Set them, for a user who may list and read."),
+        weights_again("Set them for a user who may list and read."),
         make("weights"),
     )
 
 
 def fetch_refused(name: str, source: str, status: int) -> Problem:
     means = {
-        404: "it is not there",
-        403: "it may not be read, or the link has expired",
-        401: "it may not be read without a login",
+        404: "it does not exist",
+        403: "access is denied, or the link has expired",
+        401: "a login is required",
     }
     return Problem(
         f"no {name}",
         source,
-        f"The answer for {name} is {status}: {means.get(status, 'it is not given')}.",
-        weights_again("Look whether the source is right."),
+        f"The server answers {status} for {name}: {means.get(status, 'it refuses')}.",
+        weights_again("Check SOURCE."),
         make("weights"),
     )
 
@@ -129,7 +130,7 @@ def fetch_odd(name: str, source: str, reason: str) -> Problem:
         f"{name} is not what was expected",
         source,
         f"{name}: {reason}.",
-        "Look whether the source is right, and say it:",
+        "Check SOURCE and correct it:",
         make("weights", SOURCE=source),
     )
 
@@ -137,10 +138,10 @@ def fetch_odd(name: str, source: str, reason: str) -> Problem:
 def fetch_broken(name: str, source: str, reason: str, arrived_bytes: int, size_bytes: Optional[int]) -> Problem:
     of = f" {arrived_bytes / 1e6:.1f} of {size_bytes / 1e6:.1f} MB are here." if size_bytes else ""
     return Problem(
-        "the connection breaks",
+        "the connection broke",
         source,
-        f"{name} cannot be fetched, though it was tried several times: {reason}.{of}",
-        weights_again("Look at the network."),
+        f"{name} could not be fetched after several tries: {reason}.{of}",
+        weights_again("Check the network."),
         make("weights"),
     )
 
@@ -149,8 +150,8 @@ def fetched_file_differs(name: str, source: str, what: str, expected: str, actua
     return Problem(
         f"{name} is not the file that was promised",
         source,
-        f"Its {what} should be {expected}; what came has {actual}. All other files are kept.",
-        "Fetch this file again; when it comes so twice, the source has another one than it says:",
+        f"Its {what} should be {expected}; the downloaded file has {actual}. All other files are kept.",
+        "Fetch it again. If this happens twice, the source has a file that differs from its own list:",
         make("weights"),
     )
 
@@ -159,8 +160,8 @@ def fetched_file_changed(name: str, source: str, expected: str, actual: str) -> 
     return Problem(
         f"{name} was replaced at its source",
         source,
-        f"When the fetching began it was the version {expected}; now it is {actual} there. Of two versions no file is put together.",
-        "What arrived of it is left away, all other files are kept. When the source is at rest:",
+        f"The download began with version {expected}; the source now has {actual}. A file is never assembled from two versions.",
+        "Its downloaded part is dropped; all other files are kept. When the source no longer changes:",
         make("weights"),
     )
 
@@ -169,28 +170,28 @@ def no_space_for_weights(folder: PathLike, free: str, needed: str) -> Problem:
     return Problem(
         "the disk is too small",
         folder,
-        f"{needed} are still to come; {free} are free there. Nothing was fetched.",
-        weights_again("Make room, or say a folder on a larger disk with WEIGHTS=."),
+        f"{needed} must still be downloaded; {free} are free there. Nothing was fetched.",
+        weights_again("Free some space, or give a folder on a larger disk with WEIGHTS=."),
         make("weights"),
     )
 
 
 def weights_not_fetched(folder: PathLike) -> Problem:
     return Problem(
-        "this folder is not ours",
+        "make did not fetch this folder",
         folder,
-        f"{shown(folder)} is there, and was not fetched by make: it has no manifest.json. Nothing in it was touched.",
-        "It is used as it is. To fetch the weights all the same, move it away:",
+        f"{shown(folder)} exists and has no manifest.json, so make did not fetch it. Nothing in it was changed.",
+        "make uses it as it is. To fetch the weights anyway, move it away:",
         f"mv {shown(folder)} {shown(folder)}.mine && {make('weights')}",
     )
 
 
 def weights_from_elsewhere(folder: PathLike, came_from: str, source: str) -> Problem:
     return Problem(
-        "these weights are from elsewhere",
+        "these weights have another source",
         folder,
         f"{shown(folder)} was fetched from {came_from}; SOURCE is {source}.",
-        "To fetch them anew from there:",
+        "To fetch them from SOURCE:",
         f"rm -r {shown(folder)} && {make('weights')}",
     )
 
@@ -199,8 +200,8 @@ def nothing_to_fetch(model: str, folder: PathLike) -> Problem:
     return Problem(
         "nothing to fetch",
         folder,
-        f"MODEL is {model}, and nothing says where its weights could be fetched from (SOURCE).",
-        "Say it, for instance:",
+        f"MODEL is {model}, and SOURCE, from which to fetch its weights, is not set.",
+        "Give it, for instance:",
         make("weights", SOURCE="hf:NAME/MODEL"),
     )
 
@@ -210,7 +211,7 @@ def pip_failed(requirements: PathLike, status: int, lines: Sequence[str]) -> Pro
     return Problem(
         "pip could not fetch the package",
         requirements,
-        f"pip download ended with status {status}. Its words:\n\n{shown_lines}",
-        "Look at the network, and at pip's own settings (index, proxy), then again:",
+        f"pip download ended with status {status} and said:\n\n{shown_lines}",
+        "Check the network and pip's settings (index, proxy), then type:",
         make("weights"),
     )

@@ -15,10 +15,10 @@ def _indented(lines: Sequence[str]) -> str:
 def no_builder(seen: Mapping[str, str]) -> Problem:
     listed = "; ".join(f"{name}: {answer}" for name, answer in seen.items())
     return Problem(
-        "nothing that builds images",
+        "no program that builds images",
         "docker, buildah",
-        f"An image is built by docker, where its daemon answers, or by buildah. Here: {listed}.",
-        "Start or install one of them (Debian and Ubuntu have both), for instance:",
+        f"make image needs docker with a running daemon, or buildah. Here: {listed}.",
+        "Start or install one of them, for instance:",
         "sudo apt-get install docker.io && sudo systemctl start docker && " + make("image"),
     )
 
@@ -27,9 +27,9 @@ def builder_failed(name: str, words: Sequence[str], status: int, last: Sequence[
     return Problem(
         f"{name} stopped",
         " ".join(words),
-        f"{' '.join(words)} ended with status {status}. Its last words:\n\n{_indented(last)}\n\n"
-        "What was built before is as it was.",
-        "Mend that, and go on:",
+        f"{' '.join(words)} ended with status {status}. Its last lines:\n\n{_indented(last)}\n\n"
+        "Earlier images are unchanged.",
+        "Correct the cause, then type:",
         make("image"),
     )
 
@@ -38,8 +38,8 @@ def no_space_for_image(name: str, words: Sequence[str], last: Sequence[str]) -> 
     return Problem(
         f"no space left for {name}",
         " ".join(words),
-        f"{' '.join(words)} says:\n\n{_indented(last[-3:])}\n\nNo image was changed; what was half built is not kept under any name.",
-        "See what takes the space, make room, and go on:",
+        f"{' '.join(words)} says:\n\n{_indented(last[-3:])}\n\nNo image was changed, and nothing half-built is kept.",
+        "Find what takes the space, free some, and continue:",
         f"{name} images; df -h; {make('image')}",
     )
 
@@ -48,9 +48,9 @@ def no_space_to_bake(folder: PathLike, free_bytes: int, needed_bytes: int) -> Pr
     return Problem(
         "not enough space to bake",
         folder,
-        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image as it is "
-        "built, and in its canonical form. Nothing was built.",
-        "Make room, and go on:",
+        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image "
+        "as built and in its canonical form. Nothing was built.",
+        "Free some space, and continue:",
         f"df -h {shlex.quote(shown(folder))}; {make('image')}",
     )
 
@@ -59,8 +59,8 @@ def no_mmdebstrap() -> Problem:
     return Problem(
         "no mmdebstrap",
         "PATH",
-        "With ENGINE=torch the image stands on a base made from Debian packages, by mmdebstrap; it is not on PATH. Any image with CPython "
-        "3.11 or 3.12, its shared library and glibc 2.35 will do instead (BASE_IMAGE).",
+        "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. Any image with CPython "
+        "3.11 or 3.12, its shared library and glibc 2.35 works as BASE_IMAGE instead.",
         "Install it, or name a base:",
         "sudo apt-get install mmdebstrap && "
         + make("image")
@@ -73,7 +73,7 @@ def base_not_made(status: int, last: Sequence[str]) -> Problem:
         "mmdebstrap stopped",
         "Debian packages",
         f"The base could not be made; mmdebstrap ended with status {status}:\n\n{_indented(last)}",
-        "Is a mirror within reach, and is the keyring there (package debian-archive-keyring)? Then go on:",
+        "Check that a Debian mirror is reachable and that the package debian-archive-keyring is installed, then type:",
         make("image"),
     )
 
@@ -82,18 +82,18 @@ def base_not_here(image: str, builder: str) -> Problem:
     return Problem(
         "the base image is not here",
         image,
-        f"{builder} has no image {image}. It may be large, so it is fetched only when you say so.",
-        "Fetch it, and go on:",
+        f"{builder} has no image {image}. It may be large, so make does not fetch it by itself.",
+        "Fetch it, and continue:",
         f"{builder} pull {shlex.quote(image)} && {make('image')}",
     )
 
 
 def base_changed(image: str, expected: str, actual: str) -> Problem:
     return Problem(
-        "the base image is another one now",
+        "the base image changed",
         image,
-        f"When the room base was made, its last layer was {expected[:19]}; now it is {actual[:19]}. A tag was moved.",
-        "Look at it anew (a digest cannot be moved):",
+        f"When the room base was made, its last layer was {expected[:19]}; now it is {actual[:19]}. The tag was moved.",
+        "Make the base again (a digest cannot be moved):",
         f"rm -r build/ground-* && {make('image')}",
     )
 
@@ -102,9 +102,9 @@ def base_of_another_version(image: str, expected: str, actual: str) -> Problem:
     return Problem(
         "the base has another TensorRT-LLM",
         image,
-        f"The engines are built by TensorRT-LLM {expected}; {image} has {actual or 'none that it tells of'}. An engine runs only on the "
+        f"The engines were built by TensorRT-LLM {expected}; {image} has {actual or 'none that it names'}. An engine runs only on the "
         "version that built it.",
-        "Leave BASE_IMAGE away, or build the engines for its version:",
+        "Leave BASE_IMAGE unset, or build the engines for its version:",
         make("image"),
     )
 
@@ -116,9 +116,9 @@ def wheels_not_fetched(target: str, last: Sequence[str]) -> Problem:
         "requirements/",
         f"pip says:\n\n{_indented(last)}"
         + ("\n\nPlain PyPI has only PyTorch's CUDA build; the CPU one is on PyTorch's own index." if cpu else ""),
-        "Give pip that index and go on, or bake the CUDA build:"
+        "Give pip that index, or bake the CUDA build:"
         if cpu
-        else "Check the network (or pip's index and proxy settings), and go on:",
+        else "Check the network and pip's settings (index, proxy), then type:",
         f"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu {make('image')}\n{make('image', TARGET='cuda')}"
         if cpu
         else make("image"),
@@ -139,7 +139,7 @@ def no_image_archive(path: PathLike, reason: str) -> Problem:
     return Problem(
         "not an image's archive",
         path,
-        f"It is not what `docker save` or `make release` writes: {reason}.",
+        f"It was not written by `docker save` or `make release`: {reason}.",
         "Write it again:",
         make("release", VERSION="x.y.z"),
     )
@@ -147,10 +147,10 @@ def no_image_archive(path: PathLike, reason: str) -> Problem:
 
 def layers_do_not_match(path: PathLike, actual: int, instructions: Sequence[str]) -> Problem:
     return Problem(
-        "the builder made other layers than the Dockerfile says",
+        "the layers differ from the Dockerfile",
         path,
-        f"docker/Dockerfile adds {len(instructions)} layers to its base; the image has {actual} more than the base.",
-        "Build it without any cache:",
+        f"docker/Dockerfile adds {len(instructions)} layers to its base; the builder added {actual}.",
+        "Build it without the cache:",
         make("image", NO_CACHE=1),
     )
 
@@ -169,7 +169,7 @@ def image_gone(tag: str, iid: str, builder: str) -> Problem:
     return Problem(
         "the image is gone",
         tag,
-        f"build/ says that {tag} is {iid[:19]}; {builder} has no such image any more.",
+        f"build/ says that {tag} is {iid[:19]}; {builder} no longer has that image.",
         "Bake it again (the same rooms give the same image):",
         f"rm -r build/*/*/image && {make('image')}",
     )
@@ -179,7 +179,7 @@ def which_image() -> Problem:
     return Problem(
         "which image?",
         "IMAGE",
-        "IMAGE is empty; it is a name that docker or buildah knows, or the path of an archive.",
+        "IMAGE is empty. Give a name that docker or buildah knows, or the path of an archive.",
         "For instance:",
         "make verify-image IMAGE=dist/stories-1.0.0/image.oci.tar",
     )
@@ -190,7 +190,7 @@ def no_such_image(image: str, builder: str) -> Problem:
         "no such image",
         image,
         f"{builder} has no image {image}, and no file has that name.",
-        "These are there:",
+        "See the images:",
         f"{builder} images",
     )
 
@@ -199,7 +199,7 @@ def image_not_what_it_says(image: str, failed: Sequence[str]) -> Problem:
     return Problem(
         "the image is not what its passport says",
         image,
-        f"{len(failed)} of what was recomputed differs:\n\n{_indented(failed)}",
+        f"{len(failed)} recomputed values differ:\n\n{_indented(failed)}",
         "Do not serve it. Bake it again:",
         make("image", NO_CACHE=1),
     )
@@ -210,17 +210,17 @@ def memory_too_small(available_bytes: int, needed_bytes: int) -> Problem:
         "not enough memory",
         "/proc/meminfo",
         f"{available_bytes / 1e9:.1f} GB are available; the weights alone take {needed_bytes / 1e9:.1f} GB.",
-        "End something else, take a larger machine, or give the container more:",
+        "Free some memory, use a larger machine, or give the container more:",
         f"docker run --memory {needed_bytes // 10**9 * 2 + 1}g ... {os.environ.get('BAKED_IMAGE', 'IMAGE')}",
     )
 
 
 def which_license() -> Problem:
     return Problem(
-        "which licence has the model?",
+        "the model's licence is not known",
         "LICENSE",
-        "A release ships the model; LICENSE says under which terms: llama2, or an SPDX name. Presets know theirs; a folder does not.",
-        "Say it:",
+        "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. Presets name theirs; a folder does not.",
+        "Name it:",
         make("release", LICENSE="llama2"),
     )
 
@@ -229,9 +229,9 @@ def license_files_missing(license: str, folder: PathLike, missing: Sequence[str]
     return Problem(
         "the model's licence is not with it",
         folder,
-        f"LICENSE is {license}: who passes the model on must pass on {' and '.join(missing)} too. "
-        f"Neither {shown(folder)} nor the folder above has a file of that name.",
-        "Meta's download leaves them above the models' folders; copy them there, and go on:",
+        f"LICENSE is {license}, which must be shipped with {' and '.join(missing)}. "
+        f"Neither {shown(folder)} nor its parent folder has it.",
+        "Meta's download puts them above the models' folders. Copy them, and continue:",
         f"cp LICENSE USE_POLICY.md {shlex.quote(shown(folder))}/ && {make('release')}",
     )
 
@@ -240,18 +240,18 @@ def base_not_pinned(seen: Sequence[str]) -> Problem:
     return Problem(
         "the base is not pinned",
         "docker/base.txt",
-        f"A release stands on a base that can be had again. Here:\n\n{_indented(seen)}",
-        "Pin the packages as they are now, and commit; or name an image by digest (BASE_IMAGE=name@sha256:...):",
+        f"A release needs a base that can be rebuilt. Here:\n\n{_indented(seen)}",
+        "Pin the current packages and commit, or name an image by digest (BASE_IMAGE=name@sha256:...):",
         "make lock-base && git add docker/base.txt",
     )
 
 
 def release_exists(folder: PathLike) -> Problem:
     return Problem(
-        "this version was released",
+        "this version is already released",
         folder,
-        f"{shown(folder)} is there and is another image's. A version names one image for good.",
-        "Take the next version, or take that folder away:",
+        f"{shown(folder)} exists for another image. A version always names the same image.",
+        "Use the next version, or remove that folder:",
         make("release", VERSION="x.y.z"),
     )
 
@@ -260,9 +260,9 @@ def not_signed(key: PathLike, reason: str) -> Problem:
     return Problem(
         "could not sign",
         key,
-        f"openssl says: {reason}. The key has to be an EC P-256 private key in PEM form, as `cosign import-key-pair` takes "
-        "it; its password, if any, is read from COSIGN_PASSWORD.",
-        "Make one, and go on:",
+        f"openssl says: {reason}. The key must be an EC P-256 private key in PEM form, as `cosign import-key-pair` accepts; "
+        "COSIGN_PASSWORD holds its password, if it has one.",
+        "Make one, and continue:",
         "openssl ecparam -genkey -name prime256v1 -noout -out key.pem && " + make("release"),
     )
 
@@ -271,16 +271,16 @@ def push_failed(image: str, last: Sequence[str]) -> Problem:
     said = " ".join(last).lower()
     if "unauthorized" in said or "denied" in said or "authentication required" in said or "no basic auth" in said:
         advice, command = (
-            "The registry knows you not, or you may not write there. Log in, and push again:",
+            "The registry rejected the login, or this account may not push there. Log in and push again:",
             f"docker login {image.partition('/')[0]}",
         )
     elif "no such host" in said or "connection refused" in said or "timeout" in said or "deadline" in said:
         advice, command = (
-            "The registry does not answer. Look at its name and the network, and push again:",
+            "The registry does not answer. Check its name and the network, and push again:",
             make("push", IMAGE=image),
         )
     else:
-        advice, command = "Mend that, and push again:", make("push", IMAGE=image)
+        advice, command = "Correct the cause, and push again:", make("push", IMAGE=image)
     return Problem("the push failed", image, f"The builder says:\n\n{_indented(last)}", advice, command)
 
 
@@ -288,8 +288,8 @@ def push_what(image: str, dist: PathLike) -> Problem:
     return Problem(
         "nothing to push",
         dist,
-        f"IMAGE is {image!r}, and {shown(dist)} {'is' if Path(dist).is_dir() else 'is not'} there. "
-        "A release's archive is pushed, under a name with a registry in it.",
-        "Release first, then say where to:",
+        f"IMAGE is {image!r}, and {shown(dist)} {'exists' if Path(dist).is_dir() else 'does not exist'}. "
+        "make push sends a release's archive to a name that includes a registry.",
+        "Release first, then push:",
         "make release VERSION=1.0.0 && make push VERSION=1.0.0 IMAGE=registry.example/llama:1.0.0",
     )

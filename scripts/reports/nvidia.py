@@ -12,14 +12,14 @@ def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem
     return Problem(
         f"no {kind} table for TensorRT-LLM {trtllm_version}",
         path,
-        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} is not there, so what that version takes is not known.",
+        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} does not exist, so the flags and files of that version are not known.",
         "Use a version whose tables are complete:",
         make("serve", TOOLCHAIN=""),
     )
 
 
 def gpu_not_known(text: str, known: Sequence[str], matching: Sequence[str]) -> Problem:
-    meant = f"More than one begins so: {', '.join(matching)}." if matching else f"Known are: {', '.join(known)}."
+    meant = f"Several names begin like this: {', '.join(matching)}." if matching else f"Known GPUs: {', '.join(known)}."
     return Problem(
         "no such GPU",
         "docker/gpus.json",
@@ -33,8 +33,8 @@ def nvidia_smi_failed(command: Sequence[str], reason: str) -> Problem:
     return Problem(
         "nvidia-smi does not answer",
         command[0],
-        f"What GPUs are here is not known: {reason or 'it failed without a word'}",
-        "See for yourself; a driver that was updated without a restart, or one too old for this question, shows here too:",
+        f"The GPUs of this machine are not known: {reason or 'nvidia-smi failed without a message'}",
+        "Run it yourself. A driver that was updated without a restart fails here too:",
         shlex.join(command),
     )
 
@@ -43,8 +43,8 @@ def no_gpu(asked_by: str) -> Problem:
     return Problem(
         "no GPU",
         "nvidia-smi",
-        f"{asked_by} needs one NVIDIA GPU; nvidia-smi names none here. (One is enough to build, for any TP.)",
-        "See whether the driver is there, and in a container whether it was started with --gpus; or use the torch engine:",
+        f"{asked_by} needs one NVIDIA GPU; nvidia-smi lists none. (One GPU is enough to build for any TP.)",
+        "Check the driver and, in a container, the option --gpus; or use the torch engine:",
         make("serve", ENGINE="torch"),
     )
 
@@ -53,9 +53,9 @@ def gpu_not_in_toolchain(
     version: str, architectures: Sequence[str], name: str, capability: str, fitting: Sequence[str]
 ) -> Problem:
     if fitting:
-        advice, command = "Use the newest one that has it:", make("serve", TOOLCHAIN=fitting[-1])
+        advice, command = "Use the newest version that does:", make("serve", TOOLCHAIN=fitting[-1])
     else:
-        advice, command = "No toolchain here has it. The torch engine runs on any GPU:", make("serve", ENGINE="torch")
+        advice, command = "No version here does. The torch engine runs on any GPU:", make("serve", ENGINE="torch")
     return Problem(
         "TensorRT-LLM does not run on this GPU",
         "docker/toolchains.json",
@@ -79,9 +79,9 @@ def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes
     return Problem(
         "engines do not fit this GPU",
         engines,
-        f"{gpu} has {gpu_bytes / 1e9:.1f} GB. Of it a rank takes {weights_bytes / 1e9:.1f} GB for its weights; with one step and what CUDA "
-        f"takes, not even at best is room left for a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN), and the engines would not start.",
-        "See the sum, and what would fit:",
+        f"{gpu} has {gpu_bytes / 1e9:.1f} GB; the weights of one rank take {weights_bytes / 1e9:.1f} GB. Beside one step and CUDA "
+        f"itself, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so the engines would not start.",
+        "See the numbers, and what would fit:",
         make("plan"),
     )
 
@@ -90,9 +90,9 @@ def not_in_toolchain(program: str, version: str) -> Problem:
     return Problem(
         f"no {program}",
         program,
-        f"{program} is not here. It is part of TensorRT-LLM {version}, and that of its container; nothing else can build or run "
+        f"{program} is not installed. It is part of TensorRT-LLM {version}, which comes in NVIDIA's container; only that can build or run "
         "TensorRT engines.",
-        "See what is missing for the container:",
+        "See what this machine lacks for the container:",
         make("doctor"),
     )
 
@@ -102,7 +102,7 @@ def toolchain_is_another(asked: str, found: str) -> Problem:
         "another TensorRT-LLM is installed",
         sys.executable,
         f"TOOLCHAIN is {asked}; installed here is TensorRT-LLM {found}. Engines run only where they were built.",
-        "Ask for what is there, or run this in the container of the version that is asked for:",
+        "Use the installed version, or run this in the container of the other one:",
         make("engines", TOOLCHAIN=found),
     )
 
@@ -125,7 +125,7 @@ def engine_not_as_asked(where: PathLike, what: str, asked: object, built: object
     return Problem(
         "the engine is not what was asked for",
         where,
-        f"{what} was asked to be {asked}; trtllm-build wrote {built}.",
-        "Look at what it says of that, then ask for something it can do:",
+        f"{what} should be {asked}; trtllm-build wrote {built}.",
+        "See what its log says about it:",
         f"grep -n -i -e warn -e {what} {shlex.quote(shown(Path(where).parent / 'building' / 'trtllm-build.log'))}",
     )

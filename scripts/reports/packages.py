@@ -13,7 +13,7 @@ def package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}; needed is what these pin: {', '.join(files)}.",
+        f"The interpreter {sys.executable} lacks the module {module}. It needs the packages of {', '.join(files)}.",
         "Install them there, or leave PYTHON unset so that make installs them into .venv:",
         f"{sys.executable} -m pip install --no-deps --require-hashes {' '.join(f'-r {file}' for file in files)}",
     )
@@ -23,8 +23,8 @@ def interpreter_missing(value: str) -> Problem:
     return Problem(
         "no such interpreter",
         value,
-        f"PYTHON is {value}: no Python answers there. It has to be a CPython that has what requirements/run.txt and torch.txt pin.",
-        "Leave PYTHON away, and make installs one into .venv:",
+        f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of requirements/run.txt and torch.txt.",
+        "Leave PYTHON unset, and make installs the packages into .venv:",
         make("serve", PYTHON=""),
     )
 
@@ -33,8 +33,8 @@ def verify_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}, with which Hugging Face's side of `make verified` is asked; "
-        "requirements/verify.txt pins it.",
+        f"The interpreter {sys.executable} lacks the module {module}, which `make verified` uses to ask Hugging Face's model. "
+        "requirements/verify.txt has it.",
         "Install it there, or leave PYTHON unset so that make installs it into .venv:",
         f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/verify.txt",
     )
@@ -44,7 +44,7 @@ def openai_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks {module}; the OpenAI-compatible endpoint needs what requirements/openai.txt pins.",
+        f"The interpreter {sys.executable} lacks {module}. The OpenAI-compatible endpoint needs the packages of requirements/openai.txt.",
         "Install it there, or leave PYTHON unset so that make installs it into .venv:",
         f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
     )

@@ -11,7 +11,7 @@ def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: 
     return Problem(
         "more ranks than GPUs",
         "Makefile",
-        f"TP {tp_size} x PP {pp_size} are {tp_size * pp_size} ranks, each needs a GPU of its own to serve; there are {count} ({found}).",
+        f"TP {tp_size} x PP {pp_size} = {tp_size * pp_size} ranks, and each rank needs its own GPU. This machine has {count} ({found}).",
         "See what fits with fewer:",
         command,
     )
@@ -21,7 +21,7 @@ def does_not_fit(model: str, found: str, shares: str, advice: str, command: str)
     return Problem(
         f"{model} does not fit",
         found,
-        "Even at best the KV cache has no room for the tokens it must hold, and the engine would not start. Of its GPU a rank takes:"
+        "The KV cache has no room for the tokens that it must hold, so the engine would not start. One rank takes of its GPU:"
         f"\n\n{shares}",
         advice,
         command,
@@ -32,7 +32,7 @@ def disk_too_small(where: PathLike, free_bytes: int, needed_bytes: int, rooms: S
     return Problem(
         "the disk is too small",
         where,
-        f"{free_bytes / 1e9:.1f} GB are free here; the rooms that are still to be made ({', '.join(rooms)}) take "
+        f"{free_bytes / 1e9:.1f} GB are free here; the rooms that are not made yet ({', '.join(rooms)}) take "
         f"{needed_bytes / 1e9:.1f} GB.",
         "build/ may be a link to a larger disk; see what each room takes:",
         make("plan"),
@@ -43,11 +43,9 @@ def too_few_gpus(needed: int, names: Sequence[str]) -> Problem:
     return Problem(
         "not enough GPUs",
         "nvidia-smi",
-        f"The engines have {needed} ranks, and each takes one GPU; here {'is' if len(names) == 1 else 'are'} {len(names)}"
+        f"The engines have {needed} ranks, and each needs one GPU; this machine has {len(names)}"
         f"{': ' + ', '.join(names) if names else ''}.",
-        "Build for as many as there are:"
-        if names
-        else "See whether the driver is there, and docker was told --gpus all:",
+        "Build for as many as there are:" if names else "Check the driver, and docker's option --gpus all:",
         make("serve", TP=len(names)) if names else make("doctor"),
     )
 
@@ -57,18 +55,18 @@ def engine_for_another_gpu(engines: PathLike, built_on: str, built_for: str, her
         "engine does not fit this GPU",
         engines,
         f"The engines were built on {built_on} for compute capability {built_for}; {here} has {capability}. TensorRT engines do not "
-        "travel between GPU generations.",
+        "work on another GPU generation.",
         "Build them here:",
         f"rm -r {shown(engines)} && {make('engines')}",
     )
 
 
 def engine_needs_peer_access(engines: PathLike, peer_access: Optional[bool]) -> Problem:
-    seen = "it is not known whether they can" if peer_access is None else "they cannot"
+    seen = "it is not known whether these can" if peer_access is None else "these cannot"
     return Problem(
         "the GPUs do not reach each other",
         engines,
-        f"The engines were built with custom all-reduce, for GPUs that read each other's memory; here {seen} (nvidia-smi topo -p2p r).",
+        f"The engines use custom all-reduce, for which GPUs read each other's memory; {seen} (nvidia-smi topo -p2p r).",
         "Build them here, so that they use NCCL:",
         f"rm -r {shown(engines)} && {make('engines')}",
     )
@@ -78,7 +76,7 @@ def engine_of_another_version(engines: PathLike, built_by: str, found: str) -> P
     return Problem(
         "engine of another TensorRT-LLM",
         engines,
-        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. A runtime reads only what its own version wrote.",
+        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. TensorRT-LLM runs only engines of its own version.",
         "Serve them in the toolchain that built them:",
         make("serve", TOOLCHAIN=built_by),
     )
@@ -89,7 +87,7 @@ def driver_too_old(driver: str, minimum: str, version: str) -> Problem:
         "NVIDIA's driver is too old",
         "nvidia-smi",
         f"The driver is {driver}; the container of TensorRT-LLM {version} needs {minimum} or later.",
-        "Install a newer driver, restart, and look:",
+        "Install a newer driver, restart, and check:",
         "nvidia-smi --query-gpu=driver_version --format=csv",
     )
 
@@ -99,8 +97,8 @@ def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
         "Open MPI cannot find itself",
         mpirun,
         f"OPAL_PREFIX is {seen}; mpirun is {mpirun}. NVIDIA's image sets OPAL_PREFIX to the folder of its Open MPI; an image that was "
-        "exported and imported again, or an environment that was cleaned, has lost it.",
-        "Use NVIDIA's image itself; where that cannot be, set it and serve again:",
+        "exported and imported, or a cleaned environment, loses it.",
+        "Use NVIDIA's image itself. If you cannot, set it and serve again:",
         f"export OPAL_PREFIX={shlex.quote(str(Path(mpirun).parent.parent))}",
     )
 
@@ -111,9 +109,9 @@ def ranks_do_not_add_up(world_size: int, status: Optional[int], seconds: float, 
     return Problem(
         "the ranks do not reach each other",
         "scripts/serving/all_reduce.py",
-        f"Adding up one number over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{shown_lines}\n\n"
-        "GPUs that hang here often cannot read each other's memory though they say so (virtual machines, IOMMU or ACS), or share "
-        "too little of /dev/shm.",
-        "See what NCCL says; NCCL_P2P_DISABLE=1 shows whether it is the way between the GPUs:",
+        f"A sum over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{shown_lines}\n\n"
+        "GPUs that hang here often cannot read each other's memory although they report that they can (virtual machines, IOMMU, ACS), "
+        "or /dev/shm is too small.",
+        "See NCCL's messages; with NCCL_P2P_DISABLE=1 the GPUs do not read each other's memory:",
         f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.serving.all_reduce "$(mktemp -d)" 60',
     )

@@ -109,7 +109,7 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
     except Finished as finished:
         print(finished, flush=True)
         sys.exit(0)
-    except BrokenPipeError:  # whoever read our lines has gone (make hf | head): nothing to tell, nobody to tell it to
+    except BrokenPipeError:  # the reader of our output has gone (make hf | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:

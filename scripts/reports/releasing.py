@@ -10,8 +10,8 @@ def tree_not_clean(lines: Sequence[str]) -> Problem:
     return Problem(
         "the tree is not clean",
         "git status",
-        f"A release is made of what is committed. Here is more:\n\n{listed}",
-        "Commit it or take it away:",
+        f"A release is made from committed files only. These are not committed:\n\n{listed}",
+        "Commit or remove them:",
         "git status",
     )
 
@@ -20,7 +20,7 @@ def toolchain_not_pinned(version: str, image: str) -> Problem:
     return Problem(
         f"toolchain {version} is not pinned",
         "docker/toolchains.json",
-        f"The image is {image}, a tag that can be moved; its digest is not known. That is good for trying out, not for a release.",
+        f"The image is {image}, a tag that can move; its digest is not known. A release needs the digest.",
         "On a machine with docker and network:",
         "make pin",
     )
@@ -32,16 +32,16 @@ def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
         f"toolchain {version} is partly inferred",
         "docker/contracts/README.md",
         f"{len(cells)} of the tables and cells that this release would use have no primary source:\n\n{listed}",
-        "Confirm them on the real image, or accept them in so many words:",
+        "Confirm them on the real image, or accept them:",
         make("release", INFERRED="accept"),
     )
 
 
 def engines_rehearsed(engines: PathLike) -> Problem:
     return Problem(
-        "these engines are a rehearsal's",
+        "these engines come from a rehearsal",
         engines,
-        "Stand-ins made them (docker/rehearsal); no GPU runs them.",
+        "Stand-ins made them (docker/rehearsal); they do not run on a GPU.",
         "Build them on the real toolchain:",
         make("engines", REHEARSAL=None),
     )

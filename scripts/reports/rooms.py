@@ -17,8 +17,8 @@ def disk_full(where: PathLike, reason: Optional[str] = None) -> Problem:
         "disk is full",
         where,
         f"Writing stopped: {reason or os.strerror(errno.ENOSPC)}. {free_bytes / 1e6:.1f} MB are free on the file system that holds "
-        f"{shown(folder)}. What was finished is kept in the .partial folder; nothing half-written carries a final name.",
-        "Look at what takes the space and at your limits, make room, and type your make command again; it goes on where it stopped:",
+        f"{shown(folder)}. Finished files are kept in the .partial folder. No half-written file has its final name.",
+        "Find what takes the space, free some, and type your make command again. It continues where it stopped:",
         f"df -h {shlex.quote(shown(folder))}; ulimit -f; du -sh build/*",
     )
 
@@ -27,8 +27,8 @@ def not_allowed(where: PathLike, reason: Optional[str]) -> Problem:
     return Problem(
         "the system does not allow it",
         where,
-        f"{shown(where)}: {reason or os.strerror(errno.EACCES)}. Rooms are written below build/; everything else is only read.",
-        "Look at whose it is and what may be done with it:",
+        f"{shown(where)}: {reason or os.strerror(errno.EACCES)}. make writes rooms below build/ and only reads everything else.",
+        "Check the owner and the permissions:",
         f"id -un; ls -ld {shlex.quote(shown(where))} {shlex.quote(shown(Path(where).parent))}",
     )
 
@@ -36,7 +36,7 @@ def not_allowed(where: PathLike, reason: Optional[str]) -> Problem:
 def room_missing(room: PathLike) -> Problem:
     name = Path(room).name
     return Problem(
-        f"no {name}", room, f"The room {name} has no manifest.json, so it was never finished.", "Make it:", make(name)
+        f"no {name}", room, f"The room {name} has no manifest.json, so it is not finished.", "Make it:", make(name)
     )
 
 
@@ -45,7 +45,7 @@ def room_damaged(room: PathLike, file: str, expected: str, actual: str) -> Probl
     return Problem(
         f"{name} was changed after it was made",
         Path(room) / file,
-        f"Its manifest says that {file} has {expected}; now it has {actual}.",
+        f"The manifest says that {file} has {expected}; it now has {actual}.",
         f"Make {name} again:",
         f"rm -r {shown(room)} && {make(name)}",
     )
@@ -56,7 +56,7 @@ def manifest_unreadable(room: PathLike, reason: str) -> Problem:
     return Problem(
         "manifest cannot be read",
         Path(room) / "manifest.json",
-        f"manifest.json of {name} is not what we wrote: {reason}.",
+        f"manifest.json of {name} was changed: {reason}.",
         f"Make {name} again:",
         f"rm -r {shown(room)} && {make(name)}",
     )
@@ -64,13 +64,13 @@ def manifest_unreadable(room: PathLike, reason: str) -> Problem:
 
 def damage_found(room: PathLike, file: str, part: str, count: int) -> Problem:
     name, folder = Path(room).name, Path(room)
-    more = f" In all, {count} things are damaged; each has a line above." if count > 1 else ""
+    more = f" {count} parts are damaged in total; each has a line above." if count > 1 else ""
     again = make("weights") if folder.parent.name == "weights" else make(name)
     return Problem(
         "not what was written",
         folder / file,
-        f"{part or file} is not as it was when {name} was made{f' (it lies in {file})' if part else ''}.{more}",
-        "Nothing can mend it; make it again:",
+        f"{part or file} changed after {name} was made{f' (file {file})' if part else ''}.{more}",
+        "It cannot be repaired. Make it again:",
         f"rm -r {shown(folder)} && {again}",
     )
 
@@ -79,7 +79,7 @@ def nothing_made() -> Problem:
     return Problem(
         "nothing to check yet",
         "build/",
-        "No room of this model is made with these settings, and its weights have neither a manifest.json nor a .pth.",
+        "No room exists for this model with these settings, and its weights have neither a manifest.json nor a .pth file.",
         "Make one:",
         make("checkpoint"),
     )
@@ -89,7 +89,7 @@ def nothing_to_check(folder: PathLike) -> Problem:
     return Problem(
         "nothing to compare with",
         folder,
-        f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth: nothing in it says what its bytes should be.",
-        "Fetched weights have a manifest; these can be compared with their source:",
+        f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth file, so there are no checksums to compare with.",
+        "Weights that make fetched have a manifest. Compare these with their source yourself:",
         f"sha256sum {shown(folder)}/*",
     )

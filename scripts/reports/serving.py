@@ -14,7 +14,7 @@ def ports_equal(ports: Mapping[str, int]) -> Problem:
     return Problem(
         "two ports are the same",
         "Makefile",
-        f"Each needs one of its own: {seen}.",
+        f"Every port must be different: {seen}.",
         "For instance:",
         make("serve", **{name: 9000 if name == "OPENAI_PORT" else 8000 + n for n, name in enumerate(ports)}),
     )
@@ -24,8 +24,8 @@ def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) 
     return Problem(
         f"port {port} cannot be used",
         f"{host}:{port}",
-        f"{name} is {port}, and the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = :{port}'",
-        "End it, or take another port (this one is free now):",
+        f"{name} is {port}; the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = :{port}'",
+        "Stop it, or use another port (this one is free now):",
         make("serve", **{name: free_port}),
     )
 
@@ -34,8 +34,8 @@ def host_not_here(host: str, reason: str) -> Problem:
     return Problem(
         "not an address of this machine",
         host,
-        f"HOST is {host!r}, and the system says: {reason}. A server listens on an address of its own machine. Nothing was loaded.",
-        "For this machine only, or for all that reach it (0.0.0.0):",
+        f"HOST is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. Nothing was loaded.",
+        "For this machine only (0.0.0.0 would be for every machine that reaches it):",
         make("serve", HOST="127.0.0.1"),
     )
 
@@ -44,8 +44,8 @@ def log_in_use(path: PathLike) -> Problem:
     return Problem(
         "the log is in use",
         path,
-        f"Other servers of these rooms write {shown(path)} and the log named after this port.",
-        "Take another port:",
+        f"Other servers of these rooms already write {shown(path)} and the log of this port.",
+        "Use other ports:",
         make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102, OPENAI_PORT=9100),
     )
 
@@ -76,8 +76,8 @@ def no_temporary_folder(folder: str) -> Problem:
     return Problem(
         f"{folder} cannot be written",
         folder,
-        f"Triton's Python backend makes a folder in {folder}; user {os.getuid()} cannot. Nothing was loaded.",
-        "Give it one:",
+        f"Triton's Python backend needs a folder in {folder}; user {os.getuid()} cannot create one. Nothing was loaded.",
+        "Allow it:",
         f"docker run --read-only --tmpfs {folder} {baked}" if baked else f"sudo chmod 1777 {folder}",
     )
 
@@ -87,9 +87,9 @@ def rank_failed(rank: int, event: str, when: str, last_lines: Sequence[str]) -> 
     return Problem(
         f"rank {rank} failed {when}",
         f"rank {rank}",
-        f"Rank {rank}: {event}. A model that is split over ranks needs all of them, so everything was ended.\n\n"
+        f"Rank {rank}: {event}. A split model needs all its ranks, so the server was ended.\n\n"
         f"The last lines of rank {rank}:\n\n{lines}",
-        "When the cause is mended:",
+        "Correct the cause, then type:",
         make("serve"),
     )
 
@@ -99,8 +99,8 @@ def endpoint_failed(event: str, when: str, last_lines: Sequence[str]) -> Problem
     return Problem(
         f"the OpenAI endpoint failed {when}",
         "scripts/openai",
-        f"The OpenAI-compatible endpoint: {event}. Everything was ended with it.\n\nIts last lines:\n\n{lines}",
-        "When the cause is mended:",
+        f"The OpenAI-compatible endpoint: {event}. The server was ended.\n\nIts last lines:\n\n{lines}",
+        "Correct the cause, then type:",
         make("serve"),
     )
 
@@ -109,8 +109,9 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
     return Problem(
         "no API key in the file",
         path,
-        f"API_KEY_FILE is {shown(path)}: {reason}. With API_KEY_FILE every client of the OpenAI-compatible endpoint needs one of its keys.",
-        "Write one into it, or leave API_KEY_FILE unset to ask for none:",
+        f"API_KEY_FILE is {shown(path)}: {reason}. "
+        "With API_KEY_FILE, every client of the OpenAI-compatible endpoint needs one of its keys.",
+        "Write a key into it, or leave API_KEY_FILE unset to serve without keys:",
         f"head -c 24 /dev/urandom | base64 > {shlex.quote(str(path))} && {make('serve')}",
     )
 
@@ -134,9 +135,9 @@ def start_too_slow(seconds: float, last_lines: Mapping[int, Sequence[str]]) -> P
     return Problem(
         "the server did not become ready",
         "serve",
-        f"After {seconds:.0f} s no token had come through all ranks. A rank that waits for another looks like this, and so does a "
+        f"No token came through all ranks within {seconds:.0f} s. The cause may be a rank that waits for another, or a "
         f"slow disk.\n\nThe last lines of each rank:\n\n{lines}",
-        "See the whole log, and what this machine lacks:",
+        "The whole log is serve.log beside the rooms. See what this machine lacks:",
         make("doctor"),
     )
 
@@ -146,7 +147,7 @@ def server_not_there(address: str, reason: str) -> Problem:
         "no server answers",
         address,
         f"Asking {address} failed: {reason}.",
-        "Start it in another terminal, and wait for its line `ready`:",
+        "Start it in another terminal and wait for its line `ready`:",
         make("serve"),
     )
 
@@ -155,8 +156,8 @@ def request_refused(reason: str) -> Problem:
     return Problem(
         "the server refused the request",
         "ask",
-        f"It says: {reason}",
-        "Ask again, for instance with:",
+        f"The server says: {reason}",
+        "For instance:",
         make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
     )
 
@@ -165,7 +166,7 @@ def no_rehearsal_image(seen: str) -> Problem:
     return Problem(
         "no image for the rehearsal",
         "docker/rehearsal",
-        f"A docker daemon answers, so the rehearsal runs in it, in an image that mmdebstrap makes of Debian's or Ubuntu's packages. {seen}",
-        "Mend that (mmdebstrap is a package of that name), or rehearse without docker:",
+        f"A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's packages. {seen}",
+        "Install the package mmdebstrap, or rehearse without docker:",
         f"REHEARSAL_DOCKER=no {make('demo')}",
     )

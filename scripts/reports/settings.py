@@ -22,8 +22,8 @@ def path_not_for_make(name: str, value: str, characters: Sequence[str]) -> Probl
     return Problem(
         f"{name} is a path that make cannot take",
         value,
-        f"The path holds {listed}. To make and to the shell such characters are not part of a name: a path with a space, a quote or any "
-        "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ cannot be used.",
+        f"The path holds {listed}. make and the shell treat these characters specially: a path cannot have a space, a quote or any "
+        "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ in it.",
         "Make a link with a plain name and use that:",
         f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make('serve', **{name: '/tmp/linked'})}",
     )
@@ -43,15 +43,15 @@ def weights_named_twice(model: str, weights: str) -> Problem:
     return Problem(
         "two places for the weights",
         "Makefile",
-        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for a preset; which folder is meant cannot be told.",
-        "Say one of them:",
+        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for presets only, so make cannot tell which folder you mean.",
+        "Give one of them:",
         f"make serve MODEL={weights if '/' in weights else './' + weights}",
     )
 
 
 def weights_not_there(name: str, folder: PathLike, source: str = "") -> Problem:
     seen = (
-        f"{name} is {folder}: no folder is there. It should hold a model as Meta's download leaves it (params.json, consolidated.NN.pth), "
+        f"{name} is {folder}; there is no such folder. It should hold a model in Meta's form (params.json, consolidated.NN.pth), "
         "in Hugging Face's form (config.json, .safetensors or .bin), or one .gguf file."
     )
     if source:
@@ -59,14 +59,14 @@ def weights_not_there(name: str, folder: PathLike, source: str = "") -> Problem:
             "no such folder",
             folder,
             seen,
-            f"Put the model or a link to it there, or have it fetched from {source}:",
+            f"Put the model or a link to it there, or fetch it from {source}:",
             make("weights"),
         )
     return Problem(
         "no such folder",
         folder,
         seen,
-        "Put the model or a link to it there, or say where it is:",
+        "Put the model or a link to it there, or give its folder:",
         make("serve", **{name: "/path/to/folder"}),
     )
 
@@ -76,7 +76,7 @@ def no_such_model(model: str, presets: Sequence[str]) -> Problem:
         f"no model named {model}",
         "models/",
         f"MODEL is {model!r}; the presets are: {', '.join(presets)}.\n\n"
-        "A folder with weights is named with a slash in it, so that it is not taken for a preset.",
+        "To name a folder of weights, use a path with a slash in it.",
         "For instance:",
         make("serve", MODEL="stories"),
     )

@@ -8,13 +8,13 @@ from scripts.reports.problem import PathLike, Problem, make, shown
 
 def side_failed(side: str, status: int, last_lines: Sequence[str]) -> Problem:
     how = "status" if status > 0 else "signal"
-    memory = " The kernel ends a process so when memory runs out." if status in (-9, 137) else ""
+    memory = " Usually the kernel killed it because memory ran out." if status in (-9, 137) else ""
     lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(
         f"{side} gave no answers",
         "verified",
-        f"It ended with {how} {abs(status)} before every prompt was answered.{memory}\n\nIts last lines:\n\n{lines}",
-        "When the cause is mended:",
+        f"It ended with {how} {abs(status)} before it had answered every prompt.{memory}\n\nIts last lines:\n\n{lines}",
+        "Correct the cause, then type:",
         make("verified"),
     )
 
@@ -24,7 +24,7 @@ def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem
     return Problem(
         f"{side} does not answer",
         "verified",
-        f"No answer came for {seconds:.0f} s, which is enough to load a model of 140 GB from a slow disk. It was ended."
+        f"No answer came within {seconds:.0f} s, which is enough to load 140 GB from a slow disk. It was ended."
         f"\n\nIts last lines:\n\n{lines}",
         "See what this machine lacks:",
         make("doctor"),
@@ -54,8 +54,8 @@ def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike)
     return Problem(
         "the engine says something else",
         page,
-        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model goes on {one['hugging_face']!r}, the engine "
-        f"{one['engine']!r}.\n\nThe whole report is the page named above. The room verified was not made, nor will be what needs it.",
-        "Make the engines anew from the weights, and ask again:",
+        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model continues with {one['hugging_face']!r}, the "
+        f"engine with {one['engine']!r}.\n\nThe page named above has the whole report. The room verified was not made.",
+        "Make the engines again from the weights, and verify again:",
         f"rm -r {shown(checkpoint)} {shown(engines)} && {make('verified')}",
     )

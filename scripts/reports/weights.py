@@ -22,10 +22,10 @@ def look(path: PathLike) -> str:
 
 def chat_template_unfit(path: PathLike, reason: str) -> Problem:
     return Problem(
-        "this is no chat template",
+        "not a chat template",
         path,
         f"CHAT_TEMPLATE is {shown(path)}: {reason}.",
-        "See what a template looks like, or leave CHAT_TEMPLATE unset for the model's own:",
+        "See an example of a template, or leave CHAT_TEMPLATE unset to use the model's own:",
         "cat models/llama-2.jinja",
     )
 
@@ -35,7 +35,7 @@ def tokenizer_unreadable(path: PathLike, reason: str) -> Problem:
         "tokenizer cannot be read",
         path,
         f"{Path(path).name} cannot be read: {reason}.",
-        "Fetch it again from where the weights came from, and look at what is there now:",
+        "Fetch it again from the source of the weights. The file as it is now:",
         f"ls -l {shown(path)}",
     )
 
@@ -44,7 +44,7 @@ def tokenizer_unfit(path: PathLike, seen: str) -> Problem:
     return Problem(
         "tokenizer is not of llama 2's kind",
         path,
-        f"{seen}. What can be converted is a SentencePiece BPE model with byte fallback, as Llama 2 has it.",
+        f"{seen}. Supported: a SentencePiece BPE model with byte fallback, like Llama 2's.",
         "If the model also exists as a Hugging Face folder with a tokenizer.json, use that:",
         make("hf", MODEL="/path/to/folder"),
     )
@@ -56,7 +56,7 @@ def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
         folder,
         "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json and "
         f".safetensors. Here is: {some(found, 12)}.",
-        "Say where the model is:",
+        "Give the folder of the model:",
         make("hf", MODEL="/path/to/folder"),
     )
 
@@ -66,7 +66,7 @@ def weights_two_forms(folder: PathLike, one: str, ours: Sequence[str], other: st
     return Problem(
         "two models in one folder",
         folder,
-        f"Of {forms[one]} there is {some(ours)}; of {forms[other]} there is {some(theirs)}. Which one is meant cannot be told.",
+        f"The folder has {forms[one]} ({some(ours)}) and {forms[other]} ({some(theirs)}), so make cannot tell which one you mean.",
         "Move one of them to a folder of its own, for instance:",
         f"cd {shown(folder)} && mkdir {other} && mv {' '.join(theirs)} {other}/",
     )
@@ -77,16 +77,16 @@ def weights_file_missing(folder: PathLike, name: str, found: Sequence[str]) -> P
         f"no {name}",
         folder,
         f"{name} is missing. Here is: {some(found, 12)}.",
-        "Fetch it from where the other files came from, and look again:",
+        "Fetch it from the source of the other files, and check again:",
         look(folder),
     )
 
 
 def weights_extra_file(folder: PathLike, extra: Sequence[str], expected: str) -> Problem:
     return Problem(
-        "a file too many",
+        "one file too many",
         folder,
-        f"{some(extra)} does not belong to a model whose weights are named {expected}; whether it should be read cannot be told.",
+        f"{some(extra)} does not belong to a model whose weights are named {expected}, so make cannot tell whether to read it.",
         "Move it away:",
         f"cd {shown(folder)} && mkdir -p ../extra && mv {' '.join(extra)} ../extra/",
     )
@@ -97,7 +97,7 @@ def weights_unreadable(path: PathLike, reason: str) -> Problem:
         f"{Path(path).name} cannot be read",
         path,
         f"{Path(path).name} cannot be read: {reason}.",
-        "Fetch it again and compare its size with the source's:",
+        "Fetch it again, and compare its size with the source's:",
         look(path),
     )
 
@@ -106,8 +106,8 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
     return Problem(
         "weights are damaged",
         path,
-        f"The bytes of {tensor} are not those that were saved: the file says CRC-32 {expected}, its bytes give {actual}.",
-        "Fetch the file again (Meta's download brings checklist.chk, which finds every damaged file), and look:",
+        f"The bytes of {tensor} changed after they were saved: the file says CRC-32 {expected}, its bytes have {actual}.",
+        "Fetch the file again. (Meta's download has checklist.chk, which finds every damaged file.) Then check:",
         look(path),
     )
 
@@ -120,9 +120,9 @@ def weights_changed(path: PathLike, before: os.stat_result, now: Optional[os.sta
     return Outdated(
         "weights changed while they were read",
         path,
-        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'not there'}. What was read may be of both, "
-        f"so the room {room} was not made.",
-        "When nothing writes there any more:",
+        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'gone'}. The bytes that were read may "
+        f"come from both versions, so the room {room} was not made.",
+        "When no program writes there any more:",
         make(room),
     )
 
@@ -131,9 +131,9 @@ def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
     return Problem(
         "weight files are missing",
         folder,
-        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, as the size of their "
-        f"tensors tells; here are {found}.",
-        "Fetch the others and look again:",
+        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, judging by the "
+        f"size of their tensors; {found} are here.",
+        "Fetch the others, and check again:",
         look(folder),
     )
 
@@ -154,7 +154,7 @@ def tensor_names_differ(
     return Problem(
         "not the tensors of this model",
         path,
-        f"{says} asks for {expected} tensors, here are {found}. Missing: {some(missing, 3)}. Unknown: {some(unknown, 3)}.",
+        f"{says} requires {expected} tensors; {found} are here. Missing: {some(missing, 3)}. Unknown: {some(unknown, 3)}.",
         "These files do not belong together. Compare them with the source's:",
         look(path),
     )
@@ -165,7 +165,7 @@ def vocabulary_differs(path: PathLike, tokenizer_size: int, model_size: int) -> 
         "tokenizer of another model",
         path,
         f"{Path(path).name} has {tokenizer_size} tokens, the model has {model_size}.",
-        "Put the model's own tokenizer there:",
+        "Put the model's own tokenizer there. The folder as it is now:",
         look(path),
     )
 
@@ -174,7 +174,7 @@ def model_unfit(path: PathLike, seen: str, allowed: str) -> Problem:
     return Problem(
         "not a model that can be converted",
         path,
-        f"{seen}; what can be converted has: {allowed}.",
+        f"{seen}. Supported: {allowed}.",
         "Choose another model:",
         make("hf", MODEL="/path/to/folder"),
     )

@@ -127,7 +127,7 @@ def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: L
 def test_a_file_that_is_no_run_is_a_report(tmp_path):
     (tmp_path / "old.json").write_text("{}")
     for path in (tmp_path / "old.json", tmp_path / "missing.json"):
-        with pytest.raises(reports.Problem, match="no run of make bench"):
+        with pytest.raises(reports.Problem, match="not a result of make bench"):
             bench_page.read_run(path)
 
 
