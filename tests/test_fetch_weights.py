@@ -290,7 +290,7 @@ def test_a_wrong_byte_is_found_named_and_fetched_again(meta: Web, model: Dict[st
     ("spoil", "says"),
     [
         (lambda path, start: ("status", 403), "403"),
-        (lambda path, start: ("status", 404) if "params" in path else None, "404: it is not there"),
+        (lambda path, start: ("status", 404) if "params" in path else None, "404 for params.json: it does not exist"),
         (lambda path, start: ("status", 500) if "01.pth" in path else None, "the server answers 500"),
         (lambda path, start: ("cut", 0) if "01.pth" in path and start else None, "after several tries"),
     ],
@@ -314,7 +314,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(500_000))
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
     assert "THE DISK IS TOO SMALL" in problem.report() and "Nothing was fetched" in problem.seen
-    assert "798.0 kB are still to come; 500.0 kB are free" in problem.seen
+    assert "798.0 kB must still be downloaded; 500.0 kB are free" in problem.seen
     assert max(len(set(meta.bytes_asked_from(name))) for name in ("00.pth", "01.pth")) == 1
 
 
@@ -481,7 +481,7 @@ def test_a_mirrors_login_and_query_come_from_the_environment_and_stay_there(
     (tmp_path / "link").write_text(secret + "\n")
     web.spoil = lambda path, start: None if web.asked[-1][2] else ("status", 401)
     problem = refused(f"{web.url}/m", tmp_path / "weights")
-    assert "401, without a login" in problem.seen and "MIRROR_URL_FILE" in problem.command
+    assert "401 for checklist.chk, without a login" in problem.seen and "MIRROR_URL_FILE" in problem.command
     web.asked, web.headers = [], []
     monkeypatch.setenv(how, str(tmp_path / "link") if how.endswith("FILE") else secret)
     folder = fetch(f"{web.url}/m", tmp_path / "weights")
@@ -661,7 +661,7 @@ def test_a_whole_file_in_place_of_a_part_without_its_version_is_not_taken_for_th
             web.ranges = web.tells_version = False
 
     web.spoil = forgets  # type: ignore[assignment]
-    assert "now it is without any" in refused(changing.source, tmp_path / "weights").seen
+    assert "the source now has one without a version" in refused(changing.source, tmp_path / "weights").seen
 
 
 def test_a_part_that_was_made_shorter_meanwhile_is_fetched_anew(changing: Changing, tmp_path: Path) -> None:

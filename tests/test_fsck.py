@@ -129,7 +129,7 @@ def test_a_changed_value_in_a_manifest_ends_in_the_command_and_other_rooms_are_s
     lines = [line for line in done.stdout.splitlines() if "made from" not in line]
     assert "config: DAMAGED manifest.json" in lines[0] and "checkpoint: DAMAGED manifest.json" in lines[1]
     assert "as its manifest says" in lines[2] and "engines: DAMAGED config.json" in lines[3]
-    assert "3 things are damaged" in " ".join(done.stderr.split())
+    assert "3 parts are damaged" in " ".join(done.stderr.split())
     assert done.stderr.strip().splitlines()[-1].strip().endswith("make config")
 
 
@@ -180,7 +180,7 @@ def test_the_report_names_the_tensor_and_ends_in_a_command(own: Path) -> None:
     done = fsck(own, "config", "checkpoint")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "NOT WHAT WAS WRITTEN" in done.stderr and "rank0.safetensors" in done.stderr
-    assert "transformer.layers.0.mlp.fc.weight is not as it was" in done.stderr
+    assert "transformer.layers.0.mlp.fc.weight changed after" in done.stderr
     assert done.stderr.strip().splitlines()[-1].strip().endswith("make checkpoint")
 
 

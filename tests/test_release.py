@@ -53,7 +53,7 @@ def test_a_llama_is_passed_on_with_its_licence(own_tree: Path, tmp_path: Path) -
     report = make(own_tree, "release", *words).stderr
     assert "THE MODEL'S LICENCE IS NOT WITH IT" in report and "LICENSE and USE_POLICY" in report
     (weights.parent / "LICENSE").write_text("terms")
-    assert "pass on USE_POLICY too" in make(own_tree, "release", *words).stderr
+    assert "must be shipped with USE_POLICY" in make(own_tree, "release", *words).stderr
     (weights / "USE_POLICY.md").write_text("policy")
     release.check_license("llama2", weights)
     assert "Meta Platforms" in release.NOTICES["llama2"]

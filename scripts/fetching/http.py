@@ -181,7 +181,7 @@ class HttpSource:
         if remote.version and version != remote.version and (version or (remote.ranges and response.status == 200)):
             response.close()
             raise reports.fetching.fetched_file_changed(
-                remote.name, self.name, remote.version, version or "without any"
+                remote.name, self.name, remote.version, version or "one without a version"
             )
         yield from self.http.pieces(response, start, end)
 
