@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 
 from scripts import reports
+from scripts.serving.pulse import LOOPBACK
+
+# gRPC has its own variable and option for proxies
+NO_PROXY = [("grpc.enable_http_proxy", 0)]
 
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
@@ -21,7 +25,7 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     from tritonclient.utils import InferenceServerException
 
     answers: queue.Queue[Any] = queue.Queue()
-    with triton.InferenceServerClient(address) as client:
+    with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
         try:
             if not client.is_server_ready(client_timeout=10):
                 raise reports.serving.server_not_there(address, "it is there but not ready")
@@ -64,12 +68,12 @@ def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float
     """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream. url: http://HOST:PORT."""
     model = f"{url}/v2/models/ensemble"
     try:
-        with urllib.request.urlopen(f"{model}/config", timeout=10) as config:
+        with LOOPBACK.open(f"{model}/config", timeout=10) as config:
             decoupled = json.load(config).get("model_transaction_policy", {}).get("decoupled", False)
         asked = {"text_input": prompt, "max_tokens": max_tokens, "stream": decoupled}
         body = json.dumps(asked).encode("utf-8", "surrogateescape")
         request = urllib.request.Request(f"{model}/generate_stream", data=body)
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as events:
+        with LOOPBACK.open(request, timeout=timeout_seconds) as events:
             for event in events:
                 if event.startswith(b"data:"):
                     answer = json.loads(event[5:])

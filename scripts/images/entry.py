@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
 from scripts import reports, room, serve
-from scripts.serving import checks, host, launch, supervisor, toolbox
+from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
 
 SRV = Path("/srv")
 PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
@@ -46,7 +46,7 @@ def health(srv: Path) -> int:
     url = settings_of(srv).url
     body = json.dumps(supervisor.PROBE).encode()
     try:
-        with urllib.request.urlopen(f"{url}/v2/models/ensemble/generate", data=body, timeout=HEALTH_SECONDS) as answer:
+        with pulse.LOOPBACK.open(f"{url}/v2/models/ensemble/generate", data=body, timeout=HEALTH_SECONDS) as answer:
             said = json.loads(answer.read())
     except (OSError, ValueError, urllib.error.URLError) as error:
         print(f"no token within {HEALTH_SECONDS:.0f} s: {error}")

@@ -58,7 +58,7 @@ def keys_of(path: str) -> List[str]:
     """API keys: one a line of a file, and the variable BAKE_API_KEY. Never from the command line, where every user sees them."""
     keys = [os.environ.pop("BAKE_API_KEY", "")]
     if path:
-        keys += Path(path).read_text(encoding="utf-8").split("\n")
+        keys += Path(path).read_text(encoding="utf-8-sig").split("\n")
     return [key.strip() for key in keys if key.strip()]
 
 

@@ -26,6 +26,7 @@ MIN_TEMPERATURE = 1e-5
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
 # We may be there before Triton is, and want to know at once when it comes; tritonclient's own two are lost where any are given
 CHANNEL = [
+    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 1000), ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
 ]  # fmt: skip

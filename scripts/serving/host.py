@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 from pathlib import Path
+from typing import List
 
 from scripts import reports, room
 from scripts.serving.launch import Settings
@@ -32,11 +33,29 @@ def check_ports(settings: Settings) -> None:
             ) from None
 
 
+def reserve_ports(settings: Settings) -> List[socket.socket]:
+    """Claim the ports for this server among ours, from before they are bound until it ends; a report when another server has one.
+
+    Two servers that start at the same moment both find the ports free. Each claim is a name in Linux' abstract socket namespace,
+    which the kernel takes back when the process ends, however it ends.
+    """
+    claims = []
+    for name, port in settings.ports.items():
+        claims.append(socket.socket(socket.AF_UNIX))
+        try:
+            claims[-1].bind(f"\0trtllm-bake-{settings.host}-{port}")
+        except OSError:
+            raise reports.serving.port_not_free(
+                name, port, settings.host, "another server is starting with it", _free_port(settings.host)
+            ) from None
+    return claims
+
+
 def check_api_keys(settings: Settings) -> None:
     """A file for API keys that has none would leave the endpoint open, or shut."""
     path = settings.api_key_file
     try:
-        if path and not Path(path).read_text(encoding="utf-8").strip():
+        if path and not Path(path).read_text(encoding="utf-8-sig").strip():
             raise reports.serving.no_api_key(path, "it has no line with a key")
     except (OSError, ValueError) as error:
         raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None

@@ -6,6 +6,8 @@ import urllib.error
 import urllib.request
 from typing import Mapping, Optional
 
+# A server asks itself over loopback, whatever http_proxy says: a proxy would get its prompts, and it would never become ready.
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SILENT_SECONDS = 8.0
 # how long an answer to "are you alive" may take
 ALIVE_SECONDS = 3.5
@@ -36,7 +38,7 @@ def http_ok(url: str, body: Optional[Mapping[str, object]], timeout_seconds: flo
     """Whether a request is answered with status 200 and no error inside (Triton sends some errors with status 200)."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=timeout_seconds) as answer:
+        with LOOPBACK.open(urllib.request.Request(url, data=data), timeout=timeout_seconds) as answer:
             content = answer.read()
             return answer.status == 200 and (body is None or "error" not in json.loads(content))
     except (OSError, ValueError, urllib.error.URLError):

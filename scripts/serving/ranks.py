@@ -45,8 +45,7 @@ class Ranks:
             start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self.session, self.run_dir = self.mpirun.pid, run_dir
-        guard = [sys.executable, "-m", "scripts.serving.processes", str(self.session), str(run_dir)]
-        self.guard = subprocess.Popen(guard, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
+        self.guard = self._guard()
         self.last_lines: Dict[int, Deque[str]] = {}
         self.lost_rank: Optional[int] = None
         self.out_of_memory: Optional[Tuple[int, str]] = None
@@ -78,6 +77,16 @@ class Ranks:
                 if rank == 0 and REQUESTS_DONE in text:
                     self.requests_done_at = time.monotonic()
                 print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
+
+    def _guard(self) -> "subprocess.Popen[bytes]":
+        """The process that ends the ranks when this one dies."""
+        command = [sys.executable, "-m", "scripts.serving.processes", str(self.session), str(self.run_dir)]
+        return subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
+
+    def keep_guard(self) -> None:
+        """Start the guard again if it was killed, as the kernel does when memory runs out."""
+        if self.guard.poll() is not None:
+            self.guard = self._guard()
 
     def tail(self, rank: int) -> List[str]:
         """The last lines that a rank wrote; mpirun's own when it wrote none."""

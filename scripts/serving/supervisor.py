@@ -23,6 +23,7 @@ from scripts.serving.host import (
     check_shared_memory,
     check_temporary,
     raise_stack_limit,
+    reserve_ports,
 )
 from scripts.serving.launch import DRAIN_SECONDS, Settings, mpirun_command, server_environment
 from scripts.serving.pulse import SILENT_SECONDS, Pulse, http_ok
@@ -65,6 +66,7 @@ class Supervisor:
         started = time.monotonic()
         world_size = check_rooms(self.settings.root)
         check_mpirun()
+        self.reserved = reserve_ports(self.settings)
         check_ports(self.settings)
         check_temporary()
         check_api_keys(self.settings)
@@ -197,6 +199,7 @@ class Supervisor:
         if self.endpoint is not None:
             self._listen(self.endpoint.pulse, f"{self.settings.openai_url}/health/live")
         while not self.asked_to_end.wait(0.25):
+            ranks.keep_guard()
             failure = ranks.failure()
             if failure is None and self.pulse.silent:
                 failure = (0, f"its HTTP port has not answered for {SILENT_SECONDS:.0f} s")

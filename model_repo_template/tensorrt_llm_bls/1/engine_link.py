@@ -29,7 +29,8 @@ except ImportError:
 Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
 # Logits of a whole prompt are some hundred megabytes.
-OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+# No proxy: the other end is this server itself.
+OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 # How long a stream is kept when no request is on its way. tritonserver does not end before it is closed.
 LINGER_SECONDS = 0.5
 
