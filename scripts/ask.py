@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from scripts import reports
+from scripts.serving import launch
 from scripts.serving.pulse import LOOPBACK
 
 # gRPC has its own variable and option for proxies
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--grpc-port", default="8001")
     parser.add_argument("--max-tokens", default="48")
     args = parser.parse_args()
-    host = "127.0.0.1" if args.host == "0.0.0.0" else args.host
+    host = launch.reached_at(args.host)
     try:
         max_tokens = int(args.max_tokens)
     except ValueError:

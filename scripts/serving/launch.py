@@ -19,6 +19,12 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OV
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
 
 
+def reached_at(host: str) -> str:
+    """The address under which this machine reaches a server that listens on HOST, as a URL has it: `[::1]` with brackets."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to serve and where to listen. log: a file for the servers' output; None: standard output."""
@@ -57,8 +63,7 @@ class Settings:
     @property
     def reached_at(self) -> str:
         """The address under which this machine reaches its own ports, as a URL has it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]" if ":" in host else host
+        return reached_at(self.host)
 
     @property
     def url(self) -> str:
@@ -93,12 +98,16 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away; what only the
     server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens to a key that nobody is told (key).
     """
+    # An IPv6 address, as each of Triton's two servers reads it: gRPC joins address and port with a colon, evhtp knows it by a prefix
+    # (evhtp_bind_socket).
+    ipv6 = ":" in settings.host
+    bracketed, evhtp = (f"[{settings.host}]", f"ipv6:{settings.host}") if ipv6 else (settings.host, settings.host)
     leader = [
         f"--http-restricted-api={CLOSED_TO_CLIENTS}:bake-key={key}",
         f"--grpc-restricted-protocol={CLOSED_TO_CLIENTS}:bake-key={key}",
-        f"--http-address={settings.host}", f"--http-port={settings.http_port}",
-        f"--grpc-address={settings.host}", f"--grpc-port={settings.grpc_port}",
-        f"--metrics-address={settings.host}", f"--metrics-port={settings.metrics_port}",
+        f"--http-address={evhtp}", f"--http-port={settings.http_port}",
+        f"--grpc-address={bracketed}", f"--grpc-port={settings.grpc_port}",
+        f"--metrics-address={evhtp}", f"--metrics-port={settings.metrics_port}",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
     ]  # fmt: skip
     follower = [
