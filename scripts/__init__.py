@@ -1,1 +1,18 @@
-"""The journey's scripts: one `build_*` per room, and what they share."""
+"""The scripts that make runs. A package that an interpreter lacks is a report for every script, also while it is imported."""
+
+import sys
+from types import TracebackType
+from typing import Optional, Type
+
+
+def _report_missing_package(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    """sys.excepthook: ModuleNotFoundError of a package of others becomes a report; the status stays 1."""
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "scripts").partition(".")[0] == "scripts":
+        sys.__excepthook__(kind, error, trace)
+        return
+    from scripts.reports import packages
+
+    print(f"\n{packages.package_missing(str(error.name)).report()}\n", file=sys.stderr, flush=True)
+
+
+sys.excepthook = _report_missing_package

