@@ -5,7 +5,8 @@
 # make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
 venv=$1 name=${2:-}
-# There while an installation runs: pip, killed half-way, may leave a package that it takes for whole.
+# Names the list whose installation runs: pip, killed half-way, may leave a package that it takes for whole. The next call installs
+# that list again over what is there, and no other.
 unfinished=$venv/unfinished
 
 report() { # title, what was seen, what to do, command
@@ -65,29 +66,78 @@ PY
 make_venv() {
     check
     echo "venv        $base ($version) -> $venv"
-    rm -rf "$venv"
-    mkdir "$venv"
-    touch "$unfinished"
+    if ! { rm -rf "$venv" && mkdir "$venv" && echo venv >"$unfinished"; } 2>/dev/null; then
+        report "THIS TREE CANNOT BE WRITTEN" \
+            "make needs to write $PWD/$venv, and user $(id -un) cannot." \
+            "Clone the project into a folder of your own, or see who owns this one:" \
+            "ls -ld $(printf %q "$PWD") && findmnt --target $(printf %q "$PWD")"
+    fi
     "$base" -m venv "$venv" || failed "Python could not make $venv; its own message stands above."
 }
+
+# A virtual environment whose pyvenv.cfg is gone is the machine's own Python under another name: nothing may be installed into it.
+is_venv() { "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
 
 failed() {
     report "PACKAGES COULD NOT BE INSTALLED" "$1" "Check the network (or pip's index and proxy settings), then go on with:" "make serve"
 }
 
-pip_install() { "${into:-$venv}/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$1"; }
+pip_install() { # list, more options
+    "${into:-$venv}/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes "${@:2}" -r "$1"
+}
+
+# Every ten seconds one line, or on a terminal the time in place, while a command runs: pip is quiet and takes minutes.
+with_progress() { # what, command...
+    local what=$1 began=$SECONDS watched=$BASHPID
+    shift
+    (
+        exec 8<> <(:) # never has a line: a sleep of the shell's own, which ends with it
+        while { read -rt 1 -u 8 || true; } && kill -0 "$watched" 2>/dev/null; do
+            seconds=$((SECONDS - began))
+            if [ -t 2 ]; then
+                printf '\rvenv        %s: %s s ' "$what" "$seconds" >&2
+            elif [ $((seconds % 10)) = 0 ]; then
+                echo "venv        $what: $seconds s" >&2
+            fi
+        done
+    ) 9>&- &
+    local watcher=$! status=0
+    "$@" || status=$?
+    kill "$watcher" 2>/dev/null
+    wait "$watcher" 2>/dev/null || true
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+    return $status
+}
 
 install() {
-    echo "venv        installing requirements/$1.txt"
-    pip_install "requirements/$1.txt" || {
+    local list=$1 over=()
+    [ "$interrupted" != "$list" ] || over=(--ignore-installed)
+    echo "$list" >"$unfinished"
+    echo "venv        installing requirements/$list.txt (${sizes[$list]:-some MB})"
+    with_progress "requirements/$list.txt" pip_install "requirements/$list.txt" "${over[@]}" || {
         rm "$unfinished" # pip ended by itself and leaves no halves
         failed "pip's own message stands above. What was installed stays."
     }
+    [ "$interrupted" != "$list" ] || interrupted=
 }
+
+# What a first installation downloads, about.
+declare -A sizes=([run]="300 MB" [torch]="200 MB for CPUs, 900 MB for CUDA" [torch-cuda]="2.5 GB" [verify]="30 MB" [openai]="20 MB"
+    [test]="40 MB" [dev]="80 MB" [aiperf]="300 MB")
 
 # PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
 # wheel, gigabytes, when only that one's link names its hash.
-cpu_torch() { sed -n 's/^torch==[0-9.]*/&+cpu/; /^torch==/,$p' requirements/torch.txt | pip_install /dev/stdin 2>/dev/null; }
+cpu_torch() {
+    local over=()
+    [ "$interrupted" != torch ] || over=(--ignore-installed)
+    echo torch >"$unfinished"
+    sed -n 's/^torch==[0-9.]*/&+cpu/; /^torch==/,$p' requirements/torch.txt | pip_install /dev/stdin "${over[@]}" 2>/dev/null
+}
+
+installed() { # the lock appears whole, or not at all
+    cp "requirements/$1.txt" "$venv/locks/$1.writing"
+    mv "$venv/locks/$1.writing" "$venv/locks/$1.txt"
+}
 
 if [ "$venv" = --check ]; then
     check
@@ -104,28 +154,40 @@ if ! flock --nonblock 9; then
 fi
 trap 'exit 130' INT TERM # and leave the mark
 
-if [ -e "$unfinished" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+interrupted=$(cat "$unfinished" 2>/dev/null || true)
+if [ -e "$unfinished" ] && [ "${interrupted:-venv}" = venv ] || ! is_venv; then
     make_venv
+    interrupted=
 fi
 mkdir -p "$venv/locks"
-touch "$unfinished"
+case "$interrupted" in
+run | torch | torch-cuda) rm -f "$venv/locks/run.txt" ;; # below
+"$name" | "") ;;
+aiperf) rm -rf "$venv/aiperf" "$venv/locks/aiperf.txt" ;;
+*)
+    rm -f "$venv/locks/$interrupted.txt"
+    again=$interrupted # it is set back by its installation
+    install "$again"
+    installed "$again"
+    ;;
+esac
 if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
     echo "venv        the pinned packages; the first time takes some minutes"
     install run
-    cpu_torch || true
+    with_progress "PyTorch for CPUs" cpu_torch || true
     install torch
     # The CUDA wheel carries no local version in its name; it needs NVIDIA's libraries, the CPU wheel does not.
     if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(not m.version("torch").endswith("+cpu"))'; then
         install torch-cuda
     fi
-    cp requirements/run.txt "$venv/locks/run.txt"
+    installed run
 fi
 if [ "$name" = aiperf ]; then
     into=$venv/aiperf
-    [ -x "$into/bin/python" ] || "$venv/bin/python" -m venv "$into"
+    "$into/bin/python" -c 'import pip' 2>/dev/null || { rm -rf "$into"; "$venv/bin/python" -m venv "$into"; }
 fi
 if [ "$name" != run ]; then
     install "$name"
-    cp "requirements/$name.txt" "$venv/locks/$name.txt"
+    installed "$name"
 fi
 rm "$unfinished"

@@ -20,15 +20,17 @@ PYTHON = r"""#!/usr/bin/env bash
 name=${0##*/}
 case "$1 ${2:-}" in
 "-c import platform"*) [[ " ${SHIMS:-} " != *" $name "* ]] || { echo "pyenv: $name: command not found" >&2; exit 127; } ;;
+"-c import pip"*) [ -z "${GLOBAL:-}" ] || [ -e "$RECORD.remade" ] || { touch "$RECORD.remade"; exit 1; } ;;
 "-c import sys"*) echo 3.12 ;;
 "-c import ensurepip"*) [ -z "${NO_VENV:-}" ] ;;
 "- ") [ -z "${NO_LIBPYTHON:-}" ] ;;
 "-c import importlib"*) [ -z "${CUDA:-}" ] ;;
 "-m venv") echo "venv by $name" >>"$RECORD"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 "-m pip")
-    list=${*: -1}
-    if [ "$list" = /dev/stdin ]; then cat >"$RECORD.stdin"; echo "pip cpu" >>"$RECORD"; [ -z "${CUDA:-}" ]; exit; fi
-    echo "pip ${list##*/}" >>"$RECORD"
+    list=${*: -1} over=
+    [[ " $* " != *" --ignore-installed "* ]] || over=" over"
+    if [ "$list" = /dev/stdin ]; then cat >"$RECORD.stdin"; echo "pip cpu$over" >>"$RECORD"; [ -z "${CUDA:-}" ]; exit; fi
+    echo "pip ${list##*/}$over" >>"$RECORD"
     [ "$list" != "${FAILS:-}" ] || { echo "no matching distribution" >&2; exit 1; }
     [ "$list" != "${HANGS:-}" ] || { echo hangs; exec sleep 60; }
     ;;
@@ -168,8 +170,21 @@ def test_no_network_is_a_report_and_what_is_there_stays(project: Path, fails: st
 
 @pytest.mark.parametrize(("target", "hangs"), [("run", "torch"), ("test", "test")])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_installation_is_begun_anew(project: Path, target: str, hangs: str, number: signal.Signals) -> None:
-    """pip, killed half-way, may leave a package that it takes for whole."""
+def test_a_killed_installation_repeats_that_list_alone(
+    project: Path, target: str, hangs: str, number: signal.Signals
+) -> None:
+    """pip, killed half-way, may leave a package that it takes for whole: the list is installed over what is there. PyTorch stays."""
+    interrupt(project, target, hangs, number)
+    assert make(project, f".venv/locks/{target}.txt").returncode == 0
+    assert recorded(project) == (
+        ["pip test.txt over"] if target == "test" else ["pip run.txt", "pip cpu over", "pip torch.txt over"]
+    )
+    assert make(project, f".venv/locks/{target}.txt").returncode == 0
+    assert recorded(project) == []
+
+
+def interrupt(project: Path, target: str, hangs: str, number: signal.Signals) -> None:
+    """Begin an installation and end it, with all it started, in the middle of a list."""
     process = subprocess.Popen(
         ["make", f".venv/locks/{target}.txt"], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         start_new_session=True, env=environment(project, HANGS=f"requirements/{hangs}.txt"),
@@ -180,9 +195,28 @@ def test_a_killed_installation_is_begun_anew(project: Path, target: str, hangs: 
     assert process.wait(30) != 0
     process.stdout.close()
     recorded(project)
-    assert make(project, f".venv/locks/{target}.txt").returncode == 0
-    assert recorded(project) == ["venv by python3.12", *ALL, *(["pip test.txt"] if target == "test" else [])]
-    assert make(project, f".venv/locks/{target}.txt").returncode == 0
+
+
+def test_a_list_that_was_interrupted_is_made_whole_before_another_is_installed(project: Path) -> None:
+    interrupt(project, "test", "test", signal.SIGKILL)
+    assert make(project, ".venv/locks/verify.txt").returncode == 0
+    assert recorded(project) == ["pip test.txt over", "pip verify.txt"]
+    assert make(project, ".venv/locks/test.txt").returncode == 0
+    assert recorded(project) == []
+
+
+def test_nothing_is_installed_into_a_python_that_is_no_virtual_environment(project: Path) -> None:
+    """Without pyvenv.cfg .venv/bin/python is the machine's own Python under another name."""
+    made(project)
+    assert make(project, ".venv/locks/test.txt", GLOBAL="1").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL, "pip test.txt"]
+
+
+def test_a_tree_that_cannot_be_written_is_one_report(project: Path) -> None:
+    (project / ".venv").write_text("a file where the folder should be")
+    stand_in(project.parent, "rm", "#!/bin/sh\nexit 1\n")
+    done = make(project)
+    assert "THIS TREE CANNOT BE WRITTEN" in the_report(done) and "ls -ld" in done.stderr
     assert recorded(project) == []
 
 
