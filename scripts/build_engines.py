@@ -234,8 +234,14 @@ def build_torch(
         for rank in range(world_size):
             name = f"rank{rank}.safetensors"
             engines.link(name, settings.checkpoint / name, room.record_of(manifest, name))
-        engines.write_json("config.json", engine_config(golden, settings.trtllm_version, config, sizes))
-        engines.facts = {"engine": settings.engine, "world_size": world_size, "trtllm_version": settings.trtllm_version}
+        version = contracts.reported(settings.trtllm_version)
+        engines.write_json("config.json", engine_config(golden, version, config, sizes))
+        engines.facts = {
+            "engine": settings.engine,
+            "world_size": world_size,
+            "trtllm_version": settings.trtllm_version,
+            "trtllm_reported": version,
+        }
 
 
 def build_tensorrt(
@@ -266,13 +272,14 @@ def build_tensorrt(
             shutil.copyfile(kept, work / TIMING_CACHE)
         command = trtllm_build.argv(intent, flags, str(settings.checkpoint.absolute()), str(engines.path))
         run_trtllm_build(command, work, intent)
-        check_built(engines.path, intent, version)
+        check_built(engines.path, intent, contracts.reported(version))
         for name in ["config.json", *(f"rank{rank}.engine" for rank in range(world_size))]:
             engines.take(name)
         engines.facts = {
             "engine": settings.engine,
             "world_size": world_size,
             "trtllm_version": version,
+            "trtllm_reported": contracts.reported(version),
             **passport(intent, flags, version, host[0], links),
             "timing_cache_sha256": None,
             # stand-ins made them (docker/rehearsal): they are no TensorRT engines, and no image or release takes them
@@ -311,9 +318,10 @@ def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gp
             tools[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = tools.get("tensorrt_llm", version)
-    if found.partition("+")[0] != version:
-        raise reports.nvidia.toolchain_is_another(version, found)
+    expected = contracts.reported(version)
+    found = tools.get("tensorrt_llm", expected)
+    if found.partition("+")[0] != expected:
+        raise reports.nvidia.toolchain_is_another(version, expected, found)
     return tools
 
 

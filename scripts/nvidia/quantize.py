@@ -96,7 +96,26 @@ def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[
     return next((pair for pair in found if pair[1] != pair[2]), None)
 
 
+def refusal(quant: str, trtllm_version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> Optional[reports.Problem]:
+    """Why this toolchain cannot make this kind of checkpoint, whatever the GPU; None where it can.
+
+    toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
+    """
+    missing = toolchains[trtllm_version]["quantizer_missing"]
+    if quant not in WAYS or WAYS[quant].tool != "quantize" or not missing:
+        return None
+    versions = list(toolchains)
+    later = versions[versions.index(trtllm_version) + 1 :]
+    other = next(version for version in later if not toolchains[version]["quantizer_missing"])
+    return reports.checkpoint.quantizer_missing(quant, trtllm_version, missing, other)
+
+
 # --- shell ---
+
+
+def toolchains() -> Dict[str, Dict[str, Any]]:
+    """docker/toolchains.json."""
+    return {name: contracts.toolchain(name) for name in contracts.versions()}
 
 
 def check_gpu(settings: Settings) -> None:
@@ -104,9 +123,8 @@ def check_gpu(settings: Settings) -> None:
     host = gpus.here()
     if not host:
         raise reports.nvidia.no_gpu("TensorRT-LLM's tool for quantizing")
-    toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
     algo, version = WAYS[settings.quant].quant_algo, settings.trtllm_version
-    problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains)
+    problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains())
     if problem:
         raise problem
 
@@ -115,9 +133,12 @@ def build_quantized(settings: Settings) -> None:
     """Fill the room `checkpoint`."""
     row = contracts.toolchain(settings.trtllm_version)
     way = WAYS[settings.quant]
+    problem = refusal(settings.quant, settings.trtllm_version, toolchains())
+    if problem:
+        raise problem
     script = settings.examples / row["examples"][way.tool]
     if not script.is_file():
-        raise reports.checkpoint.examples_missing(script, settings.examples, settings.trtllm_version)
+        raise reports.checkpoint.examples_missing(script, settings.examples, row["trtllm"], row["examples"]["revision"])
     check_gpu(settings)
     flags = contracts.flags(way.tool, settings.trtllm_version)
     world_size = settings.tp_size * settings.pp_size
