@@ -261,7 +261,8 @@ verified_CODE   = scripts/build_verified.py scripts/limits.py scripts/room.py sc
                   scripts/serving/checks.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/verifying/trtllm_side.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/limits.py scripts/nvidia/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
-base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py
+base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py scripts/nvidia/contracts.py \
+                  docker/toolchains.json
 wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
 image_CODE      = scripts/build_image.py scripts/limits.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
                   scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \

@@ -51,6 +51,8 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
 
     max_seq_len: the model's context (its max_position_embeddings); max_input_len: half of max_seq_len, so that an answer may be
     as long as its question; max_num_tokens: MAX_NUM_TOKENS, never less than one whole prompt and never more than a full batch.
+    TensorRT-LLM reads a prompt in one step, because chunked context is off (scripts/build_model_repo.py); the torch engine reads it
+    in pieces where it has to.
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
     if context_tokens < 2:
@@ -79,6 +81,8 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
         raise reports.engines.limits_do_not_fit(
             "MAX_BATCH_SIZE", settings.max_batch_size, "MAX_NUM_TOKENS", max_num_tokens, max_num_tokens
         )
+    if settings.engine == "tensorrt" and max_num_tokens < max_input_len:
+        raise reports.engines.step_smaller_than_prompt(max_input_len, max_num_tokens)
     return {
         "max_batch_size": settings.max_batch_size,
         "max_input_len": max_input_len,

@@ -96,20 +96,6 @@ def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[
     return next((pair for pair in found if pair[1] != pair[2]), None)
 
 
-def refusal(quant: str, trtllm_version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> Optional[reports.Problem]:
-    """Why this toolchain cannot make this kind of checkpoint, whatever the GPU; None where it can.
-
-    toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
-    """
-    missing = toolchains[trtllm_version]["quantizer_missing"]
-    if quant not in WAYS or WAYS[quant].tool != "quantize" or not missing:
-        return None
-    versions = list(toolchains)
-    later = versions[versions.index(trtllm_version) + 1 :]
-    other = next(version for version in later if not toolchains[version]["quantizer_missing"])
-    return reports.checkpoint.quantizer_missing(quant, trtllm_version, missing, other)
-
-
 # --- shell ---
 
 
@@ -133,7 +119,7 @@ def build_quantized(settings: Settings) -> None:
     """Fill the room `checkpoint`."""
     row = contracts.toolchain(settings.trtllm_version)
     way = WAYS[settings.quant]
-    problem = refusal(settings.quant, settings.trtllm_version, toolchains())
+    problem = trtllm_build.no_quantizer(settings.quant, settings.trtllm_version, toolchains())
     if problem:
         raise problem
     script = settings.examples / row["examples"][way.tool]

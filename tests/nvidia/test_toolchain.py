@@ -129,7 +129,8 @@ def test_a_row_is_a_line_and_bash_reads_the_cells_that_python_reads() -> None:
     lines = (ROOT / "docker/toolchains.json").read_text().splitlines()
     assert len(lines) == len(TABLE) + 2
     for version, row in TABLE.items():
-        assert row["trtllm"] == version
+        # the string that the image reports: the version that the user types, or a development version of it
+        assert re.fullmatch(rf"{re.escape(version)}(\.dev\d+)?", row["trtllm"])
         for name, value in row.items():
             if isinstance(value, dict):
                 continue
@@ -148,8 +149,36 @@ def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
         assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-trtllm-python-py3", row["image"])
         assert row["digest"] is None or re.fullmatch(r"sha256:[0-9a-f]{64}", row["digest"])
         assert row["wheel_in_image"] == (row["packages"] is None)
-        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "runtime"):
+        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "quantize", "runtime"):
             assert contracts.table(kind, version)
+
+
+def test_the_tables_of_a_row_are_those_of_the_version_that_its_image_reports() -> None:
+    """Where a row takes a table of another version, it or the table says so."""
+    sources = json.loads((ROOT / "docker/contracts/sources.json").read_text())
+    for version, row in TABLE.items():
+        branch = "r" + re.findall(r":(\d\d\.\d\d)-", row["image"])[0]
+        for kind, name in row["contract"].items():
+            told = sources[f"{kind}/{name}.json"].get("stands_in_for") == version or kind in row["inferred"].get("contract", "")
+            assert name in (f"v{row['trtllm']}", branch) or told, (version, kind, name)
+        assert row["examples"]["revision"] == f"v{row['trtllm']}" or re.fullmatch(r"[0-9a-f]{40}", row["examples"]["revision"])
+
+
+def test_image_24_10_is_a_month_older_than_the_release_whose_name_it_goes_by() -> None:
+    """What tells it from the tag v0.14.0 (backend-rules: images): a flag more, two tensors and a hole fewer, no automatic quantization."""
+    row = contracts.table("backend", LAST_FOR_VOLTA)["tensorrt_llm"]
+    release = json.loads((ROOT / "docker/contracts/backend/v0.14.0.json").read_text())["tensorrt_llm"]
+
+    def names(model: Dict[str, Any], part: str) -> set[str]:
+        return {tensor["name"] for tensor in model[part]}
+
+    assert names(release, "inputs") - names(row, "inputs") == {"num_return_sequences"}
+    assert names(release, "outputs") - names(row, "outputs") == {"sequence_index"}
+    flags = {flag["flag"] for flag in json.loads((ROOT / "docker/contracts/trtllm-build/v0.14.0.json").read_text())}
+    assert set(contracts.flags("trtllm-build", LAST_FOR_VOLTA)) - flags == {"--builder_opt"}
+    assert "--autoq_format" not in contracts.flags("quantize", LAST_FOR_VOLTA)
+    assert "trace" not in contracts.flags("trtllm-build", LAST_FOR_VOLTA)["--log_level"]["choices"]
+    assert not {"--max_seq_length", "--seed"} & set(contracts.flags("quantize", OLDEST))
 
 
 def test_the_page_says_what_the_table_says() -> None:
