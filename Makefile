@@ -131,6 +131,7 @@ ifneq ($(ENGINE),tensorrt)
   DEMO_ON  = --host $(HOST) $(PORTS)
   NVIDIA  :=
   LACKS   :=
+  SERVING :=
 else
   include docker/container.mk
 endif
@@ -142,8 +143,8 @@ ADDRESS = --host $(HOST) $(PORTS)
 
 GROUND      := build/ground-$(if $(REFUSE),refused,$(ENGINE))-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
 STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
-# NVIDIA's image has its own packages
-IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch openai $(if $(filter cuda,$(TARGET)),torch-cuda))
+# NVIDIA's image has the others already
+IMAGE_LOCKS := image openai $(if $(filter torch,$(ENGINE)),run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
 REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
 HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
 export IMAGE KEY
@@ -210,7 +211,7 @@ TO_CHECK = $(if $(ROOM),$(or $(if $(findstring /,$(ROOM)),$(ROOM)),$(patsubst %/
            $(patsubst %/manifest.json,%,$(wildcard $(PLACES))) $(if $(wildcard $(WEIGHTS)/manifest.json $(WEIGHTS)/*.pth),$(WEIGHTS)))
 PLACES   = $(foreach r,$(CONFIG) $(HF) $(addprefix $(VARIANT)/,checkpoint engines verified model_repo image),$r/manifest.json)
 
-serve: model_repo | $(if $(NVIDIA),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
+serve: model_repo | $(SERVING) $(if $(if $(REHEARSAL),,$(NVIDIA)),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
 image: $(VARIANT)/image/manifest.json ## -> the serving image, in docker or buildah: make image && docker run ...
@@ -223,7 +224,7 @@ verify-image: | $(REFUSE) ## recompute what the passport of an image says: make 
 ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
 	@$(call in,ask) -m scripts.ask --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
 
-demo: model_repo ## serve, ask, stop
+demo: model_repo | $(SERVING) ## serve, ask, stop
 	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 
 release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, checksums: make release VERSION=x.y.z [KEY=file]
@@ -263,7 +264,7 @@ model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/limits.py 
                   docker/contracts/model_config.binpb $(TEMPLATES)
 base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py scripts/nvidia/contracts.py \
                   docker/toolchains.json
-wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
+wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS)) $(wildcard requirements/openai-*.txt)
 image_CODE      = scripts/build_image.py scripts/limits.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
                   scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
                   $(addprefix scripts/,serve.py images/entry.py nvidia/gpus.py) $(filter-out %/__init__.py,$(wildcard scripts/serving/*.py)) \
@@ -292,8 +293,8 @@ $(VARIANT)/image/manifest.json: export ROOM_ARGS = $(call asked,image)
 $(GROUND)/%/manifest.json: export BASE = $(STANDS_ON)
 $(GROUND)/base/manifest.json: $(base_CODE) $$(call changed,base,$$(@D)) | $(REFUSE) $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
 	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
-$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(if $(IMAGE_LOCKS),$(addsuffix run.txt,$(HAS)))
-	@$(if $(IMAGE_LOCKS),$(PY),$(HOST_PY)) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
+$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(if $(NVIDIA),$(NEEDED),$(addsuffix run.txt,$(HAS)))
+	@$(call in,wheels) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
 $(VARIANT)/image/manifest.json: $(image_CODE) $$(call changed,image,$$(@D)) | $(REFUSE)
 	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 

@@ -21,5 +21,11 @@ lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt
 lock --no-deps openai.in -o openai.txt
+# Of NVIDIA's images one has Python 3.10 (docker/toolchains.json); the other is served by openai.txt. Each needs a wheel of every package.
+lock --no-deps --python-version 3.10 openai.in -o openai-3.10.txt
+for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
+    "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$(mktemp -d)" \
+        --python-version "${lock%%:*}" --python-platform x86_64-manylinux_2_35 --requirement "${lock#*:}"
+done
 lock test.in -o test.txt
 lock dev.in -o dev.txt

@@ -22,7 +22,7 @@ from server import Served, free_ports
 from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
-from scripts import ask, build_model_repo, plan, reports
+from scripts import ask, build_model_repo, build_wheels, plan, reports
 from scripts.nvidia import contracts, gpus
 
 TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
@@ -38,7 +38,7 @@ DOCKER = r"""
 case "$1 ${2:-}" in
     "info "*) [ -z "${NO_DAEMON:-}" ] || { echo "Cannot connect to the Docker daemon." >&2; exit 1; }; echo "${RUNTIMES:-runc nvidia }" ;;
     "image inspect") [[ " ${IMAGES:-all} " == *" all "* || " $IMAGES " == *" ${*: -1} "* ]] || exit 1; echo "${*: -1}" ;;
-    "build "*) while [ "$1" != --iidfile ]; do shift; done; printf %s "$BUILT" >"$2" ;;
+    "build "*) while [ "$1" != --iidfile ]; do shift; done; printf %s "${BUILT:-sha256:built}" >"$2" ;;
     "buildx imagetools") [[ " ${GONE:-} " != *" $4 "* ]] || { echo "ERROR: $4: not found" >&2; exit 1; }; echo "$DIGEST" ;;
     "run "*)
         room=${*: -1}
@@ -284,12 +284,15 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
     variant = f"build/{model}/tensorrt-{version}-tp{tp}-float16"
     lines = [line.split() for line in done.stdout.replace("\\\n", " ").splitlines()]
     # the weights, which this laptop has not, come on the host: a room in the container has no network
+    completed = next(at for at, line in enumerate(lines) if line[:2] == ["docker", "build"])
+    assert lines[completed - 1][-2:] == ["check", TABLE[version]["image"]]
+    del lines[completed - 1 : completed + 1]
     on_host, steps = ([line for line in lines if ("docker" in line) == where] for where in (False, True))
     assert lines == [*on_host, *steps] and "scripts.fetch_weights" in on_host[-1]
     assert [room_of(step) for step in steps] == ["config", "checkpoint", "engines", "model_repo", "serve"]
     for step in steps:
         room = room_of(step)
-        assert TABLE[version]["image"] in step
+        assert ("\"$(cat" if room == "serve" else TABLE[version]["image"]) in step
         assert one(step, "--volume") == [f"'{tree}:{tree}'"]
         assert one(step, "--gpus") == (["all"] if room in ("engines", "serve") else [])
         assert one(step, "--network") == ([] if room == "serve" else ["none"])
@@ -368,10 +371,46 @@ def test_an_image_without_the_wheel_is_completed_once(host: Host) -> None:
     assert [call for call in host.calls() if call[0] == "build"] == []
 
 
+@pytest.mark.parametrize("version", TABLE)
+def test_every_image_is_completed_once_with_what_serving_needs(host: Host, version: str) -> None:
+    """No image of NVIDIA's has a gRPC client and an ASGI server (images.json: packages). Rooms are made without them."""
+    nvidia_smi(host.folder, [V100 if "7.0" in TABLE[version]["architectures"] else "NVIDIA A100-SXM4-80GB, 8.0"] * 4)
+    words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={version}", *ports_typed(free_ports(4))]
+    done = host.make(*words, BUILT="sha256:served")
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, build = [call for call in host.calls() if call[0] == "build"]
+    row, lacking = TABLE[version], TABLE[version]["packages"]
+    assert one(build, "--target") == ["serving"] and build[-1] == "requirements"
+    completed = ["COMPLETED=toolchain", f"PACKAGES={lacking}"] if lacking else []
+    assert one(build, "--build-arg") == [f"BASE={row['image']}", *completed]
+    *rooms, serve = host.runs()
+    assert "sha256:served" in serve
+    assert lacking or all(row["image"] in run for run in rooms)
+    host.log.unlink()
+    assert host.make(*words).returncode == 0
+    assert [call for call in host.calls() if call[0] == "build"] == []
+
+
+@pytest.mark.parametrize("lock", ["openai-3.10.txt", "openai.txt"])
+def test_what_serving_needs_is_locked_for_every_python_and_replaces_nothing_of_nvidias(lock: str) -> None:
+    text = (ROOT / "requirements" / lock).read_text()
+    locked = re.findall(r"^([a-z0-9-]+)==[0-9.]+ \\\n    --hash=sha256:", text, re.MULTILINE)
+    assert len(locked) == text.count("==")
+    names = [line for line in (ROOT / "requirements/openai.in").read_text().splitlines() if re.match("[a-z]", line)]
+    assert sorted(locked) == sorted(names) and {"tritonclient", "grpcio"} <= set(names)
+    assert not {"torch", "numpy", "transformers", "tensorrt", "mpi4py", "safetensors"} & set(names)
+
+
+def test_every_toolchains_python_has_a_lock() -> None:
+    pythons = {row["python"].rpartition(".")[0] for row in TABLE.values()}
+    found = {python: build_wheels.lock_file("openai", python).name for python in pythons}
+    assert found == {"3.10": "openai-3.10.txt", "3.12": "openai.txt"}
+
+
 def test_what_completes_the_image_is_pinned_and_keeps_its_tensorrt() -> None:
     for row in TABLE.values():
         if row["packages"]:
-            lines = (ROOT / "docker" / row["packages"]).read_text().splitlines()
+            lines = (ROOT / "requirements" / row["packages"]).read_text().splitlines()
             pins = dict(line.split("==") for line in lines if not line.startswith("#"))
             assert pins["tensorrt_llm"] == row["trtllm"]
             assert pins["tensorrt"].split(".")[:3] == row["tensorrt"].split(".")[:3]
@@ -454,7 +493,7 @@ def test_a_completed_image_that_docker_lost(host: Host) -> None:
     assert host.make("hf", *words[1:], BUILT="sha256:built").returncode == 0
     host.log.unlink()
     report = host.reported("THE TOOLCHAIN IMAGE IS GONE", *words, IMAGES=TABLE[OLDEST]["image"])
-    assert advised(report) == [sorted(["rm", "build/toolchain-*.iid", "&&", "make", *words])]
+    assert advised(report) == [sorted(["rm", "build/*.iid", "&&", "make", *words])]
 
 
 def test_a_port_in_use(host: Host) -> None:
