@@ -327,7 +327,7 @@ pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs 
 lint: $(addprefix $(HAS),$(if $(HAS),run.txt openai.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
 	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
-	  && $(dir $(PY))hadolint docker/Dockerfile
+	  && $(dir $(PY))hadolint docker/Dockerfile docker/serving.Dockerfile
 lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base as they are now, in docker/base.txt
 	@cp $(GROUND)/base/packages.txt docker/base.txt && echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in

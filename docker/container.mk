@@ -39,9 +39,9 @@ build/toolchain-%.iid build/serving-%.iid: export ROOM_NEEDS =
 build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
 	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) --build-arg PACKAGES=$(notdir $(LACKS)) \
+	  --tag trtllm-bake-toolchain:$* --iidfile $@ requirements
+# The same, completed with what serving needs. (By name, because BuildKit's FROM takes no id.)
+build/serving-%.iid: docker/serving.Dockerfile $(NEEDED) docker/toolchains.json $(wildcard requirements/openai*.txt)
+	@mkdir -p $(@D) && scripts/toolchain.sh check $(TOOLCHAIN_IMAGE)
+	@docker build --file docker/serving.Dockerfile --target serving --build-arg BASE=$(if $(NEEDED),trtllm-bake-toolchain:$*,$(NVIDIA)) \
 	  --iidfile $@ requirements
-# The same, completed with what serving needs.
-build/serving-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS) $(wildcard requirements/openai*.txt)
-	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
-	@docker build --file docker/Dockerfile --target serving --build-arg BASE=$(NVIDIA) \
-	  $(if $(LACKS),--build-arg COMPLETED=toolchain --build-arg PACKAGES=$(notdir $(LACKS))) --iidfile $@ requirements

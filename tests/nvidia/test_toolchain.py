@@ -381,8 +381,8 @@ def test_every_image_is_completed_once_with_what_serving_needs(host: Host, versi
     *_, build = [call for call in host.calls() if call[0] == "build"]
     row, lacking = TABLE[version], TABLE[version]["packages"]
     assert one(build, "--target") == ["serving"] and build[-1] == "requirements"
-    completed = ["COMPLETED=toolchain", f"PACKAGES={lacking}"] if lacking else []
-    assert one(build, "--build-arg") == [f"BASE={row['image']}", *completed]
+    completed = f"trtllm-bake-toolchain:{version}" if lacking else row["image"]
+    assert one(build, "--build-arg") == [f"BASE={completed}"]
     *rooms, serve = host.runs()
     assert "sha256:served" in serve
     assert lacking or all(row["image"] in run for run in rooms)

@@ -1,4 +1,4 @@
-"""The stage `serving` of docker/Dockerfile on stand-ins for NVIDIA's images: Python of the system (24.02, 24.10), and in a venv (26.07)."""
+"""docker/serving.Dockerfile on stand-ins for NVIDIA's images: Python of the system (24.02, 24.10), and in a venv (26.07)."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Iterator
 
 import pytest
 from baking import docker
-from conftest import ROOT
+from project import ROOT
 
 from scripts import build_base
 
@@ -61,7 +61,7 @@ def pip_conf() -> str:
 
 @pytest.fixture(scope="module", params=KINDS)
 def images(debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator["tuple[str, str, str]"]:
-    """(kind, the stand-in for NVIDIA's image, what the stage makes of it)."""
+    """(kind, the stand-in for NVIDIA's image, what serving.Dockerfile makes of it)."""
     kind: str = request.param
     context = tmp_path_factory.mktemp(kind)
     shutil.copyfile("/etc/ssl/certs/ca-certificates.crt", context / "certificates.crt")
@@ -69,7 +69,7 @@ def images(debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytes
     (context / "Dockerfile").write_text(STAND_IN.format(base=debian, **KINDS[kind]))
     base, serving = f"bake-test/nvidia-{kind}:1", f"bake-test/serving-{kind}:1"
     docker("build", "--network", "host", "--tag", base, str(context), timeout=600)
-    words = ["build", "--network", "host", "--file", str(ROOT / "docker/Dockerfile"), "--target", "serving", "--tag", serving]
+    words = ["build", "--network", "host", "--file", str(ROOT / "docker/serving.Dockerfile"), "--target", "serving", "--tag", serving]
     docker(*words, "--build-arg", f"BASE={base}", str(ROOT / "requirements"), timeout=600)
     yield kind, base, serving
     docker("image", "rm", "--force", base, serving, check=False)
