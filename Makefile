@@ -132,6 +132,7 @@ ifneq ($(ENGINE),tensorrt)
   NVIDIA  :=
   LACKS   :=
   SERVING :=
+  FETCH_PY :=
 else
   include docker/container.mk
 endif
@@ -196,8 +197,8 @@ doctor plan: TOOLCHAIN_IMAGE = $(NVIDIA)
 # a room's own question is not theirs; scripts/fetch_weights.py has one of its own
 weights: export ROOM_ARGS =
 weights: export ROOM_NEEDS =
-weights: | $(REFUSE) $(if $(HAS),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
-	@$(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
+weights: | $(REFUSE) $(if $(and $(HAS),$(if $(FETCH_PY),,x)),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
+	@$(or $(FETCH_PY),$(PY)) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
 config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
 hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank

@@ -16,6 +16,9 @@ in       = scripts/toolchain.sh check $(call run_in,$1)$(if $(filter $1,$(GPU_JO
            docker run --rm --init --pull never --entrypoint '' --user "$$(id -u):$$(id -g)" $(BREAK)--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)' \
            $(shell scripts/toolchain.sh mounts '$(WEIGHTS)') $(BREAK)$(ENVIRONMENT) $(BREAK)$($(or $(filter serve ask wheels $(if $(filter-out int8_wo,$(QUANT)),checkpoint),$1),room)_NETWORK) \
            $(if $(filter $1,$(GPU_JOBS)),$(BREAK)$(GPUS)) $(BREAK)$(call run_in,$1) $(BREAK)python3
+# What fetches weights here needs no .venv: any python3 from 3.8 on that has urllib3, unless the source needs more (requirements/fetch.txt).
+FETCH_PY := $(if $(filter-out run.txt,$(FETCHER)),,$(if $(FETCH)$(filter weights,$(MAKECMDGOALS)),$(shell [ ! -x '$(PY)' ] && \
+            python3 -c 'import sys, urllib3; sys.exit(sys.version_info < (3, 8))' 2>/dev/null && echo python3)))
 BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
 ENVIRONMENT   = --env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1 --env ROOM_ARGS --env ROOM_NEEDS --env BAKE_SETTINGS --env PROMPT \
                 --env CHOSEN --env REFUSED_NAMES --env BAKE_API_KEY

@@ -303,6 +303,15 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
     assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002, 9000)]
 
 
+@pytest.mark.parametrize("has_urllib3", [True, False])
+def test_weights_need_any_python3_of_the_host_and_no_packages_of_ours(host: Host, has_urllib3: bool) -> None:
+    on_path(host.folder, "python3", f"exit {0 if has_urllib3 else 1}\n")
+    shown = host.make("-n", "weights", "MODEL=llama-2-7b", "ENGINE=tensorrt").stdout.splitlines()
+    program = "python3" if has_urllib3 else ".venv/bin/python"
+    assert shown[-1].startswith(f"{program} -m scripts.fetch_weights "), shown
+    assert any("make_venv.sh" in line for line in shown) != has_urllib3
+
+
 def test_make_n_without_a_gpu_says_what_is_missing(tree: Path, tmp_path: Path) -> None:
     laptop = Host(tree, tmp_path / "bin")
     report = laptop.reported("WHICH GPU?", "-n", "serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
