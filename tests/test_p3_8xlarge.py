@@ -97,7 +97,7 @@ def test_the_quantizers_take_what_a_v100_can_run(version: str) -> None:
 
 
 def typed(text: str) -> List[str]:
-    """Every make command of a README, without the settings that name a place or a text: 'make engines MODEL=llama-2-7b TP=2 ENGINE=tensorrt'."""
+    """Every make command of a README, without settings that name a place or a text, for instance 'make config MODEL=llama-2-7b'."""
     found = []
     for line in re.findall(r"^    (?:META_URL_FILE=\S+ )?(make .*)$", text, re.MULTILINE):
         words = shlex.split(line, comments=True)
@@ -126,4 +126,6 @@ def test_what_the_page_names_is_there_and_is_what_the_row_says() -> None:
     for kind, name in row["contract"].items():
         named = re.findall(rf"docker/contracts/{kind}/([\w.-]+)\.json", page)
         assert named in ([name], []), (kind, named)
-    assert {"backend", "trtllm-build", "engine-config", "runtime"} <= set(re.findall(r"docker/contracts/([\w-]+)/", page))
+    assert {"backend", "trtllm-build", "engine-config", "runtime"} <= set(
+        re.findall(r"docker/contracts/([\w-]+)/", page)
+    )

@@ -176,9 +176,7 @@ def refusal(
 BY_QUANTIZER = ("int4_awq", "fp8")
 
 
-def no_quantizer(
-    quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]
-) -> Optional[reports.Problem]:
+def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> Optional[reports.Problem]:
     """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None where it can.
 
     toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.

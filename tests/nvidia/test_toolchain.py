@@ -159,9 +159,13 @@ def test_the_tables_of_a_row_are_those_of_the_version_that_its_image_reports() -
     for version, row in TABLE.items():
         branch = "r" + re.findall(r":(\d\d\.\d\d)-", row["image"])[0]
         for kind, name in row["contract"].items():
-            told = sources[f"{kind}/{name}.json"].get("stands_in_for") == version or kind in row["inferred"].get("contract", "")
+            told = sources[f"{kind}/{name}.json"].get("stands_in_for") == version or kind in row["inferred"].get(
+                "contract", ""
+            )
             assert name in (f"v{row['trtllm']}", branch) or told, (version, kind, name)
-        assert row["examples"]["revision"] == f"v{row['trtllm']}" or re.fullmatch(r"[0-9a-f]{40}", row["examples"]["revision"])
+        assert row["examples"]["revision"] == f"v{row['trtllm']}" or re.fullmatch(
+            r"[0-9a-f]{40}", row["examples"]["revision"]
+        )
 
 
 def test_image_24_10_is_a_month_older_than_the_release_whose_name_it_goes_by() -> None:
@@ -292,7 +296,7 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
     assert [room_of(step) for step in steps] == ["config", "checkpoint", "engines", "model_repo", "serve"]
     for step in steps:
         room = room_of(step)
-        assert ("\"$(cat" if room == "serve" else TABLE[version]["image"]) in step
+        assert ('"$(cat' if room == "serve" else TABLE[version]["image"]) in step
         assert one(step, "--volume") == [f"'{tree}:{tree}'"]
         assert one(step, "--gpus") == (["all"] if room in ("engines", "serve") else [])
         assert one(step, "--network") == ([] if room == "serve" else ["none"])

@@ -71,7 +71,12 @@ def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
             "rm -r build/llama/engines && make engines",
         ),
         (checks.check_version, {"trtllm_version": "1.2.1"}, ("0.14.0.dev2024100100", "1.2.1"), "TOOLCHAIN=0.14.0"),
-        (checks.check_version, {"trtllm_version": "0.14.0"}, ("0.14.0.dev2024100100", "is 0.14.0."), "TOOLCHAIN=0.14.0"),
+        (
+            checks.check_version,
+            {"trtllm_version": "0.14.0"},
+            ("0.14.0.dev2024100100", "is 0.14.0."),
+            "TOOLCHAIN=0.14.0",
+        ),
         (check_driver, {"gpus": [replace(GPU, driver="470.82.01")] * 2}, ("470.82.01", "525"), "nvidia-smi"),
         (checks.check_shared_memory, {"shared_memory_bytes": 64 << 20}, ("67 MB", "336 MB"), "/dev/shm"),
         (

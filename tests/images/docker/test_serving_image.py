@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Iterator
 
 import pytest
@@ -60,7 +59,9 @@ def pip_conf() -> str:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def images(debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator["tuple[str, str, str]"]:
+def images(
+    debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator["tuple[str, str, str]"]:
     """(kind, the stand-in for NVIDIA's image, what serving.Dockerfile makes of it)."""
     kind: str = request.param
     context = tmp_path_factory.mktemp(kind)
@@ -69,7 +70,17 @@ def images(debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytes
     (context / "Dockerfile").write_text(STAND_IN.format(base=debian, **KINDS[kind]))
     base, serving = f"bake-test/nvidia-{kind}:1", f"bake-test/serving-{kind}:1"
     docker("build", "--network", "host", "--tag", base, str(context), timeout=600)
-    words = ["build", "--network", "host", "--file", str(ROOT / "docker/serving.Dockerfile"), "--target", "serving", "--tag", serving]
+    words = [
+        "build",
+        "--network",
+        "host",
+        "--file",
+        str(ROOT / "docker/serving.Dockerfile"),
+        "--target",
+        "serving",
+        "--tag",
+        serving,
+    ]
     docker(*words, "--build-arg", f"BASE={base}", str(ROOT / "requirements"), timeout=600)
     yield kind, base, serving
     docker("image", "rm", "--force", base, serving, check=False)
@@ -89,7 +100,11 @@ def test_serving_sees_its_own_packages_and_those_of_the_image(images: "tuple[str
     ours = {name for name, file in found["files"].items() if file.startswith("/opt/bake/")}
     assert ours == set(found["files"]) - {"numpy", "tensorrt_llm"}
     # the text models and the tokenizer room use one tokenizers, whatever the image has
-    [wanted] = [line.split()[0] for line in (ROOT / "requirements/openai.txt").read_text().splitlines() if line.startswith("tokenizers==")]
+    [wanted] = [
+        line.split()[0]
+        for line in (ROOT / "requirements/openai.txt").read_text().splitlines()
+        if line.startswith("tokenizers==")
+    ]
     assert f"tokenizers=={found['tokenizers']}" == wanted
 
 
