@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from typing import Iterator
+from typing import Any, Dict, Iterator
 
 import pytest
 from baking import docker
@@ -86,7 +86,7 @@ def images(
     docker("image", "rm", "--force", base, serving, check=False)
 
 
-def seen(image: str, python: str = "python3") -> "dict[str, dict[str, str]]":
+def seen(image: str, python: str = "python3") -> Dict[str, Any]:
     said = docker("run", "--rm", "--network", "none", "--entrypoint", "", image, python, "-c", SEEN).stdout
     return dict(json.loads(said))
 
