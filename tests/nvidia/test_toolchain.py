@@ -24,6 +24,7 @@ from tritonclient.grpc import model_config_pb2
 
 from scripts import ask, build_model_repo, build_wheels, plan, reports
 from scripts.nvidia import contracts, gpus
+from scripts.serving import supervisor
 
 TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
@@ -578,6 +579,14 @@ def without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "tritonclient" else find(name, *more)
     )
+
+
+def test_nothing_is_served_without_a_grpc_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NVIDIA's image before docker/serving.Dockerfile completes it."""
+    without_tritonclient(monkeypatch)
+    with pytest.raises(reports.Problem, match="no package tritonclient") as caught:
+        supervisor.check_grpc_client()
+    assert "requirements/openai.txt" in caught.value.command
 
 
 def test_configs_are_parsed_alike_without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:
