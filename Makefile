@@ -131,6 +131,8 @@ ifneq ($(ENGINE),tensorrt)
   DEMO_ON  = --host $(HOST) $(PORTS)
   NVIDIA  :=
   LACKS   :=
+  SERVING :=
+  FETCH_PY :=
 else
   include docker/container.mk
 endif
@@ -142,8 +144,8 @@ ADDRESS = --host $(HOST) $(PORTS)
 
 GROUND      := build/ground-$(if $(REFUSE),refused,$(ENGINE))-$(if $(filter tensorrt,$(ENGINE)),$(TOOLCHAIN),$(TARGET))$(if $(BASE_IMAGE),-$(shell printf %s '$(subst ','\'',$(BASE_IMAGE))' | cksum | cut -d' ' -f1))
 STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDED),$(file <$(NEEDED)),$(NVIDIA))))
-# NVIDIA's image has its own packages
-IMAGE_LOCKS := $(if $(filter torch,$(ENGINE)),image run torch openai $(if $(filter cuda,$(TARGET)),torch-cuda))
+# NVIDIA's image has the others already
+IMAGE_LOCKS := image openai $(if $(filter torch,$(ENGINE)),run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
 REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
 HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
 export IMAGE KEY
@@ -195,8 +197,8 @@ doctor plan: TOOLCHAIN_IMAGE = $(NVIDIA)
 # a room's own question is not theirs; scripts/fetch_weights.py has one of its own
 weights: export ROOM_ARGS =
 weights: export ROOM_NEEDS =
-weights: | $(REFUSE) $(if $(HAS),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
-	@$(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
+weights: | $(REFUSE) $(if $(and $(HAS),$(if $(FETCH_PY),,x)),$(addprefix $(HAS),$(FETCHER))) ## fetch them from SOURCE: resumed, checked, kept by make clean
+	@$(or $(FETCH_PY),$(PY)) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
 config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
 hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank
@@ -210,7 +212,7 @@ TO_CHECK = $(if $(ROOM),$(or $(if $(findstring /,$(ROOM)),$(ROOM)),$(patsubst %/
            $(patsubst %/manifest.json,%,$(wildcard $(PLACES))) $(if $(wildcard $(WEIGHTS)/manifest.json $(WEIGHTS)/*.pth),$(WEIGHTS)))
 PLACES   = $(foreach r,$(CONFIG) $(HF) $(addprefix $(VARIANT)/,checkpoint engines verified model_repo image),$r/manifest.json)
 
-serve: model_repo | $(if $(NVIDIA),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
+serve: model_repo | $(SERVING) $(if $(if $(REHEARSAL),,$(NVIDIA)),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
 	@$(if $(NVIDIA),,exec )$(call in,serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 
 image: $(VARIANT)/image/manifest.json ## -> the serving image, in docker or buildah: make image && docker run ...
@@ -223,7 +225,7 @@ verify-image: | $(REFUSE) ## recompute what the passport of an image says: make 
 ask: | $(REFUSE) $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
 	@$(call in,ask) -m scripts.ask --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --max-tokens $(MAX_TOKENS)
 
-demo: model_repo ## serve, ask, stop
+demo: model_repo | $(SERVING) ## serve, ask, stop
 	@$(call in,demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 
 release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, checksums: make release VERSION=x.y.z [KEY=file]
@@ -261,8 +263,9 @@ verified_CODE   = scripts/build_verified.py scripts/limits.py scripts/room.py sc
                   scripts/serving/checks.py scripts/nvidia/contracts.py scripts/nvidia/gpus.py scripts/verifying/trtllm_side.py $(wildcard model_repo_template/tensorrt_llm/1/*.py)
 model_repo_CODE = scripts/build_model_repo.py scripts/room.py scripts/limits.py scripts/nvidia/contracts.py $(call tables,backend) docker/engines.json \
                   docker/contracts/model_config.binpb $(TEMPLATES)
-base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py
-wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS))
+base_CODE       = scripts/build_base.py scripts/room.py scripts/images/archive.py scripts/images/builders.py scripts/nvidia/contracts.py \
+                  docker/toolchains.json
+wheels_CODE     = scripts/build_wheels.py scripts/room.py $(patsubst %,requirements/%.txt,$(IMAGE_LOCKS)) $(wildcard requirements/openai-*.txt)
 image_CODE      = scripts/build_image.py scripts/limits.py scripts/room.py scripts/build_base.py scripts/nvidia/contracts.py scripts/images/archive.py scripts/images/builders.py \
                   scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
                   $(addprefix scripts/,serve.py images/entry.py nvidia/gpus.py) $(filter-out %/__init__.py,$(wildcard scripts/serving/*.py)) \
@@ -291,8 +294,8 @@ $(VARIANT)/image/manifest.json: export ROOM_ARGS = $(call asked,image)
 $(GROUND)/%/manifest.json: export BASE = $(STANDS_ON)
 $(GROUND)/base/manifest.json: $(base_CODE) $$(call changed,base,$$(@D)) | $(REFUSE) $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
 	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
-$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(if $(IMAGE_LOCKS),$(addsuffix run.txt,$(HAS)))
-	@$(if $(IMAGE_LOCKS),$(PY),$(HOST_PY)) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
+$(GROUND)/wheels/manifest.json: $(wheels_CODE) $$(call changed,wheels,$$(@D)) | $(REFUSE) $(if $(NVIDIA),$(NEEDED),$(addsuffix run.txt,$(HAS)))
+	@$(call in,wheels) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
 $(VARIANT)/image/manifest.json: $(image_CODE) $$(call changed,image,$$(@D)) | $(REFUSE)
 	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 
@@ -325,7 +328,7 @@ pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs 
 lint: $(addprefix $(HAS),$(if $(HAS),run.txt openai.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
 	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
-	  && $(dir $(PY))hadolint docker/Dockerfile
+	  && $(dir $(PY))hadolint docker/Dockerfile docker/serving.Dockerfile
 lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base as they are now, in docker/base.txt
 	@cp $(GROUND)/base/packages.txt docker/base.txt && echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"
 lock: $(addsuffix dev.txt,$(HAS)) ## write the lock files anew from requirements/*.in

@@ -20,6 +20,7 @@ from typing import Any, Dict, List, Mapping
 from scripts import reports, room
 from scripts.images import archive as image_archive
 from scripts.images import builders
+from scripts.nvidia import contracts
 
 SUITE = "bookworm"
 # Python with its shared library, which Triton's stub links, and the C++ library; the rest is Debian's Essential set.
@@ -117,8 +118,9 @@ def describe(settings: Settings, filling: room.Filling) -> None:
     said = builder.ask(settings.base_image, ["python3", "-c", QUESTION])
     python, trtllm = re.findall(r"^bake (\S+) ?(\S*)$", said, re.MULTILINE)[-1]
     # an image that does not say (24.02 has no Python package) is taken by its digest in the table alone
-    if settings.trtllm_version and trtllm != settings.trtllm_version and (trtllm or not settings.by_table):
-        raise reports.images.base_of_another_version(settings.base_image, settings.trtllm_version, trtllm)
+    expected = contracts.reported(settings.trtllm_version) if settings.trtllm_version else ""
+    if expected and trtllm != expected and (trtllm or not settings.by_table):
+        raise reports.images.base_of_another_version(settings.base_image, expected, trtllm)
     filling.facts = {
         "image": settings.base_image,
         "digest": builder.digest(settings.base_image),

@@ -51,6 +51,8 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
 
     max_seq_len: the model's context (its max_position_embeddings); max_input_len: half of max_seq_len, so that an answer may be
     as long as its question; max_num_tokens: MAX_NUM_TOKENS, never less than one whole prompt and never more than a full batch.
+    TensorRT-LLM reads a prompt in one step, because chunked context is off (scripts/build_model_repo.py); the torch engine reads it
+    in pieces where it has to.
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
     if context_tokens < 2:
@@ -79,6 +81,8 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
         raise reports.engines.limits_do_not_fit(
             "MAX_BATCH_SIZE", settings.max_batch_size, "MAX_NUM_TOKENS", max_num_tokens, max_num_tokens
         )
+    if settings.engine == "tensorrt" and max_num_tokens < max_input_len:
+        raise reports.engines.step_smaller_than_prompt(max_input_len, max_num_tokens)
     return {
         "max_batch_size": settings.max_batch_size,
         "max_input_len": max_input_len,
@@ -234,8 +238,14 @@ def build_torch(
         for rank in range(world_size):
             name = f"rank{rank}.safetensors"
             engines.link(name, settings.checkpoint / name, room.record_of(manifest, name))
-        engines.write_json("config.json", engine_config(golden, settings.trtllm_version, config, sizes))
-        engines.facts = {"engine": settings.engine, "world_size": world_size, "trtllm_version": settings.trtllm_version}
+        version = contracts.reported(settings.trtllm_version)
+        engines.write_json("config.json", engine_config(golden, version, config, sizes))
+        engines.facts = {
+            "engine": settings.engine,
+            "world_size": world_size,
+            "trtllm_version": settings.trtllm_version,
+            "trtllm_reported": version,
+        }
 
 
 def build_tensorrt(
@@ -266,13 +276,14 @@ def build_tensorrt(
             shutil.copyfile(kept, work / TIMING_CACHE)
         command = trtllm_build.argv(intent, flags, str(settings.checkpoint.absolute()), str(engines.path))
         run_trtllm_build(command, work, intent)
-        check_built(engines.path, intent, version)
+        check_built(engines.path, intent, contracts.reported(version))
         for name in ["config.json", *(f"rank{rank}.engine" for rank in range(world_size))]:
             engines.take(name)
         engines.facts = {
             "engine": settings.engine,
             "world_size": world_size,
             "trtllm_version": version,
+            "trtllm_reported": contracts.reported(version),
             **passport(intent, flags, version, host[0], links),
             "timing_cache_sha256": None,
             # stand-ins made them (docker/rehearsal): they are no TensorRT engines, and no image or release takes them
@@ -311,9 +322,10 @@ def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gp
             tools[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = tools.get("tensorrt_llm", version)
-    if found.partition("+")[0] != version:
-        raise reports.nvidia.toolchain_is_another(version, found)
+    expected = contracts.reported(version)
+    found = tools.get("tensorrt_llm", expected)
+    if found.partition("+")[0] != expected:
+        raise reports.nvidia.toolchain_is_another(version, expected, found)
     return tools
 
 

@@ -240,6 +240,10 @@ def base_of(builder: builders.Builder, base_room: Path, manifest: Mapping[str, A
             builder.make_base(base_room / "base.tar", image)
     elif not builder.has(image):
         raise reports.images.base_not_here(image, builder.name)
+    elif image.startswith("sha256:"):  # BuildKit's FROM takes no id
+        name = f"localhost/trtllm-bake-toolchain:{image[7:19]}"
+        builder.tag(image, name)
+        return name
     return str(image)
 
 

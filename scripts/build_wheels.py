@@ -34,6 +34,12 @@ class Settings:
     target: str
 
 
+def lock_file(name: str, python: str) -> Path:
+    """requirements/NAME.txt, or the one that is locked for that Python where there is one: 'openai', '3.10' -> openai-3.10.txt."""
+    special = PROJECT / "requirements" / f"{name}-{python}.txt"
+    return special if special.is_file() else special.with_name(f"{name}.txt")
+
+
 def for_target(lock: str, target: str) -> str:
     """A lock file's text; for CPUs it asks for PyTorch's CPU build by its full version."""
     return re.sub(r"^(torch==[0-9.]+)", r"\1+cpu", lock, flags=re.MULTILINE) if target == "cpu" else lock
@@ -70,15 +76,12 @@ def build_wheels(settings: Settings) -> None:
     arguments = {"locks": list(settings.locks), "target": settings.target}
     with room.filling(settings.output, {"base": settings.base}, arguments) as filling:
         python = room.read_manifest(settings.base)["facts"]["python"]
-        if not settings.locks:
-            room.say("wheels", "none: the base has its own packages")
-            return
-        room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{name}.txt' for name in settings.locks)}")
+        files = [lock_file(name, python) for name in settings.locks]
+        room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{file.name}' for file in files)}")
         requirements = []
-        for name in settings.locks:
-            text = (PROJECT / "requirements" / f"{name}.txt").read_text()
-            requirements.append(filling.path / f"{name}.txt")
-            requirements[-1].write_text(for_target(text, settings.target))
+        for file in files:
+            requirements.append(filling.path / file.name)
+            requirements[-1].write_text(for_target(file.read_text(), settings.target))
         done = subprocess.run(
             pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False
         )

@@ -4,7 +4,7 @@ set -euo pipefail
 python=$1
 cd requirements
 lock() { "$python" -m uv pip compile --quiet --generate-hashes --no-annotate --no-header \
-    --python-version 3.11 --python-platform x86_64-manylinux_2_35 "$@"; }
+    --python-version "${LOCK_PYTHON:-3.11}" --python-platform x86_64-manylinux_2_35 "$@"; }
 
 lock --no-deps run.in -o run.txt
 # torch.txt is kept by hand: it lists the wheels of two indexes, the CPU and the CUDA one, for both interpreters.
@@ -21,5 +21,11 @@ lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt
 lock --no-deps openai.in -o openai.txt
+# Of NVIDIA's images one has Python 3.10 (docker/toolchains.json); the other is served by openai.txt. Each needs a wheel of every package.
+LOCK_PYTHON=3.10 lock --no-deps openai.in -o openai-3.10.txt
+for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
+    "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$(mktemp -d)" \
+        --python-version "${lock%%:*}" --python-platform x86_64-manylinux_2_35 --requirement "${lock#*:}"
+done
 lock test.in -o test.txt
 lock dev.in -o dev.txt

@@ -234,21 +234,30 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     return memory_model.Engine(shape, dtype, tp_size, pp_size=pp_size, quant=quant, **limits)
 
 
+def planning(problem: reports.Problem, choice: Choice) -> reports.Problem:
+    """The same problem for someone who plans, and goes on planning."""
+    assumed = f" ASSUME_GPU={shlex.quote(choice['ASSUME_GPU'])}" if choice["ASSUME_GPU"] else ""
+    problem.command = re.sub(r"^make \w+", "make plan", problem.command) + assumed
+    return problem
+
+
 def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:
     """What a choice comes to on these GPUs; a Problem where it cannot work. Without a GPU, only what needs none is looked at."""
     engine, toolchain = engine_of(choice, model), choice["TOOLCHAIN"]
+    toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
+    if choice.tensorrt and toolchain:
+        problem = trtllm_build.no_quantizer(engine.quant, toolchain, toolchains)
+        if problem:
+            raise planning(problem, choice)
     if not host:
         return Journey(choice, model, engine, toolchain, host, None)
     if choice.tensorrt:
         toolchain = toolchain or toolchain_for(host[0]) or contracts.versions()[-1]
-        toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
         problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
         if not problem and choice["KV_REUSE"] == "on":
             problem = trtllm_build.no_kv_reuse(host[0])
-        if problem:  # whoever plans goes on planning
-            assumed = f" ASSUME_GPU={shlex.quote(choice['ASSUME_GPU'])}" if choice["ASSUME_GPU"] else ""
-            problem.command = re.sub(r"^make \w+", "make plan", problem.command) + assumed
-            raise problem
+        if problem:
+            raise planning(problem, choice)
     if engine.world_size > len(host):
         raise too_many_ranks(engine, host)
     fit = fit_on(choice, engine, host)

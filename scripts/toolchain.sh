@@ -147,7 +147,7 @@ check() { # image, gpu or nothing
     docker image inspect --format '{{.Id}}' "$1" >/dev/null 2>&1 && return
     if [[ $1 == sha256:* ]]; then
         report "THE TOOLCHAIN IMAGE IS GONE" "build/ says that it is $1; docker has no such image." \
-            "Make it again:" "rm build/toolchain-*.iid && $(typed serve)"
+            "Make it again:" "rm build/*.iid && $(typed serve)"
     fi
     seen=$(for version in $(versions); do if [ "$(image "$version")" = "$1" ]; then cell "$version" image_gb; fi; done)
     report "NVIDIA'S IMAGE IS NOT HERE" "docker has no $1 yet. It is large: ${seen:-more than 20} GB; so it is fetched only when you say so." \

@@ -53,6 +53,23 @@ def after(words: List[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
+# --- limits ---
+
+
+@pytest.mark.parametrize("engine, taken", [("tensorrt", False), ("torch", True)])
+def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, taken: bool) -> None:
+    """enable_chunked_context is false in every model repository that we fill; the torch engine cuts prompts by itself."""
+    asked = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
+    settings = build_engines.Settings(Path(), Path(), engine, "0.14.0", **asked)
+    if taken:
+        assert build_engines.limits(settings, 64)["max_num_tokens"] == 23
+        return
+    with pytest.raises(reports.Problem) as caught:
+        build_engines.limits(settings, 64)
+    assert "MAX_NUM_TOKENS is 23; MAX_INPUT_LEN is 24" in caught.value.seen
+    assert caught.value.command == "make engines MAX_NUM_TOKENS=24"
+
+
 # --- torch ---
 
 
@@ -71,7 +88,7 @@ def test_the_torch_engines_config_has_every_key_of_that_version(
     config = json.loads((tmp_path / "engines/config.json").read_bytes())
     golden = contracts.table("engine-config", version)
     assert keys(config) == keys(golden)
-    assert config["version"] == version
+    assert config["version"] == contracts.reported(version)
     network, limits = config["pretrained_config"], config["build_config"]
     assert (network["hidden_size"], network["num_hidden_layers"]) == (GROUPED.dim, GROUPED.n_layers)
     assert (network["num_key_value_heads"], network["vocab_size"]) == (GROUPED.n_kv_heads, GROUPED.vocab_size)
@@ -95,7 +112,8 @@ def test_the_torch_engine_serves_the_checkpoints_own_files(checkpoints: Path, tm
     for rank in range(2):
         file = f"rank{rank}.safetensors"
         assert os.path.samefile(tmp_path / "engines" / file, checkpoints / "0.8.0" / file)
-    assert manifest["facts"] == {"engine": "torch", "world_size": 2, "trtllm_version": "0.8.0"}
+    facts = {"engine": "torch", "world_size": 2, "trtllm_version": "0.8.0", "trtllm_reported": "0.8.0"}
+    assert manifest["facts"] == facts
 
 
 def test_the_torch_engine_has_no_pipeline_stages(checkpoints: Path, tmp_path: Path) -> None:
@@ -249,8 +267,10 @@ def test_another_tensorrt_llm_than_asked_for_is_refused_before_building(
     stand_ins.nvidia_smi(programs, [V100])
     stand_ins.trtllm_build(programs, "0.14.0")
     problem = refused(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0")
-    assert "0.12.0.dev2024080600" in problem.seen and "0.14.0" in problem.seen
-    versions["tensorrt_llm"] = "0.14.0"
+    assert "0.12.0.dev2024080600" in problem.seen and "0.14.0.dev2024100100" in problem.seen
+    versions["tensorrt_llm"] = "0.14.0"  # the release is another version than image 24.10 reports, with other flags
+    assert "0.14.0.dev2024100100" in refused(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0").seen
+    versions["tensorrt_llm"] = "0.14.0.dev2024100100"
     assert build(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0")["tools"]["tensorrt"] == "10.3.0"
 
 

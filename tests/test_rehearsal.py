@@ -41,6 +41,10 @@ def test_every_version_serves_text(tree: Path, version: str) -> None:
     [engines] = (tree / "build/stories").glob(f"rehearsal-tensorrt-{version}-*/engines")
     facts = json.loads((engines / "manifest.json").read_text())["facts"]
     assert facts["rehearsal"] is True
+    # the container reports the exact string of its image, and the engine carries it
+    reported = TABLE[version]["trtllm"]
+    assert json.loads((engines / "manifest.json").read_text())["tools"]["tensorrt_llm"] == reported
+    assert json.loads((engines / "config.json").read_text())["version"] == facts["trtllm_reported"] == reported
     assert facts["gpu"]["compute_capability"] == ("7.0" if gpus == GPUS else "8.0")
     log = (engines.parent / "serve.log").read_text()
     assert "rehearsal: the torch engine stands in for TensorRT-LLM" in log

@@ -78,7 +78,7 @@ def passport(
             "gpu": facts.get("gpu"),
         },
         "toolchain": {
-            "trtllm": facts["trtllm_version"],
+            "trtllm": facts["trtllm_reported"],
             "image": row["image"] if tensorrt else None,
             "digest": row["digest"] if tensorrt else None,
             "tensorrt": row["tensorrt"] if tensorrt else None,

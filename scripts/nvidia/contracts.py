@@ -30,6 +30,14 @@ def toolchain(trtllm_version: str) -> Dict[str, Any]:
     return cast(Dict[str, Any], toolchains[trtllm_version])
 
 
+def reported(trtllm_version: str) -> str:
+    """What `tensorrt_llm.__version__` says in the image of a TOOLCHAIN, and what engines built there carry as their version.
+
+    Image 24.10 holds a development version five weeks older than the release whose name it goes by (docker/README.md).
+    """
+    return str(toolchain(trtllm_version)["trtllm"])
+
+
 def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
     """One table of docker/contracts for a version: kind is the folder, for instance 'backend' or 'engine-config'."""
     path = DOCKER / "contracts" / kind / f"{toolchain(trtllm_version)['contract'][kind]}.json"
@@ -70,6 +78,7 @@ def flag_parser(program: str, flags: Flags) -> argparse.ArgumentParser:
             nargs = int(flag["nargs"]) if str(flag.get("nargs")).isdigit() else flag.get("nargs")
             choices = flag["choices"] or ENUMS.get(flag["type"])
             parser.add_argument(
-                *names, type=types.get(flag["type"], str), nargs=nargs, choices=choices, default=flag["default"]
-            )
+                *names, type=types.get(flag["type"], str), nargs=nargs, choices=choices, default=flag["default"],
+                required=flag.get("required", False),
+            )  # fmt: skip
     return parser

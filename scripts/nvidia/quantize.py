@@ -99,14 +99,18 @@ def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[
 # --- shell ---
 
 
+def toolchains() -> Dict[str, Dict[str, Any]]:
+    """docker/toolchains.json."""
+    return {name: contracts.toolchain(name) for name in contracts.versions()}
+
+
 def check_gpu(settings: Settings) -> None:
     """The GPU that measures must be one that the engines can run on: hours of quantizing are not for nothing."""
     host = gpus.here()
     if not host:
         raise reports.nvidia.no_gpu("TensorRT-LLM's tool for quantizing")
-    toolchains = {name: contracts.toolchain(name) for name in contracts.versions()}
     algo, version = WAYS[settings.quant].quant_algo, settings.trtllm_version
-    problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains)
+    problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains())
     if problem:
         raise problem
 
@@ -115,9 +119,12 @@ def build_quantized(settings: Settings) -> None:
     """Fill the room `checkpoint`."""
     row = contracts.toolchain(settings.trtllm_version)
     way = WAYS[settings.quant]
+    problem = trtllm_build.no_quantizer(settings.quant, settings.trtllm_version, toolchains())
+    if problem:
+        raise problem
     script = settings.examples / row["examples"][way.tool]
     if not script.is_file():
-        raise reports.checkpoint.examples_missing(script, settings.examples, settings.trtllm_version)
+        raise reports.checkpoint.examples_missing(script, settings.examples, row["trtllm"], row["examples"]["revision"])
     check_gpu(settings)
     flags = contracts.flags(way.tool, settings.trtllm_version)
     world_size = settings.tp_size * settings.pp_size

@@ -8,13 +8,26 @@ from scripts.reports.problem import PathLike, Problem, make, shown
 from scripts.reports.weights import look
 
 
-def examples_missing(script: PathLike, examples: PathLike, version: str) -> Problem:
+def examples_missing(script: PathLike, examples: PathLike, version: str, revision: str) -> Problem:
+    """version: as the image reports it; revision: the tag or commit of TensorRT-LLM's repository that it was built from."""
     return Problem(
         "no examples of TensorRT-LLM",
         examples,
         f"QUANT uses TensorRT-LLM's own {Path(script).name}, which no image contains; {shown(script)} does not exist.",
-        f"Fetch the repository at the tag of TensorRT-LLM {version}, then type your make command again:",
-        f"GIT_LFS_SKIP_SMUDGE=1 git clone --depth 1 --branch v{version} https://github.com/NVIDIA/TensorRT-LLM {shown(examples)}",
+        f"Fetch the repository as it was when TensorRT-LLM {version} was built ({revision}), then type your make command again:",
+        f"git init -q {shown(examples)} && cd {shown(examples)} && export GIT_LFS_SKIP_SMUDGE=1 && "
+        f"git fetch --depth 1 https://github.com/NVIDIA/TensorRT-LLM {revision} && git checkout -q FETCH_HEAD",
+    )
+
+
+def quantizer_missing(quant: str, toolchain: str, package: str, other: str) -> Problem:
+    """QUANT needs a package that the toolchain's image lacks. other: the next toolchain whose image has it."""
+    return Problem(
+        f"QUANT={quant} is not possible with TensorRT-LLM {toolchain}",
+        f"TOOLCHAIN={toolchain}",
+        f"Its tool for QUANT={quant} needs the package {package}, which is not in NVIDIA's image and not on a package index any more.",
+        "A later toolchain has what it needs:",
+        make("checkpoint", TOOLCHAIN=other),
     )
 
 

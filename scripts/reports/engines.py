@@ -20,6 +20,18 @@ def limits_do_not_fit(name: str, value: int, other: str, limit: int, mended: int
     )
 
 
+def step_smaller_than_prompt(max_input_len: int, max_num_tokens: int) -> Problem:
+    """max_num_tokens: tokens of one engine step; max_input_len: tokens of the longest prompt."""
+    return Problem(
+        "MAX_NUM_TOKENS is too small",
+        "Makefile",
+        f"MAX_NUM_TOKENS is {max_num_tokens}; MAX_INPUT_LEN is {max_input_len}. TensorRT-LLM reads a whole prompt in one step (chunked "
+        "context is off), so longer prompts would be accepted and then fail.",
+        "Raise it, or lower MAX_INPUT_LEN:",
+        make("engines", MAX_NUM_TOKENS=max_input_len),
+    )
+
+
 def engine_kind_missing(kind: str) -> Problem:
     return Problem(
         f"ENGINE={kind} is not ready",

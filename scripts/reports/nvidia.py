@@ -97,13 +97,15 @@ def not_in_toolchain(program: str, version: str) -> Problem:
     )
 
 
-def toolchain_is_another(asked: str, found: str) -> Problem:
+def toolchain_is_another(asked: str, expected: str, found: str) -> Problem:
+    """expected, found: the versions that the package tensorrt_llm should report and does."""
     return Problem(
         "another TensorRT-LLM is installed",
         sys.executable,
-        f"TOOLCHAIN is {asked}; installed here is TensorRT-LLM {found}. Engines run only where they were built.",
-        "Use the installed version, or run this in the container of the other one:",
-        make("engines", TOOLCHAIN=found),
+        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; installed here is {found}. Its flags and its engines are "
+        "those of another version.",
+        "Run this in the image of docker/toolchains.json, with nothing installed over it:",
+        make("engines", TOOLCHAIN=asked),
     )
 
 

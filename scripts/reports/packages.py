@@ -52,6 +52,16 @@ def verify_package_missing(module: str) -> Problem:
     )
 
 
+def no_grpc_client() -> Problem:
+    return Problem(
+        "no package tritonclient",
+        sys.executable,
+        f"The interpreter {sys.executable} lacks tritonclient. Over its gRPC client the text models ask the engine.",
+        "Install it there; or, with ENGINE=tensorrt, leave BASE_IMAGE and PYTHON unset so that make completes NVIDIA's image:",
+        f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
+    )
+
+
 def openai_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",

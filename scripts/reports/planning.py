@@ -72,13 +72,14 @@ def engine_needs_peer_access(engines: PathLike, peer_access: Optional[bool]) -> 
     )
 
 
-def engine_of_another_version(engines: PathLike, built_by: str, found: str) -> Problem:
+def engine_of_another_version(engines: PathLike, built_by: str, found: str, toolchain: str) -> Problem:
+    """built_by, found: versions as the package tensorrt_llm reports them; toolchain: what the user types to get the first one."""
     return Problem(
         "engine of another TensorRT-LLM",
         engines,
         f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. TensorRT-LLM runs only engines of its own version.",
         "Serve them in the toolchain that built them:",
-        make("serve", TOOLCHAIN=built_by),
+        make("serve", TOOLCHAIN=toolchain),
     )
 
 

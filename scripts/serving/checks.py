@@ -69,8 +69,10 @@ def check_links(facts: Mapping[str, Any], host: Host) -> None:
 
 def check_version(facts: Mapping[str, Any], host: Host) -> None:
     """A runtime reads only what its own version wrote (TensorRT-LLM #1803, tensorrtllm_backend #375)."""
-    if host.trtllm_version is not None and host.trtllm_version.partition("+")[0] != facts["trtllm_version"]:
-        raise reports.planning.engine_of_another_version(host.engines, facts["trtllm_version"], host.trtllm_version)
+    if host.trtllm_version is not None and host.trtllm_version.partition("+")[0] != facts["trtllm_reported"]:
+        raise reports.planning.engine_of_another_version(
+            host.engines, facts["trtllm_reported"], host.trtllm_version, facts["trtllm_version"]
+        )
 
 
 def check_driver(facts: Mapping[str, Any], host: Host, minimum: str) -> None:

@@ -48,6 +48,12 @@ def open_log(settings: Settings) -> IO[str]:
     raise reports.serving.log_in_use(path)
 
 
+def check_grpc_client() -> None:
+    """Over it the text models ask tensorrt_llm (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
+    if importlib.util.find_spec("tritonclient") is None:
+        raise reports.packages.no_grpc_client()
+
+
 class Supervisor:
     """Start, wait until ready, watch, end."""
 
@@ -66,6 +72,7 @@ class Supervisor:
         started = time.monotonic()
         world_size = check_rooms(self.settings.root)
         check_mpirun()
+        check_grpc_client()
         self.reserved = reserve_ports(self.settings)
         check_ports(self.settings)
         check_temporary()
@@ -77,10 +84,6 @@ class Supervisor:
             inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
             environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
             environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
-            if importlib.util.find_spec("tritonclient") is None:
-                room.say(
-                    "serve", "no tritonclient here: the text models ask over BLS, which fails under load in Triton 2.51"
-                )
             opens = self._opens_endpoint(toolbox)
             with open_log(self.settings) as log:
                 room.say(

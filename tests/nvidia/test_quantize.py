@@ -14,7 +14,7 @@ import stand_ins
 from synthetic import GROUPED, write_model
 
 from scripts import build_hf, reports, room
-from scripts.nvidia import contracts, quantize
+from scripts.nvidia import contracts, quantize, trtllm_build
 
 VERSIONS = contracts.versions()
 ALGOS = {"int8_wo": "W8A16", "sq": "W8A8_SQ_PER_CHANNEL", "int4_awq": "W4A16_AWQ", "fp8": "FP8"}
@@ -23,7 +23,7 @@ TOOL = """
 import json, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from scripts import contracts
+from scripts.nvidia import contracts
 asked = vars(contracts.flag_parser("tool", contracts.flags({tool!r}, {version!r})).parse_args(sys.argv[1:]))
 output, tp, pp = Path(asked["output_dir"]), asked["tp_size"], asked["pp_size"]
 for rank in range(tp * pp):
@@ -119,9 +119,31 @@ def refused(hf: Path, tmp_path: Path, quant: str = "fp8") -> reports.Problem:
     return caught.value
 
 
+def test_the_kinds_that_need_the_quantizer_are_those_that_it_makes() -> None:
+    assert {quant for quant, way in quantize.WAYS.items() if way.tool == "quantize"} == set(trtllm_build.BY_QUANTIZER)
+
+
+@pytest.mark.parametrize("quant", ALGOS)
+def test_a_quantizer_that_no_image_has_is_refused_by_name_before_anything_runs(
+    hf: Path, tmp_path: Path, quant: str
+) -> None:
+    """0.8.0's quantize.py imports ammo (backend-rules: quantization); its convert_checkpoint.py does not."""
+    put_tool(tmp_path, quant, "0.8.0")
+    asked = settings(hf, tmp_path, quant, "0.8.0")
+    if quantize.WAYS[quant].tool == "convert":
+        quantize.build_quantized(asked)
+        return
+    with pytest.raises(reports.Problem) as caught:
+        quantize.build_quantized(asked)
+    assert "nvidia-ammo" in caught.value.seen and caught.value.command == "make checkpoint TOOLCHAIN=0.14.0"
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_without_the_examples_the_report_fetches_them(hf: Path, tmp_path: Path) -> None:
     problem = refused(hf, tmp_path)
-    assert "git clone" in problem.command and "--branch v0.14.0" in problem.command and str(tmp_path) in problem.command
+    assert str(tmp_path) in problem.command and "0.14.0.dev2024100100" in problem.advice
+    # no tag has the tools of image 24.10: it was built from this commit (docker/toolchains.json)
+    assert " 48686bca3a34c6d323086e540c1c5245ac8eaef5 " in problem.command
 
 
 def test_a_gpu_that_could_not_run_the_engines_is_refused_before_the_hours_of_measuring(

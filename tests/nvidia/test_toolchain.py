@@ -22,8 +22,9 @@ from server import Served, free_ports
 from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
-from scripts import ask, build_model_repo, plan, reports
+from scripts import ask, build_model_repo, build_wheels, plan, reports
 from scripts.nvidia import contracts, gpus
+from scripts.serving import supervisor
 
 TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
@@ -38,7 +39,7 @@ DOCKER = r"""
 case "$1 ${2:-}" in
     "info "*) [ -z "${NO_DAEMON:-}" ] || { echo "Cannot connect to the Docker daemon." >&2; exit 1; }; echo "${RUNTIMES:-runc nvidia }" ;;
     "image inspect") [[ " ${IMAGES:-all} " == *" all "* || " $IMAGES " == *" ${*: -1} "* ]] || exit 1; echo "${*: -1}" ;;
-    "build "*) while [ "$1" != --iidfile ]; do shift; done; printf %s "$BUILT" >"$2" ;;
+    "build "*) while [ "$1" != --iidfile ]; do shift; done; printf %s "${BUILT:-sha256:built}" >"$2" ;;
     "buildx imagetools") [[ " ${GONE:-} " != *" $4 "* ]] || { echo "ERROR: $4: not found" >&2; exit 1; }; echo "$DIGEST" ;;
     "run "*)
         room=${*: -1}
@@ -129,7 +130,8 @@ def test_a_row_is_a_line_and_bash_reads_the_cells_that_python_reads() -> None:
     lines = (ROOT / "docker/toolchains.json").read_text().splitlines()
     assert len(lines) == len(TABLE) + 2
     for version, row in TABLE.items():
-        assert row["trtllm"] == version
+        # the string that the image reports: the version that the user types, or a development version of it
+        assert re.fullmatch(rf"{re.escape(version)}(\.dev\d+)?", row["trtllm"])
         for name, value in row.items():
             if isinstance(value, dict):
                 continue
@@ -148,8 +150,40 @@ def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
         assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-trtllm-python-py3", row["image"])
         assert row["digest"] is None or re.fullmatch(r"sha256:[0-9a-f]{64}", row["digest"])
         assert row["wheel_in_image"] == (row["packages"] is None)
-        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "runtime"):
+        for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "quantize", "runtime"):
             assert contracts.table(kind, version)
+
+
+def test_the_tables_of_a_row_are_those_of_the_version_that_its_image_reports() -> None:
+    """Where a row takes a table of another version, it or the table says so."""
+    sources = json.loads((ROOT / "docker/contracts/sources.json").read_text())
+    for version, row in TABLE.items():
+        branch = "r" + re.findall(r":(\d\d\.\d\d)-", row["image"])[0]
+        for kind, name in row["contract"].items():
+            told = sources[f"{kind}/{name}.json"].get("stands_in_for") == version or kind in row["inferred"].get(
+                "contract", ""
+            )
+            assert name in (f"v{row['trtllm']}", branch) or told, (version, kind, name)
+        assert row["examples"]["revision"] == f"v{row['trtllm']}" or re.fullmatch(
+            r"[0-9a-f]{40}", row["examples"]["revision"]
+        )
+
+
+def test_image_24_10_is_a_month_older_than_the_release_whose_name_it_goes_by() -> None:
+    """What tells it from the tag v0.14.0 (backend-rules: images): a flag more, two tensors and a hole fewer, no automatic quantization."""
+    row = contracts.table("backend", LAST_FOR_VOLTA)["tensorrt_llm"]
+    release = json.loads((ROOT / "docker/contracts/backend/v0.14.0.json").read_text())["tensorrt_llm"]
+
+    def names(model: Dict[str, Any], part: str) -> set[str]:
+        return {tensor["name"] for tensor in model[part]}
+
+    assert names(release, "inputs") - names(row, "inputs") == {"num_return_sequences"}
+    assert names(release, "outputs") - names(row, "outputs") == {"sequence_index"}
+    flags = {flag["flag"] for flag in json.loads((ROOT / "docker/contracts/trtllm-build/v0.14.0.json").read_text())}
+    assert set(contracts.flags("trtllm-build", LAST_FOR_VOLTA)) - flags == {"--builder_opt"}
+    assert "--autoq_format" not in contracts.flags("quantize", LAST_FOR_VOLTA)
+    assert "trace" not in contracts.flags("trtllm-build", LAST_FOR_VOLTA)["--log_level"]["choices"]
+    assert not {"--max_seq_length", "--seed"} & set(contracts.flags("quantize", OLDEST))
 
 
 def test_the_page_says_what_the_table_says() -> None:
@@ -255,12 +289,15 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
     variant = f"build/{model}/tensorrt-{version}-tp{tp}-float16"
     lines = [line.split() for line in done.stdout.replace("\\\n", " ").splitlines()]
     # the weights, which this laptop has not, come on the host: a room in the container has no network
+    completed = next(at for at, line in enumerate(lines) if line[:2] == ["docker", "build"])
+    assert lines[completed - 1][-2:] == ["check", TABLE[version]["image"]]
+    del lines[completed - 1 : completed + 1]
     on_host, steps = ([line for line in lines if ("docker" in line) == where] for where in (False, True))
     assert lines == [*on_host, *steps] and "scripts.fetch_weights" in on_host[-1]
     assert [room_of(step) for step in steps] == ["config", "checkpoint", "engines", "model_repo", "serve"]
     for step in steps:
         room = room_of(step)
-        assert TABLE[version]["image"] in step
+        assert ('"$(cat' if room == "serve" else TABLE[version]["image"]) in step
         assert one(step, "--volume") == [f"'{tree}:{tree}'"]
         assert one(step, "--gpus") == (["all"] if room in ("engines", "serve") else [])
         assert one(step, "--network") == ([] if room == "serve" else ["none"])
@@ -269,6 +306,15 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
             assert one(step, "--output") == [f"{variant}/{room}"]
     assert one(steps[1], "--tp-size") == [tp]
     assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002, 9000)]
+
+
+@pytest.mark.parametrize("has_urllib3", [True, False])
+def test_weights_need_any_python3_of_the_host_and_no_packages_of_ours(host: Host, has_urllib3: bool) -> None:
+    on_path(host.folder, "python3", f"exit {0 if has_urllib3 else 1}\n")
+    shown = host.make("-n", "weights", "MODEL=llama-2-7b", "ENGINE=tensorrt").stdout.splitlines()
+    program = "python3" if has_urllib3 else ".venv/bin/python"
+    assert shown[-1].startswith(f"{program} -m scripts.fetch_weights "), shown
+    assert any("make_venv.sh" in line for line in shown) != has_urllib3
 
 
 def test_make_n_without_a_gpu_says_what_is_missing(tree: Path, tmp_path: Path) -> None:
@@ -339,10 +385,46 @@ def test_an_image_without_the_wheel_is_completed_once(host: Host) -> None:
     assert [call for call in host.calls() if call[0] == "build"] == []
 
 
+@pytest.mark.parametrize("version", TABLE)
+def test_every_image_is_completed_once_with_what_serving_needs(host: Host, version: str) -> None:
+    """No image of NVIDIA's has a gRPC client and an ASGI server (images.json: packages). Rooms are made without them."""
+    nvidia_smi(host.folder, [V100 if "7.0" in TABLE[version]["architectures"] else "NVIDIA A100-SXM4-80GB, 8.0"] * 4)
+    words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={version}", *ports_typed(free_ports(4))]
+    done = host.make(*words, BUILT="sha256:served")
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, build = [call for call in host.calls() if call[0] == "build"]
+    row, lacking = TABLE[version], TABLE[version]["packages"]
+    assert one(build, "--target") == ["serving"] and build[-1] == "requirements"
+    completed = f"trtllm-bake-toolchain:{version}" if lacking else row["image"]
+    assert one(build, "--build-arg") == [f"BASE={completed}"]
+    *rooms, serve = host.runs()
+    assert "sha256:served" in serve
+    assert lacking or all(row["image"] in run for run in rooms)
+    host.log.unlink()
+    assert host.make(*words).returncode == 0
+    assert [call for call in host.calls() if call[0] == "build"] == []
+
+
+@pytest.mark.parametrize("lock", ["openai-3.10.txt", "openai.txt"])
+def test_what_serving_needs_is_locked_for_every_python_and_replaces_nothing_of_nvidias(lock: str) -> None:
+    text = (ROOT / "requirements" / lock).read_text()
+    locked = re.findall(r"^([a-z0-9-]+)==[0-9.]+ \\\n    --hash=sha256:", text, re.MULTILINE)
+    assert len(locked) == text.count("==")
+    names = [line for line in (ROOT / "requirements/openai.in").read_text().splitlines() if re.match("[a-z]", line)]
+    assert sorted(locked) == sorted(names) and {"tritonclient", "grpcio"} <= set(names)
+    assert not {"torch", "numpy", "transformers", "tensorrt", "mpi4py", "safetensors"} & set(names)
+
+
+def test_every_toolchains_python_has_a_lock() -> None:
+    pythons = {row["python"].rpartition(".")[0] for row in TABLE.values()}
+    found = {python: build_wheels.lock_file("openai", python).name for python in pythons}
+    assert found == {"3.10": "openai-3.10.txt", "3.12": "openai.txt"}
+
+
 def test_what_completes_the_image_is_pinned_and_keeps_its_tensorrt() -> None:
     for row in TABLE.values():
         if row["packages"]:
-            lines = (ROOT / "docker" / row["packages"]).read_text().splitlines()
+            lines = (ROOT / "requirements" / row["packages"]).read_text().splitlines()
             pins = dict(line.split("==") for line in lines if not line.startswith("#"))
             assert pins["tensorrt_llm"] == row["trtllm"]
             assert pins["tensorrt"].split(".")[:3] == row["tensorrt"].split(".")[:3]
@@ -425,7 +507,7 @@ def test_a_completed_image_that_docker_lost(host: Host) -> None:
     assert host.make("hf", *words[1:], BUILT="sha256:built").returncode == 0
     host.log.unlink()
     report = host.reported("THE TOOLCHAIN IMAGE IS GONE", *words, IMAGES=TABLE[OLDEST]["image"])
-    assert advised(report) == [sorted(["rm", "build/toolchain-*.iid", "&&", "make", *words])]
+    assert advised(report) == [sorted(["rm", "build/*.iid", "&&", "make", *words])]
 
 
 def test_a_port_in_use(host: Host) -> None:
@@ -497,6 +579,14 @@ def without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "tritonclient" else find(name, *more)
     )
+
+
+def test_nothing_is_served_without_a_grpc_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NVIDIA's image before docker/serving.Dockerfile completes it."""
+    without_tritonclient(monkeypatch)
+    with pytest.raises(reports.Problem, match="no package tritonclient") as caught:
+        supervisor.check_grpc_client()
+    assert "requirements/openai.txt" in caught.value.command
 
 
 def test_configs_are_parsed_alike_without_tritonclient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ FACTS: Dict[str, Any] = {
     "engine": "tensorrt",
     "world_size": 2,
     "trtllm_version": "0.14.0",
+    "trtllm_reported": "0.14.0.dev2024100100",
     "gpu": {"name": "Tesla V100-SXM2-16GB", "compute_capability": "7.0", "driver": "535.104.05"},
     "custom_all_reduce": None,
 }
@@ -29,7 +30,7 @@ FIT = checks.Host(
     Path("build/llama/engines"),
     [GPU, GPU],
     gpus.Links(True, True),
-    "0.14.0",
+    "0.14.0.dev2024100100",
     8 << 30,
     None,
     None,
@@ -69,7 +70,13 @@ def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
             ("capability 7.0", "NVIDIA A100 has 8.0"),
             "rm -r build/llama/engines && make engines",
         ),
-        (checks.check_version, {"trtllm_version": "1.2.1"}, ("0.14.0", "1.2.1"), "TOOLCHAIN=0.14.0"),
+        (checks.check_version, {"trtllm_version": "1.2.1"}, ("0.14.0.dev2024100100", "1.2.1"), "TOOLCHAIN=0.14.0"),
+        (
+            checks.check_version,
+            {"trtllm_version": "0.14.0"},
+            ("0.14.0.dev2024100100", "is 0.14.0."),
+            "TOOLCHAIN=0.14.0",
+        ),
         (check_driver, {"gpus": [replace(GPU, driver="470.82.01")] * 2}, ("470.82.01", "525"), "nvidia-smi"),
         (checks.check_shared_memory, {"shared_memory_bytes": 64 << 20}, ("67 MB", "336 MB"), "/dev/shm"),
         (

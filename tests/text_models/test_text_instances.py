@@ -1,4 +1,4 @@
-"""Text is the same with any number of instances of the text models, and where there is no gRPC client to ask tensorrt_llm with."""
+"""Text is the same with any number of instances of the text models."""
 
 from contextlib import closing
 from typing import Dict, Iterator
@@ -8,12 +8,10 @@ from project import copy_of_project
 from server import Served, end_tree_of, serve
 from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, until, yes
 
-BLS = 'import os\n\nos.environ["BAKE_GRPC_ADDRESS"] = ""\n'
-
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """TP=1, three instances of each text model; `ensemble` asks over the Python backend's own call, tensorrt_llm_bls over gRPC."""
+    """TP=1, three instances of each text model."""
     tree = copy_of_project(tmp_path_factory.mktemp("instances") / "tree")
     for model in ("ensemble", "tensorrt_llm_bls", "preprocessing", "postprocessing"):
         config = tree / "model_repo_template" / model / "config.pbtxt"
@@ -21,9 +19,6 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         config.write_text(
             text.replace("count: ${preprocessing_}", "count: 3").replace("count: ${postprocessing_}", "count: 3")
         )
-    code = tree / "model_repo_template/ensemble/1/model.py"
-    docstring, rest = code.read_text().split("\n", 1)
-    code.write_text(f"{docstring}\n{BLS}{rest}")
     running = serve(tree, "TP=1")
     try:
         yield running

@@ -2,29 +2,19 @@
 
 The Python backend has a call for this (BLS), but with 32 streams at full speed it ends the server within seconds (seen with Triton
 2.51): it keeps its running calls in a map that several threads change at once (ModelInstanceState::infer_payload_), and drops what an
-answer was made of in a thread that does not hold Python's lock (Stub::SendCleanupId). So it is used only where there is no gRPC
-client, as in some of NVIDIA's containers. May go when both are mended upstream.
+answer was made of in a thread that does not hold Python's lock (Stub::SendCleanupId). So it is not used at all; NVIDIA's images, which
+have no gRPC client, are completed with one (docker/serving.Dockerfile).
 """
 
 import asyncio
 import functools
 import threading
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Coroutine, Deque, List, Mapping, Sequence, Tuple, Union
+from typing import Any, Callable, Coroutine, List, Mapping, Sequence, Tuple
 
+import grpc
 import numpy as np
-import triton_python_backend_utils as pb_utils
-
-try:
-    import grpc
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-    from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
-
-    HAS_CLIENT = True
-except ImportError:
-    HAS_CLIENT = False
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
@@ -43,17 +33,12 @@ class Failed(Exception):
         self.is_refusal = is_refusal
 
 
-# Is given what comes for a request: responses (of the link's own kind, see its outputs_of), then None, or a Failed instead.
+# Is given what comes for a request: responses (see GrpcLink.outputs_of), then None, or a Failed instead.
 Receive = Callable[[Any], None]
 
 # The contract's way to end a running request with what it has: another one with its id, and with these inputs
 ONE = np.array([[1]], dtype=np.int32)
 STOP = {"input_ids": ONE, "input_lengths": ONE, "request_output_len": ONE, "stop": np.array([[True]])}
-
-
-def open_link(address: str, decoupled: bool) -> "Union[GrpcLink, BlsLink]":
-    """address: of this server's gRPC port; empty where it is not to be used. decoupled: Triton's mode of tensorrt_llm."""
-    return GrpcLink(address, decoupled) if HAS_CLIENT and address else BlsLink()
 
 
 class GrpcLink:
@@ -165,62 +150,3 @@ def request_message(request_id: str, inputs: Mapping[str, Array], outputs: Seque
     for name in outputs:
         message.outputs.add(name=name)
     return message
-
-
-# --- where there is no gRPC client ---
-
-# Triton holds one of 32 threads for each request that waits for its first token, and needs some for what is sent meanwhile.
-MAX_WAITING = 24
-MAX_RUNNING = 256
-# How long an answer is kept from being dropped: far longer than the backend's own thread takes to drop it
-KEPT_SECONDS = 5.0
-
-
-class BlsLink:
-    """The same over the Python backend's own call, a thread for each request."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MAX_RUNNING)
-        self._waiting = threading.Semaphore(MAX_WAITING)
-        self._kept: Deque[Tuple[float, Any]] = deque()
-
-    def ask(self, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str], receive: Receive) -> None:
-        self._threads.submit(self._ask, request_id, inputs, outputs, receive)
-
-    def stop(self, request_id: str) -> None:
-        for _ in self._request(request_id, STOP, ["output_ids"]).exec(decoupled=True):
-            pass
-
-    @staticmethod
-    def outputs_of(response: Any) -> Mapping[str, Array]:
-        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-
-    def close(self) -> None:
-        self._threads.shutdown()
-
-    @staticmethod
-    def _request(request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:
-        tensors = [pb_utils.Tensor(name, value) for name, value in inputs.items()]
-        return pb_utils.InferenceRequest(
-            model_name=MODEL, request_id=request_id, inputs=tensors, requested_output_names=list(outputs)
-        )
-
-    def _ask(self, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str], receive: Receive) -> None:
-        responses = None
-        try:
-            with self._waiting:  # exec() returns with the first response
-                responses = self._request(request_id, inputs, outputs).exec(decoupled=True)
-            for response in responses:
-                if response.has_error():
-                    error = response.error()
-                    receive(Failed(error.message(), error.code() == pb_utils.TritonError.INVALID_ARG))
-                    return
-                if response.output_tensors():
-                    receive(response)
-            receive(None)
-        except Exception as problem:
-            receive(Failed(f"tensorrt_llm does not answer: {problem}"))
-        finally:
-            self._kept.append((time.monotonic(), responses))
-            while self._kept[0][0] < time.monotonic() - KEPT_SECONDS:
-                self._kept.popleft()

@@ -13,7 +13,7 @@ import numpy as np
 import sent
 import triton_python_backend_utils as pb_utils
 from answer import ASKED_BY, Answer
-from engine_link import Failed, open_link
+from engine_link import Failed, GrpcLink
 from text import Text
 
 # Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own batch is smaller.
@@ -92,7 +92,7 @@ class TritonPythonModel:
             for output in config["output"]
             if output["name"] != "text_output"
         }
-        self.link = open_link(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
+        self.link = GrpcLink(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
         self.calls: Dict[str, Call] = {}
         self.ready: Deque[Call] = deque()
         self.changed = threading.Condition()

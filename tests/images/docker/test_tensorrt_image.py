@@ -10,19 +10,26 @@ from baking import Baked, committed, docker
 from project import ROOT, copy_of_project, make
 
 from scripts import build_base, room
+from scripts.nvidia import contracts
 
 pytestmark = pytest.mark.timeout(1500)
 VERSION = "0.14.0"
+REPORTED = contracts.reported(VERSION)
+VENV = "/opt/venv-tritonserver"
 WORDS = ("ENGINE=tensorrt", f"TOOLCHAIN={VERSION}", "REHEARSAL=2x A100-80GB")
-# /opt/tritonserver as in NVIDIA's container, mpirun, the Python package tensorrt_llm, and an nvidia-smi for the GPUs of REHEARSAL_GPUS
+# Python in a virtual environment, as image 26.07 has it; /opt/tritonserver as in NVIDIA's container, mpirun, the Python package
+# tensorrt_llm, and an nvidia-smi for the GPUs of REHEARSAL_GPUS
 STAND_IN = f"""FROM BASE
 COPY project /rehearsal
+RUN python3 -m venv --without-pip {VENV}
+ENV PATH={VENV}/bin:$PATH
 RUN mkdir -p /opt/tritonserver/bin /opt/tritonserver/backends/tensorrtllm \\
  && ln -s /rehearsal/docker/rehearsal/host/nvidia-smi /usr/bin/nvidia-smi \\
  && printf '#!/bin/sh\\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.7" || exit 9\\n' > /usr/bin/mpirun \\
  && printf '#!/bin/sh\\nexit 9\\n' > /opt/tritonserver/bin/tritonserver && chmod +x /usr/bin/mpirun /opt/tritonserver/bin/tritonserver \\
- && site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p $site/tensorrt_llm-{VERSION}.dist-info \\
- && printf 'Metadata-Version: 2.1\\nName: tensorrt_llm\\nVersion: {VERSION}\\n' > $site/tensorrt_llm-{VERSION}.dist-info/METADATA
+ && site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && mkdir -p $site/tensorrt_llm-{REPORTED}.dist-info \\
+ && printf 'Metadata-Version: 2.1\\nName: tensorrt_llm\\nVersion: {REPORTED}\\n' > $site/tensorrt_llm-{REPORTED}.dist-info/METADATA \\
+ && echo 'origin = "the base"' > $site/numpy.py && cp $site/numpy.py $site/tensorrt_llm.py
 """
 
 
@@ -59,7 +66,7 @@ def test_the_engines_are_a_layer_a_rank_and_the_base_stays_as_it_is(tree: Path, 
     assert ours["RootFS"]["Layers"][: len(layers)] == layers
     labels = ours["Config"]["Labels"]
     assert labels["trtllm-bake.engine"] == "tensorrt" and labels["trtllm-bake.rehearsal"] == "yes"
-    assert (labels["trtllm-bake.compute_capability"], labels["trtllm-bake.trtllm"]) == ("8.0", VERSION)
+    assert (labels["trtllm-bake.compute_capability"], labels["trtllm-bake.trtllm"]) == ("8.0", REPORTED)
     words = (*WORDS, f"BASE_IMAGE={stand_in}")
     described = json.loads(make(tree, "size", *words, "JSON=1", REHEARSAL_DOCKER="no").stdout)
     assert [layer["instruction"] for layer in described["layers"] if "rank" in layer["instruction"]] == [
@@ -68,6 +75,17 @@ def test_the_engines_are_a_layer_a_rank_and_the_base_stays_as_it_is(tree: Path, 
     ]
     # 2 % of what a 7B model's engines take in float16 (13.5 GB), base apart
     assert described["added_bytes"] < 0.02 * 13.5e9, described
+
+
+def test_its_python_sees_the_bases_packages_and_its_own(tag: str) -> None:
+    """A venv made from a venv sees the system's packages, not those of the first: the base's numpy and tensorrt_llm would be missing."""
+    code = "import numpy, tensorrt_llm, grpc, starlette; print(numpy.__file__, tensorrt_llm.__file__, grpc.__file__, starlette.__file__)"
+    said = docker(
+        "run", "--rm", "--network", "none", "--entrypoint", "/opt/venv/bin/python", tag, "-c", code
+    ).stdout.split()
+    assert all(file.startswith(f"{VENV}/") for file in said[:2]) and all(
+        file.startswith("/opt/venv/") for file in said[2:]
+    ), said
 
 
 def test_it_says_how_docker_gives_it_gpus(tree: Path, tag: str, stand_in: str) -> None:
@@ -92,7 +110,7 @@ def test_a_base_of_another_tensorrt_llm_is_refused(tree: Path, stand_in: str) ->
     words = ("ENGINE=tensorrt", "TOOLCHAIN=1.2.1", "REHEARSAL=2x A100-80GB", f"BASE_IMAGE={stand_in}")
     done = make(tree, "image", *words, timeout=1200, REHEARSAL_DOCKER="no")
     assert done.returncode != 0 and "THE BASE HAS ANOTHER TENSORRT-LLM" in done.stderr, done.stdout + done.stderr
-    assert "1.2.1" in done.stderr and VERSION in done.stderr
+    assert "1.2.1" in done.stderr and REPORTED in done.stderr
 
 
 def test_a_rehearsal_is_not_released(tree: Path) -> None:
