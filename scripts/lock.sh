@@ -21,5 +21,5 @@ lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt
 lock --no-deps openai.in -o openai.txt
-lock test.in -o test.txt
+lock --no-emit-package playwright --no-emit-package pyee --no-emit-package greenlet test.in -o test.txt
 lock dev.in -o dev.txt
