@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from play_answers import Play
@@ -131,12 +131,31 @@ class Browser:
         return [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
 
 
+@pytest.fixture(scope="module")
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
+    """One browser for each language, started when it is first wanted: a start takes longer than most tests."""
+    started: Dict[str, Browser] = {}
+
+    def one(language: str) -> Browser:
+        if language not in started:
+            started[language] = Browser(tmp_path_factory.mktemp("profile"), language)
+        return started[language]
+
+    yield one
+    for it in started.values():
+        it.driver.quit()
+
+
 @pytest.fixture
-def browser(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Browser]:
-    it = Browser(tmp_path / "profile", getattr(request, "param", "en-US"))
+def browser(browsers: Callable[[str], Browser], request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """A browser that keeps nothing of the test before; the console must have nothing against the page."""
+    it = browsers(getattr(request, "param", "en-US"))
+    it.size(*DESK)
     yield it
     complaints = it.complaints()
-    it.driver.quit()
+    it.addresses()
+    it.say("localStorage.clear(), sessionStorage.clear()")
+    it.driver.get("about:blank")
     assert complaints == []
 
 
