@@ -307,7 +307,12 @@ def test_clearing_while_an_answer_comes_begins_a_new_conversation(play: Play, br
     browser.wait(f"{ANSWER}.textContent === 'old'")
     browser.click("#clear")
     assert browser.texts(".turn") == [] and browser.say("!document.getElementById('empty').hidden")
-    browser.ask("second")
+    browser.ask("first again")
+    play.next().send("old")
+    browser.wait(f"{ANSWER}.textContent === 'old'")
+    # at once, before the answer that was stopped knows it
+    browser.fill("prompt", "second")
+    browser.driver.execute_script("for (const id of ['clear', 'send']) document.getElementById(id).click()")
     new = play.next()
     assert new.said == [("user", "second")]
     while not old.left.wait(0.05):
