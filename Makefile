@@ -270,7 +270,7 @@ image_CODE      = scripts/build_image.py scripts/limits.py scripts/room.py scrip
                   scripts/images/passport.py scripts/release.py docker/Dockerfile LICENSE docker/toolchains.json docker/gpus.json \
                   $(addprefix scripts/,serve.py images/entry.py nvidia/gpus.py) $(filter-out %/__init__.py,$(wildcard scripts/serving/*.py)) \
                   $(wildcard scripts/__init__.py $(addsuffix /__init__.py,$(addprefix scripts/,images nvidia serving)) scripts/reports/*.py) \
-                  $(wildcard scripts/openai/*.py) scripts/openai/page.html
+                  $(wildcard scripts/openai/*.py scripts/openai/vendored/*.js scripts/openai/vendored/*.txt) scripts/openai/page.html
 tables          = docker/toolchains.json $(wildcard docker/contracts/$1/*.json)
 TEMPLATES       = $(wildcard model_repo_template/*/config.pbtxt model_repo_template/*/1/*.py)
 
@@ -327,7 +327,7 @@ pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs 
 	@scripts/toolchain.sh pin
 lint: $(addprefix $(HAS),$(if $(HAS),run.txt openai.txt test.txt dev.txt)) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
-	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
+	@$(dir $(PY))shellcheck scripts/*.sh scripts/openai/vendored/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
 	  && $(dir $(PY))hadolint docker/Dockerfile docker/serving.Dockerfile
 lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base as they are now, in docker/base.txt
 	@cp $(GROUND)/base/packages.txt docker/base.txt && echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"

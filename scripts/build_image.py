@@ -37,6 +37,8 @@ APP = (
     *sorted(f"scripts/serving/{path.name}" for path in (PROJECT / "scripts/serving").glob("[!_]*.py")),
     *(f"scripts/openai/{name}.py" for name in ("__main__", "answers", "app", "chat_template", "engine", "messages")),
     "scripts/openai/page.html",
+    "scripts/openai/vendored/LICENSES.txt",
+    "scripts/openai/vendored/markdown-it.umd.min.js",
     "docker/toolchains.json",
     "docker/gpus.json",
 )

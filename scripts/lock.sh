@@ -27,5 +27,5 @@ for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
     "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$(mktemp -d)" \
         --python-version "${lock%%:*}" --python-platform x86_64-manylinux_2_35 --requirement "${lock#*:}"
 done
-lock test.in -o test.txt
+lock --no-emit-package playwright --no-emit-package pyee --no-emit-package greenlet test.in -o test.txt
 lock dev.in -o dev.txt

@@ -631,6 +631,7 @@ def test_the_image_holds_what_its_launcher_imports_and_starts() -> None:
     launcher |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts/reports").glob("*.py")}
     launcher |= {str((ROOT / path).parent.relative_to(ROOT) / "__init__.py") for path in launcher}
     launcher |= {"scripts/openai/page.html"}
+    launcher |= {f"scripts/openai/vendored/{name}" for name in ("LICENSES.txt", "markdown-it.umd.min.js")}
     assert {path for path in build_image.APP if path.startswith("scripts/")} == launcher
 
 

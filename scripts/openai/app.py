@@ -32,6 +32,8 @@ from scripts.openai.engine import Engine, EngineFailed, Question
 log = logging.getLogger("openai")
 
 PAGE = Path(__file__).with_name("page.html")
+# the page's Markdown parser, as it is published; vendored/get.sh takes it
+MARKDOWN = PAGE.parent / "vendored" / "markdown-it.umd.min.js"
 # A body is at most what a prompt can be in JSON, where a character may take six bytes, within these; and all that are being read, together
 LEAST_BODY_BYTES, MOST_BODY_BYTES, MAX_BODIES_BYTES = 256 << 10, 4 << 20, 64 << 20
 BODY_SECONDS = 30
@@ -118,9 +120,9 @@ class Endpoint:
         self.max_body_bytes = min(MOST_BODY_BYTES, max(LEAST_BODY_BYTES, longest))
         self.created = int(time.time())
         self.probe: Optional[asyncio.Task[bool]] = None
-        page = PAGE.read_bytes()
-        self.page = page
-        self.page_policy = content_security_policy(page.decode())
+        page = PAGE.read_text("utf-8").replace(f"@{MARKDOWN.name}@", MARKDOWN.read_text("utf-8"))
+        self.page = page.encode()
+        self.page_policy = content_security_policy(page)
 
     # --- routes ---
 
@@ -139,7 +141,7 @@ class Endpoint:
                 self.probe = asyncio.ensure_future(self._answers())
             if not await asyncio.shield(self.probe):
                 raise ApiError(503, f"no token came out of the engine within {HEALTH_SECONDS:.0f} s", code="unhealthy")
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "requests": self.in_progress, "slots": self.limits.max_batch_size})
 
     async def alive(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -585,7 +587,7 @@ def content_security_policy(page: str) -> str:
 
     return (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 

@@ -233,6 +233,9 @@ class Models(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"]
+    # answers that are in progress or wait, and how many the engine makes at a time
+    requests: int
+    slots: int
 
 
 class ErrorBody(BaseModel):
