@@ -40,6 +40,7 @@ class TritonPythonModel:
             self.text.decode(beam[:length].tolist(), skip).encode()
             for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
-        values = {"OUTPUT": np.array(texts, dtype=object).reshape(lengths.shape)}
+        # one axis, as NVIDIA's: all beams of all rows behind each other
+        values = {"OUTPUT": np.array(texts, dtype=object)}
         values.update({f"OUT_{name}": given[name] for name in self.handed_through if name in given})
         return values
