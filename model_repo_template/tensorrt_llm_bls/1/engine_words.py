@@ -22,7 +22,7 @@ CHECK = re.compile(r"^\[TensorRT-LLM\]\[ERROR\] Assertion failed: ")
 NOT_FOR_CLIENTS = re.compile(
     r"(Executor failed process requestId \d+ due to the following error: |Encountered error for requestId \d+: "
     r"|Encountered an error when fetching new request: |\[TensorRT-LLM\]\[ERROR\] |Assertion failed: )"
-    r"|\s*\([^()\s]*[^()\s:]:\d+\)|\s*Set log level to info[^.]*\.?"
+    r"|\s*\([^()\s]*[^()\s:]:\d+\)|\.?\s*Set log level to info.*"
 )
 
 

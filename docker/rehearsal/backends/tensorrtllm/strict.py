@@ -112,7 +112,7 @@ def load(
     variables: Mapping[str, str],
 ) -> Loaded:
     """config: Triton's ModelConfig as JSON; engine: config.json of gpt_model_path; table: the version's tensors of tensorrt_llm."""
-    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
     kind = parameters.get("gpt_model_type")
     if kind not in TYPES:
         raise LoadFails("Invalid gpt_model_type. Must be v1/inflight_batching/inflight_fused_batching.")
