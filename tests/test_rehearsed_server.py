@@ -1,6 +1,6 @@
 """One rehearsed server per TOOLCHAIN: what its strict stand-in answers over the wire, and what our text models and endpoint make of it.
 
-Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in tests/test_backend_rules.py.
+Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in tests/nvidia/test_backend_rules.py.
 """
 
 import json
@@ -11,13 +11,14 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, Served, end_tree_of, serve
-from test_rehearsal import TABLE, VERSIONS, gpus_for
-from test_text_models import PROMPT, STORY, Stream, core_request, floats, ints, tell, texts, yes
+from project import ROOT
+from server import Served, end_tree_of, serve
+from triton_requests import PROMPT, STORY, Stream, core_request, floats, ints, tell, texts, yes
 from tritonclient.utils import InferenceServerException
 
 RULES = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
-BACKENDS = {TABLE[version]["contract"]["backend"]: version for version in VERSIONS}
+TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
+BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
 IDS = ints(1, 403, 407, 261, 378)
 # What a request that names no outputs gets beside what it asks for, by rule
 ZEROS = {
@@ -35,7 +36,8 @@ Answer = Tuple[Dict[str, Any], bool]
 def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[Tuple[str, Served]]:
     """(the backend's name, a server of its TOOLCHAIN)."""
     version = BACKENDS[request.param]
-    words = ["ENGINE=tensorrt", f"TOOLCHAIN={version}", f"REHEARSAL={gpus_for(version)}"]
+    gpus = "2x V100-SXM2-16GB" if "7.0" in TOOLCHAINS[version]["architectures"] else "2x A100-80GB"
+    words = ["ENGINE=tensorrt", f"TOOLCHAIN={version}", f"REHEARSAL={gpus}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHEARSAL_DOCKER", "no")
         running = serve(tree, *words)
@@ -169,7 +171,7 @@ def test_no_stack_trace_reaches_a_client_and_its_own_mistake_is_told_as_such(reh
     mistakes: List[Dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 1.5}, {"repetition_penalty": -1.0}]
     for mistake in mistakes:
         said = served.post("ensemble", text_input=PROMPT, max_tokens=4, **mistake)
-        # Triton's generate says 400 whatever the code is, so the codes are in tests/test_engine_words.py
+        # Triton's generate says 400 whatever the code is, so the codes are in tests/text_models/test_engine_words.py
         assert said["status"] == 400, said
         assert not any(part in said["error"] for part in ("\n", ".cpp", "0x7f", "requestId", "TensorRT-LLM")), said
         assert len(said["error"]) > 10

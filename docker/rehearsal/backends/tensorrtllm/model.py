@@ -22,7 +22,7 @@ import strict  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 from contract import Refused, understood  # noqa: E402
 
-from scripts import contracts  # noqa: E402
+from scripts.nvidia import contracts  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("torch_engine_model", ENGINE / "model.py")
 assert spec is not None and spec.loader is not None

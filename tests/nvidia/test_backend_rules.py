@@ -3,46 +3,20 @@
 A rule that nothing enforces needs a written reason; a rule without a test here fails the first test.
 """
 
-import importlib.util
-import json
 import re
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from conftest import ROOT, Served
-from google.protobuf import json_format, text_format
-from tritonclient.grpc import model_config_pb2
+from project import ROOT
+from server import Served
+from strict_backend import TABLE, TOOLCHAINS, fails, loaded, model_config, refused, served_as, stop_refused, strict
 from tritonclient.utils import InferenceServerException
 
-from scripts import build_model_repo, contracts
+from scripts.nvidia import contracts
 
-TABLE = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
 RULES: Dict[str, Any] = {rule["id"]: rule for rule in TABLE["rules"]}
-ROWS = json.loads((ROOT / "docker/toolchains.json").read_text())
-TEMPLATES = {path.parent.name: path.read_text() for path in build_model_repo.TEMPLATES.glob("*/config.pbtxt")}
-KIND = json.loads((ROOT / "docker/engines.json").read_text())["tensorrt"]
-# A TOOLCHAIN for each backend; the tag 0.14.0 is in no image and has the files of 24.10 around it
-TOOLCHAINS = {row["contract"]["backend"]: version for version, row in ROWS.items()}
-TOOLCHAINS.setdefault("v0.14.0", TOOLCHAINS["r24.10"])
-
-
-def _strict() -> ModuleType:
-    path = ROOT / "docker/rehearsal/backends/tensorrtllm/strict.py"
-    spec = importlib.util.spec_from_file_location("strict", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["strict"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-strict: Any = _strict()
 Texts = Iterable[str]
 Break = Callable[[str], Optional[Texts]]
 BREAKS: Dict[str, Break] = {}
@@ -57,88 +31,6 @@ def breaks(rule: str) -> Callable[[Break], Break]:
         return function
 
     return keep
-
-
-# --- a model as we fill it, and requests ---
-
-
-def model_config(version: str, streaming: bool = True) -> Dict[str, Any]:
-    """The config.pbtxt that we fill for tensorrt_llm, as the JSON that Triton hands to a backend."""
-    toolchain = TOOLCHAINS[version]
-    tables = json.loads((ROOT / f"docker/contracts/backend/{version}.json").read_text())
-    engine = contracts.table("engine-config", toolchain)
-    text = build_model_repo.render(TEMPLATES, tables, engine, KIND, toolchain, streaming)["tensorrt_llm"]
-    parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
-    config: Dict[str, Any] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
-    return config
-
-
-def loaded(
-    version: str,
-    tmp: Path = ROOT,
-    without: str = "",
-    decoupled: bool = True,
-    world: int = 2,
-    build: Mapping[str, Any] = {},
-    plugins: Mapping[str, Any] = {},
-    variables: Mapping[str, str] = {},
-    engine: bool = True,
-    change: Callable[[Dict[str, Any]], None] = lambda config: None,
-    **parameters: str,
-) -> Any:
-    """What the stand-in makes of our config with these changes; gpt_model_path is a folder that exists."""
-    config = model_config(version, decoupled)
-    config["parameters"]["gpt_model_path"] = {"string_value": str(tmp)}
-    for key, value in parameters.items():
-        config["parameters"][key] = {"string_value": value}
-    config["parameters"].pop(without, None)
-    change(config)
-    built = contracts.table("engine-config", TOOLCHAINS[version])
-    built["build_config"].update(build)
-    built["build_config"]["plugin_config"].update(plugins)
-    table = json.loads((ROOT / f"docker/contracts/backend/{version}.json").read_text())["tensorrt_llm"]
-    return strict.load(version, config, built if engine else None, table, world, variables)
-
-
-def fails(version: str, **changes: Any) -> str:
-    with pytest.raises(strict.LoadFails) as problem:
-        loaded(version, **changes)
-    assert str(problem.value).startswith("unexpected error when creating modelInstanceState: ")
-    return str(problem.value)
-
-
-def request(version: str, **changes: Any) -> Dict[str, Any]:
-    """A request's arrays; None takes one away."""
-    values: Dict[str, Any] = {
-        "input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len": [[4]], "end_id": [[2]], "streaming": [[True]],
-    }  # fmt: skip
-    values.update(changes)
-    if version == "v1.2.1":
-        values = {
-            {"min_length": "min_tokens", "random_seed": "seed"}.get(key, key): value for key, value in values.items()
-        }
-    given = {key: np.array(value) for key, value in values.items() if value is not None}
-    return {key: value.astype(np.float32 if value.dtype == np.float64 else value.dtype) for key, value in given.items()}
-
-
-def served_as(
-    version: str, model: Any = None, request_id: str = "", active: Any = (), waiting: int = 0, **changes: Any
-) -> Any:
-    """What the engine gets of a request."""
-    model = loaded(version) if model is None else model
-    return strict.read(model, request(version, **changes), request_id, active, waiting)
-
-
-def refused(version: str, model: Any = None, **changes: Any) -> str:
-    with pytest.raises(strict.Fault) as fault:
-        served_as(version, model, **changes)
-    return str(fault.value)
-
-
-def stop_refused(version: str, request_id: str, active: Any = ()) -> str:
-    with pytest.raises(strict.Fault) as fault:
-        strict.check_stop(version, request_id, active)
-    return str(fault.value)
 
 
 # --- outputs ---
@@ -563,21 +455,21 @@ def _(version: str) -> None:
     assert re.match(r"Encountered error for requestId \d+: ", refused(version, prompt_vocab_size=[[1]]))
 
 
-# --- what is seen on a served model (tests/test_rehearsed_server.py, tests/test_clients.py) ---
+# --- what is seen on a served model (tests/test_rehearsed_server.py, tests/text_models/test_clients.py) ---
 
 ON_A_SERVER = {
-    "test_rehearsed_server.py": {
+    "tests/test_rehearsed_server.py": {
         "stop-before-checks", "stop-order", "stream-tokens", "response-shapes", "response-dummies-r24.10", "response-no-dummies",
         "response-dummies-0.8.0", "response-batch-index", "response-sequence-index", "response-token-counts-1.2.1",
         "response-final", "response-unary",
     },
-    "test_clients.py": {"post-unknown-input", "post-shape", "pre-decoder-ids"},
+    "tests/text_models/test_clients.py": {"post-unknown-input", "post-shape", "pre-decoder-ids"},
 }  # fmt: skip
 
 
 def test_every_rule_is_enforced_and_broken_or_says_why_not() -> None:
-    by: Dict[str, set[str]] = {"rehearsal": set(BREAKS) | ON_A_SERVER["test_rehearsed_server.py"]}
-    by.update(tritonserver=set(TO_TRITON) | set(AT_A_VERSION), models=ON_A_SERVER["test_clients.py"])
+    by: Dict[str, set[str]] = {"rehearsal": set(BREAKS) | ON_A_SERVER["tests/test_rehearsed_server.py"]}
+    by.update(tritonserver=set(TO_TRITON) | set(AT_A_VERSION), models=ON_A_SERVER["tests/text_models/test_clients.py"])
     found: Dict[str, set[str]] = {name: set() for name in by}
     for rule in TABLE["rules"]:
         assert ("enforced_by" in rule) != bool(rule.get("not_enforced", "")), rule["id"]
@@ -591,7 +483,7 @@ def test_every_rule_is_enforced_and_broken_or_says_why_not() -> None:
         assert ("v1.2.1" in rule["versions"]) == ("v1.2.1" in rule.get("inferred_for", [])), rule["id"]
     assert found == by
     for file, rules in ON_A_SERVER.items():
-        text = (ROOT / "tests" / file).read_text()
+        text = (ROOT / file).read_text()
         assert [rule for rule in rules if f'"{rule}"' not in text] == [], file
 
 

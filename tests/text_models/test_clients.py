@@ -13,7 +13,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from conftest import ROOT, Served, copy_of_project, end_tree_of, serve
+from project import ROOT, copy_of_project
+from server import Served, end_tree_of, serve
+from triton_requests import PROMPT, STORY
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 ROWS = json.loads((ROOT / "docker/contracts/clients.json").read_text())["clients"]
@@ -21,10 +23,6 @@ TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
 # Whose tensors a version's clients meet; identity_test.py is older than every TOOLCHAIN
 PLACE = {"v0.5.0": "v0.8.0"}
-PROMPT, STORY = (
-    "Once upon a time",
-    ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily.",
-)
 IDS = [1, 403, 407, 261, 378]
 NUMPY = {"INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "BYTES": np.object_}
 # What the scripts' options are at when they are not typed, and short answers

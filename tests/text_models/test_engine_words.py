@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_backend_rules import TOOLCHAINS, loaded, refused, strict
+from project import ROOT
+from strict_backend import TOOLCHAINS, loaded, refused, strict
 
 LATER = [version for version in TOOLCHAINS if version != "v0.8.0"]
 
