@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 RULES = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
 TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
-IDS = ints(1, 403, 407, 261, 378)
+IDS = ints(1, 792, 670, 260, 568)
 # What a request that names no outputs gets beside what it asks for, by rule
 ZEROS = {
     "v0.8.0": ("response-dummies-0.8.0", {"cum_log_probs": (1, 1), "output_log_probs": (1, 1, 6), "context_logits": (1, 1, 1),
@@ -189,6 +189,15 @@ def test_the_endpoint_streams_and_nothing_is_refused(rehearsed: Any) -> None:
     pieces = [choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"]]
     assert STORY.startswith("".join(pieces)) and len(pieces) > 2
     assert STORY.startswith(tell(served, max_tokens=12))
+
+
+def test_ranks_above_0_never_finish_loading(rehearsed: Any) -> None:
+    """The rule "load-workers-never-return": the server is ready, and ends in order, without them."""
+    backend, served = rehearsed
+    assert served.post("ensemble", text_input=PROMPT, max_tokens=1)["status"] == 200
+    [log] = served.tree.glob(f"build/stories/rehearsal-tensorrt-{BACKENDS[backend]}-*/serve.log")
+    loaded = [line[:7] for line in log.read_text().splitlines() if "successfully loaded 'tensorrt_llm'" in line]
+    assert loaded == ["rank 0:"]
 
 
 def test_nvidias_core_client_is_served(rehearsed: Any) -> None:

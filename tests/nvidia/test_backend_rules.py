@@ -461,7 +461,7 @@ ON_A_SERVER = {
     "tests/test_rehearsed_server.py": {
         "stop-before-checks", "stop-order", "stream-tokens", "response-shapes", "response-dummies-r24.10", "response-no-dummies",
         "response-dummies-0.8.0", "response-batch-index", "response-sequence-index", "response-token-counts-1.2.1",
-        "response-final", "response-unary",
+        "response-final", "response-unary", "load-workers-never-return",
     },
     "tests/text_models/test_clients.py": {"post-unknown-input", "post-shape", "pre-decoder-ids"},
 }  # fmt: skip

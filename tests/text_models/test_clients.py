@@ -7,8 +7,9 @@ The rules "post-shape", "pre-decoder-ids" and "post-unknown-input" of docker/con
 import json
 import queue
 import urllib.request
+from itertools import product
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
 # Whose tensors a version's clients meet; identity_test.py is older than every TOOLCHAIN
 PLACE = {"v0.5.0": "v0.8.0"}
-IDS = [1, 403, 407, 261, 378]
+IDS = [1, 792, 670, 260, 568]
 NUMPY = {"INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "BYTES": np.object_}
 # What the scripts' options are at when they are not typed, and short answers
 VALUES: Dict[str, Any] = {
@@ -40,6 +41,8 @@ OPTIONS: Dict[str, Any] = {
     "pad_id": [[2]], "exclude_input_in_output": [[True]], "return_num_input_tokens": [[True]], "return_num_output_tokens": [[True]],
 }  # fmt: skip
 Tensors = Dict[str, Any]
+Place = Tuple[str, bool]
+Check = Callable[..., None]
 
 
 def row_of(script: str, version: str) -> Dict[str, Any]:
@@ -93,30 +96,56 @@ def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Tup
     return found
 
 
+class Servers:
+    """One server at a time; another place, that is another version or way of answering, ends it and starts its own."""
+
+    def __init__(self, trees: Dict[str, Tuple[Path, str]]) -> None:
+        self._trees = trees
+        self._place: Optional[Place] = None
+        self._running: Optional[Served] = None
+
+    def at(self, place: Place) -> Served:
+        if self._running is None or place != self._place:
+            self.end()
+            tree, version = self._trees[place[0]]
+            self._running = serve(tree, "TP=1", f"TOOLCHAIN={version}", f"STREAMING={'on' if place[1] else 'off'}")
+            self._place = place
+        return self._running
+
+    def end(self) -> None:
+        if self._running is not None:
+            running, self._running = self._running, None
+            try:
+                assert running.end() == 0, "".join(running.lines)
+            finally:
+                end_tree_of(running.process.pid)
+
+
 @pytest.fixture(scope="module")
-def served_by(request: pytest.FixtureRequest, trees: Dict[str, Tuple[Path, str]]) -> Iterator[Served]:
-    backend, streaming = request.param
-    tree, version = trees[backend]
-    running = serve(tree, "TP=1", f"TOOLCHAIN={version}", f"STREAMING={'on' if streaming else 'off'}")
-    try:
-        yield running
-        assert running.end() == 0, "".join(running.lines)
-    finally:
-        end_tree_of(running.process.pid)
+def servers(trees: Dict[str, Tuple[Path, str]]) -> Iterator[Servers]:
+    found = Servers(trees)
+    yield found
+    found.end()
 
 
-def of_script(script: str, modes: Sequence[bool], *more: Sequence[Any]) -> Any:
-    """Every row of a script, at a server that streams and one that does not."""
-    cases = [
-        pytest.param(
-            (PLACE.get(row["version"], row["version"]), streaming), row["version"], id=f"{row['version']}-{how}"
-        )
-        for row in ROWS
-        if row["script"] == script
-        for streaming, how in ((True, "streams"), (False, "unary"))
-        if streaming in modes
-    ]
-    return pytest.mark.parametrize(("served_by", "version"), cases, indirect=["served_by"])
+# Which test asks whom: (its place, the row's version), and what else it takes. test_row goes from place to place.
+CASES: List[Any] = []
+
+
+def row(script: str, modes: Sequence[bool], **more: Sequence[Any]) -> Callable[[Check], Check]:
+    """The function is called for every row of a script, at a server that streams (True) and one that does not, with each of `more`."""
+
+    def keep(check: Check) -> Check:
+        for one in ROWS:
+            for streaming in modes if one["script"] == script else ():
+                place = (PLACE.get(one["version"], one["version"]), streaming)
+                for values in product(*more.values()):
+                    named = "-".join(getattr(value, "__name__", str(value)) for value in values)
+                    id = f"{place[0]}-{'streams' if streaming else 'unary'}-{one['version']}-{script[:-3]}-{named}"
+                    CASES.append((place, id, check, (one["version"], streaming, *values)))
+        return check
+
+    return keep
 
 
 # --- two protocols ---
@@ -182,7 +211,7 @@ def over_http(served: Served, model: str, tensors: Tensors, outputs: Optional[Se
     )
 
 
-BOTH = pytest.mark.parametrize("over", [over_http, over_grpc], ids=["http", "grpc"])
+BOTH = (over_http, over_grpc)
 
 
 def streamed(served: Served, model: str, *requests: Tuple[str, Tensors, Optional[Sequence[str]]]) -> List[Response]:
@@ -221,10 +250,9 @@ def check(row_outputs: List[Dict[str, Any]], responses: Sequence[Response], opti
 # --- inflight_batcher_llm_client.py ---
 
 
-@of_script("inflight_batcher_llm_client.py", (True, False))
-def test_inflight_batcher_llm_client(served_by: Served, version: str, request: Any) -> None:
+@row("inflight_batcher_llm_client.py", (True, False))
+def inflight_batcher_llm_client(served_by: Served, version: str, streaming: bool) -> None:
     row = row_of("inflight_batcher_llm_client.py", version)
-    streaming = "streams" in request.node.callspec.id
     always = sent_by(row, {"streaming": [[streaming]]})
     more = sent_by(row, {"streaming": [[streaming]]}, options=True)
     declared = tensors_of(served_by)
@@ -267,11 +295,9 @@ def tensors_of(served: Served, model: str = "tensorrt_llm", kind: str = "input")
 # --- end_to_end_grpc_client.py ---
 
 
-@of_script("end_to_end_grpc_client.py", (True, False))
-@pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
-def test_end_to_end_grpc_client(served_by: Served, version: str, model: str, request: Any) -> None:
+@row("end_to_end_grpc_client.py", (True, False), model=("ensemble", "tensorrt_llm_bls"))
+def end_to_end_grpc_client(served_by: Served, version: str, streaming: bool, model: str) -> None:
     row = row_of("end_to_end_grpc_client.py", version)
-    streaming = "streams" in request.node.callspec.id
     names_outputs = row["requested_outputs"] != "none named"
     for options in (False, True):
         tensors = sent_by(row, {"stream": [[streaming]]}, options)
@@ -293,9 +319,8 @@ def test_end_to_end_grpc_client(served_by: Served, version: str, model: str, req
 # --- end_to_end_test.py ---
 
 
-@of_script("end_to_end_test.py", (False,))
-@BOTH
-def test_end_to_end_test(served_by: Served, version: str, over: Any) -> None:
+@row("end_to_end_test.py", (False,), over=BOTH)
+def end_to_end_test(served_by: Served, version: str, streaming: bool, over: Any) -> None:
     row = row_of("end_to_end_test.py", version)
     calls = {call["model"]: call for call in row["calls"]}
     before = over(served_by, "preprocessing", sent_by(calls["preprocessing"], {}))
@@ -333,21 +358,24 @@ def test_end_to_end_test(served_by: Served, version: str, over: Any) -> None:
 # --- benchmark_core_model.py, and identity_test.py, which it replaced ---
 
 
-@of_script("benchmark_core_model.py", (True, False))
-@BOTH
-def test_benchmark_core_model(served_by: Served, version: str, over: Any, request: Any) -> None:
-    row = row_of("benchmark_core_model.py", version)
-    values = {"end_id": [[-1]], "pad_id": [[0]]}
-    if "unary" in request.node.callspec.id:
-        core_benchmark(over(served_by, "tensorrt_llm", sent_by(row, values)))
-    elif over is over_grpc and "--decoupled" in row["decoupled"]:
-        for response in streamed(served_by, "tensorrt_llm", ("7", sent_by(row, values), None)):
-            core_benchmark(response)
+@row("benchmark_core_model.py", (False,), over=BOTH)
+def benchmark_core_model(served_by: Served, version: str, streaming: bool, over: Any) -> None:
+    tensors = sent_by(row_of("benchmark_core_model.py", version), {"end_id": [[-1]], "pad_id": [[0]]})
+    core_benchmark(over(served_by, "tensorrt_llm", tensors))
 
 
-@of_script("identity_test.py", (False,))
-@BOTH
-def test_identity_test(served_by: Served, version: str, over: Any) -> None:
+@row("benchmark_core_model.py", (True,))
+def benchmark_core_model_decoupled(served_by: Served, version: str, streaming: bool) -> None:
+    """--decoupled -i grpc, which 0.8.0's script does not have."""
+    found = row_of("benchmark_core_model.py", version)
+    assert ("--decoupled" in found["decoupled"]) == (version != "v0.8.0")
+    tensors = sent_by(found, {"end_id": [[-1]], "pad_id": [[0]]})
+    for response in streamed(served_by, "tensorrt_llm", ("7", tensors, None)):
+        core_benchmark(response)
+
+
+@row("identity_test.py", (False,), over=BOTH)
+def identity_test(served_by: Served, version: str, streaming: bool, over: Any) -> None:
     core_benchmark(over(served_by, "tensorrt_llm", sent_by(row_of("identity_test.py", version), {})))
 
 
@@ -360,8 +388,8 @@ def core_benchmark(response: Response) -> None:
 # --- test_max_queue_size.py, which must fail: no queue limit is set ---
 
 
-@of_script("test_max_queue_size.py", (True,))
-def test_test_max_queue_size_finds_no_limit(served_by: Served, version: str) -> None:
+@row("test_max_queue_size.py", (True,))
+def max_queue_size_finds_no_limit(served_by: Served, version: str, streaming: bool) -> None:
     """Its row is in the README's table: it wants a refusal, and our limit is 0, none."""
     [spec] = row_of("test_max_queue_size.py", version)["inputs"]
     assert spec["shape"] == "as there"
@@ -380,20 +408,32 @@ def test_test_max_queue_size_finds_no_limit(served_by: Served, version: str) -> 
 # --- and who meets what ---
 
 
-@pytest.mark.parametrize("served_by", [("r24.10", False)], indirect=True)
-@pytest.mark.parametrize("script", ["inflight_batcher_llm_client.py", "end_to_end_grpc_client.py"])
-def test_the_clients_of_the_tag_0_14_0_do_not_fit_image_24_10(served_by: Served, script: str) -> None:
-    row = row_of(script, "v0.14.0")
-    tensors = sent_by(row, {"streaming": [[False]], "stream": [[False]]})
+def clients_of_the_tag_do_not_fit_24_10(served_by: Served, script: str) -> None:
+    tensors = sent_by(row_of(script, "v0.14.0"), {"streaming": [[False]], "stream": [[False]]})
     with pytest.raises(InferenceServerException) as problem:
         over_grpc(served_by, "tensorrt_llm" if "inflight" in script else "ensemble", tensors)
     assert "unexpected inference input 'num_return_sequences'" in str(problem.value)
 
 
-@pytest.mark.parametrize("served_by", [("v0.14.0", False)], indirect=True)
-def test_postprocessing_of_the_tag_0_14_0_takes_two_inputs(served_by: Served) -> None:
+for script in ("inflight_batcher_llm_client.py", "end_to_end_grpc_client.py"):
+    name = f"r24.10-unary-refuses-v0.14.0-{script[:-3]}"
+    CASES.append((("r24.10", False), name, clients_of_the_tag_do_not_fit_24_10, (script,)))
+
+
+def postprocessing_takes_two_inputs(served_by: Served) -> None:
     """The rule "post-unknown-input"; SKIP_SPECIAL_TOKENS is ours."""
     assert tensors_of(served_by, "postprocessing") == {"TOKENS_BATCH", "SEQUENCE_LENGTH", "SKIP_SPECIAL_TOKENS"}
+
+
+for backend in ("v0.14.0", "v1.2.1"):
+    CASES.append(((backend, False), f"{backend}-unary-post-unknown-input", postprocessing_takes_two_inputs, ()))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case[1]) for case in sorted(CASES, key=lambda case: case[0])])
+def test_row(servers: Servers, case: Any) -> None:
+    """In the order of the places, so that each has one server."""
+    place, _, check_row, arguments = case
+    check_row(servers.at(place), *arguments)
 
 
 def test_every_row_has_its_test_and_those_that_fail_their_reason() -> None:

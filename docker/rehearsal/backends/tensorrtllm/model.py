@@ -56,6 +56,8 @@ class TritonPythonModel(torch_engine_model.TritonPythonModel):  # type: ignore[m
             super().initialize({**args, "model_config": json.dumps(config)})
         self._exclude_input = self._strict.exclude_input
         self._without_value = set(contracts.sent_without_value(TOOLCHAIN))
+        if not isinstance(self._engine, torch_engine_model.Engine):
+            self._thread.join()  # ranks above 0 never finish loading; rank 0's end is theirs
 
     def _refusal(self, why: str) -> Any:
         """Whatever the torch engine finds by itself is an error of the engine."""
