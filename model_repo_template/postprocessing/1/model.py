@@ -21,7 +21,7 @@ class TritonPythonModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
         self.skip_special_tokens = sent.is_true(parameters["skip_special_tokens"])
-        # 0.8.0 hands log probabilities and logits through this model; later versions do not
+        # 0.8.0 and image 24.10 hand log probabilities and logits through this model; later versions do not
         self.handed_through = [tensor["name"][4:] for tensor in config["output"] if tensor["name"].startswith("OUT_")]
 
     def execute(self, requests: List[Any]) -> List[Any]:
