@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from scripts import reports, room
 from scripts.limits import limits_of
@@ -69,13 +69,19 @@ class Settings:
 
 
 def hole_values(
-    engine: Mapping[str, Any], triton_backend: str, streaming: bool, unary_response_sender: bool, kv_reuse: bool = False
+    engine: Mapping[str, Any],
+    triton_backend: str,
+    streaming: bool,
+    unary_response_sender: bool,
+    kv_reuse: bool = False,
+    without_value: Sequence[str] = (),
 ) -> Dict[str, str]:
     """A value for every hole that any version's templates have.
 
     engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
     streaming: Triton's decoupled mode, for all models that answer with text or tokens; without it they answer exactly once.
     unary_response_sender: whether a Python model may answer a request of the latter kind after execute() has returned.
+    without_value: outputs that this version sends also when nobody asked for their value.
     """
     build, network = engine["build_config"], engine["pretrained_config"]
     return {
@@ -102,6 +108,7 @@ def hole_values(
         "bls_instance_count": "1" if streaming or unary_response_sender else str(build["max_batch_size"]),
         # not NVIDIA's
         "unary_response_sender": "true" if unary_response_sender else "false",
+        "sent_without_value": ",".join(without_value),
         "exclude_input_in_output": "true",
         "batch_scheduler_policy": "guaranteed_no_evict",
         "kv_cache_free_gpu_mem_fraction": "0.85",
@@ -155,11 +162,13 @@ def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool
         "inputs": ",\n".join(map(tensor, inputs.values())),
         "outputs": ",\n".join(map(tensor, outputs.values())),
         "dynamic_batching": filled(_message("dynamic_batching", table["dynamic_batching"] or {}), values, where),
-        "parameters": "\n".join(
-            f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
-            for key, value in parameters.items()
-        ),
+        "parameters": "\n".join(parameter_line(key, value) for key, value in parameters.items()),
     }
+
+
+def parameter_line(key: str, value: str) -> str:
+    """One line of ModelConfig.parameters."""
+    return f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
 
 
 def tensor_line(tensor: Mapping[str, Any]) -> str:
@@ -308,7 +317,10 @@ def render(
     # the torch engine's Triton is the pinned one, which can
     unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
     check_engine(engine, kv_reuse)
-    values = hole_values(engine, engine_kind["triton_backend"], streaming, unary_response_sender, kv_reuse)
+    without_value = contracts.sent_without_value(trtllm_version)
+    values = hole_values(
+        engine, engine_kind["triton_backend"], streaming, unary_response_sender, kv_reuse, without_value
+    )
     missing = {
         placeholder["name"]
         for table in tables.values()
@@ -321,6 +333,8 @@ def render(
     for model, template in templates.items():
         where = f"model_repo_template/{model}/config.pbtxt"
         holes = config_holes(tables[model], values, engine_kind["model_code"], where)
+        if model == "tensorrt_llm" and engine_kind["model_code"]:
+            holes["parameters"] += "\n" + parameter_line("sent_without_value", values["sent_without_value"])
         # What the table says of this model must find its hole; of the values for the whole repository a template uses its own.
         common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}

@@ -22,8 +22,22 @@ TEXT_MODELS = {"ensemble", "tensorrt_llm_bls"}
 # Parameters of our own text models, which NVIDIA's tables do not have
 OWN = {
     "preprocessing": {"vocab_size", "max_input_len", "max_seq_len"},
-    "ensemble": {"tokenizer_dir", "vocab_size", "max_input_len", "max_seq_len", "unary_response_sender"},
-    "tensorrt_llm_bls": {"tokenizer_dir", "vocab_size", "max_input_len", "max_seq_len", "unary_response_sender"},
+    "ensemble": {
+        "tokenizer_dir",
+        "vocab_size",
+        "max_input_len",
+        "max_seq_len",
+        "unary_response_sender",
+        "sent_without_value",
+    },
+    "tensorrt_llm_bls": {
+        "tokenizer_dir",
+        "vocab_size",
+        "max_input_len",
+        "max_seq_len",
+        "unary_response_sender",
+        "sent_without_value",
+    },
 }
 # What a Llama has no use for: images, encoders, draft models, prompt tables; the text models do not translate it.
 NOT_FOR_LLAMA = {
@@ -128,7 +142,8 @@ def test_parameters_are_those_of_the_table_but_for_what_is_left_out_by_name(vers
             for p in table["parameters"]
             if (p["placeholder"] or f"${{{p['key']}}}")[2:-1] not in build_model_repo.LEFT_OUT
         }
-        assert set(configs[model].parameters) == keys | OWN.get(model, set())
+        own = OWN.get(model, {"sent_without_value"} if (model, kind) == ("tensorrt_llm", "torch") else set())
+        assert set(configs[model].parameters) == keys | own
     assert configs["tensorrt_llm"].backend == {"torch": "python", "tensorrt": "tensorrtllm"}[kind]
     for model in TEXT_MODELS:
         assert configs[model].parameters["vocab_size"].string_value == "32011"

@@ -51,7 +51,7 @@ def over_grpc(settings: launch.Settings, ids: List[int], tokens: int) -> float:
         client.async_stream_infer(
             "tensorrt_llm",
             inputs,
-            outputs=[triton.InferRequestedOutput("output_ids")],
+            outputs=[triton.InferRequestedOutput(name) for name in ("output_ids", "sequence_length")],
             enable_empty_final_response=True,
         )
         done.wait(600)

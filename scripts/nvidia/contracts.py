@@ -46,6 +46,12 @@ def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
     return cast(Dict[str, Any], json.loads(path.read_text()))
 
 
+def sent_without_value(trtllm_version: str) -> List[str]:
+    """The outputs of tensorrt_llm that this version sends, as zeros, also when nobody asked for their value."""
+    rules = json.loads((DOCKER / "contracts" / "backend-rules" / "rules.json").read_text())
+    return cast(List[str], rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
+
+
 def flags(kind: str, trtllm_version: str) -> Dict[str, Dict[str, Any]]:
     """The flags of one of NVIDIA's programs ('trtllm-build', 'convert', 'quantize'), by name: type, choices, default, nargs, aliases."""
     return {flag["flag"]: flag for flag in cast(List[Dict[str, Any]], table(kind, trtllm_version))}

@@ -20,6 +20,10 @@ from scripts.limits import limits_of
 log = logging.getLogger("openai")
 
 MODEL = "tensorrt_llm"
+# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+TOKENS = ("output_ids", "sequence_length")
+# What TensorRT-LLM says, with the code INTERNAL, when its queue is full
+BUSY = "Maximum queue size of"
 # Whatever divides logits by less leaves no finite float32: it is greedy.
 MIN_TEMPERATURE = 1e-5
 # Two names that versions gave to one input
@@ -160,7 +164,7 @@ class Engine:
     def stop(self, request_id: str) -> None:
         """The contract's own way to end a running request, for versions that do not see a cancelled call: one with its id and `stop`."""
         values = {"input_ids": [1], "input_lengths": [1], "request_output_len": [1], "stop": [True]}
-        task = asyncio.ensure_future(self._send(self.request(values, request_id, ["output_ids"])))
+        task = asyncio.ensure_future(self._send(self.request(values, request_id, TOKENS)))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -188,13 +192,14 @@ class Stream:
 
     def __init__(self, engine: Engine, question: Question, changed: Callable[[], None]) -> None:
         self.engine, self.changed = engine, changed
-        self.id = uuid.uuid4().hex
+        # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on
+        self.id = f"r{uuid.uuid4().hex}"
         self.ids: List[int] = []
         self.log_probs: List[float] = []
         self.ended, self.cancelled = False, False
         self.failure: Optional[EngineFailed] = None
         values = inputs_of(question, engine.end_id, engine.streams, engine.limits.vocab_size)
-        outputs = ["output_ids", *(["output_log_probs"] if question.logprobs else [])]
+        outputs = [*TOKENS, *(["output_log_probs"] if question.logprobs else [])]
         self._request = engine.request(values, self.id, outputs)
         self._call: Any = None
         self._task = asyncio.ensure_future(self._read())
@@ -217,7 +222,7 @@ class Stream:
             async for result, error in self._call:
                 if error is not None:
                     log.error("%s: %s", self.id, error)
-                    self.failure = EngineFailed()
+                    self.failure = EngineFailed(unavailable=BUSY in str(error))
                     break
                 self._take(result)
         except grpc.RpcError as error:
@@ -234,6 +239,9 @@ class Stream:
 
     def _take(self, result: Any) -> None:
         ids = result.as_numpy("output_ids")
+        lengths = result.as_numpy("sequence_length")
+        if ids is not None and lengths is not None:  # what lies behind is padding
+            ids = ids.reshape(-1)[: lengths.item(0)]
         if ids is not None and ids.size:
             self.ids += ids.reshape(-1).tolist()
             log_probs = result.as_numpy("output_log_probs")

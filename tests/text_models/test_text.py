@@ -306,6 +306,17 @@ def test_special_tokens_are_shown_to_who_asks(stories: Text) -> None:
         assert answer.take()["text_output"].strip() == expected.strip()
 
 
+def test_padding_behind_sequence_length_is_cut(stories: Text) -> None:
+    """Also when nothing but padding has come; without sequence_length (0.8.0 may leave it out) every id counts."""
+    answer = Answer(stories, [], {}, [], 1)
+    assert answer.push({"output_ids": np.array([[[300, 301, -1, -1]]], np.int32), "sequence_length": np.array([[2]])})
+    answer.push({"output_ids": np.array([[[-1]]], np.int32), "sequence_length": np.array([[0]])})
+    answer.push({"output_ids": np.array([[[302]]], np.int32)})
+    answer.finish()
+    assert answer.n_output_tokens == 3
+    assert answer.take()["text_output"].strip() == SLOW.decode([300, 301, 302]).strip()
+
+
 def test_byte_level_words_are_listed_with_and_without_their_space(byte_level: Tuple[Text, Any]) -> None:
     ours, library = byte_level
     listed = sequences(ours.word_list(["quick"]))

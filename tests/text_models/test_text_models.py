@@ -213,7 +213,7 @@ def test_what_was_not_asked_for_is_zeros_of_the_smallest_shape(served: Served) -
     [whole] = ask(served, "ensemble", text_input=texts(PROMPT), max_tokens=ints(3))
     shapes = {name: value.shape for name, value in whole.items()}
     assert shapes == {
-        "text_output": (1, 1), "cum_log_probs": (1, 1), "output_log_probs": (1, 1, 3), "context_logits": (1, 1, 1),
+        "text_output": (1,), "cum_log_probs": (1, 1), "output_log_probs": (1, 1, 3), "context_logits": (1, 1, 1),
         "generation_logits": (1, 1, 1, 1),
     }  # fmt: skip
     [only] = [

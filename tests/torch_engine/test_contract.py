@@ -18,6 +18,8 @@ from drive_engine import VERSION_DIR, Answer
 from split_checkpoint import write_engine
 from tiny_model import TINY, TINY_BUILD, random_weights
 
+from scripts.nvidia import contracts
+
 CONTRACT = json.loads((Path(__file__).resolve().parents[2] / "docker/contracts/backend/v0.8.0.json").read_text())
 OUTPUTS = [output["name"] for output in CONTRACT["tensorrt_llm"]["outputs"]]
 FINAL = 1
@@ -105,7 +107,10 @@ def backend() -> Iterator[ModuleType]:
 
 
 def model_args(engine_dir: str, exclude_input: str = "true") -> dict[str, str]:
-    parameters = {"gpt_model_path": engine_dir, "exclude_input_in_output": exclude_input}
+    without_value = ",".join(contracts.sent_without_value("0.8.0"))
+    parameters = {
+        "gpt_model_path": engine_dir, "exclude_input_in_output": exclude_input, "sent_without_value": without_value,
+    }  # fmt: skip
     config = {
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         "output": [{"name": name} for name in OUTPUTS],

@@ -21,7 +21,7 @@ class TritonPythonModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
         self.skip_special_tokens = sent.is_true(parameters["skip_special_tokens"])
-        # 0.8.0 hands log probabilities and logits through this model; later versions do not
+        # 0.8.0 and image 24.10 hand log probabilities and logits through this model; later versions do not
         self.handed_through = [tensor["name"][4:] for tensor in config["output"] if tensor["name"].startswith("OUT_")]
 
     def execute(self, requests: List[Any]) -> List[Any]:
@@ -40,6 +40,7 @@ class TritonPythonModel:
             self.text.decode(beam[:length].tolist(), skip).encode()
             for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
-        values = {"OUTPUT": np.array(texts, dtype=object).reshape(lengths.shape)}
+        # one axis, as NVIDIA's: all beams of all rows behind each other
+        values = {"OUTPUT": np.array(texts, dtype=object)}
         values.update({f"OUT_{name}": given[name] for name in self.handed_through if name in given})
         return values

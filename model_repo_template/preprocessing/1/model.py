@@ -63,6 +63,9 @@ class TritonPythonModel:
             "EMBEDDING_BIAS": np.concatenate(bias),
             "OUT_END_ID": end_id,
             "OUT_PAD_ID": pad_id,
+            # what an encoder-decoder model begins with; NVIDIA's end_to_end_test.py sends it to every model from 0.11 on
+            "DECODER_INPUT_ID": pad_id.reshape(-1, 1),
+            "REQUEST_DECODER_INPUT_LEN": np.ones((len(rows), 1), dtype=np.int32),
         }
         return {name: value for name, value in values.items() if name in self.outputs}
 

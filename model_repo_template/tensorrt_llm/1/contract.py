@@ -6,7 +6,7 @@ batch dimension in front, and the batch is always 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ FLAGS = {
     "return_context_logits": "context_logits",
     "return_generation_logits": "generation_logits",
     "exclude_input_in_output": "exclude_input",  # since 0.17; before that only a parameter of the model
+    "return_num_input_tokens": "num_input_tokens",  # these two since 0.20
+    "return_num_output_tokens": "num_output_tokens",
 }
 READ_APART = {
     "input_ids",
@@ -47,7 +49,11 @@ READ_APART = {
     "embedding_bias",
     "stop",
 }
-MEANINGLESS = {"pad_id", "len_penalty", "early_stopping"}  # they steer padding and beams, and there are none here
+# They steer padding and beams, and there are none here; a model without encoder does not read what a decoder begins with, and
+# NVIDIA's end_to_end_test.py sends it to every model (preprocessing's DECODER_INPUT_ID).
+MEANINGLESS = {"pad_id", "len_penalty", "early_stopping", "decoder_input_ids", "decoder_input_lengths"}
+# Outputs with a value in every response
+ALWAYS = ("output_ids", "sequence_length")
 ONLY = {  # what this engine does not do may still be asked not to be done
     "beam_width": 1,
     "num_return_sequences": 1,
@@ -69,6 +75,8 @@ class Asked:
     context_logits: bool = False
     generation_logits: bool = False
     exclude_input: bool = False
+    num_input_tokens: bool = False
+    num_output_tokens: bool = False
 
 
 def understood(inputs: Mapping[str, Array], exclude_input: bool) -> Asked:
@@ -126,10 +134,13 @@ def words(name: str, inputs: Mapping[str, Array]) -> Words:
         raise Refused(f"{name} is malformed: {problem}") from None
 
 
-def outputs(asked: Asked, pieces: Sequence[Piece], cum_log_prob: float) -> dict[str, Array]:
+def outputs(
+    asked: Asked, pieces: Sequence[Piece], cum_log_prob: float, without_value: Collection[str]
+) -> dict[str, Array]:
     """The tensors of one response that carries `pieces`; `cum_log_prob` counts all tokens up to here.
 
-    What was not asked for is there all the same, as zeros of the smallest shape: v0.8.0 always sends all six.
+    without_value: the outputs that this version sends also when nobody asked for their value, as zeros of the smallest shape; all
+    others are then left out (docker/contracts/backend-rules, `without_value`).
     """
     new = [token for piece in pieces for token in piece.tokens]
     with_input = not asked.streaming and not asked.exclude_input
@@ -137,7 +148,15 @@ def outputs(asked: Asked, pieces: Sequence[Piece], cum_log_prob: float) -> dict[
     log_probs = [value for piece in pieces for value in piece.log_probs] if asked.log_probs else [0.0] * len(new)
     context = [piece.context_logits for piece in pieces if piece.context_logits is not None]
     generation = [piece.generation_logits for piece in pieces if piece.generation_logits is not None]
-    return {
+    has_value = {
+        "cum_log_probs": asked.log_probs,
+        "output_log_probs": asked.log_probs,
+        "context_logits": bool(context),
+        "generation_logits": bool(generation),
+        "num_input_tokens": asked.num_input_tokens,
+        "num_output_tokens": asked.num_output_tokens,
+    }
+    values = {
         "output_ids": np.array(shown, dtype=np.int32).reshape(1, 1, -1),
         "sequence_length": np.array([[len(shown)]], dtype=np.int32),
         "cum_log_probs": np.array([[cum_log_prob]], dtype=np.float32),
@@ -146,9 +165,12 @@ def outputs(asked: Asked, pieces: Sequence[Piece], cum_log_prob: float) -> dict[
         "generation_logits": torch.cat(generation)[None, None].numpy()
         if generation
         else np.zeros((1, 1, 1, 1), np.float32),
-        # declared since 0.17 and 0.20: there is one sequence, and how long it is
+        # declared since 0.11 and 0.14: there is one sequence
         "batch_index": np.zeros((1, 1), np.int32),
         "sequence_index": np.zeros((1, 1), np.int32),
         "num_input_tokens": np.array([[len(asked.prompt)]], np.int32),
         "num_output_tokens": np.array([[len(new)]], np.int32),
+    }
+    return {
+        name: value for name, value in values.items() if name in ALWAYS or has_value.get(name) or name in without_value
     }

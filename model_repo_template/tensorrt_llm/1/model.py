@@ -71,6 +71,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
+        self._without_value = set(parameters.get("sent_without_value", "").split(","))
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
             engine = open_engine(Path(parameters["gpt_model_path"]))
@@ -97,8 +98,11 @@ class TritonPythonModel:
             try:
                 self._accept(request, sender)
             except Refused as refusal:
-                error = pb_utils.TritonError(str(refusal), pb_utils.TritonError.INVALID_ARG)
-                sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+                sender.send(pb_utils.InferenceResponse(error=self._refusal(str(refusal))), flags=FINAL)
+
+    def _refusal(self, why: str) -> Any:
+        """A request that cannot be served, as a TritonError."""
+        return pb_utils.TritonError(why, pb_utils.TritonError.INVALID_ARG)
 
     def finalize(self) -> None:
         """Triton has drained the requests; on a rank above 0 this waits until rank 0 has ended."""
@@ -123,7 +127,7 @@ class TritonPythonModel:
             # a unary request has exactly one response
             sender.send(*([] if self._decoupled else [pb_utils.InferenceResponse([])]), flags=FINAL)
             return
-        asked = understood(inputs, self._exclude_input)
+        asked = self._understood(request, inputs)
         if asked.streaming and not self._decoupled:  # in TensorRT-LLM's words
             raise Refused("Streaming is only supported if model is deployed using decoupled mode.")
         reply = Reply(asked, request, sender, self._ready)
@@ -136,6 +140,10 @@ class TritonPythonModel:
             with self._ready:
                 self._live.remove(reply)
             raise
+
+    def _understood(self, request: Any, inputs: dict[str, Any]) -> Asked:
+        """Raises Refused."""
+        return understood(inputs, self._exclude_input)
 
     def _stop(self, request_id: str, engine: Engine) -> None:
         """The contract's way to end a running request: a second one with its id and stop=true."""
@@ -176,11 +184,15 @@ class TritonPythonModel:
         if last.error is not None:
             response = pb_utils.InferenceResponse(error=pb_utils.TritonError(last.error))
         else:
-            reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
-            arrays = outputs(reply.asked, pieces, reply.cum_log_prob)
-            tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items() if name in reply.wanted]
+            tensors = [pb_utils.Tensor(name, array) for name, array in self._arrays(reply, pieces).items()]
             response = pb_utils.InferenceResponse(output_tensors=tensors)
         reply.sender.send(response, flags=FINAL if last.final else 0)
+
+    def _arrays(self, reply: Reply, pieces: list[Piece]) -> dict[str, Any]:
+        """The tensors of a response, those that the request names."""
+        reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
+        arrays = outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value)
+        return {name: array for name, array in arrays.items() if name in reply.wanted}
 
 
 class Metrics:

@@ -1,19 +1,23 @@
 """One answer on its way: what tensorrt_llm says, token by token, becomes the outputs of the text models' responses."""
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from text import StopStrings, Text
 
 Array = np.ndarray[Any, Any]
 
-# tensorrt_llm's outputs that are passed on, and the input that asks for each
+# The input that asks for each output's value
 ASKED_BY = {
     "cum_log_probs": "return_log_probs",
     "output_log_probs": "return_log_probs",
     "context_logits": "return_context_logits",
     "generation_logits": "return_generation_logits",
+    "num_input_tokens": "return_num_input_tokens",
+    "num_output_tokens": "return_num_output_tokens",
 }
+# Outputs that are counted here; all others but the text are tensorrt_llm's, passed on
+COUNTED = ("batch_index", "sequence_index", "num_input_tokens", "num_output_tokens")
 # A stream's parts are joined along the axis of their tokens; of others the last one counts.
 TOKEN_AXIS = {"output_log_probs": 2, "context_logits": 1, "generation_logits": 2}
 
@@ -21,8 +25,8 @@ TOKEN_AXIS = {"output_log_probs": 2, "context_logits": 1, "generation_logits": 2
 class Answer:
     """Collects what is to be sent next. Knows nothing of Triton.
 
-    wanted: the outputs to fill, name -> dtype, as the model's config declares them; asked: those that the request asks for. The
-    others are zeros of the smallest shape, as NVIDIA's backend has sent them at 0.8.0.
+    wanted: the outputs that may be filled, name -> dtype, as the model's config declares them; asked: those whose value the request
+    asks for; without_value: those that this version of NVIDIA's backend sends nevertheless, as zeros of the smallest shape.
     """
 
     def __init__(
@@ -33,17 +37,23 @@ class Answer:
         asked: Sequence[str],
         n_input_tokens: int,
         skip_special_tokens: bool = True,
+        without_value: Collection[str] = (),
     ) -> None:
         self.stream, self.stops = text.stream(skip_special_tokens), StopStrings(stops)
-        self.wanted, self.asked = wanted, asked
+        self.wanted, self.asked, self.without_value = wanted, asked, without_value
         self.n_input_tokens, self.n_output_tokens, self.n_waiting = n_input_tokens, 0, 0
         self.parts: Dict[str, List[Array]] = {name: [] for name in asked}
         self.waiting: List[str] = []
         self.stopped = False
 
     def push(self, outputs: Mapping[str, Array]) -> bool:
-        """Take one response of tensorrt_llm, output_ids int32 (1, 1, n) and what was asked for; whether there is text to send."""
+        """Take one response of tensorrt_llm, output_ids int32 (1, 1, n) and what was asked for; whether there is text to send.
+
+        What lies behind sequence_length (1, 1) is padding.
+        """
         ids = outputs["output_ids"].reshape(-1).tolist()
+        if "sequence_length" in outputs:
+            ids = ids[: outputs["sequence_length"].item(0)]
         piece, self.stopped = self.stops.push(self.stream.push(ids))
         self.n_output_tokens += len(ids)
         self.n_waiting += len(ids)
@@ -67,13 +77,15 @@ class Answer:
         counts.update(num_input_tokens=self.n_input_tokens, num_output_tokens=self.n_output_tokens)
         values: Dict[str, Any] = {"text_output": "".join(self.waiting)}
         for name, dtype in self.wanted.items():
-            if name in counts:
-                values[name] = np.array([[counts[name]]], dtype=dtype)
-            elif self.parts.get(name):
+            if self.parts.get(name):
                 values[name] = joined(self.parts[name], TOKEN_AXIS.get(name))
+            elif name in counts and (name in self.asked or name in self.without_value):
+                values[name] = np.array([[counts[name]]], dtype=dtype)
+            elif name not in self.without_value:
+                continue
             elif name == "output_log_probs":
                 values[name] = np.zeros((1, 1, self.n_waiting), dtype)
-            elif name in ASKED_BY:
+            else:
                 values[name] = np.zeros((1,) * (TOKEN_AXIS.get(name, 0) + 2), dtype)
         self.waiting, self.n_waiting, self.parts = [], 0, {name: [] for name in self.asked}
         return values

@@ -9,6 +9,7 @@ have no gRPC client, are completed with one (docker/serving.Dockerfile).
 import asyncio
 import functools
 import threading
+import uuid
 from typing import Any, Callable, Coroutine, List, Mapping, Sequence, Tuple
 
 import grpc
@@ -18,6 +19,8 @@ from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
+# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+TOKENS = ("output_ids", "sequence_length")
 # Logits of a whole prompt are some hundred megabytes.
 # No proxy: the other end is this server itself.
 OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -26,7 +29,8 @@ LINGER_SECONDS = 0.5
 
 
 class Failed(Exception):
-    """What tensorrt_llm answers instead of tokens; the text is its own. is_refusal: the request is at fault (a stream does not say)."""
+    """What tensorrt_llm answers instead of tokens; the text is its own (see engine_words). is_refusal: the request is at fault by
+    its code; False says nothing: a stream has no code, and TensorRT-LLM's is always INTERNAL."""
 
     def __init__(self, message: str, is_refusal: bool = False) -> None:
         super().__init__(message)
@@ -39,6 +43,12 @@ Receive = Callable[[Any], None]
 # The contract's way to end a running request with what it has: another one with its id, and with these inputs
 ONE = np.array([[1]], dtype=np.int32)
 STOP = {"input_ids": ONE, "input_lengths": ONE, "request_output_len": ONE, "stop": np.array([[True]])}
+
+
+def new_id() -> str:
+    """An id for a request, new each time. It begins with a letter: 0.8.0 reads what begins with digits as the number that these make,
+    and refuses a number that it is working on (docker/contracts/backend-rules, id-leading-digits-0.8.0)."""
+    return f"r{uuid.uuid4().hex}"
 
 
 class GrpcLink:
@@ -65,7 +75,7 @@ class GrpcLink:
 
     def stop(self, request_id: str) -> None:
         """End a running request with what it has."""
-        self.ask(request_id, STOP, ["output_ids"], lambda said: None)
+        self.ask(request_id, STOP, TOKENS, lambda said: None)
 
     @staticmethod
     def outputs_of(response: Any) -> Mapping[str, Array]:

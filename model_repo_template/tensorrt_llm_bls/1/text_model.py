@@ -4,16 +4,16 @@ import faulthandler
 import json
 import os
 import threading
-import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional
 
+import engine_words
 import numpy as np
 import sent
 import triton_python_backend_utils as pb_utils
-from answer import ASKED_BY, Answer
-from engine_link import Failed, GrpcLink
+from answer import ASKED_BY, COUNTED, Answer
+from engine_link import TOKENS, Failed, GrpcLink, new_id
 from text import Text
 
 # Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own batch is smaller.
@@ -40,7 +40,7 @@ class Call:
     def __init__(self, request: Any, has_sender: bool) -> None:
         self.request = request
         self.sender = request.get_response_sender() if has_sender else None
-        self.inner_id = uuid.uuid4().hex
+        self.inner_id = new_id()
         self.answer: Optional[Answer] = None
         self.streaming = False
         self.whole = ""
@@ -86,6 +86,7 @@ class TritonPythonModel:
         self.limits = sent.Limits.of(parameters, self.text.longest_piece_bytes)
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.has_sender = self.decoupled or sent.is_true(parameters["unary_response_sender"])
+        self.without_value = parameters["sent_without_value"].split(",")
         self.accumulate_tokens = sent.is_true(parameters.get("accumulate_tokens", ""))
         self.dtypes = {
             output["name"]: pb_utils.triton_string_to_numpy(output["data_type"])
@@ -147,14 +148,15 @@ class TritonPythonModel:
         asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"), False)]
         stops = sent.words(given, "stop_words")
         skip_special_tokens = sent.scalar(given, "skip_special_tokens", True)
-        call.answer = Answer(self.text, stops, wanted, asked, len(ids), skip_special_tokens)
+        call.answer = Answer(self.text, stops, wanted, asked, len(ids), skip_special_tokens, self.without_value)
         call.whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
         inputs = self._engine_inputs(given, ids, stops)
         with self.changed:
             if len(self.calls) >= MAX_CONCURRENT:
                 raise sent.Busy(f"the server is busy: {MAX_CONCURRENT} requests are in progress")
             self.calls[call.inner_id] = call
-        self.link.ask(call.inner_id, inputs, ["output_ids", *asked], lambda said: self._receive(call, said))
+        passed_on = [name for name in asked if name not in COUNTED]
+        self.link.ask(call.inner_id, inputs, [*TOKENS, *passed_on], lambda said: self._receive(call, said))
 
     def _engine_inputs(self, given: sent.Sent, ids: List[int], stops: List[str]) -> Mapping[str, sent.Array]:
         """The tensors that tensorrt_llm is asked with."""
@@ -220,10 +222,12 @@ class TritonPythonModel:
         has_text = False
         for one in said:
             if isinstance(one, Failed):
+                code, message = engine_words.told(str(one), one.is_refusal)
+                if code == "INTERNAL" and message != str(one):  # the client sees less than there is to know
+                    pb_utils.Logger.log_error(f"tensorrt_llm failed: {one}")
                 # the client knows this input by its own name
-                message = str(one).replace("request_output_len", "max_tokens")
-                code = pb_utils.TritonError.INVALID_ARG if one.is_refusal else pb_utils.TritonError.INTERNAL
-                self._end(call, sent.error(message, code))
+                message = message.replace("request_output_len", "max_tokens")
+                self._end(call, sent.error(message, getattr(pb_utils.TritonError, code)))
                 return
             if one is None:
                 has_rest = answer.finish()
@@ -243,7 +247,8 @@ class TritonPythonModel:
         shown = values["text_output"]
         if self.accumulate_tokens or not call.streaming:
             call.whole = shown = call.whole + shown
-        values["text_output"] = np.array([[shown.encode()]], dtype=object)
+        # One axis, as NVIDIA's: its end_to_end_grpc_client.py decodes the first element
+        values["text_output"] = np.array([shown.encode()], dtype=object)
         return sent.response(call.request, values)
 
     def _end(self, call: Call, last: Any) -> None:
