@@ -1,0 +1,7 @@
+"""Placeholder."""
+
+from pathlib import Path
+
+
+def stale(room: Path) -> bool:
+    return False
