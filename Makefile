@@ -23,7 +23,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release push clean \
-           test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai bench-convert
+           test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai \
+           bench-convert
 .PHONY: $(WORDS) FORCE
 
 help: ## this page
