@@ -32,7 +32,7 @@ help: ## this page
 	  /^[a-z_-]+:.*## / {split($$0, a, /:.*## /); printf "  %-13s %s\n", a[1], a[2]}' Makefile
 	@echo && echo 'Settings (default), as make NAME=value:' && echo
 	@awk '/^\| `[A-Z]/ {gsub(/`/, ""); split($$0, a, / *\| */); \
-	  printf "  %-14s %s%s\n", a[2], a[5], a[3] ? " (" a[3] ")" : ""}' README.md
+	  printf "  %-14s %s%s\n", a[2], a[4], a[3] ? " (" a[3] ")" : ""}' README.md
 # --- what was typed, and what follows from it. `make help` and `make clean` need make alone. ---
 
 GOALS   := $(or $(MAKECMDGOALS),help)

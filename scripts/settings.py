@@ -70,19 +70,19 @@ TABLE: Tuple[Setting, ...] = (
             "a preset of `models/`, or a folder (with a slash in it)"),
     Setting("WEIGHTS", "", ".*", "a folder", "weights/llama-2-7b", "where the weights are", shown="the preset's"),
     Setting("SOURCE", "", ".*", "where weights come from", "hf:meta-llama/Llama-2-7b-hf",
-            "where the weights are fetched from if they are not there: see `scripts/fetching/sources.py`",
+            "where they are fetched from if they are not there: see `scripts/fetching/sources.py`",
             shown="the preset's", holds=":"),
     _one_of("ENGINE", "torch", ("torch", "tensorrt"), 'see "Two engines"'),
     _number("TP", "2", "tensor parallelism: ranks, each with its part of every layer"),
     _number("PP", "1", "pipeline stages, each of `TP` ranks; more than one with `ENGINE=tensorrt`", with_torch="1"),
     _one_of("DTYPE", "", ("", *DTYPES), "the type of the weights in the engines", shown="the weights' own"),
-    _one_of("QUANT", "", ("", *QUANTS), "quantization by TensorRT-LLM's own tools, with `ENGINE=tensorrt`", shown="none",
+    _one_of("QUANT", "", ("", *QUANTS), "quantization by NVIDIA's tools, with `ENGINE=tensorrt`", shown="none",
             with_torch=""),
     _one_of("PAD_HEADS", "off", ("on", "off"),
-            "`on`: heads of zeros if `TP` does not divide the heads (9 heads at `TP=2`); from `TOOLCHAIN=0.14.0` on"),
+            "`on`: heads of zeros if `TP` does not divide the heads; not in the oldest `TOOLCHAIN`"),
     Setting("TOOLCHAIN", "", r"(?:[0-9][\w.]*)?", "a version of docker/toolchains.json, or empty", "",
-            "the TensorRT-LLM version whose formats and tensors are used",
-            shown="`torch`: the first of `docker/toolchains.json`; `tensorrt`: the GPU decides"),
+            "the TensorRT-LLM version; `torch` uses its formats",
+            shown="`torch`: the oldest; `tensorrt`: the GPU decides"),
     Setting("CONTEXT", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "4096",
             "positions the model was trained on (Meta's files do not say)", shown="Llama 2: 4096"),
     _number("MAX_BATCH_SIZE", "8", "requests at once"),
@@ -90,7 +90,7 @@ TABLE: Tuple[Setting, ...] = (
     _tokens("MAX_SEQ_LEN", "4096", "the context", "tokens of prompt and answer together"),
     _tokens("MAX_NUM_TOKENS", "8192", "8192", "tokens of one step of the engine"),
     _one_of("STREAMING", "on", ("on", "off"),
-            '`off`: every request has one response (Triton\'s `decoupled: false`), see "The served models"'),
+            '`off`: every request has one response, see "The served models"'),
     _one_of("KV_REUSE", "off", ("on", "off"),
             "share the KV cache of equal beginnings; with `ENGINE=tensorrt`, not on V100", with_torch="off"),
     Setting("HOST", "127.0.0.1", r"[\w.:-]+", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1",
@@ -100,17 +100,17 @@ TABLE: Tuple[Setting, ...] = (
     _number("METRICS_PORT", "8002", "Triton's metrics", goals=SERVING),
     _number("OPENAI_PORT", "9000", "the OpenAI-compatible endpoint", goals=SERVING),
     Setting("CHAT_TEMPLATE", "", ".*", "a Jinja file that is there, or empty for the model's own template", "",
-            "a Jinja file", shown="the model's own; Llama 2's for its `-chat` presets"),
+            "a Jinja file", shown="the model's own, or the preset's"),
     Setting("API_KEY_FILE", "", ".*", "a file that is there, with one API key a line, or empty", "",
-            "keys of the OpenAI-compatible endpoint's clients, one a line; or the variable `BAKE_API_KEY`", SERVING,
+            "keys of the endpoint's clients, one a line; or the variable `BAKE_API_KEY`", SERVING,
             shown="no key is asked for"),
     _free("PROMPT", "Once upon a time", "what `ask` asks", "ask"),
     _number("MAX_TOKENS", "48", "how long the answer may be", goals=("ask", "demo")),
     Setting("PYTHON", "", ".*", "an interpreter that runs", "",
-            "an interpreter that has the packages already; no `.venv` is made", shown="`.venv/bin/python`"),
-    Setting("ASSUME_GPU", "", ".*",
+            "an interpreter that has the packages; no `.venv` is made", shown="`.venv/bin/python`"),
+    Setting("ASSUME_GPU", "", r"(?:(?:[1-9][0-9]? *x *)?[\w.-]+)?",
             "the GPUs to assume, for instance 4x V100-SXM2-16GB, only in make plan, make doctor and make -n: nothing is built for it",
-            "", "GPUs to assume in `plan`, `doctor` and `make -n`, for instance `4x V100-SXM2-16GB`", holds=" "),
+            "4x V100-SXM2-16GB", "GPUs to assume in `plan`, `doctor` and `make -n`, for instance `4x V100-SXM2-16GB`", holds=" "),
     Setting("REHEARSAL", "", r"(?:[1-9][0-9]?x [\w.-]+)?",
             "the GPUs to stand in for, for instance 2x A100-80GB, with ENGINE=tensorrt (docker/README.md)", "2x A100-80GB",
             "GPUs to rehearse `ENGINE=tensorrt` with, on any machine", holds=" ", with_torch=""),
@@ -121,7 +121,7 @@ TABLE: Tuple[Setting, ...] = (
             shown="NVIDIA's, or Debian's packages", holds=":"),
     _one_of("TARGET", "cpu", ("cpu", "cuda"), "which PyTorch is in the image of `ENGINE=torch`", goals=IMAGES),
     _one_of("BUILDER", "", ("", "docker", "buildah"), "what builds the image", goals=IMAGES,
-            shown="docker if its daemon answers, else buildah"),
+            shown="docker if it answers"),
     _one_of("NO_CACHE", "", ("", "1"), "`1`: build the image from nothing", goals=IMAGES),
     Setting("LICENSE", "", r"(?:[A-Za-z0-9.+-]+)?", "an SPDX name or llama2, or empty", "Apache-2.0", "the model's licence", IMAGES,
             shown="the preset's"),
@@ -183,7 +183,11 @@ def repair(name: str, values: Mapping[str, str]) -> Dict[str, str]:
     setting, value = BY_NAME[name], values[name]
     fixed = value
     if not fits(setting, value):
-        fixed = nearest(value.lower(), [word for word in setting.words if word]) if setting.words and value else setting.example
+        fixed = (
+            nearest(value.lower(), [word for word in setting.words if word])
+            if setting.words and value
+            else setting.example
+        )
     if name == "PAD_HEADS" and values["QUANT"]:
         return {name: "off"}
     needs_tensorrt = setting.with_torch is not None and values["ENGINE"] != "tensorrt" and fixed != setting.with_torch
@@ -195,7 +199,11 @@ def problem(
 ) -> reports.Problem:
     """Why make refuses these settings: all of them in one report. values: name -> value, of every setting."""
     problems = [_problem(name, values, presets, toolchains, goal) for name in names]
-    alone = [n for n, name in enumerate(names) if name in SECRETS or (name in PATHS and not fits(BY_NAME[name], values[name]))]
+    alone = [
+        n
+        for n, name in enumerate(names)
+        if name in SECRETS or (name in PATHS and not fits(BY_NAME[name], values[name]))
+    ]
     if alone or len(problems) == 1:  # their advice is more than another value
         return problems[alone[0] if alone else 0]
     fixed: Dict[str, object] = {}
@@ -250,21 +258,24 @@ def _problem(
         return reports.settings.bad_setting(
             name, value, "one of " + ", ".join(toolchains), reports.make(typed, TOOLCHAIN=near)
         )
-    if name == "ASSUME_GPU":  # it is right, but not for this word
-        return reports.settings.bad_setting(name, value, setting.says, reports.make("plan", ASSUME_GPU=value))
+    if name == "ASSUME_GPU":  # as it is, if only the word is wrong
+        return reports.settings.bad_setting(name, value, setting.says, reports.make("plan", **repair(name, values)))
     allowed = clash(name, values) if fits(setting, value) else setting.says
-    return reports.settings.bad_setting(name, value, allowed or setting.says, reports.make(typed, **repair(name, values)))
+    return reports.settings.bad_setting(
+        name, value, allowed or setting.says, reports.make(typed, **repair(name, values))
+    )
 
 
 def readme_table() -> str:
-    """The table of the README, one setting a row."""
-    rows = ["| setting | default | for | what it is |", "|---|---|---|---|"]
+    """The table of the README, one setting a row; `make help` prints it too."""
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
     for setting in TABLE:
         default = setting.shown or (f"`{setting.default}`" if setting.default else "")
-        goals = ", ".join(f"`{goal}`" for goal in setting.goals)
-        words = "".join(f"`{word}` " for word in setting.words if word and word != setting.default and f"`{word}`" not in setting.text)
-        rows.append(f"| `{setting.name}` | {default} | {goals} | {setting.text}{': ' + words.strip() if words else ''} |")
-    return "\n".join(re.sub(r" +\|", " |", row) for row in rows) + "\n"
+        goals = "" if setting.goals in ((), SERVING) else ", ".join(f"`{goal}`" for goal in setting.goals) + ": "
+        words = [f"`{word}`" for word in setting.words if word and word != setting.default]
+        words = [word for word in words if word not in setting.text]
+        rows.append(f"| `{setting.name}` | {default} | {goals}{setting.text}{': ' if words else ''}{' '.join(words)} |")
+    return "\n".join(row.replace("|  |", "| |") for row in rows) + "\n"
 
 
 # What tests give every setting; `wrong_values` keeps those that a setting must refuse.

@@ -15,7 +15,19 @@ from scripts import reports, settings
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING = {"plan", "doctor"}
 # words of those who work on this project, and words that use no weights
-WITHOUT_WEIGHTS = {"weights", "test", "test-image", "test-long", "lint", "lock", "lock-base", "pin", "synthetic", "help", "clean"}
+WITHOUT_WEIGHTS = {
+    "weights",
+    "test",
+    "test-image",
+    "test-long",
+    "lint",
+    "lock",
+    "lock-base",
+    "pin",
+    "synthetic",
+    "help",
+    "clean",
+}
 # words that need to know no TensorRT-LLM if nobody named one
 WITHOUT_TOOLCHAIN = {*PLANNING, "test", "test-image", "test-long", "lint", "lock", "pin", "help", "clean"}
 LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
@@ -112,7 +124,9 @@ def at_hand(values: Mapping[str, str]) -> bool:
 def runs(python: str) -> bool:
     """Whether an interpreter is there and works."""
     try:
-        done = subprocess.run([python, "-c", "print(7)"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            [python, "-c", "print(7)"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+        )
     except OSError:
         return False
     return done.stdout.strip() == b"7"
@@ -160,7 +174,9 @@ def sizes_known(values: Mapping[str, str]) -> Set[int]:
         try:
             found = json.loads(path.read_bytes())
             found = found.get(values["MODEL"], {}) if path.name == "shapes.json" else found
-            sizes = [found.get(name) for name in ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads")]
+            sizes = [
+                found.get(name) for name in ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads")
+            ]
         except (OSError, ValueError, AttributeError):
             continue
         if any(sizes):

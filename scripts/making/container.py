@@ -64,7 +64,9 @@ def mounts(weights: str, to_fetch: bool = False) -> List[str]:
         for path in Path(weights).iterdir():
             if path.is_file() and not path.name.startswith("."):
                 places.add((os.path.dirname(os.path.realpath(path)), ":ro"))
-        tokenizer = os.path.join(os.path.dirname(real), "tokenizer.model")  # where Meta's download leaves it for all sizes
+        tokenizer = os.path.join(
+            os.path.dirname(real), "tokenizer.model"
+        )  # where Meta's download leaves it for all sizes
         if os.path.isfile(tokenizer):
             places.add((tokenizer, ":ro"))
     elif to_fetch:
@@ -93,11 +95,20 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
         gpu = job in GPU_JOBS or (job == "checkpoint" and bool(values["QUANT"]))
         check = f"scripts/toolchain.sh check {container.words}{' gpu' if gpu else ''}"
         ports = " ".join(values[port] for port in PORTS)
-        steps = [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"] if job == "serve" else [check, "&&"]
+        steps = (
+            [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"]
+            if job == "serve"
+            else [check, "&&"]
+        )
         start = "docker run --rm --init --pull never --entrypoint '' --user \"$$(id -u):$$(id -g)\""
         to_fetch = bool(values["SOURCE"]) and job in ("config", "hf", "checkpoint")
         here = " ".join(["--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)'", *mounts(values["WEIGHTS"], to_fetch)])
-        known = " ".join(["--env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1", *(f"--env {name}" for name in PASSED_ON)])
+        known = " ".join(
+            [
+                "--env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1",
+                *(f"--env {name}" for name in PASSED_ON),
+            ]
+        )
         lines = [*steps[:-1], f"{steps[-1]} {start}", here, known, *network(job, values)]
         found[job] = " $(BREAK)".join([*lines, *([GPUS] if gpu else []), container.words, "python3"])
     return found

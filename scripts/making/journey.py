@@ -52,7 +52,9 @@ def ground_of(values: Mapping[str, str]) -> str:
     """The folder of what an image stands on; it is made once for all models."""
     kind = values["TOOLCHAIN"] if values["ENGINE"] == "tensorrt" else values["TARGET"]
     base = values["BASE_IMAGE"]
-    return f"build/ground-{values['ENGINE']}-{kind}" + (f"-{hashlib.sha256(base.encode()).hexdigest()[:8]}" if base else "")
+    return f"build/ground-{values['ENGINE']}-{kind}" + (
+        f"-{hashlib.sha256(base.encode()).hexdigest()[:8]}" if base else ""
+    )
 
 
 def locks_of(values: Mapping[str, str]) -> List[str]:
@@ -128,7 +130,9 @@ def revision_here() -> str:
 
     def git(*words: str) -> str:
         try:
-            done = subprocess.run(["git", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, text=True)
+            done = subprocess.run(
+                ["git", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, text=True
+            )
         except OSError:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
@@ -169,7 +173,9 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
     python = values["PYTHON"] or f"{VENV}/bin/python"
     rooms_need, fetching_needs = packages(values)
     fetch = bool(values["SOURCE"]) and not os.path.isdir(values["WEIGHTS"])
-    ports = f"--http-port {values['HTTP_PORT']} --grpc-port {values['GRPC_PORT']} --metrics-port {values['METRICS_PORT']}"
+    ports = (
+        f"--http-port {values['HTTP_PORT']} --grpc-port {values['GRPC_PORT']} --metrics-port {values['METRICS_PORT']}"
+    )
     keys = f" --api-key-file {values['API_KEY_FILE']}" if values["API_KEY_FILE"] else ""
     endpoint = f"--openai-port {values['OPENAI_PORT']}{keys}"
     host = f"--host {values['HOST']} {ports}"
@@ -212,7 +218,12 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         )  # fmt: skip
     asked = arguments(values, places, revision_here() if goals & GIT_WORDS else "")
     found.update({f"{room}_ARGS": words for room, words in asked.items()})
-    rooms = {"config": places["CONFIG"], "hf": places["HF"], "base": f"{places['GROUND']}/base", "wheels": f"{places['GROUND']}/wheels"}
+    rooms = {
+        "config": places["CONFIG"],
+        "hf": places["HF"],
+        "base": f"{places['GROUND']}/base",
+        "wheels": f"{places['GROUND']}/wheels",
+    }
     rooms.update({room: f"{places['VARIANT']}/{room}" for room in VARIANT_ROOMS})
     found["STALE"] = " ".join(room for room, folder in rooms.items() if ingredients.stale(Path(folder)))
     return found
@@ -227,7 +238,9 @@ def rehearsal_path(values: Mapping[str, str]) -> str:
 def answer(typed: choice.Typed, words: Sequence[str]) -> List[str]:
     """The lines for make; a Problem for what was typed wrong."""
     meant = [choice.nearest_word(goal, words) for goal in typed.goals]
-    os.environ["BAKE_SETTINGS"] = "\n".join(f"{name}={value}" for name, value in typed.settings.items() if told(name, meant))
+    os.environ["BAKE_SETTINGS"] = "\n".join(
+        f"{name}={value}" for name, value in typed.settings.items() if told(name, meant)
+    )
     os.environ["BAKE_GOAL"] = typed.goal
     for goal, near in zip(typed.goals, meant):
         if goal != near:
@@ -258,7 +271,9 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> List[str]:
         else:
             lines.append(f"{name} := {setting.default}")
     known = {name: values[name] for name in typed.settings if told(name, typed.goals) and name not in refused}
-    lines.append("export BAKE_SETTINGS := " + "$(NEWLINE)".join(f"{name}={for_make(value)}" for name, value in known.items()))
+    lines.append(
+        "export BAKE_SETTINGS := " + "$(NEWLINE)".join(f"{name}={for_make(value)}" for name, value in known.items())
+    )
     lines.append(f"export BAKE_GOAL := {typed.goal}")
     if values["REHEARSAL"] and not refused:
         lines += [
@@ -268,12 +283,20 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> List[str]:
             f"export REHEARSAL_TRTLLM := {values['TOOLCHAIN']}",
         ]
     # what is asked about (plan, doctor) is shown as it was typed; rooms of it there are none
-    right = {**values, **{name: settings.BY_NAME[name].default for name in refused if name in values and name != "WEIGHTS"}}
+    right = {
+        **values,
+        **{name: settings.BY_NAME[name].default for name in refused if name in values and name != "WEIGHTS"},
+    }
     found = variables(typed, right, refused)
     if looking:
-        chosen = {**{name: value for name, value in values.items() if not settings.BY_NAME[name].free}, "INTERPRETER": found["PY"]}
+        chosen = {
+            **{name: value for name, value in values.items() if not settings.BY_NAME[name].free},
+            "INTERPRETER": found["PY"],
+        }
         chosen.update({name: found[name] for name in ("CONFIG", "HF", "VARIANT")})
-        lines.append("export CHOSEN := " + "$(NEWLINE)".join(f"{name}={for_make(value)}" for name, value in chosen.items()))
+        lines.append(
+            "export CHOSEN := " + "$(NEWLINE)".join(f"{name}={for_make(value)}" for name, value in chosen.items())
+        )
     lines += [f"{name} = {value}" for name, value in found.items()]
     return [*([f"$(info {for_make(said)})"] if said else []), *lines]
 

@@ -145,7 +145,11 @@ def which_gpu() -> Problem:
 
 def driver_silent(seen: str) -> Problem:
     return Problem(
-        "the driver does not answer", "nvidia-smi", f"nvidia-smi says: {seen or 'nothing'}", "Look at the driver:", "nvidia-smi"
+        "the driver does not answer",
+        "nvidia-smi",
+        f"nvidia-smi says: {seen or 'nothing'}",
+        "Look at the driver:",
+        "nvidia-smi",
     )
 
 
