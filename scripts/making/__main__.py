@@ -8,7 +8,7 @@ this one may have settings of its own. The answer is one line, because make's $(
 
 import sys
 
-if sys.version_info < (3, 8):  # and nothing newer than Python 3.0 above this line
+if sys.version_info < (3, 8):  # noqa: UP036  make's host may have any; nothing newer than 3.0 above this line
     sys.stderr.write(
         "\n-- PYTHON IS TOO OLD ---------------------------------------------------------------- python3\n\n"
         "make decides with the first python3 on PATH. It is {}.{}; it must be 3.8 or later.\n\n"

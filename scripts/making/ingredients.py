@@ -3,8 +3,8 @@
 A room keeps the list in its file RECORD, with a sum of each; make fills it again if a sum is another one now (journey.py). The list is not
 in the manifest: it holds for one state of this project, while two states that give the same bytes give the same manifest.
 
-Of a module the meaning counts: comments, docstrings, empty lines and the lines that a room says do not. Of any other file every byte counts.
-What only decides whether and how a room is made, not what is in it, is no ingredient (NO_INGREDIENTS).
+Of a module the meaning counts: comments, docstrings, empty lines and the lines that a room says do not. Of any other file every byte
+counts. What only decides whether and how a room is made, not what is in it, is no ingredient (NO_INGREDIENTS).
 
 The standard library only, any Python from 3.8 on: the Makefile asks this at every make.
 """

@@ -44,7 +44,8 @@ def model_of_the_hub(model: str, goal: str) -> Problem:
     return Problem(
         "no such folder",
         model,
-        f"MODEL is {model}: no folder is there. A model of the Hugging Face hub has such a name; its weights are fetched once, into {folder}.",
+        f"MODEL is {model}: no folder is there. A model of the Hugging Face hub has such a name; "
+        f"its weights are fetched once, into {folder}.",
         "Fetch it, and go on:",
         make(goal, MODEL=folder, SOURCE=f"hf:{model}"),
     )

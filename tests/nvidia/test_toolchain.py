@@ -47,7 +47,8 @@ case "$1 ${2:-}" in
     "run "*)
         room=${*: -1}
         case "$*" in
-            *scripts.build_*) mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' | tee "$room/made_from.json" >"$room/manifest.json" ;;
+            *scripts.build_*)
+                mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' | tee "$room/made_from.json" >"$room/manifest.json" ;;
             *scripts.serve*)
                 [ -n "${FIFO:-}" ] || exit 0
                 trap 'kill $!; echo ended >>"$LOG"; exit 0' TERM
