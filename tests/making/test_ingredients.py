@@ -103,7 +103,7 @@ def test_the_gate_knows_the_engine_that_it_asked(here: Path) -> None:
 def test_rewording_costs_no_room(here: Path, path: str, old: bytes, new: bytes) -> None:
     source = (here / path).read_bytes()
     try:
-        (here / path).write_bytes(source.replace(old, new))
+        (here / path).write_bytes(source.replace(old, new, 1))
         assert stale(here) == []
     finally:
         (here / path).write_bytes(source)
