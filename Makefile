@@ -17,8 +17,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .DEFAULT_GOAL := help
-# these would mix other packages into PYTHON or .venv
-unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
+# these would mix other packages into PYTHON or .venv, or a room's list of ingredients into another's
+unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
@@ -124,7 +124,6 @@ weights: export ROOM_NEEDS =
 $(VENV)/locks/%.txt build/toolchain-%.iid: export ROOM_ARGS =
 $(VENV)/locks/%.txt build/toolchain-%.iid: export ROOM_NEEDS =
 doctor plan: export REFUSED_NAMES = $(REFUSED)
-doctor plan: export TOOLCHAIN_IMAGE = $(NVIDIA)
 
 doctor: ## what this machine has and lacks for the journey
 	@exec $(THINKS) -m scripts.doctor $(if $(JSON),--json)

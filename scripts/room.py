@@ -226,7 +226,8 @@ def filling(
     arguments: what the room was made with (no path, no time, no user name: two trees give one digest). tools: name -> version.
     A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
     name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
-    made from) come from the Makefile. `args` may hold a path of this machine: it is the question, not part of the answer.
+    made from) come from the Makefile; the modules and tables it is made from the room lists itself (scripts/making/ingredients.py).
+    `args` may hold a path of this machine: it is the question, not part of the answer.
     name: what the room is called, where its folder is named after something else. asked: in place of ROOM_ARGS, for a room that is made
     from no files of this tree and stays whatever code changes (weights).
     """

@@ -1,12 +1,18 @@
 """The table of settings: every value that it forbids is refused by a report whose command is right, and the pages say what it says."""
 
+import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Dict, List
 
 import pytest
 from project import ROOT
+from stand_ins import on_path
 
 from scripts import reports, settings
 from scripts.making import choice, journey, toolchain
@@ -155,3 +161,41 @@ def test_the_makefile_reads_nothing_that_nobody_gives_it(monkeypatch: pytest.Mon
     values = {**choice.values_of({}), "TOOLCHAIN": list(toolchain.rows())[0]}
     given = set(journey.variables(typed({}), values, [])) | set(settings.NAMES)
     assert read - own - given <= {"CURDIR", "MAKE", "MAKECMDGOALS", "MAKELEVEL"}
+
+
+def test_any_python_from_3_8_on_decides_with_its_standard_library_alone() -> None:
+    """What is loaded, reports included, is read as 3.8 reads it. No package is in reach: -S, and an empty environment."""
+    ask = "from scripts import reports, settings; from scripts.making import journey; from scripts.weights import shape"
+    words = [sys.executable, "-ESBI", "-X", "importtime", "-c", f"import sys; sys.path.insert(0, '.'); {ask}"]
+    done = subprocess.run(words, cwd=ROOT, env={}, capture_output=True, text=True, check=True, timeout=60)
+    names = re.findall(r"^import time:.*\| +(scripts[\w.]*)$", done.stderr, re.MULTILINE)
+    paths = [ROOT / f"{name.replace('.', '/')}.py" for name in names]
+    assert len([path for path in paths if path.is_file()]) > 20
+    for path in [*filter(Path.is_file, paths), ROOT / "scripts/making/__main__.py", ROOT / "scripts/making/seen.py"]:
+        tree = ast.parse(path.read_text(), feature_version=(3, 8))
+        for node in ast.walk(tree):
+            newer = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in BUILTINS
+            assert not newer or isinstance(node.ctx, ast.Store) or not is_generic(node), f"{path.name}:{node.lineno}"
+
+
+BUILTINS = ("dict", "list", "tuple", "set", "frozenset", "type")
+
+
+def is_generic(node: ast.Subscript) -> bool:
+    return not isinstance(node.slice, ast.Constant)
+
+
+def test_a_make_with_nothing_to_do_asks_once_and_writes_nothing(tmp_path: Path, tree: Path) -> None:
+    """One python3 is started, and neither nvidia-smi, docker nor git."""
+    log = tmp_path / "log"
+    for program in ("python3", "nvidia-smi", "docker", "git"):
+        real = shutil.which(program) or "/bin/true"
+        on_path(tmp_path, program, f'echo {program} >>"{log}"\nexec {real} "$@"\n')
+    before = {path: path.stat().st_mtime_ns for path in tree.glob("build/**/*")}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["make", "-q", "serve"], cwd=tree, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
+    assert log.read_text().splitlines() == ["python3"]
+    assert before == {path: path.stat().st_mtime_ns for path in tree.glob("build/**/*")}

@@ -30,9 +30,8 @@ def named_in(module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("scripts."))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith(STARTS_NOTHING):
-            if PACKAGE.fullmatch(node.value):
-                yield from (node.value, f"{node.value}.__main__")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and PACKAGE.fullmatch(node.value):
+            yield from () if module.startswith(STARTS_NOTHING) else (node.value, f"{node.value}.__main__")
 
 
 def modules(entry: str = ENTRY) -> List[str]:

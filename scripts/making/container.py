@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 PASSED_ON = (
-    "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "CHOSEN", "REFUSED_NAMES", "BAKE_API_KEY",
+    "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
 )  # fmt: skip
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
