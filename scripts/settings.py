@@ -64,6 +64,7 @@ def _free(name: str, default: str, text: str, *goals: str) -> Setting:
 PLANNING = ("plan", "doctor")
 SERVING = ("serve", "demo", "ask", "bench", *PLANNING)
 IMAGES = ("image", "size", "release")
+ROOMS = ("weights", "config", "hf", "checkpoint", "engines", "verified", "model_repo", "image")
 
 TABLE: Tuple[Setting, ...] = (
     Setting("MODEL", "stories", ".+", "a preset of models/, or a folder (with a slash in it)", "stories",
@@ -112,10 +113,10 @@ TABLE: Tuple[Setting, ...] = (
             "the GPUs to assume, for instance 4x V100-SXM2-16GB, only in make plan, make doctor and make -n: nothing is built for it",
             "4x V100-SXM2-16GB", "GPUs to assume in `plan`, `doctor` and `make -n`, for instance `4x V100-SXM2-16GB`", holds=" "),
     Setting("REHEARSAL", "", r"(?:[1-9][0-9]?x [\w.-]+)?",
-            "the GPUs to stand in for, for instance 2x A100-80GB, with ENGINE=tensorrt (docker/README.md)", "2x A100-80GB",
+            "the GPUs to stand in for, for instance 2x A100-80GB (docker/README.md)", "2x A100-80GB",
             "GPUs to rehearse `ENGINE=tensorrt` with, on any machine", holds=" ", with_torch=""),
-    Setting("ROOM", "", ".*", "a room by its name, or a folder", "checkpoint", "what to check", ("fsck",),
-            shown="all that are made"),
+    Setting("ROOM", "", "|".join(["", ".*/.*", *ROOMS]), f"{', '.join(ROOMS)}, or a folder", "checkpoint", "a room, or a folder",
+            ("fsck",), ROOMS, "all that are made"),
     _one_of("JSON", "", ("", "1"), "`1`: answer in JSON", goals=("plan", "doctor", "fsck", "size")),
     Setting("BASE_IMAGE", "", r"(?:[\w.@/:-]+)?", "the name of an image, or empty", "", "another base for the image", IMAGES,
             shown="NVIDIA's, or Debian's packages", holds=":"),

@@ -15,16 +15,16 @@ report() { # title, what was seen, what to do, command
     exit 1
 }
 
-# What the user typed, with changes: typed serve TP=2. As errors.make in scripts/reports has it.
+# What the user typed, with changes: typed serve TP=2. As make in scripts/reports/problem.py has it; with the user's own word.
 typed() {
-    local goal=$1 settings=${BAKE_SETTINGS:-} line name words
+    local goal=${BAKE_GOAL:-$1} settings=${BAKE_SETTINGS:-} line name words
     shift
     words="make $goal"
     while IFS= read -r line; do
         line=${line# }
         name=${line%%=*}
         [[ $line == *=* && " $* " != *" $name="* ]] && words+=" $name=$(quoted "${line#*=}")"
-    done <<<"${settings//|/$'\n'}" # make's $(shell) takes no line breaks
+    done <<<"$settings"
     for line in "$@"; do words+=" ${line%%=*}=$(quoted "${line#*=}")"; done
     echo "$words"
 }

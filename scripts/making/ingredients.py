@@ -199,7 +199,10 @@ def _modules() -> Iterator[str]:
 
 def _sums(path: str) -> str:
     """code_now, computed once for each state of the file: a room asks often."""
-    stat = (ROOT / path).stat()
+    try:
+        stat = (ROOT / path).stat()
+    except OSError:
+        return "-"
     state = (path, stat.st_mtime_ns, stat.st_size)
     if state not in _seen:
         _seen[state] = code_now(path)

@@ -203,6 +203,8 @@ def test_an_image_holds_what_its_launcher_loads_and_starts() -> None:
     ]
     assert {"scripts/images/entry.py", "scripts/serving/processes.py", "scripts/openai/__main__.py"} <= set(programs)
     assert not [file for file in files if file.startswith(("scripts/build_", "scripts/weights/", "scripts/bench/"))]
+    used = ingredients.used()  # an image holds their words too: every byte makes it again
+    assert all(used[file].startswith("bytes ") for file in files)
 
 
 @pytest.mark.parametrize("module", ["scripts.images.entry", "scripts.openai.__main__", "scripts.serving.all_reduce"])
