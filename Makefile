@@ -33,6 +33,7 @@ help: ## this page
 	@echo && echo 'Settings (default), as make NAME=value:' && echo
 	@awk '/^\| `[A-Z]/ {gsub(/`/, ""); split($$0, a, / *\| */); \
 	  printf "  %-14s %s%s\n", a[2], a[4], a[3] ? " (" a[3] ")" : ""}' README.md
+
 # --- what was typed, and what follows from it. `make help` and `make clean` need make alone. ---
 
 GOALS   := $(or $(MAKECMDGOALS),help)
@@ -61,7 +62,7 @@ Install one, for instance:
 
 endef
 ifneq ($(filter-out help clean,$(GOALS)),)
-$(eval $(subst @@,$(NEWLINE),$(or $(shell $(DECIDE)),$(error $(NO_PYTHON)))))
+$(eval $(subst {newline},$(NEWLINE),$(or $(shell $(DECIDE)),$(error $(NO_PYTHON)))))
 
 # free text reaches the scripts through the environment: no quoting can break it
 export PROMPT IMAGE KEY

@@ -115,7 +115,7 @@ TABLE: Tuple[Setting, ...] = (
     Setting("REHEARSAL", "", r"(?:[1-9][0-9]?x [\w.-]+)?",
             "the GPUs to stand in for, for instance 2x A100-80GB (docker/README.md)", "2x A100-80GB",
             "GPUs to rehearse `ENGINE=tensorrt` with, on any machine", holds=" ", with_torch=""),
-    Setting("ROOM", "", "|".join(["", ".*/.*", *ROOMS]), f"{', '.join(ROOMS)}, or a folder", "checkpoint", "a room, or a folder",
+    Setting("ROOM", "", "|".join(["", ".*/.*", *ROOMS]), f"{', '.join(ROOMS)}, or a folder", "checkpoint", "a room by its name, or a folder",
             ("fsck",), ROOMS, "all that are made"),
     _one_of("JSON", "", ("", "1"), "`1`: answer in JSON", goals=("plan", "doctor", "fsck", "size")),
     Setting("BASE_IMAGE", "", r"(?:[\w.@/:-]+)?", "the name of an image, or empty", "", "another base for the image", IMAGES,
@@ -274,7 +274,7 @@ def readme_table() -> str:
         default = setting.shown or (f"`{setting.default}`" if setting.default else "")
         goals = "" if setting.goals in ((), SERVING) else ", ".join(f"`{goal}`" for goal in setting.goals) + ": "
         words = [f"`{word}`" for word in setting.words if word and word != setting.default]
-        words = [word for word in words if word not in setting.text]
+        words = [word for word in words if word not in setting.text and setting.name not in PATHS]
         rows.append(f"| `{setting.name}` | {default} | {goals}{setting.text}{': ' if words else ''}{' '.join(words)} |")
     return "\n".join(row.replace("|  |", "| |") for row in rows) + "\n"
 

@@ -199,3 +199,14 @@ def test_a_make_with_nothing_to_do_asks_once_and_writes_nothing(tmp_path: Path, 
     assert (done.returncode in (0, 1), done.stderr) == (True, "")
     assert log.read_text().splitlines() == ["python3"]
     assert before == {path: path.stat().st_mtime_ns for path in tree.glob("build/**/*")}
+
+
+def test_what_is_typed_cannot_become_a_line_of_the_makefile(tree: Path) -> None:
+    for word in (
+        "TP={newline}$(shell touch pwned)",
+        "TP=2\n$(shell touch pwned)",
+        "PROMPT={newline}$(shell touch pwned)",
+    ):
+        for goal in ("plan", "config"):
+            subprocess.run(["make", "-n", goal, word], cwd=tree, capture_output=True, timeout=60, check=False)
+            assert not (tree / "pwned").exists(), word

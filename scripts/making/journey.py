@@ -24,6 +24,8 @@ SERVED = ("engines", "model_repo", "verified")
 VARIANT_ROOMS = ("checkpoint", "engines", "verified", "model_repo", "image")
 GIT_WORDS = {"image", "size", "release"}
 PERF_NEEDS_GLIBC = (2, 38)
+# as the Makefile has it; a setting that is taken holds no brace
+LINE_BREAK = "{newline}"
 
 
 # --- core: values in, values out --------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ def told(name: str, goals: Sequence[str]) -> bool:
 
 def for_make(text: str) -> str:
     """Text as it stands in a makefile."""
-    return text.replace("$", "$$").replace("#", "\\#")
+    return text.replace("$", "$$").replace("#", "\\#").replace(LINE_BREAK, "")
 
 
 def typed_of(arguments: Sequence[str]) -> Tuple[choice.Typed, List[str]]:
@@ -327,7 +329,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the answer in one line, or a report and `$(error ...)`, which ends make."""
     typed, words = typed_of(arguments)
     try:
-        print("@@".join(answer(typed, words)))
+        print(LINE_BREAK.join(answer(typed, words)))
     except reports.Problem as problem:
         as_json = typed.settings.get("JSON") == "1"
         print(problem.as_json() if as_json else f"\n{problem.report()}\n", file=sys.stderr)
