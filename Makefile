@@ -106,8 +106,8 @@ $(VARIANT)/verified/manifest.json: | $(if $(NVIDIA),,$(addsuffix verify.txt,$(HA
 $(GROUND)/%/manifest.json: export BASE := $(BASE)
 $(GROUND)/base/manifest.json: $$(call changed,base,$$(@D)) | $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
 	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
-$(GROUND)/wheels/manifest.json: $$(call changed,wheels,$$(@D)) | $(if $(IMAGE_LOCKS),$(addsuffix run.txt,$(HAS)))
-	@$(if $(IMAGE_LOCKS),$(PY),$(HOST_PY)) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
+$(GROUND)/wheels/manifest.json: $$(call changed,wheels,$$(@D)) | $(if $(NVIDIA),$(NEEDED),$(addsuffix run.txt,$(HAS)))
+	@$(in_wheels) -m scripts.build_wheels $(wheels_ARGS) --output $(@D)
 $(VARIANT)/image/manifest.json: $$(call changed,image,$$(@D))
 	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 
@@ -115,15 +115,20 @@ $(VARIANT)/image/manifest.json: $$(call changed,image,$$(@D))
 build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
 	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) \
-	  --build-arg PACKAGES=$(notdir $(LACKS)) --iidfile $@ docker
+	  --build-arg PACKAGES=$(notdir $(LACKS)) --tag trtllm-bake-toolchain:$* --iidfile $@ requirements
+# The same, completed with what serving needs. (By name, because BuildKit's FROM takes no id.)
+build/serving-%.iid: docker/serving.Dockerfile $(NEEDED) docker/toolchains.json $(wildcard requirements/openai*.txt)
+	@mkdir -p $(@D) && scripts/toolchain.sh check $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
+	@docker build --file docker/serving.Dockerfile --target serving \
+	  --build-arg BASE=$(if $(NEEDED),trtllm-bake-toolchain:$*,$(NVIDIA)) --iidfile $@ requirements
 
 # --- the journey ---
 
 # a room's own question is not that of what it needs
 weights: export ROOM_ARGS =
 weights: export ROOM_NEEDS =
-$(VENV)/locks/%.txt build/toolchain-%.iid: export ROOM_ARGS =
-$(VENV)/locks/%.txt build/toolchain-%.iid: export ROOM_NEEDS =
+$(VENV)/locks/%.txt build/toolchain-%.iid build/serving-%.iid: export ROOM_ARGS =
+$(VENV)/locks/%.txt build/toolchain-%.iid build/serving-%.iid: export ROOM_NEEDS =
 doctor plan: export REFUSED_NAMES = $(REFUSED)
 
 doctor: ## what this machine has and lacks for the journey
@@ -131,7 +136,7 @@ doctor: ## what this machine has and lacks for the journey
 plan: ## the same journey as a table: bytes, memory, commands, what fits on the GPUs; makes nothing
 	@exec $(THINKS) -m scripts.plan $(if $(JSON),--json)
 weights: | $(FETCHING_NEEDS) ## fetch them from SOURCE: resumed, checked, kept by make clean
-	@$(PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
+	@$(FETCH_PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
 config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
 hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank
@@ -140,7 +145,7 @@ verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face
 model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
 fsck: | $(NEEDED) ## read rooms again, byte by byte, against their manifests: make fsck [ROOM=checkpoint]
 	@$(in_fsck) -m scripts.fsck $(if $(JSON),--json) $(TO_CHECK)
-serve: model_repo | $(if $(NVIDIA),,$(addsuffix openai.txt,$(HAS))) ## serve it; Ctrl-C ends
+serve: model_repo | $(SERVING) $(ENDPOINT_NEEDS) ## serve it; Ctrl-C ends
 	@$(in_serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
 image: $(VARIANT)/image/manifest.json ## -> the serving image, in docker or buildah: make image && docker run ...
 	@$(HOST_PY) -m scripts.show_image --image-room $(VARIANT)/image --builder=$(BUILDER)
@@ -151,7 +156,7 @@ verify-image: ## recompute what the passport of an image says: make verify-image
 ask: | $(NEEDED) ## stream an answer from the running server: make ask PROMPT="Once upon a time" MAX_TOKENS=48
 	@$(in_ask) -m scripts.ask --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
 	  --max-tokens $(MAX_TOKENS)
-demo: model_repo ## serve, ask, stop
+demo: model_repo | $(SERVING) ## serve, ask, stop
 	@$(in_demo) -m scripts.demo --root $(VARIANT) $(DEMO_ON) --max-tokens $(MAX_TOKENS)
 release: ## dist/: the image as an OCI archive, SBOM, provenance, checksums: make release VERSION=x.y.z [KEY=file]
 	@$(HOST_PY) -m scripts.release --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) \
@@ -190,8 +195,8 @@ pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs 
 	@scripts/toolchain.sh pin
 lint: $(call has,run openai test dev) ## ruff, mypy, shellcheck, mbake, hadolint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
-	@$(dir $(PY))shellcheck scripts/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
-	  && $(dir $(PY))hadolint docker/Dockerfile
+	@$(dir $(PY))shellcheck scripts/*.sh scripts/openai/vendored/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
+	  && $(dir $(PY))hadolint docker/Dockerfile docker/serving.Dockerfile
 lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base, in docker/base.txt
 	@cp $(GROUND)/base/packages.txt docker/base.txt
 	@echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"

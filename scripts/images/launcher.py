@@ -10,7 +10,13 @@ from scripts.making import ingredients
 ROOT = ingredients.ROOT
 # The image's program. What it starts is named in it and in what it imports, as `-m` wants it: "scripts.serving.processes".
 ENTRY = "scripts.images.entry"
-DATA = ("scripts/openai/page.html", "docker/toolchains.json", "docker/gpus.json")
+DATA = (
+    "scripts/openai/page.html",
+    "scripts/openai/vendored/LICENSES.txt",
+    "scripts/openai/vendored/markdown-it.umd.min.js",
+    "docker/toolchains.json",
+    "docker/gpus.json",
+)
 # A report names any module; it starts none.
 STARTS_NOTHING = "scripts.reports"
 PACKAGE = re.compile(r"scripts(\.\w+)+")

@@ -14,20 +14,25 @@ PASSED_ON = (
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
 GPU_JOBS = ("engines", "verified", "serve", "demo")
-JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck")
+JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck", "wheels")
 PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
 
 
 class Container(NamedTuple):
-    """The image a version runs in. lacks: the list of packages that NVIDIA's image lacks; iid: the file with the completed image's id."""
+    """The image a version runs in. lacks: the list of packages that NVIDIA's image lacks; iid: the file with the completed image's id.
+
+    serving: the same for serve and demo, which need packages that no image of NVIDIA's has; rooms do not, and an image brings them itself.
+    """
 
     image: str
     lacks: str
     iid: str
+    serving: str
 
-    @property
-    def words(self) -> str:
+    def words(self, job: str) -> str:
         """The image as docker's argument, in a recipe."""
+        if job in ("serve", "demo"):
+            return f'"$$(cat {self.serving})"'
         return f'"$$(cat {self.iid})"' if self.iid else self.image
 
     @property
@@ -44,9 +49,9 @@ def image_of(row: Mapping[str, object]) -> str:
 
 
 def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Container:
-    lacks = f"docker/{row['packages']}" if row["packages"] else ""
-    iid = f"build/toolchain-{version}{'-rehearsal' if rehearsal else ''}.iid" if lacks else ""
-    return Container(image_of(row), lacks, iid)
+    lacks = f"requirements/{row['packages']}" if row["packages"] else ""
+    name = f"{version}{'-rehearsal' if rehearsal else ''}.iid"
+    return Container(image_of(row), lacks, f"build/toolchain-{name}" if lacks else "", f"build/serving-{name}")
 
 
 def mounts(weights: str, to_fetch: bool = False) -> List[str]:
@@ -77,13 +82,13 @@ def mounts(weights: str, to_fetch: bool = False) -> List[str]:
 
 
 def network(job: str, values: Mapping[str, str]) -> List[str]:
-    """A room has none. Quantization may fetch texts to measure activations on (scripts/nvidia/quantize.py)."""
+    """A room has none, but wheels fetches packages, by hash, and quantization texts to measure on (scripts/nvidia/quantize.py)."""
     if job == "ask":
         return ["--network host"]
     if job == "serve":
         host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
         return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in PORTS)]
-    if job == "checkpoint" and values["QUANT"] not in ("", "int8_wo"):
+    if job == "wheels" or (job == "checkpoint" and values["QUANT"] not in ("", "int8_wo")):
         return []
     return ["--network none"]
 
@@ -93,7 +98,7 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
     found = {}
     for job in jobs:
         gpu = job in GPU_JOBS or (job == "checkpoint" and bool(values["QUANT"]))
-        check = f"scripts/toolchain.sh check {container.words}{' gpu' if gpu else ''}"
+        check = f"scripts/toolchain.sh check {container.words(job)}{' gpu' if gpu else ''}"
         ports = " ".join(values[port] for port in PORTS)
         steps = (
             [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"]
@@ -110,5 +115,5 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
             ]
         )
         lines = [*steps[:-1], f"{steps[-1]} {start}", here, known, *network(job, values)]
-        found[job] = " $(BREAK)".join([*lines, *([GPUS] if gpu else []), container.words, "python3"])
+        found[job] = " $(BREAK)".join([*lines, *([GPUS] if gpu else []), container.words(job), "python3"])
     return found

@@ -60,10 +60,10 @@ def ground_of(values: Mapping[str, str]) -> str:
 
 
 def locks_of(values: Mapping[str, str]) -> List[str]:
-    """The lock files of an image's Python packages; NVIDIA's image has its own."""
+    """The lock files of an image's Python packages; NVIDIA's image has the others already."""
     if values["ENGINE"] == "tensorrt":
-        return []
-    return ["image", "run", "torch", "openai", *(["torch-cuda"] if values["TARGET"] == "cuda" else [])]
+        return ["image", "openai"]
+    return ["image", "openai", "run", "torch", *(["torch-cuda"] if values["TARGET"] == "cuda" else [])]
 
 
 def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: str) -> Dict[str, str]:
@@ -142,6 +142,14 @@ def revision_here() -> str:
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
 
 
+def fetches_without_packages(python: str) -> bool:
+    """Whether weights come with the host's own python3: there is no .venv yet, and urllib3 is there."""
+    ask = ["python3", "-c", "import sys, urllib3; sys.exit(sys.version_info < (3, 8))"]
+    return (
+        not os.access(python, os.X_OK) and subprocess.run(ask, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    )
+
+
 def packages_sum() -> str:
     """What names the pinned packages in a room's question."""
     locks = b"".join(Path("requirements", name).read_bytes() for name in ("run.txt", "torch.txt"))
@@ -194,6 +202,9 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         "MADE_IN": f"lock={packages_sum()}",
         "NVIDIA": "",
         "LACKS": "",
+        "SERVING": "",
+        "ENDPOINT_NEEDS": f"{locks}openai.txt" if locks and (not tensorrt or values["REHEARSAL"]) else "",
+        "FETCH_PY": python,
         "PORTS": ports,
         "ENDPOINT": endpoint,
         "ADDRESS": host,
@@ -213,11 +224,19 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         row = toolchain.rows()[values["TOOLCHAIN"]]
         box = container.container_of(values["TOOLCHAIN"], row, bool(values["REHEARSAL"]))
         found.update(
-            NEEDED=box.iid, MADE_IN=box.made_in, NVIDIA=box.image, LACKS=box.lacks, DEMO_ON=f"--host 127.0.0.1 {ports}",
+            NEEDED=box.iid, SERVING=box.serving, MADE_IN=box.made_in, NVIDIA=box.image, LACKS=box.lacks,
+            DEMO_ON=f"--host 127.0.0.1 {ports}",
             LISTEN=f"--host 0.0.0.0 --shown-host {values['HOST']} {ports} {endpoint}",
             BASE=values["BASE_IMAGE"] or (f"$(file <{box.iid})" if box.iid else box.image),
             **{f"in_{job}": words for job, words in container.runs(box, values).items()},
         )  # fmt: skip
+    if (
+        tensorrt
+        and fetching_needs == ["run.txt"]
+        and (fetch or "weights" in goals)
+        and fetches_without_packages(python)
+    ):
+        found.update(FETCH_PY="python3", FETCHING_NEEDS="")
     asked = arguments(values, places, revision_here() if goals & GIT_WORDS else "")
     found.update({f"{room}_ARGS": words for room, words in asked.items()})
     rooms = {
