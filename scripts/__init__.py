@@ -1,5 +1,6 @@
 """The scripts that make runs. A package that an interpreter lacks is a report for every script, also while it is imported."""
 
+import os
 import sys
 from types import TracebackType
 from typing import Optional, Type
@@ -16,3 +17,7 @@ def _report_missing_package(kind: Type[BaseException], error: BaseException, tra
 
 
 sys.excepthook = _report_missing_package
+if "ROOM_USED" in os.environ:  # a room started this program: it says what it used (scripts/making/ingredients.py)
+    from scripts.making import ingredients
+
+    ingredients.tell_parent()

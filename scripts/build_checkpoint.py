@@ -15,8 +15,9 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from scripts import reports
-from scripts.nvidia import contracts, quantize
+from scripts.nvidia import contracts
 from scripts.room import filling, human_bytes, progress, say
+from scripts.settings import QUANTS
 from scripts.weights import safetensors
 from scripts.weights.cast import cast, infinite
 from scripts.weights.forms import Weights, open_weights, watched
@@ -229,7 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--pad-heads", choices=("on", "off"), default="off", help="heads of zeros where TP does not divide the heads"
     )
-    parser.add_argument("--quant", default="", metavar="|".join(quantize.WAYS), help="by TensorRT-LLM's own tools")
+    parser.add_argument("--quant", default="", metavar="|".join(QUANTS), help="by TensorRT-LLM's own tools")
     parser.add_argument(
         "--examples", type=Path, default=Path(), metavar="FOLDER", help="of TensorRT-LLM, where these are"
     )
@@ -240,6 +241,8 @@ def main() -> None:
     if quant:  # make has refused PAD_HEADS with it
         args["hf"] = args.pop("model")
         args.pop("weights")
+        from scripts.nvidia import quantize  # plain checkpoints are not made from it
+
         args["dtype"] = args["dtype"] or read_hf_model(args["hf"]).dtype
         quantize.build_quantized(quantize.Settings(**args, quant=quant, examples=examples))
     else:

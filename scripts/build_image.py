@@ -20,28 +20,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 from scripts import build_base, release, reports, room
-from scripts.images import archive, builders, passport
+from scripts.images import archive, builders, launcher, passport
+from scripts.making import ingredients
 
 PROJECT = Path(__file__).parent.parent
 DOCKERFILE = PROJECT / "docker" / "Dockerfile"
-# The launcher: scripts/images/entry.py, what it imports and what it starts (tests/test_makefile.py compares).
-APP = (
-    *(f"scripts/{folder}__init__.py" for folder in ("", "images/", "nvidia/", "openai/", "serving/")),
-    *sorted(f"scripts/reports/{path.name}" for path in (PROJECT / "scripts" / "reports").glob("*.py")),
-    "scripts/images/entry.py",
-    "scripts/limits.py",
-    "scripts/nvidia/contracts.py",
-    "scripts/nvidia/gpus.py",
-    "scripts/room.py",
-    "scripts/serve.py",
-    *sorted(f"scripts/serving/{path.name}" for path in (PROJECT / "scripts/serving").glob("[!_]*.py")),
-    *(f"scripts/openai/{name}.py" for name in ("__main__", "answers", "app", "chat_template", "engine", "messages")),
-    "scripts/openai/page.html",
-    "scripts/openai/vendored/LICENSES.txt",
-    "scripts/openai/vendored/markdown-it.umd.min.js",
-    "docker/toolchains.json",
-    "docker/gpus.json",
-)
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 # The archive as the builder writes it, and the canonical one, beside each other for a moment; 1.5 GB: the packages of a CPU image.
 COPIES, PACKAGES_BYTES = 2, 1_500_000_000
@@ -75,6 +58,7 @@ class Settings:
 
 
 def dockerfile_for(world_size: int) -> str:
+    ingredients.note_path(DOCKERFILE)
     return archive.for_ranks(DOCKERFILE.read_text(), world_size)
 
 
@@ -113,6 +97,7 @@ def place_room(
 
 def place_licences(settings: Settings, target: Path) -> None:
     """The project's licence, and the model's: Meta's download leaves them beside the models' folders."""
+    ingredients.note("LICENSE")
     place(PROJECT / "LICENSE", target / "trtllm-bake" / "LICENSE")
     for folder in (settings.weights.resolve().parent, settings.weights):
         for pattern in LICENCE_FILES if folder == settings.weights or settings.licence.startswith("llama") else ():
@@ -212,7 +197,7 @@ def assemble(
     (context / "wheels").mkdir()
     for wheel in rooms["wheels"]["manifest"]["files"]:
         place(settings.wheels / wheel, context / "wheels" / wheel)
-    for file in APP:
+    for file in launcher.files():
         place(PROJECT / file, context / "app" / file)
     place_licences(settings, context / "licenses")
     report = json.loads((root / "verified" / "report.json").read_bytes())

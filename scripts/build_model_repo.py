@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from scripts import reports, room
 from scripts.limits import limits_of
+from scripts.making import ingredients
 from scripts.nvidia import contracts
 
 TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
@@ -223,6 +224,7 @@ def model_config_type() -> Any:
     from google.protobuf import descriptor_pool, message_factory  # type: ignore[import-untyped]
 
     pool = descriptor_pool.DescriptorPool()
+    ingredients.note_path(MODEL_CONFIG)
     pool.AddSerializedFile(MODEL_CONFIG.read_bytes())
     described = pool.FindMessageTypeByName("inference.ModelConfig")
     if hasattr(message_factory, "GetMessageClass"):
@@ -349,6 +351,7 @@ def build_model_repo(settings: Settings) -> None:
     engines, described = room.read_manifest(settings.engines), room.read_manifest(settings.config)
     engine = json.loads((settings.engines / "config.json").read_bytes())
     kind = json.loads((contracts.DOCKER / "engines.json").read_text())[engines["facts"]["engine"]]
+    ingredients.note_row("docker/engines.json", engines["facts"]["engine"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if name not in described["files"]:
             raise reports.weights.tokenizer_unreadable(
@@ -356,6 +359,7 @@ def build_model_repo(settings: Settings) -> None:
             )
     template = read_chat_template(settings.chat_template)
     tables = contracts.table("backend", settings.trtllm_version)
+    ingredients.note(f"{TEMPLATES.name}/*/config.pbtxt")
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
     configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse)
     room.say(
@@ -406,6 +410,7 @@ def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
 
 
 def _code_of(model: str) -> List[Path]:
+    ingredients.note(f"{TEMPLATES.name}/{model}/1/*.py")
     return sorted((TEMPLATES / model / "1").glob("*.py"))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
 from scripts import limits, reports, room
+from scripts.making import ingredients
 from scripts.serving import checks, host, launch, processes, toolbox
 from scripts.verifying import compare
 from scripts.verifying import page as verified_report
@@ -198,6 +199,7 @@ def build_verified(settings: Settings) -> None:
     built_for, dtype = limits.limits_of(config), config["pretrained_config"]["dtype"]
     stored = read_hf_model(settings.hf).dtype
     tokenizer = Tokenizer.from_file(str(settings.hf / "tokenizer.json"))
+    ingredients.note_path(settings.prompts)
     texts = prompts_of(settings.prompts.read_text(encoding="utf-8"))
     asked = questions(
         [encoding.ids for encoding in tokenizer.encode_batch(texts)],

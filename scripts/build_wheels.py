@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import List, Sequence
 
 from scripts import reports, room
+from scripts.making import ingredients
 
 PROJECT = Path(__file__).parent.parent
 # README: glibc 2.35; pip takes the platforms that it is told and no older ones
@@ -80,6 +81,7 @@ def build_wheels(settings: Settings) -> None:
         room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{file.name}' for file in files)}")
         requirements = []
         for file in files:
+            ingredients.note_path(file)
             requirements.append(filling.path / file.name)
             requirements[-1].write_text(for_target(file.read_text(), settings.target))
         done = subprocess.run(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from scripts import build_engines, plan, reports, serve
+from scripts.making import container
 from scripts.nvidia import contracts, gpus, memory
 from scripts.room import MANIFEST, human_bytes
 from scripts.serving import host, toolbox
@@ -201,8 +202,6 @@ def safetensors_bytes(path: Path) -> int:
 def check_ports(case: Case) -> str:
     """Every port is free."""
     choice = case.choice
-    if in_container():
-        return "note this runs in the container: make serve looks at the host's ports"
     settings = serve.settings_from(argparse.Namespace(
         root=Path("."), log=None, startup_seconds=0.0, host=choice["HOST"],
         http_port=choice["HTTP_PORT"], grpc_port=choice["GRPC_PORT"], metrics_port=choice["METRICS_PORT"],
@@ -375,12 +374,9 @@ def check_links(case: Case) -> str:
 
 def check_docker(case: Case) -> str:
     """docker, NVIDIA's runtime and the image: what scripts/toolchain.sh would say. An image is only looked up, never pulled."""
-    if in_container():
-        return "fine this runs in the toolchain's container"
     version = case.toolchain or contracts.versions()[-1]
     script = ["bash", str(SCRIPTS / "toolchain.sh")]
-    image = subprocess.run([*script, "image", version], capture_output=True, text=True, timeout=30, check=True).stdout
-    image = image.strip()
+    image = container.image_of(contracts.toolchain(version))
     command = [*script, "check", image, "gpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
@@ -402,11 +398,6 @@ def looked_up(image: str) -> str:
     if done.returncode == 0:
         return "the registry has it, it can be pulled"
     return f"the registry says: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}"
-
-
-def in_container() -> bool:
-    """Where the host has no Python, make runs the doctor in NVIDIA's container; toolchain.sh has then checked docker before."""
-    return Path("/opt/tritonserver").is_dir() and not shutil.which("docker")
 
 
 CHECKS: Dict[str, Dict[str, Check]] = {

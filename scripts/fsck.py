@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import reports, room
+from scripts.making import ingredients
 from scripts.weights import safetensors
 from scripts.weights.hugging_face import read_bin
 from scripts.weights.meta import read_shard
@@ -155,7 +156,7 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
             damages.append(
                 Damage(str(folder), room.MANIFEST, part, f"sha256 {read[:16]}...", f"sha256 {here[0][:16]}...")
             )
-    known = {*manifest["files"], room.MANIFEST, room.ARGS, room.ARGS_SUM}
+    known = {*manifest["files"], room.MANIFEST, room.ARGS, room.ARGS_SUM, ingredients.RECORD}
     extra = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     extra = [name for name in extra if name not in known]
     if extra:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import build_engines, reports, settings
+from scripts.making import toolchain
 from scripts.nvidia import contracts, gpus, trtllm_build
 from scripts.nvidia import memory as memory_model
 from scripts.room import human_bytes
@@ -124,7 +125,8 @@ def refuse(choice: Choice) -> None:
     names = [name for name in choice.refused if name not in ("WEIGHTS", "PYTHON")]
     if names:
         presets = sorted(path.stem for path in (ROOT / "models").glob("*.mk"))
-        raise settings.problem(names[0], dict(choice.settings), presets, contracts.versions())
+        values = {**{setting.name: setting.default for setting in settings.TABLE}, **choice.settings}
+        raise settings.problem(names, values, presets, contracts.versions(), os.environ.get("BAKE_GOAL") or "plan")
 
 
 def described(found: Sequence[gpus.Gpu]) -> str:
@@ -134,13 +136,8 @@ def described(found: Sequence[gpus.Gpu]) -> str:
 
 
 def toolchain_for(gpu: gpus.Gpu) -> Optional[str]:
-    """The newest TensorRT-LLM with kernels for a GPU: what TOOLCHAIN is when nobody says (scripts/toolchain.sh says the same to make)."""
-    fitting = [
-        version
-        for version in contracts.versions()
-        if gpu.compute_capability in contracts.toolchain(version)["architectures"]
-    ]
-    return fitting[-1] if fitting else None
+    """The newest TensorRT-LLM with kernels for a GPU: what TOOLCHAIN is if it is not named."""
+    return toolchain.newest_for(gpu.compute_capability, toolchain.rows())
 
 
 def in_metas_form(names: Collection[str]) -> bool:

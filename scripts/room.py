@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from scripts import reports
+from scripts.making import ingredients
 
 MANIFEST = "manifest.json"
 ARGS = "args"
@@ -23,6 +24,8 @@ ARGS_SUM = "args.sha256"
 OWN_SHA256 = "sha256"
 # Inside a .partial folder only: what the interrupted try was asked, and which of its files are whole.
 FINISHED = "finished.json"
+# Inside a .partial folder only: what the programs used that the room started.
+CHILDREN_USED = "used_by_children"
 MANIFEST_MAX_BYTES = 64 << 20
 
 
@@ -67,6 +70,7 @@ class Filling:
         self.begun = dict(begun)
         files = {name: record.as_json() for name, record in {**self.kept, **self.files}.items()}
         finished = {"question": self.question, "files": files, "begun": begun, "promised": self.promised}
+        finished["made_from"] = ingredients.used(self.path / CHILDREN_USED)
         write_synced(self.path / FINISHED, json.dumps(finished).encode())
 
     def write(self, name: str, data: bytes) -> None:
@@ -222,7 +226,8 @@ def filling(
     arguments: what the room was made with (no path, no time, no user name: two trees give one digest). tools: name -> version.
     A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
     name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
-    made from) come from the Makefile. `args` may hold a path of this machine: it is the question, not part of the answer.
+    made from) come from the Makefile; the modules and tables it is made from the room lists itself (scripts/making/ingredients.py).
+    `args` may hold a path of this machine: it is the question, not part of the answer.
     name: what the room is called, where its folder is named after something else. asked: in place of ROOM_ARGS, for a room that is made
     from no files of this tree and stays whatever code changes (weights).
     """
@@ -252,6 +257,8 @@ def filling(
             read_manifest(path)
         kept, begun, promised = _keep_finished(partial, question, made_from_files)
         filling_room = Filling(room, partial, question, kept, begun, promised)
+        os.environ[ingredients.CHILDREN] = str(partial / CHILDREN_USED)
+        before = ingredients.used()  # as they are now, should a module be edited while it runs
         yield filling_room
         manifest = {
             "room": name or room.name,
@@ -261,6 +268,10 @@ def filling(
             "facts": filling_room.facts,
             "files": {name: filling_room.files[name].as_json() for name in sorted(filling_room.files)},
         }
+        if made_from_files:
+            made_from = {**ingredients.used(partial / CHILDREN_USED), **before}
+            write_synced(partial / ingredients.RECORD, ingredients.as_bytes(made_from))
+        (partial / CHILDREN_USED).unlink(missing_ok=True)
         write_synced(partial / ARGS, asked.encode())
         write_synced(partial / ARGS_SUM, args_sum(asked.encode()))
         write_synced(partial / MANIFEST, as_bytes({**manifest, OWN_SHA256: own_sha256(manifest)}))
@@ -278,6 +289,7 @@ def filling(
         error.filename = error.filename or str(partial)  # a failed write does not say where
         raise
     finally:
+        os.environ.pop(ingredients.CHILDREN, None)
         for lock in [partial_lock, *read_locks]:
             os.close(lock)
 
@@ -318,7 +330,7 @@ def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
     """Make's own question, asked again under the lock: is this room whole, and right for what is asked now?"""
     try:
         return (
-            (not made_from_files or _newer_than_needs(folder / MANIFEST))
+            (not made_from_files or (_newer_than_needs(folder / MANIFEST) and not ingredients.stale(folder)))
             and (folder / ARGS).read_text() == asked
             and bool(read_manifest(folder))
         )
@@ -327,9 +339,10 @@ def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
 
 
 def _newer_than_needs(path: Path) -> bool:
-    """Whether no file that the room is made from is newer; False where make did not say which these are, or was told -B."""
+    """Whether no file that make names as a need is newer ('none': there is none); False if make named nothing, or was told -B."""
     needs = os.environ.get("ROOM_NEEDS", "").split()
-    return bool(needs) and path.stat().st_mtime_ns >= max(os.stat(need).st_mtime_ns for need in needs)
+    made_ns = path.stat().st_mtime_ns
+    return bool(needs) and all(os.stat(need).st_mtime_ns <= made_ns for need in needs if need != "none")
 
 
 def interrupted_arguments(room: Path) -> Dict[str, Any]:
@@ -349,7 +362,11 @@ def _keep_finished(
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
         same = finished["question"] == question and (
-            not made_from_files or "ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED)
+            not made_from_files
+            or (
+                ("ROOM_NEEDS" not in os.environ or _newer_than_needs(partial / FINISHED))
+                and not ingredients.changed(finished["made_from"])
+            )
         )
         kept = {name: FileRecord(**record) for name, record in finished["files"].items()} if same else {}
         begun = dict(finished["begun"]) if same else {}

@@ -1,101 +1,291 @@
-"""What make cannot take as a setting: says which one, and what it may be. Run by make when it sees such a setting.
+"""The settings of make: one table, from which the checks, the reports, the pages and the tests all come.
 
-It may be run by any Python 3 that a machine has, before the right one is installed: nothing newer than 3.7 here and in errors.py.
+Run by any Python from 3.8 on that a machine has, before anything is installed: the standard library only, here and in scripts/reports.
 """
 
-import difflib
-import json
-import os
-from pathlib import Path
-from typing import Dict, List, Sequence
+import re
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from scripts import reports
 
-# Characters that a makefile, or the shell in its recipes, would not take as part of a word.
-NOT_IN_WORDS = " \t\n$#%;'\"`&|<>()[]{}*?!~\\"
+# Characters that a makefile, or the shell in its recipes, would not take as part of a word. A colon is one too: make splits rules by it.
+NOT_IN_WORDS = " \t\r\n$#%;'\"`&|<>()[]{}*?!~\\:"
 DTYPES = ("float16", "bfloat16", "float32")
-# name -> a value that would do; the second group may also be empty (then it is derived)
-NUMBERS = {
-    "TP": 2,
-    "PP": 1,
-    "MAX_BATCH_SIZE": 8,
-    "MAX_TOKENS": 48,
-    "HTTP_PORT": 8000,
-    "GRPC_PORT": 8001,
-    "METRICS_PORT": 8002,
-    "OPENAI_PORT": 9000,
-}
+QUANTS = ("int8_wo", "int4_awq", "fp8", "sq")
+# They are read from the environment or from a file: a command line is seen by every user of the machine.
 SECRETS = ("META_URL", "MIRROR_URL", "HF_TOKEN")
-NUMBERS_OR_EMPTY = {"CONTEXT": 4096, "MAX_INPUT_LEN": 2048, "MAX_SEQ_LEN": 4096, "MAX_NUM_TOKENS": 8192}
+NUMBER, NUMBER_OR_EMPTY = r"[1-9][0-9]{0,8}", r"(?:[1-9][0-9]{0,8})?"
+A_NUMBER = "a whole number of at least 1"
 
 
-def problem(name: str, settings: Dict[str, str], presets: Sequence[str], toolchains: Sequence[str]) -> reports.Problem:
-    """Why make refuses the setting `name`. settings: all that make knows, name -> value as typed."""
+class Setting(NamedTuple):
+    """One setting. pattern: of the whole value; says: the same in words; example: a value that would do.
+
+    default: its value if neither the command line nor the preset has it; shown: how the README says the default, if not as it is;
+    words: the values, if it is one of a few; goals: the words of make it is for, none for all that make or use rooms; text: what it is;
+    holds: characters of NOT_IN_WORDS that it may hold nevertheless; free: text that no recipe ever holds: it travels in the environment;
+    with_torch: the only value with ENGINE=torch, None if any will do.
+    """
+
+    name: str
+    default: str
+    pattern: str
+    says: str
+    example: str
+    text: str
+    goals: Tuple[str, ...] = ()
+    words: Tuple[str, ...] = ()
+    shown: str = ""
+    holds: str = ""
+    free: bool = False
+    with_torch: Optional[str] = None
+
+
+def _one_of(name: str, default: str, words: Sequence[str], text: str, **more: object) -> Setting:
+    """A setting that is one of some words; the empty word is one if it is in `words`."""
+    named = [word for word in words if word]
+    says = " or ".join(filter(None, [", ".join(named[:-1]), named[-1]])) + (", or empty" if "" in words else "")
+    pattern = "|".join(map(re.escape, words))
+    return Setting(name, default, pattern, says, default or named[0], text, words=tuple(words), **more)  # type: ignore[arg-type]
+
+
+def _number(name: str, default: str, text: str, **more: object) -> Setting:
+    return Setting(name, default, NUMBER, A_NUMBER, default, text, **more)  # type: ignore[arg-type]
+
+
+def _tokens(name: str, example: str, shown: str, text: str) -> Setting:
+    return Setting(name, "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", example, text, shown=shown)
+
+
+def _free(name: str, default: str, text: str, *goals: str) -> Setting:
+    return Setting(name, default, r"[\s\S]*", "any text", default, text, goals, free=True)
+
+
+PLANNING = ("plan", "doctor")
+SERVING = ("serve", "demo", "ask", "bench", *PLANNING)
+IMAGES = ("image", "size", "release")
+ROOMS = ("weights", "config", "hf", "checkpoint", "engines", "verified", "model_repo", "image")
+
+TABLE: Tuple[Setting, ...] = (
+    Setting("MODEL", "stories", ".+", "a preset of models/, or a folder (with a slash in it)", "stories",
+            "a preset of `models/`, or a folder (with a slash in it)"),
+    Setting("WEIGHTS", "", ".*", "a folder", "weights/llama-2-7b", "where the weights are", shown="the preset's"),
+    Setting("SOURCE", "", ".*", "where weights come from", "hf:meta-llama/Llama-2-7b-hf",
+            "where they are fetched from if they are not there: see `scripts/fetching/sources.py`",
+            shown="the preset's", holds=":"),
+    _one_of("ENGINE", "torch", ("torch", "tensorrt"), 'see "Two engines"'),
+    _number("TP", "2", "tensor parallelism: ranks, each with its part of every layer"),
+    _number("PP", "1", "pipeline stages, each of `TP` ranks; more than one with `ENGINE=tensorrt`", with_torch="1"),
+    _one_of("DTYPE", "", ("", *DTYPES), "the type of the weights in the engines", shown="the weights' own"),
+    _one_of("QUANT", "", ("", *QUANTS), "quantization by NVIDIA's tools, with `ENGINE=tensorrt`", shown="none",
+            with_torch=""),
+    _one_of("PAD_HEADS", "off", ("on", "off"),
+            "`on`: heads of zeros if `TP` does not divide the heads; not in the oldest `TOOLCHAIN`"),
+    Setting("TOOLCHAIN", "", r"(?:[0-9][\w.]*)?", "a version of docker/toolchains.json, or empty", "",
+            "the TensorRT-LLM version; `torch` uses its formats",
+            shown="`torch`: the oldest; `tensorrt`: the GPU decides"),
+    Setting("CONTEXT", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "4096",
+            "positions the model was trained on (Meta's files do not say)", shown="Llama 2: 4096"),
+    _number("MAX_BATCH_SIZE", "8", "requests at once"),
+    _tokens("MAX_INPUT_LEN", "2048", "half of `MAX_SEQ_LEN`", "tokens of a prompt"),
+    _tokens("MAX_SEQ_LEN", "4096", "the context", "tokens of prompt and answer together"),
+    _tokens("MAX_NUM_TOKENS", "8192", "8192", "tokens of one step of the engine"),
+    _one_of("STREAMING", "on", ("on", "off"),
+            '`off`: every request has one response, see "The served models"'),
+    _one_of("KV_REUSE", "off", ("on", "off"),
+            "share the KV cache of equal beginnings; with `ENGINE=tensorrt`, not on V100", with_torch="off"),
+    Setting("HOST", "127.0.0.1", r"[\w.:-]+", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1",
+            "127.0.0.1", "where the server listens", SERVING, holds=":"),
+    _number("HTTP_PORT", "8000", "Triton's HTTP", goals=SERVING),
+    _number("GRPC_PORT", "8001", "Triton's gRPC", goals=SERVING),
+    _number("METRICS_PORT", "8002", "Triton's metrics", goals=SERVING),
+    _number("OPENAI_PORT", "9000", "the OpenAI-compatible endpoint", goals=SERVING),
+    Setting("CHAT_TEMPLATE", "", ".*", "a Jinja file that is there, or empty for the model's own template", "",
+            "a Jinja file", shown="the model's own, or the preset's"),
+    Setting("API_KEY_FILE", "", ".*", "a file that is there, with one API key a line, or empty", "",
+            "keys of the endpoint's clients, one a line; or the variable `BAKE_API_KEY`", SERVING,
+            shown="no key is asked for"),
+    _free("PROMPT", "Once upon a time", "what `ask` asks", "ask"),
+    _number("MAX_TOKENS", "48", "how long the answer may be", goals=("ask", "demo")),
+    Setting("PYTHON", "", ".*", "an interpreter that runs", "",
+            "an interpreter that has the packages; no `.venv` is made", shown="`.venv/bin/python`"),
+    Setting("ASSUME_GPU", "", r"(?:(?:[1-9][0-9]? *x *)?[\w.-]+)?",
+            "the GPUs to assume, for instance 4x V100-SXM2-16GB, only in make plan, make doctor and make -n: nothing is built for it",
+            "4x V100-SXM2-16GB", "GPUs to assume in `plan`, `doctor` and `make -n`, for instance `4x V100-SXM2-16GB`", holds=" "),
+    Setting("REHEARSAL", "", r"(?:[1-9][0-9]?x [\w.-]+)?",
+            "the GPUs to stand in for, for instance 2x A100-80GB (docker/README.md)", "2x A100-80GB",
+            "GPUs to rehearse `ENGINE=tensorrt` with, on any machine", holds=" ", with_torch=""),
+    Setting("ROOM", "", "|".join(["", ".*/.*", *ROOMS]), f"{', '.join(ROOMS)}, or a folder", "checkpoint",
+            "a room by its name, or a folder", ("fsck",), ROOMS, "all that are made"),
+    _one_of("JSON", "", ("", "1"), "`1`: answer in JSON", goals=("plan", "doctor", "fsck", "size")),
+    Setting("BASE_IMAGE", "", r"(?:[\w.@/:-]+)?", "the name of an image, or empty", "", "another base for the image", IMAGES,
+            shown="NVIDIA's, or Debian's packages", holds=":"),
+    _one_of("TARGET", "cpu", ("cpu", "cuda"), "which PyTorch is in the image of `ENGINE=torch`", goals=IMAGES),
+    _one_of("BUILDER", "", ("", "docker", "buildah"), "what builds the image", goals=IMAGES,
+            shown="docker if it answers"),
+    _one_of("NO_CACHE", "", ("", "1"), "`1`: build the image from nothing", goals=IMAGES),
+    Setting("LICENSE", "", r"(?:[A-Za-z0-9.+-]+)?", "an SPDX name or llama2, or empty", "Apache-2.0", "the model's licence", IMAGES,
+            shown="the preset's"),
+    Setting("VERSION", "", r"(?:[A-Za-z0-9][\w.+-]*)?", "x.y.z", "1.0.0", "of the release", ("release", "push")),
+    _one_of("INFERRED", "", ("", "accept"), "`accept`: tables without a primary source may be used", goals=("release",)),
+    _free("IMAGE", "", "an image, or a file of `dist/`", "verify-image", "push"),
+    _free("KEY", "", "a file with the key to sign with", "release"),
+    _free("TESTS", "", "which tests, for instance `tests/test_room.py`", "test", "test-long"),
+    Setting("BENCH", "", r"[\w ./:,=-]*", "options of the benchmark", "", "options of a benchmark", ("bench",), holds=" :"),
+    Setting("POINTS", "", r"[0-9: ]*", "loads as input:output:streams", "512:128:8", "loads to measure", ("bench",), holds=" :"),
+    Setting("BASELINE", "", r"[\w./-]*", "the file of an older run", "", "an older run to compare with", ("bench",)),
+    Setting("WITH", "", r"[\w ./-]*", "files of runs", "", "runs of other `TP` for the same page", ("bench",), holds=" "),
+    _one_of("PEERS", "", ("", "on"), "`on`: measure other servers too", goals=("bench",)),
+    _one_of("FORM", "", ("", "gguf"), "of a preset: `gguf` if that is the form of its weights", shown="found in the folder"),
+)  # fmt: skip
+NAMES = tuple(setting.name for setting in TABLE)
+BY_NAME: Dict[str, Setting] = {setting.name: setting for setting in TABLE}
+# Paths have a report of their own if make could not take their characters.
+PATHS = ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE", "ROOM")
+MODELS_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def fits(setting: Setting, value: str) -> bool:
+    """Whether a value can be the setting's, as far as the value alone can say."""
+    if setting.free:
+        return True
+    return not characters(setting, value) and re.fullmatch(setting.pattern, value) is not None
+
+
+def characters(setting: Setting, value: str) -> List[str]:
+    """What in a value make and the shell would not take as part of a word."""
+    return [] if setting.free else sorted(set(value) & (set(NOT_IN_WORDS) - set(setting.holds)))
+
+
+def clash(name: str, values: Mapping[str, str]) -> str:
+    """What a value that fits needs besides, in words; empty if nothing is missing."""
+    setting, value = BY_NAME[name], values[name]
+    if setting.with_torch is not None and values["ENGINE"] != "tensorrt" and value != setting.with_torch:
+        return f"{setting.with_torch or 'empty'} with ENGINE=torch; {setting.says} with ENGINE=tensorrt"
+    if name == "PAD_HEADS" and value == "on" and values["QUANT"]:
+        return "off with QUANT"
+    return ""
+
+
+def wrong(values: Mapping[str, str]) -> List[str]:
+    """The settings whose values cannot be, in the order of the table. Files and folders are not looked at."""
+    return [name for name in NAMES if not fits(BY_NAME[name], values[name]) or clash(name, values)]
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known word that looks most like a mistyped one."""
+    import difflib
+
+    return (difflib.get_close_matches(word, known, 1, 0) or [known[0]])[0]
+
+
+def repair(name: str, values: Mapping[str, str]) -> Dict[str, str]:
+    """The settings to type instead: what the user wished, as near as it can be."""
+    setting, value = BY_NAME[name], values[name]
+    fixed = value
+    if not fits(setting, value):
+        fixed = (
+            nearest(value.lower(), [word for word in setting.words if word])
+            if setting.words and value
+            else setting.example
+        )
+    if name == "PAD_HEADS" and values["QUANT"]:
+        return {name: "off"}
+    needs_tensorrt = setting.with_torch is not None and values["ENGINE"] != "tensorrt" and fixed != setting.with_torch
+    return {name: fixed, **({"ENGINE": "tensorrt"} if needs_tensorrt else {})}
+
+
+def problem(
+    names: Sequence[str], values: Mapping[str, str], presets: Sequence[str], toolchains: Sequence[str], goal: str = ""
+) -> reports.Problem:
+    """Why make refuses these settings: all of them in one report. values: name -> value, of every setting."""
+    problems = [_problem(name, values, presets, toolchains, goal) for name in names]
+    alone = [
+        n
+        for n, name in enumerate(names)
+        if name in SECRETS or (name in PATHS and not fits(BY_NAME[name], values[name]))
+    ]
+    if alone or len(problems) == 1:  # their advice is more than another value
+        return problems[alone[0] if alone else 0]
+    fixed: Dict[str, object] = {}
+    for name in names:
+        if name not in BY_NAME:
+            fixed[name] = None
+        elif not _about_files(name, values):
+            fixed.update(repair(name, values))
+    return reports.settings.several_wrong(problems, reports.make(_goal(names[0], goal), **fixed))
+
+
+def _goal(name: str, goal: str) -> str:
+    """The word that the advice types: the user's own if it is known, else one that the setting is for."""
+    return goal or (BY_NAME[name].goals or ("serve",))[0] if name in BY_NAME else goal or "serve"
+
+
+def _about_files(name: str, values: Mapping[str, str]) -> bool:
+    return name in PATHS and fits(BY_NAME[name], values[name])
+
+
+def _problem(
+    name: str, values: Mapping[str, str], presets: Sequence[str], toolchains: Sequence[str], goal: str
+) -> reports.Problem:
+    typed = _goal(name, goal)
     if name in SECRETS:
         return reports.fetching.secret_typed(name)
-    if name not in settings:
-        near = difflib.get_close_matches(name.upper(), settings, 1, 0)
-        return reports.settings.no_such_setting(name, sorted(settings), near[0] if near else "MODEL")
-    value = settings[name]
-    bad = sorted(
-        {
-            character
-            for character in value
-            if character in NOT_IN_WORDS or (character == ":" and name not in ("HOST", "SOURCE"))
-        }
-    )
+    if name not in BY_NAME:
+        near = nearest(name.upper(), NAMES)
+        command = reports.make(typed, **{name: None, near: values.get(name, "")})
+        return reports.settings.no_such_setting(name, NAMES, near, command)
+    setting, value = BY_NAME[name], values[name]
     if name == "SOURCE" and "://" in value and ("?" in value or "@" in value):
         return reports.fetching.secret_in_source()
-    if name in ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE") and bad:
-        return reports.settings.path_not_for_make(name, value, bad)
+    if name in PATHS and characters(setting, value):
+        return reports.settings.path_not_for_make(name, value, characters(setting, value), typed)
+    if name == "MODEL" and MODELS_OF_THE_HUB.fullmatch(value):
+        return reports.settings.model_of_the_hub(value, typed)
     if name == "MODEL":
-        return reports.settings.no_such_model(value, presets)
+        return reports.settings.no_such_model(value, presets, nearest(value.lower(), presets), typed)
     if name == "WEIGHTS":
-        if "/" in settings["MODEL"] and value != settings["MODEL"]:
-            return reports.settings.weights_named_twice(settings["MODEL"], value)
-        name = "MODEL" if value == settings["MODEL"] else "WEIGHTS"
-        return reports.settings.weights_not_there(name, value, settings.get("SOURCE", ""))
+        if "/" in values["MODEL"] and value != values["MODEL"]:
+            return reports.settings.weights_named_twice(values["MODEL"], value)
+        if value == values["MODEL"] and MODELS_OF_THE_HUB.fullmatch(value) and not values["SOURCE"]:
+            return reports.settings.model_of_the_hub(value, typed)
+        return reports.settings.weights_not_there(
+            "MODEL" if value == values["MODEL"] else "WEIGHTS", value, values["SOURCE"]
+        )
     if name == "PYTHON":
         return reports.packages.interpreter_missing(value)
     if name == "TOOLCHAIN":
+        near = nearest(value, toolchains)
         return reports.settings.bad_setting(
-            name, value, "one of " + ", ".join(toolchains), reports.make("serve", TOOLCHAIN=toolchains[0])
+            name, value, "one of " + ", ".join(toolchains), reports.make(typed, TOOLCHAIN=near)
         )
-    if name == "PP" and settings["ENGINE"] == "torch" and value.isdigit():
-        return reports.settings.bad_setting(name, value, "1 with ENGINE=torch", reports.make("serve", PP=1))
-    allowed, example = {
-        "ENGINE": ("torch or tensorrt", "torch"),
-        "DTYPE": (", ".join(DTYPES) + ", or empty for the type of the weights", DTYPES[0]),
-        "STREAMING": ("on or off", "on"),
-        "PAD_HEADS": ("on or off; with QUANT off", "off"),
-        "KV_REUSE": ("off; with ENGINE=tensorrt also on", "off"),
-        "QUANT": ("empty; with ENGINE=tensorrt also int8_wo, int4_awq, fp8 or sq", ""),
-        "CHAT_TEMPLATE": ("a Jinja file that is there, or empty for the model's own template", ""),
-        "API_KEY_FILE": ("a file that is there, with one API key a line, or empty", ""),
-        "HOST": ("an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1", "127.0.0.1"),
-        "REHEARSAL": (
-            "the GPUs to stand in for, for instance 2x A100-80GB, with ENGINE=tensorrt (docker/README.md)",
-            "2x A100-80GB",
-        ),
-        "ASSUME_GPU": (
-            "the GPUs to assume, for instance 4x V100-SXM2-16GB, and only in make plan, make doctor and make -n: nothing is built for it",
-            "",
-        ),
-        **{number: ("a whole number of at least 1", str(fit)) for number, fit in NUMBERS.items()},
-        **{number: ("a whole number of at least 1, or empty", str(fit)) for number, fit in NUMBERS_OR_EMPTY.items()},
-    }[name]
-    engine = {"ENGINE": "tensorrt"} if name == "REHEARSAL" else {}
-    return reports.settings.bad_setting(name, value, allowed, reports.make("serve", **engine, **{name: example}))
+    if name == "ASSUME_GPU":  # as it is, if only the word is wrong
+        return reports.settings.bad_setting(name, value, setting.says, reports.make("plan", **repair(name, values)))
+    allowed = clash(name, values) if fits(setting, value) else setting.says
+    return reports.settings.bad_setting(
+        name, value, allowed or setting.says, reports.make(typed, **repair(name, values))
+    )
 
 
-def main() -> None:
-    root = Path(__file__).parent.parent
-    names: List[str] = os.environ["REFUSED_NAMES"].split()
-    lines = os.environ["REFUSED_SETTINGS"].splitlines()
-    settings = dict(line.strip().split("=", 1) for line in lines if "=" in line)
-    presets = sorted(path.stem for path in (root / "models").glob("*.mk"))
-    raise problem(names[0], settings, presets, list(json.loads((root / "docker/toolchains.json").read_text())))
+def readme_table() -> str:
+    """The table of the README, one setting a row; `make help` prints it too."""
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
+    for setting in TABLE:
+        default = setting.shown or (f"`{setting.default}`" if setting.default else "")
+        goals = "" if setting.goals in ((), SERVING) else ", ".join(f"`{goal}`" for goal in setting.goals) + ": "
+        words = [f"`{word}`" for word in setting.words if word and word != setting.default]
+        words = [word for word in words if word not in setting.text and setting.name not in PATHS]
+        rows.append(f"| `{setting.name}` | {default} | {goals}{setting.text}{': ' if words else ''}{' '.join(words)} |")
+    return "\n".join(row.replace("|  |", "| |") for row in rows) + "\n"
 
 
-if __name__ == "__main__":
-    reports.run(main)
+# What tests give every setting; `wrong_values` keeps those that a setting must refuse.
+SLIPS = (
+    "", "0", "-1", "07", "1.5", "2 3", "x", "on off", "false", "%", ".*", "a b", "a;b", "a'b", 'a"b', "a#b", "x&y", "$(shell touch pwned)",
+    "`touch pwned`", "$HOME", "../..", "a:b", "9.9.9", "1000000000",
+)  # fmt: skip
+
+
+def wrong_values(setting: Setting) -> List[str]:
+    """Values that a setting cannot have, made from what the table says it can."""
+    return [value for value in SLIPS if not fits(setting, value)]

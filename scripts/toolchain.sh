@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
-# Everything of ENGINE=tensorrt that runs on the host, where there may be no Python: bash, coreutils and docker only.
-# toolchain.sh version [GPU]             the newest TensorRT-LLM of docker/toolchains.json that runs on GPU; without GPU: on this machine's
-# toolchain.sh gpu FILE                  the same for make: FILE says TOOLCHAIN
+# What make asks docker with ENGINE=tensorrt, on the host. What is decided there is in scripts/making.
+# toolchain.sh versions                  the TensorRT-LLM versions of docker/toolchains.json
 # toolchain.sh cell VERSION NAME         one cell of the table
 # toolchain.sh image VERSION             NVIDIA's image: by digest once `make pin` has written it, before that by tag
-# toolchain.sh mounts WEIGHTS            docker's flags for what lies outside of the project
 # toolchain.sh check IMAGE [gpu]         report what is missing before anything starts
 # toolchain.sh free HOST PORT...         report a port on which somebody listens
 # toolchain.sh pin                       ask the registry for the digest of every tag and write it into the table
-# toolchain.sh refuse                    REFUSED_NAMES in short, on a host without Python (else scripts/settings.py says more)
 set -euo pipefail
 table=docker/toolchains.json
 
@@ -18,16 +15,16 @@ report() { # title, what was seen, what to do, command
     exit 1
 }
 
-# What the user typed, with changes: typed serve TP=2. As errors.make in scripts/reports has it.
+# What the user typed, with changes: typed serve TP=2. As make in scripts/reports/problem.py has it; with the user's own word.
 typed() {
-    local goal=$1 settings=${BAKE_SETTINGS:-} line name words
+    local goal=${BAKE_GOAL:-$1} settings=${BAKE_SETTINGS:-} line name words
     shift
     words="make $goal"
     while IFS= read -r line; do
         line=${line# }
         name=${line%%=*}
         [[ $line == *=* && " $* " != *" $name="* ]] && words+=" $name=$(quoted "${line#*=}")"
-    done <<<"${settings//|/$'\n'}" # make's $(shell) takes no line breaks
+    done <<<"$settings"
     for line in "$@"; do words+=" ${line%%=*}=$(quoted "${line#*=}")"; done
     echo "$words"
 }
@@ -47,87 +44,12 @@ cell() { # version, name; null is empty
     fi
 }
 
-# --- which version ---
-
-# Its first line: the GPUs in words; its second: their compute capability.
-gpus_here() {
-    local seen kinds one
-    type -P nvidia-smi >/dev/null || report "WHICH GPU?" \
-        "ENGINE=tensorrt without TOOLCHAIN: the GPU decides which TensorRT-LLM is used, and this machine has no nvidia-smi to ask." \
-        "Say which GPU it will be (to see the journey; nothing is built for it here), or use the torch engine:" \
-        "$(typed plan "ASSUME_GPU=4x V100-SXM2-16GB")"$'\n'"$(typed serve ENGINE=torch)"
-    seen=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2>&1) && [ -n "$seen" ] || report "THE DRIVER DOES NOT ANSWER" \
-        "nvidia-smi says: ${seen:-nothing}" "Look at the driver:" "nvidia-smi"
-    kinds=$(while IFS= read -r one; do echo "${one##*, }"; done <<<"$seen" | sort -u)
-    [ "$(wc -l <<<"$kinds")" = 1 ] || report "GPUS OF MORE THAN ONE KIND" \
-        "This machine has $(paste -sd';' <<<"$seen"). An engine runs on the architecture it was built for, on no other." \
-        "Name the TensorRT-LLM, and see what fits:" "$(typed doctor "TOOLCHAIN=$(versions | tail -n 1)")"
-    printf '%sx %s\n%s\n' "$(wc -l <<<"$seen")" "${seen%%,*}" "$kinds"
-}
-
-# '4x V100-SXM2-16GB' -> the same two lines; docker/gpus.json knows the names. As gpus.assumed in scripts/nvidia/gpus.py has it.
-gpus_assumed() {
-    local name=$1 rows
-    [[ $name =~ ^[1-9][0-9]?\ *x\ *(.+)$ ]] && name=${BASH_REMATCH[1]}
-    rows=$(grep -iF "    \"$name\":" docker/gpus.json || grep -iF "    \"$name" docker/gpus.json || true)
-    [ -n "$rows" ] && [ "$(wc -l <<<"$rows")" = 1 ] || report "NO GPU NAMED $1" \
-        "ASSUME_GPU is $1; known are: $(sed -n 's/^    "\([^"]*\)".*/\1/p' docker/gpus.json | paste -sd' ')." \
-        "For instance:" "$(typed plan "ASSUME_GPU=4x V100-SXM2-16GB")"
-    rows=${rows#*\"compute_capability\": \"}
-    printf '%s\n%s\n' "$1" "${rows%%\"*}"
-}
-
-newest_for() { # the GPUs in words, their compute capability
-    local version found='' seen=''
-    for version in $(versions); do
-        seen+="  $version: $(cell "$version" architectures)"$'\n'
-        [[ " $(cell "$version" architectures) " == *" $2 "* ]] && found=$version
-    done
-    [ -n "$found" ] || report "NO TENSORRT-LLM FOR THIS GPU" \
-        "$1 has compute capability $2. Supported are:"$'\n\n'"$seen" "The torch engine runs on it:" "$(typed serve ENGINE=torch TOOLCHAIN=)"
-    echo "$found"
-}
-
-version() { # GPU, or nothing
-    local seen
-    if [ -n "${1:-}" ]; then seen=$(gpus_assumed "$1"); else seen=$(gpus_here); fi
-    newest_for "${seen%%$'\n'*}" "${seen##*$'\n'}"
-}
-
-gpu() { # file
-    local seen found
-    seen=$(gpus_here)
-    found=$(newest_for "${seen%%$'\n'*}" "${seen##*$'\n'}")
-    mkdir -p "$(dirname "$1")"
-    printf '# Written by scripts/toolchain.sh: %s decide.\nTOOLCHAIN = %s\nGPU_SEEN = %s\n' "${seen//$'\n'/, }" "$found" "${GPU_SEEN_NOW:-}" >"$1"
-    echo "toolchain   TensorRT-LLM $found for ${seen//$'\n'/, }"
-}
-
 # --- docker ---
 
 image() {
     local tag digest
     tag=$(cell "$1" image) digest=$(cell "$1" digest)
     if [ -n "$digest" ]; then echo "${tag%:*}@$digest"; else echo "$tag"; fi
-}
-
-# The project is mounted by make. Weights, what their links point to, and a build/ that is a link, may lie elsewhere; each is mounted
-# where it is on the host: a room may hold a link to the weights, and it has to mean the same in the container and outside.
-mounts() {
-    local place mode file
-    {
-        echo "$(realpath -m build) rw"
-        if [ -e "$1" ]; then
-            echo "$(realpath "$1") ro"
-            [[ $1 == /* ]] && echo "$1 ro"
-            while IFS= read -r file; do echo "$(dirname "$(realpath "$file")") ro"; done \
-                < <(find -L "$1" -maxdepth 1 -type f -not -name '.*')
-            file=$(dirname "$(realpath "$1")")/tokenizer.model # where Meta's download leaves it for all sizes
-            if [ -f "$file" ]; then echo "$file ro"; fi
-        fi
-    } | sort -u | while read -r place mode; do
-        [[ $place/ == "$PWD"/* ]] || printf -- "--volume '%s:%s%s' " "$place" "$place" "$([ "$mode" = rw ] || echo :ro)"
-    done
 }
 
 check() { # image, gpu or nothing
@@ -192,12 +114,6 @@ pin() {
     [ -z "$failed" ] || report "NOT EVERY TAG COULD BE PINNED" "No digest for:"$'\n\n'"$failed" \
         "Is the registry within reach, and does it still have the tag? What was pinned is in $table. Look:" \
         "docker buildx imagetools inspect $(sed -n '1s/^ *\([^ ]*\): .*/\1/p' <<<"$failed")"
-}
-
-refuse() {
-    local name=${REFUSED_NAMES%% *}
-    report "$name CANNOT BE THAT" "$(grep "^ *$name=" <<<"${REFUSED_SETTINGS:-}" || echo "$name is no setting")" \
-        "The settings are in README.md. For instance:" "make help"
 }
 
 "$@"

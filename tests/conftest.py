@@ -18,7 +18,7 @@ pytest_plugins = ["baking"]
 sys.path.insert(0, str(ROOT))
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
-for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "PROMPT"):
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT"):
     os.environ.pop(name, None)
 
 

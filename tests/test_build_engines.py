@@ -146,7 +146,7 @@ def test_the_room_is_what_trtllm_build_wrote_and_how(
     manifest = build(checkpoints / version, tmp_path / "engines", version)
     assert sorted(manifest["files"]) == ["config.json", "rank0.engine", "rank1.engine"]
     assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(
-        ["args", "args.sha256", "config.json", "manifest.json", "rank0.engine", "rank1.engine"]
+        ["args", "args.sha256", "config.json", "made_from.json", "manifest.json", "rank0.engine", "rank1.engine"]
     )
     facts = manifest["facts"]
     assert (facts["engine"], facts["world_size"], facts["trtllm_version"]) == ("tensorrt", 2, version)

@@ -249,7 +249,7 @@ def hf_folder(tmp_path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_hf, "FILE_MAX_BYTES", 200_000)
         folder = build(write_model(tmp_path / "meta"), tmp_path / "published")
-    for name in ("manifest.json", "args", "args.sha256"):
+    for name in ("manifest.json", "args", "args.sha256", "made_from.json"):
         (folder / name).unlink()
     (folder / "modeling_llama.py").write_text("raise SystemExit")
     return folder

@@ -412,32 +412,12 @@ def test_a_laptop_plans_and_nothing_is_written(own_tree: Path, laptop: Path) -> 
     assert files_below(own_tree) == before
 
 
-def test_a_host_without_python_plans_in_the_container(own_tree: Path, laptop: Path) -> None:
-    log = laptop.parent / "log"
-    on_path(
-        laptop, "docker", f'printf "%s\\0" "$@" >>"{log}"; echo >>"{log}"; [ "$1" != info ] || echo "runc nvidia"\n'
-    )
-    done = type_make(own_tree, laptop, "plan", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"ASSUME_GPU={V100S}")
-    assert done.returncode == 0, done.stderr
-    runs = [line.split("\0")[:-1] for line in log.read_text().splitlines() if line.startswith("run")]
-    assert len(runs) == 1 and runs[0][-3:] == ["python3", "-m", "scripts.plan"]
-    assert contracts.toolchain(LAST_FOR_VOLTA)["image"] in runs[0]
-    assert "CHOSEN" in runs[0] and "--gpus" not in runs[0]
-
-
 def test_here_means_what_nvidia_smi_says(own_tree: Path, laptop: Path) -> None:
     on_path(laptop, "python3", f'exec "{sys.executable}" -S "$@"\n')
     nvidia_smi(laptop, ["NVIDIA A100-SXM4-80GB, 81920, 8.0, 550.54.15"] * 2, links="NV12")
     done = type_make(own_tree, laptop, "plan", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={OLDEST}")
     assert "on 2x NVIDIA A100-SXM4-80GB (here)" in done.stdout, done.stderr
     assert "--use_custom_all_reduce enable" in " ".join(done.stdout.split())
-
-
-def test_make_and_python_choose_the_same_toolchain() -> None:
-    for name in json.loads(gpus.TABLE.read_text()):
-        command = ["bash", "scripts/toolchain.sh", "version", f"2x {name}"]
-        by_bash = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
-        assert plan.toolchain_for(gpus.assumed(name)[0]) == by_bash, name
 
 
 def test_the_fraction_and_the_block_are_those_that_are_served_and_built() -> None:

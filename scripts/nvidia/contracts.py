@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Union, cast
 
 from scripts import reports
+from scripts.making import ingredients
 
 # What a flag is to say: on or off, a number, a word; None: nothing. And a version's flags by name, as its table has them.
 Wish = Union[bool, int, str, None]
@@ -27,6 +28,7 @@ def toolchain(trtllm_version: str) -> Dict[str, Any]:
     if trtllm_version not in toolchains:
         known = ", ".join(toolchains)
         raise reports.settings.bad_setting("TOOLCHAIN", trtllm_version, f"one of {known}", reports.make("help"))
+    ingredients.note_row("docker/toolchains.json", trtllm_version)
     return cast(Dict[str, Any], toolchains[trtllm_version])
 
 
@@ -43,6 +45,7 @@ def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
     path = DOCKER / "contracts" / kind / f"{toolchain(trtllm_version)['contract'][kind]}.json"
     if not path.is_file():
         raise reports.nvidia.no_contract_table(trtllm_version, kind, path)
+    ingredients.note_path(path)
     return cast(Dict[str, Any], json.loads(path.read_text()))
 
 

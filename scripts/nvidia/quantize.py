@@ -156,7 +156,8 @@ def build_quantized(settings: Settings) -> None:
         if different:
             raise reports.checkpoint.checkpoint_not_as_asked(filling.path / "config.json", *different, log)
         shutil.rmtree(work)
-        for extra in sorted({path.name for path in filling.path.iterdir()} - {*names, *filling.kept, room.FINISHED}):
+        ours = {*names, *filling.kept, room.FINISHED, room.CHILDREN_USED}
+        for extra in sorted({path.name for path in filling.path.iterdir()} - ours):
             (filling.path / extra).unlink()
         for name in names:
             filling.take(name)

@@ -65,8 +65,9 @@ def stages_impossible(where: PathLike, pp_size: int, n_layers: int) -> Problem:
 
 
 def split_impossible(
-    where: PathLike, tp_size: int, what: str, size: int, rule: str, possible: Sequence[int], by_padding: bool = False
-) -> Problem:
+    where: PathLike, tp_size: int, what: str, size: int, rule: str, possible: Sequence[int], by_padding: bool = False,
+    goal: str = "checkpoint",
+) -> Problem:  # fmt: skip
     fitting = max((tp for tp in possible if tp <= tp_size), default=1)
     padding = " PAD_HEADS=on makes it possible: it adds heads of zeros." if by_padding else ""
     return Problem(
@@ -74,7 +75,7 @@ def split_impossible(
         where,
         f"TP is {tp_size}, {what} is {size}: {rule}. Possible: {', '.join(map(str, possible))}.{padding}",
         "For instance:",
-        make("checkpoint", TP=fitting),
+        make(goal, TP=fitting),
     )
 
 

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 from scripts.reports.problem import PathLike, Problem, make, shown
 
@@ -130,4 +130,45 @@ def engine_not_as_asked(where: PathLike, what: str, asked: object, built: object
         f"{what} should be {asked}; trtllm-build wrote {built}.",
         "See what its log says about it:",
         f"grep -n -i -e warn -e {what} {shlex.quote(shown(Path(where).parent / 'building' / 'trtllm-build.log'))}",
+    )
+
+
+def which_gpu() -> Problem:
+    return Problem(
+        "which GPU?",
+        "nvidia-smi",
+        "ENGINE=tensorrt without TOOLCHAIN: the GPU decides which TensorRT-LLM is used, and this machine has no nvidia-smi to ask.",
+        "Say which GPU it will be (to see the journey; nothing is built for it here), or use the torch engine:",
+        f"{make('plan', ASSUME_GPU='4x V100-SXM2-16GB')}\n{make('serve', ENGINE='torch')}",
+    )
+
+
+def driver_silent(seen: str) -> Problem:
+    return Problem(
+        "the driver does not answer",
+        "nvidia-smi",
+        f"nvidia-smi says: {seen or 'nothing'}",
+        "Look at the driver:",
+        "nvidia-smi",
+    )
+
+
+def several_kinds_of_gpu(seen: Sequence[str], newest: str) -> Problem:
+    return Problem(
+        "GPUs of more than one kind",
+        "nvidia-smi",
+        f"This machine has {'; '.join(seen)}. An engine runs on the architecture it was built for, on no other.",
+        "Name the TensorRT-LLM, and see what fits:",
+        make("doctor", TOOLCHAIN=newest),
+    )
+
+
+def no_toolchain_for(gpus: str, capability: str, supported: Mapping[str, str]) -> Problem:
+    listed = "\n".join(f"    {version}: {architectures}" for version, architectures in supported.items())
+    return Problem(
+        "no TensorRT-LLM for this GPU",
+        "docker/toolchains.json",
+        f"{gpus} has compute capability {capability}. Supported are:\n\n{listed}",
+        "The torch engine runs on it:",
+        make("serve", ENGINE="torch", TOOLCHAIN=""),
     )

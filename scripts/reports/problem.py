@@ -14,6 +14,8 @@ PathLike = Union[str, Path]
 WIDTH = 100
 # the goals that ASSUME_GPU is for
 PLANNING = ("plan", "doctor")
+# words of the journey: whoever typed one of them is not advised another
+JOURNEY = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "image")
 
 
 class Problem(Exception):
@@ -70,6 +72,8 @@ def shown(path: PathLike) -> str:
 def make(target: str, **changed: object) -> str:
     """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`.
 
+    With `changed` it is the user's own command corrected, so their own word (BAKE_GOAL) where both are of the journey.
+
     None leaves a setting away. In an image there is no make: where a variable helps, it is docker's command; else the image is made anew.
     """
     if baked := os.environ.get("BAKED_IMAGE"):
@@ -83,6 +87,9 @@ def make(target: str, **changed: object) -> str:
         }:
             return f"docker run {variables}{baked}{' doctor' if target == 'doctor' else ''}"
         target = "image"
+    typed = os.environ.get("BAKE_GOAL", "")
+    if changed and target in JOURNEY and typed in JOURNEY:
+        target = typed
     settings = dict(
         line.strip().split("=", 1) for line in os.environ.get("BAKE_SETTINGS", "").splitlines() if "=" in line
     )

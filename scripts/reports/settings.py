@@ -17,7 +17,51 @@ def bad_setting(name: str, value: object, allowed: str, command: str) -> Problem
     )
 
 
-def path_not_for_make(name: str, value: str, characters: Sequence[str]) -> Problem:
+def several_wrong(problems: Sequence[Problem], command: str) -> Problem:
+    """Settings that are wrong together: what is wrong with each, and the command with all of them corrected."""
+    return Problem(
+        f"{len(problems)} settings cannot be",
+        "Makefile",
+        "\n\n".join(problem.seen.split("\n\n")[0] for problem in problems),
+        "For instance:",
+        command,
+    )
+
+
+def no_such_word(word: str, words: Sequence[str], near: str) -> Problem:
+    return Problem(
+        f"make does not know {word}",
+        "Makefile",
+        f"{word!r} is not a word of this Makefile; the words are: {', '.join(words)}.",
+        "The nearest one:",
+        make(near),
+    )
+
+
+def model_of_the_hub(model: str, goal: str) -> Problem:
+    """A name as the hub has them: a folder of that name is not there, and its weights can be fetched."""
+    folder = f"weights/{model.partition('/')[2]}"
+    return Problem(
+        "no such folder",
+        model,
+        f"MODEL is {model}: no folder is there. A model of the Hugging Face hub has such a name; "
+        f"its weights are fetched once, into {folder}.",
+        "Fetch it, and go on:",
+        make(goal, MODEL=folder, SOURCE=f"hf:{model}"),
+    )
+
+
+def no_preset(path: PathLike, line: str) -> Problem:
+    return Problem(
+        "a preset cannot be read",
+        path,
+        f"A preset has lines of the form NAME = value, and comments. This is another line: {line!r}.",
+        "See the bundled one:",
+        "cat models/stories.mk",
+    )
+
+
+def path_not_for_make(name: str, value: str, characters: Sequence[str], goal: str = "serve") -> Problem:
     listed = " ".join(repr(character) for character in characters)
     return Problem(
         f"{name} is a path that make cannot take",
@@ -25,17 +69,17 @@ def path_not_for_make(name: str, value: str, characters: Sequence[str]) -> Probl
         f"The path holds {listed}. make and the shell treat these characters specially: a path cannot have a space, a quote or any "
         "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ in it.",
         "Make a link with a plain name and use that:",
-        f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make('serve', **{name: '/tmp/linked'})}",
+        f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make(goal, **{name: '/tmp/linked'})}",
     )
 
 
-def no_such_setting(name: str, settings: Sequence[str], near: str) -> Problem:
+def no_such_setting(name: str, settings: Sequence[str], near: str, command: str) -> Problem:
     return Problem(
         f"no setting named {name}",
         "Makefile",
         f"{name} was typed; the settings are: {', '.join(settings)}.",
-        f"The nearest one is {near}. What make takes:",
-        "make help",
+        f"The nearest one is {near}:",
+        command,
     )
 
 
@@ -71,12 +115,12 @@ def weights_not_there(name: str, folder: PathLike, source: str = "") -> Problem:
     )
 
 
-def no_such_model(model: str, presets: Sequence[str]) -> Problem:
+def no_such_model(model: str, presets: Sequence[str], near: str, goal: str = "serve") -> Problem:
     return Problem(
         f"no model named {model}",
         "models/",
         f"MODEL is {model!r}; the presets are: {', '.join(presets)}.\n\n"
         "To name a folder of weights, use a path with a slash in it.",
-        "For instance:",
-        make("serve", MODEL="stories"),
+        "The nearest one:",
+        make(goal, MODEL=near),
     )

@@ -109,7 +109,7 @@ def test_the_room_is_what_the_tool_wrote_and_how_it_was_asked(hf: Path, tmp_path
     assert (manifest["facts"]["quant"], manifest["facts"]["tp_size"], manifest["facts"]["pp_size"]) == (quant, 2, 3)
     assert str(tmp_path) not in json.dumps(manifest) and "--pp_size" in manifest["facts"]["argv"]
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
-    assert names == {*manifest["files"], "args", "args.sha256", "manifest.json"}
+    assert names == {*manifest["files"], "args", "args.sha256", "made_from.json", "manifest.json"}
 
 
 def refused(hf: Path, tmp_path: Path, quant: str = "fp8") -> reports.Problem:

@@ -1,6 +1,6 @@
 """ENGINE=tensorrt on the host: the version table, what is typed to docker, what is refused. A fake docker on PATH keeps what it was told.
 
-The host of these tests has make, bash, coreutils, grep, sed, find and docker on its PATH, and no Python.
+The host of these tests has make, bash, coreutils, grep, sed, find, docker and some python3 on its PATH, and no package of ours.
 """
 
 import ast
@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -23,6 +24,7 @@ from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
 from scripts import ask, build_model_repo, build_wheels, plan, reports
+from scripts.making import toolchain
 from scripts.nvidia import contracts, gpus
 from scripts.serving import supervisor
 
@@ -30,8 +32,9 @@ TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
 DIGEST = "sha256:" + "5f" * 32
 V100 = "Tesla V100-SXM2-16GB, 7.0"
-PROGRAMS = """make bash awk cat cksum cmp cut dirname env find grep head id mkdir mv paste printf realpath rm sed sha256sum sleep sort tail
-    tr wc"""
+PROGRAMS = (
+    "make bash awk cat cmp cut dirname env find grep head id mkdir mv paste printf rm sed sleep sort tail tee tr wc"
+)
 
 # Keeps each call as one line of NUL-separated words. A room becomes whole as the script in the container would make it.
 DOCKER = r"""
@@ -44,7 +47,8 @@ case "$1 ${2:-}" in
     "run "*)
         room=${*: -1}
         case "$*" in
-            *scripts.build_*) mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' >"$room/manifest.json" ;;
+            *scripts.build_*)
+                mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' | tee "$room/made_from.json" >"$room/manifest.json" ;;
             *scripts.serve*)
                 [ -n "${FIFO:-}" ] || exit 0
                 trap 'kill $!; echo ended >>"$LOG"; exit 0' TERM
@@ -66,6 +70,8 @@ class Host:
         folder.mkdir()
         for program in PROGRAMS.split():
             (folder / program).symlink_to(shutil.which(program) or f"/usr/bin/{program}")
+        # the interpreter's own place tells it where its library is, so no link
+        on_path(folder, "python3", f'exec {getattr(sys, "_base_executable", sys.executable)} "$@"\n')
         if docker:
             on_path(folder, "docker", DOCKER)
         if gpus:
@@ -234,8 +240,7 @@ def test_no_version_is_named_outside_of_the_tables() -> None:
     ],
 )
 def test_the_gpu_decides(gpu: str, version: str) -> None:
-    command = ["scripts/toolchain.sh", "version", gpu]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == version
+    assert toolchain.choose(gpu, "", os.defpath, asked=True) == (version, "")
     assert plan.toolchain_for(gpus.assumed(gpu)[0]) == version
 
 
@@ -244,14 +249,14 @@ def test_a_gpu_that_no_version_runs_on_is_refused_by_name(host: Host) -> None:
     report = host.reported("NO TENSORRT-LLM FOR THIS GPU", "serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
     assert "1x Tesla T4 has compute capability 7.5" in report
     assert f"{NEWEST}: 8.0 8.6" in report
-    assert advised(report) == [sorted(["make", "serve", "MODEL=llama-2-7b", "ENGINE=torch", "TOOLCHAIN="])]
+    assert advised(report)[-1] == sorted(["make", "serve", "MODEL=llama-2-7b", "ENGINE=torch", "TOOLCHAIN="])
 
 
 @pytest.mark.parametrize("name", ["4x V100-SXM2", "GeForce"])
 def test_an_assumed_gpu_must_be_one_that_is_known(host: Host, name: str) -> None:
     """V100-SXM2 is two of them."""
-    report = host.reported(f"NO GPU NAMED {name}", "-n", "serve", "ENGINE=tensorrt", f"ASSUME_GPU={name}")
-    assert "V100-SXM2-16GB V100-SXM2-32GB" in report
+    report = host.reported("NO SUCH GPU", "-n", "serve", "ENGINE=tensorrt", f"ASSUME_GPU={name}")
+    assert "V100-SXM2-16GB, V100-SXM2-32GB" in " ".join(report.split()) and name in report
 
 
 def test_gpus_of_two_kinds_do_not_decide(host: Host) -> None:
@@ -310,7 +315,9 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
 
 @pytest.mark.parametrize("has_urllib3", [True, False])
 def test_weights_need_any_python3_of_the_host_and_no_packages_of_ours(host: Host, has_urllib3: bool) -> None:
-    on_path(host.folder, "python3", f"exit {0 if has_urllib3 else 1}\n")
+    real = getattr(sys, "_base_executable", sys.executable)
+    status = 0 if has_urllib3 else 1
+    on_path(host.folder, "python3", f'[[ "$*" != *urllib3* ]] || exit {status}\nexec {real} "$@"\n')
     shown = host.make("-n", "weights", "MODEL=llama-2-7b", "ENGINE=tensorrt").stdout.splitlines()
     program = "python3" if has_urllib3 else ".venv/bin/python"
     assert shown[-1].startswith(f"{program} -m scripts.fetch_weights "), shown
@@ -332,7 +339,7 @@ def test_words_that_need_no_toolchain_ask_no_gpu(tree: Path, tmp_path: Path, wor
 # --- the journey, typed to docker ---
 
 
-def test_the_journey_runs_on_a_host_without_python_and_a_second_make_only_serves(host: Host) -> None:
+def test_the_journey_runs_on_a_host_with_any_python_and_a_second_make_only_serves(host: Host) -> None:
     ports = free_ports(4)
     words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", "HOST=0.0.0.0", *ports_typed(ports)]
     done = host.make(*words)
@@ -524,12 +531,30 @@ def test_a_port_in_use(host: Host) -> None:
 
 
 def test_nothing_is_built_for_an_assumed_gpu(host: Host) -> None:
-    report = host.reported("ASSUME_GPU CANNOT BE THAT", *SERVE, "ASSUME_GPU=4x V100-SXM2-16GB")
-    assert "ASSUME_GPU=4x V100-SXM2-16GB" in report
+    report = host.reported("ASSUME_GPU CANNOT BE 4X V100-SXM2-16GB", *SERVE, "ASSUME_GPU=4x V100-SXM2-16GB")
+    assert advised(report) == [sorted(["make", "plan", *SERVE[1:], "ASSUME_GPU='4x", "V100-SXM2-16GB'"])]
 
 
-def test_a_setting_that_cannot_be_is_reported_without_python(host: Host) -> None:
-    assert "TP=0" in host.reported("TP CANNOT BE THAT", *SERVE, "TP=0")
+def test_a_host_without_python_is_told_so(host: Host) -> None:
+    (host.folder / "python3").unlink()
+    done = host.make(*SERVE)
+    assert done.returncode != 0 and "-- NO PYTHON -" in done.stderr and "apt-get install python3" in done.stderr
+    assert host.make("help").returncode == 0
+
+
+def test_what_the_gpus_decided_is_kept_until_they_or_the_table_change(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = host.folder / "asked"
+    smi = (host.folder / "nvidia-smi").read_text().replace("#!/bin/bash", f"#!/bin/bash\necho x >>{asked}", 1)
+    (host.folder / "nvidia-smi").write_text(smi)
+    for _ in range(2):
+        assert host.make("config", *SERVE[1:]).returncode == 0
+    assert asked.read_text() == "x\n"
+    with (host.tree / "docker/toolchains.json").open("a") as table:
+        table.write("\n")
+    assert host.make("config", *SERVE[1:]).returncode == 0
+    assert asked.read_text() == "x\nx\n"
 
 
 # --- pins ---

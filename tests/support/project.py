@@ -8,7 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the project is made of; build/, .venv/ and caches stay behind.
-PARTS = ("Makefile", "LICENSE", "docker", "models", "model_repo_template", "requirements", "scripts", "pyproject.toml")
+PARTS = (
+    "Makefile",
+    "LICENSE",
+    "README.md",
+    "docker",
+    "models",
+    "model_repo_template",
+    "requirements",
+    "scripts",
+    "pyproject.toml",
+)
 
 
 def copy_of_project(target: Path) -> Path:

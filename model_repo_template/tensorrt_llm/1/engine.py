@@ -317,7 +317,9 @@ class Engine:
                     # the others are somewhere inside that step and will not come back from it; a GPU that failed stays so
                     self.fail("the engine has failed; the server's log says why")
                     self._link.abandon()
-                    log.error("rank 0 has ended its work: a step failed")  # the supervisor reads this line, as that of a lost rank
+                    log.error(
+                        "rank 0 has ended its work: a step failed"
+                    )  # the supervisor reads this line, as that of a lost rank
                 with self._changed:
                     failed = Piece(final=True, error="a step of the engine failed; the server's log says why")
                     self._end([one.request for one, _ in lost], failed)

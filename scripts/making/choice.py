@@ -1,0 +1,184 @@
+"""What was typed, a preset and the defaults -> the value of every setting, and the names of those that cannot be.
+
+The standard library only, any Python from 3.8 on: this runs before anything is installed, at every make.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Set
+
+from scripts import reports, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANNING = {"plan", "doctor"}
+# words of those who work on this project, and words that use no weights
+WITHOUT_WEIGHTS = {
+    "weights",
+    "test",
+    "test-image",
+    "test-long",
+    "lint",
+    "lock",
+    "lock-base",
+    "pin",
+    "synthetic",
+    "help",
+    "clean",
+}
+# words that need to know no TensorRT-LLM if nobody named one
+WITHOUT_TOOLCHAIN = {*PLANNING, "test", "test-image", "test-long", "lint", "lock", "pin", "help", "clean"}
+LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
+
+
+class Typed(NamedTuple):
+    """What was typed. settings: name -> value; asked: make -n or -q; below: by another make, which may have settings of its own."""
+
+    goals: Sequence[str]
+    settings: Mapping[str, str]
+    asked: bool = False
+    below: bool = False
+
+    @property
+    def goal(self) -> str:
+        """The one word that was typed; empty for several."""
+        return self.goals[0] if len(self.goals) == 1 else ""
+
+
+def toolchains() -> List[str]:
+    """The TensorRT-LLM versions that TOOLCHAIN may name, oldest first."""
+    return list(json.loads((ROOT / "docker" / "toolchains.json").read_text()))
+
+
+def presets() -> List[str]:
+    return sorted(path.stem for path in Path("models").glob("*.mk"))
+
+
+def preset(path: Path) -> Dict[str, str]:
+    """The settings of a preset; a Problem for a line that is not one."""
+    found = {}
+    for line in path.read_text().splitlines():
+        match = LINE.fullmatch(line.strip())
+        if match and match[1] in settings.NAMES:
+            found[match[1]] = match[2].strip()
+        elif line.strip() and not line.lstrip().startswith("#"):
+            raise reports.settings.no_preset(path, line)
+    return found
+
+
+def values_of(typed: Mapping[str, str]) -> Dict[str, str]:
+    """The value of every setting: the command line, else the preset, else the default. The environment never decides."""
+    known = {
+        name: value if settings.BY_NAME[name].free else " ".join(value.split(" ")).strip(" \t\r\n")
+        for name, value in typed.items()
+        if name in settings.NAMES
+    }
+    model = known.get("MODEL", settings.BY_NAME["MODEL"].default)
+    path = Path("models") / f"{model}.mk"
+    named = settings.fits(settings.BY_NAME["MODEL"], model) and "/" not in model and path.is_file()
+    values = {setting.name: setting.default for setting in settings.TABLE}
+    values.update(preset(path) if named else {})
+    values.update(known)
+    if "/" in model and "WEIGHTS" not in known:
+        values["WEIGHTS"] = model
+    return values
+
+
+def refused(typed: Typed, values: Mapping[str, str]) -> List[str]:
+    """The settings that cannot be: unknown names, wrong values, values that this project or this machine has not."""
+    unknown = [] if typed.below else [name for name in typed.settings if name not in settings.NAMES]
+    names = [*sorted(unknown, key=lambda name: name not in settings.SECRETS), *settings.wrong(values)]
+    source = values["SOURCE"]
+    if re.match(r"https?://[^/]*@", source):
+        names.append("SOURCE")
+    if names:
+        return list(dict.fromkeys(names))
+    model, goals = values["MODEL"], set(typed.goals)
+    missing = {
+        "MODEL": "/" not in model and not (Path("models") / f"{model}.mk").is_file(),
+        "WEIGHTS": "/" in model and "WEIGHTS" in typed.settings,
+        "TOOLCHAIN": values["TOOLCHAIN"] not in ("", *toolchains()),
+        "CHAT_TEMPLATE": values["CHAT_TEMPLATE"] and not os.path.isfile(values["CHAT_TEMPLATE"]),
+        "API_KEY_FILE": values["API_KEY_FILE"] and not os.path.isfile(values["API_KEY_FILE"]),
+        "PYTHON": values["PYTHON"] and not runs(values["PYTHON"]),
+        "ASSUME_GPU": values["ASSUME_GPU"] and values["ENGINE"] == "tensorrt" and not typed.asked
+        and bool(goals - WITHOUT_TOOLCHAIN),
+    }  # fmt: skip
+    names = [name for name, is_missing in missing.items() if is_missing]
+    if not names and not typed.asked and goals - WITHOUT_WEIGHTS and "weights" not in goals and not at_hand(values):
+        names = ["WEIGHTS"]
+    return names
+
+
+def at_hand(values: Mapping[str, str]) -> bool:
+    """Whether the weights are there, or can be fetched: Meta's only with the URL that Meta sends."""
+    if os.path.isdir(values["WEIGHTS"]):
+        return True
+    if values["SOURCE"].startswith("meta:"):
+        return bool(os.environ.get("META_URL") or os.environ.get("META_URL_FILE"))
+    return bool(values["SOURCE"])
+
+
+def runs(python: str) -> bool:
+    """Whether an interpreter is there and works."""
+    try:
+        done = subprocess.run(
+            [python, "-c", "print(7)"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+        )
+    except OSError:
+        return False
+    return done.stdout.strip() == b"7"
+
+
+def nearest_word(goal: str, words: Sequence[str]) -> str:
+    """The word of the Makefile that a goal is, or most looks like. A file may be a goal too."""
+    if goal in words or "/" in goal or "." in goal:
+        return goal
+    return settings.nearest(goal.lower(), sorted(words))
+
+
+def check_split(values: Mapping[str, str], goal: str) -> None:
+    """A Problem for ranks that cannot share the model, if its shape is known before it is read: a preset's, or its folder's."""
+    tp_size = int(values["TP"])
+    sizes = sizes_known(values)
+    if tp_size == 1 or not sizes or all(size % tp_size == 0 for size in sizes):
+        return
+    from scripts.weights import shape as shapes
+
+    folder = Path(values["WEIGHTS"])
+    try:
+        if (folder / "params.json").is_file():
+            shape = shapes.read_params(folder / "params.json").shape(0)
+        elif (folder / "config.json").is_file():
+            shape = shapes.shape_of_config(shapes.read_json(folder / "config.json"), folder / "config.json")
+        else:
+            table = ROOT / "models" / "shapes.json"
+            shape = shapes.params_of(json.loads(table.read_text())[values["MODEL"]], table).shape(0)
+    except reports.Problem:  # the room that reads it says more
+        return
+    impossible = shapes.why_impossible(shape, tp_size, values["PAD_HEADS"] == "on")
+    if impossible:
+        by_padding = shapes.why_impossible(shape, tp_size, pad_heads=True) is None
+        possible = shapes.possible_tp_sizes(shape)
+        raise reports.checkpoint.split_impossible(
+            values["MODEL"], tp_size, *impossible, possible, by_padding, goal or "serve"
+        )
+
+
+def sizes_known(values: Mapping[str, str]) -> Set[int]:
+    """The numbers of heads and of key/value heads, if a small file tells; for a first look that costs nothing."""
+    folder = Path(values["WEIGHTS"])
+    for path in (folder / "params.json", folder / "config.json", ROOT / "models" / "shapes.json"):
+        try:
+            found = json.loads(path.read_bytes())
+            found = found.get(values["MODEL"], {}) if path.name == "shapes.json" else found
+            sizes = [
+                found.get(name) for name in ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads")
+            ]
+        except (OSError, ValueError, AttributeError):
+            continue
+        if any(sizes):
+            return {size for size in sizes if isinstance(size, int) and size > 0}
+    return set()

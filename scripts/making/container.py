@@ -1,0 +1,119 @@
+"""How a script runs with ENGINE=tensorrt: the words in front of `-m`, which start NVIDIA's container.
+
+Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Sequence
+
+PASSED_ON = (
+    "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
+)  # fmt: skip
+# as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
+GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
+GPU_JOBS = ("engines", "verified", "serve", "demo")
+JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck", "wheels")
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
+
+
+class Container(NamedTuple):
+    """The image a version runs in. lacks: the list of packages that NVIDIA's image lacks; iid: the file with the completed image's id.
+
+    serving: the same for serve and demo, which need packages that no image of NVIDIA's has; rooms do not, and an image brings them itself.
+    """
+
+    image: str
+    lacks: str
+    iid: str
+    serving: str
+
+    def words(self, job: str) -> str:
+        """The image as docker's argument, in a recipe."""
+        if job in ("serve", "demo"):
+            return f'"$$(cat {self.serving})"'
+        return f'"$$(cat {self.iid})"' if self.iid else self.image
+
+    @property
+    def made_in(self) -> str:
+        """What names it in a room's question."""
+        packages = hashlib.sha256(Path(self.lacks).read_bytes()).hexdigest()[:12] if self.lacks else ""
+        return f"image={self.image}" + (f"+{packages}" if packages else "")
+
+
+def image_of(row: Mapping[str, object]) -> str:
+    """NVIDIA's image: by digest once `make pin` has written it, before that by tag."""
+    tag, digest = str(row["image"]), row["digest"]
+    return f"{tag.rpartition(':')[0]}@{digest}" if digest else tag
+
+
+def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Container:
+    lacks = f"requirements/{row['packages']}" if row["packages"] else ""
+    name = f"{version}{'-rehearsal' if rehearsal else ''}.iid"
+    return Container(image_of(row), lacks, f"build/toolchain-{name}" if lacks else "", f"build/serving-{name}")
+
+
+def mounts(weights: str, to_fetch: bool = False) -> List[str]:
+    """docker's flags for what lies outside of the project. to_fetch: the weights will be there when docker runs.
+
+    Weights, what their links point to, and a build/ that is a link, may lie elsewhere. Each is mounted at the place it has on the host: a
+    room may hold a link to the weights, and the link has to mean the same in the container and outside.
+    """
+    places = {(os.path.realpath("build"), "")}
+    if os.path.exists(weights):
+        real = os.path.realpath(weights)
+        places.add((real, ":ro"))
+        if weights.startswith("/"):
+            places.add((weights, ":ro"))
+        for path in Path(weights).iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                places.add((os.path.dirname(os.path.realpath(path)), ":ro"))
+        tokenizer = os.path.join(
+            os.path.dirname(real), "tokenizer.model"
+        )  # where Meta's download leaves it for all sizes
+        if os.path.isfile(tokenizer):
+            places.add((tokenizer, ":ro"))
+    elif to_fetch:
+        places.add((os.path.abspath(weights), ":ro"))
+    here = os.getcwd() + "/"
+    outside = [(place, mode) for place, mode in sorted(places) if not (place + "/").startswith(here)]
+    return [f"--volume '{place}:{place}{mode}'" for place, mode in outside]
+
+
+def network(job: str, values: Mapping[str, str]) -> List[str]:
+    """A room has none, but wheels fetches packages, by hash, and quantization texts to measure on (scripts/nvidia/quantize.py)."""
+    if job == "ask":
+        return ["--network host"]
+    if job == "serve":
+        host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
+        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in PORTS)]
+    if job == "wheels" or (job == "checkpoint" and values["QUANT"] not in ("", "int8_wo")):
+        return []
+    return ["--network none"]
+
+
+def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = JOBS) -> Dict[str, str]:
+    """job -> the words in front of `-m`, for a recipe; $(BREAK) goes on in the next line."""
+    found = {}
+    for job in jobs:
+        gpu = job in GPU_JOBS or (job == "checkpoint" and bool(values["QUANT"]))
+        check = f"scripts/toolchain.sh check {container.words(job)}{' gpu' if gpu else ''}"
+        ports = " ".join(values[port] for port in PORTS)
+        steps = (
+            [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"]
+            if job == "serve"
+            else [check, "&&"]
+        )
+        start = "docker run --rm --init --pull never --entrypoint '' --user \"$$(id -u):$$(id -g)\""
+        to_fetch = bool(values["SOURCE"]) and job in ("config", "hf", "checkpoint")
+        here = " ".join(["--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)'", *mounts(values["WEIGHTS"], to_fetch)])
+        known = " ".join(
+            [
+                "--env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1",
+                *(f"--env {name}" for name in PASSED_ON),
+            ]
+        )
+        lines = [*steps[:-1], f"{steps[-1]} {start}", here, known, *network(job, values)]
+        found[job] = " $(BREAK)".join([*lines, *([GPUS] if gpu else []), container.words(job), "python3"])
+    return found

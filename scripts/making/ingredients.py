@@ -1,0 +1,259 @@
+"""What a room's content was made from: the modules and tables that were used while it was filled, as a compiler writes a depfile.
+
+A room keeps the list in its file RECORD, with a sum of each; make fills it again if a sum is another one now (journey.py). The list is not
+in the manifest: it holds for one state of this project, while two states that give the same bytes give the same manifest.
+
+Of a module the meaning counts: comments, docstrings, empty lines and the lines that a room says do not. Of any other file every byte
+counts. What only decides whether and how a room is made, not what is in it, is no ingredient (NO_INGREDIENTS).
+
+The standard library only, any Python from 3.8 on: the Makefile asks this at every make.
+"""
+
+import ast
+import atexit
+import hashlib
+import json
+import os
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = "made_from.json"
+# In the environment of what a room starts: the file to which each program of ours adds what it used, when it ends.
+CHILDREN = "ROOM_USED"
+# An image holds the words of its reports and the whole launcher: it notes those files by their bytes (scripts/images/launcher.py).
+NO_INGREDIENTS = (
+    "scripts/reports/*",  # wording
+    "scripts/settings.py",  # what a room is asked is in its file `args`
+    "scripts/making/*",
+    "scripts/serve.py",  # launching, the supervisor, and checks of this host
+    "scripts/serving/*",
+    "scripts/nvidia/gpus.py",  # the GPUs that were seen; what is built for them is in the room's arguments and facts
+    "scripts/nvidia/memory.py",  # estimates
+    "docker/gpus.json",
+    "scripts/bench/*",
+    "*/__init__.py",
+)
+# the functions that print a line of a room's story
+SAYING = ("say", "room.say")
+_noted: Dict[str, str] = {}
+_seen: Dict[Tuple[str, int, int], str] = {}
+
+
+# --- core: values in, values out --------------------------------------------------------------------------------------------
+
+
+def meaning(source: bytes) -> bytes:
+    """A module without what changes nothing that it makes: comments, docstrings, empty lines, and statements that only say a line.
+
+    By positions in the text, not by the parser's tree, whose form differs between the Pythons of the host and of NVIDIA's containers.
+    SyntaxError where this Python is too old for the module.
+    """
+    tree = ast.parse(source)
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+
+    def place(node: ast.AST) -> Tuple[int, int]:
+        first, last = getattr(node, "lineno"), getattr(node, "end_lineno")  # noqa: B009
+        return starts[first - 1] + getattr(node, "col_offset"), starts[last - 1] + getattr(node, "end_col_offset")  # noqa: B009
+
+    nodes = list(ast.walk(tree))
+    texts = {place(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr)) and node_lines(node) > 1}
+    cut = [place(node) for node in nodes if isinstance(node, ast.Expr) and (_is_text(node.value) or _says(node.value))]
+    for start, line in zip(starts, lines):
+        column = _comment(line) if not any(first < start < end for first, end in texts) else -1
+        if column >= 0:
+            cut.append((start + column, start + len(line.rstrip())))
+    kept, at = [], 0
+    for first, end in sorted(cut):
+        kept.append(source[at:first] if first > at else b"")
+        at = max(at, end)
+    text = b"".join([*kept, source[at:]])
+    return b"\n".join(filter(None, (line.rstrip() for line in text.splitlines())))
+
+
+def node_lines(node: ast.AST) -> int:
+    return int(getattr(node, "end_lineno", 0) or 0) - int(getattr(node, "lineno", 0)) + 1
+
+
+def _comment(line: bytes) -> int:
+    """The column where a line's comment begins; -1 if it has none. A # in a text of one line is not a comment."""
+    if b"#" not in line:
+        return -1
+    quote = b""
+    column = 0
+    while column < len(line):
+        character = line[column : column + 1]
+        if character == b"\\":
+            column += 1
+        elif quote:
+            quote = b"" if character == quote else quote
+        elif character in (b"'", b'"'):
+            quote = character
+        elif character == b"#":
+            return column
+        column += 1
+    return -1
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _says(node: ast.expr) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func
+    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+        return f"{called.value.id}.{called.attr}" in SAYING
+    return isinstance(called, ast.Name) and called.id in SAYING
+
+
+def short_sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def is_ingredient(path: str) -> bool:
+    return not any(fnmatch(path, pattern) for pattern in NO_INGREDIENTS)
+
+
+# --- shell ------------------------------------------------------------------------------------------------------------------
+
+
+def note(pattern: str) -> None:
+    """A file, or all that match a pattern with *, is used as it is. pattern: relative to the project; other files are not ours to note."""
+    if is_ingredient(pattern):
+        _noted[pattern] = files_now(pattern)
+
+
+def note_path(path: Path) -> None:
+    """The same for a path; one outside of the project is a setting's value, and settings are in the question."""
+    try:
+        note(path.resolve().relative_to(ROOT).as_posix())
+    except ValueError:
+        pass
+
+
+def note_content(pattern: str) -> None:
+    """The same for what a room contains as it is, even if a room is never made from it."""
+    _noted[pattern] = files_now(pattern)
+
+
+def note_row(path: str, key: str) -> None:
+    """One entry of a JSON object of the project is used: the others may change."""
+    _noted[f"{path}#{key}"] = row_now(path, key)
+
+
+def files_now(pattern: str) -> str:
+    """The sum of the files that match, by names and bytes; of none of them, '-'."""
+    digest, count = hashlib.sha256(), 0
+    for path in sorted(ROOT.glob(pattern)):
+        if path.is_file():
+            count += 1
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(ROOT).as_posix()} {content}\n".encode())
+    return f"bytes {digest.hexdigest()[:16]}" if count else "-"
+
+
+def row_now(path: str, key: str) -> str:
+    try:
+        row = json.loads((ROOT / path).read_bytes())[key]
+    except (OSError, ValueError, KeyError):
+        return "-"
+    return f"row {short_sum(json.dumps(row, sort_keys=True).encode())}"
+
+
+def code_now(path: str, recorded: str = "") -> str:
+    """The sums of a module: of its bytes, and of its meaning; the recorded ones if the first, or the second, is still the same."""
+    try:
+        source = (ROOT / path).read_bytes()
+    except OSError:
+        return "-"
+    data = short_sum(source)
+    if recorded.startswith(f"code {data} "):
+        return recorded
+    try:
+        sums = f"code {data} {short_sum(meaning(source))}"
+    except (SyntaxError, ValueError):
+        return f"code {data} -"
+    same = recorded.startswith("code ") and sums.split()[2] == recorded.split()[2]
+    return recorded if same else sums
+
+
+def _modules() -> Iterator[str]:
+    """The project's modules that this process has loaded."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and file.endswith(".py") and ("/scripts/" in file or "/model_repo_template/" in file):
+            try:
+                path = Path(file).resolve().relative_to(ROOT).as_posix()
+            except ValueError:
+                continue
+            if path.startswith(("scripts/", "model_repo_template/")) and is_ingredient(path):
+                yield path
+
+
+def _sums(path: str) -> str:
+    """code_now, computed once for each state of the file: a room asks often."""
+    try:
+        stat = (ROOT / path).stat()
+    except OSError:
+        return "-"
+    state = (path, stat.st_mtime_ns, stat.st_size)
+    if state not in _seen:
+        _seen[state] = code_now(path)
+    return _seen[state]
+
+
+def used(children: Optional[Path] = None) -> Dict[str, str]:
+    """ingredient -> sum, of this process and of its children as they told it."""
+    found = {**{path: _sums(path) for path in _modules()}, **_noted}
+    if children is not None and children.is_file():
+        for line in children.read_text().splitlines():
+            found.update(json.loads(line))
+    return dict(sorted(found.items()))
+
+
+def as_bytes(record: Mapping[str, str]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def changed(record: Mapping[str, str]) -> List[str]:
+    """The ingredients that are not now as the record says."""
+
+    def now(name: str, recorded: str) -> str:
+        if recorded.startswith("code "):
+            return code_now(name, recorded)
+        path, _, key = name.partition("#")
+        return row_now(path, key) if key else files_now(name)
+
+    return [name for name, recorded in record.items() if now(name, recorded) != recorded]
+
+
+def stale(room: Path) -> bool:
+    """Whether a room that is there was made from something else than is here now; also if it does not say from what."""
+    if not (room / "manifest.json").is_file():
+        return False
+    try:
+        return bool(changed(json.loads((room / RECORD).read_bytes())))
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def tell_parent() -> None:
+    """In a program that a room started: when it ends, add what it used to the room's list."""
+    place = os.environ[CHILDREN]
+
+    def tell() -> None:
+        try:
+            fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError:  # the room is gone
+            return
+        os.write(fd, (json.dumps(used()) + "\n").encode())  # in one piece: ranks end at the same time
+        os.close(fd)
+
+    atexit.register(tell)
