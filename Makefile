@@ -88,6 +88,8 @@ NO_CACHE       =
 IMAGE          =
 LICENSE        =
 KEY            =
+# of make chart: one host of the cluster, NODE="8x H100-80GB"; a model that it cannot hold is refused
+NODE           =
 
 SETTINGS = MODEL ENGINE TP PP DTYPE QUANT PAD_HEADS TOOLCHAIN WEIGHTS SOURCE CONTEXT MAX_BATCH_SIZE MAX_INPUT_LEN MAX_SEQ_LEN MAX_NUM_TOKENS \
            STREAMING KV_REUSE HOST HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT CHAT_TEMPLATE API_KEY_FILE MAX_TOKENS PYTHON \
@@ -148,7 +150,7 @@ STANDS_ON    = $(or $(BASE_IMAGE),$(if $(filter tensorrt,$(ENGINE)),$(if $(NEEDE
 IMAGE_LOCKS := image openai $(if $(filter torch,$(ENGINE)),run torch $(if $(filter cuda,$(TARGET)),torch-cuda))
 REVISION     = $(shell git rev-parse HEAD 2>/dev/null)$(shell [ -z "$$(git status --porcelain 2>/dev/null | head -n 1)" ] || echo +changes)
 HOST_PY      = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
-export IMAGE KEY
+export IMAGE KEY NODE
 
 # --- what each room is asked to be; the room keeps it in its file `args`, written by room.py from ROOM_ARGS ---
 # The question may hold a path of this machine; the answer (every other file of a room) never does.
@@ -235,6 +237,8 @@ release: | $(REFUSE) ## dist/: the image as an OCI archive, SBOM, provenance, ch
 	@$(PY) -m scripts.images.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) --builder=$(BUILDER)
 RELEASE = --engine $(ENGINE) --trtllm-version $(TOOLCHAIN) --quant=$(QUANT) --version=$(VERSION) --inferred=$(INFERRED) \
           --license=$(LICENSE) --weights '$(WEIGHTS)'
+chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) | $(REFUSE) ## values of docker/chart for the baked image, or for a pushed release: make chart [VERSION=x.y.z]
+	@$(HOST_PY) -m scripts.chart --root $(VARIANT) --output $(VARIANT)/chart/values.yaml $(if $(VERSION),--release dist/$(NAME)-$(VERSION))
 push: | $(REFUSE) ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
 	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
@@ -307,7 +311,7 @@ refuse:
 # --- the packages, pinned by hash (README, "Development") ---
 
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(addprefix $(VENV)/locks/,bench.txt perf.txt aiperf.txt release.txt gguf.txt fetch.txt verify.txt openai.txt test.txt dev.txt): $(VENV)/locks/run.txt
+$(addprefix $(VENV)/locks/,bench.txt perf.txt aiperf.txt release.txt gguf.txt fetch.txt verify.txt openai.txt chart.txt test.txt dev.txt): $(VENV)/locks/run.txt
 # a room's own question is not theirs
 $(VENV)/locks/%.txt: export ROOM_ARGS =
 $(VENV)/locks/%.txt: export ROOM_NEEDS =
@@ -317,11 +321,11 @@ $(VENV)/locks/%.txt: requirements/%.txt | $(REFUSE)
 ##
 ## Development:
 
-test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## every test that this machine can run
+test: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt chart.txt test.txt release.txt)) ## every test that this machine can run
 	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker)
-test-image: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt test.txt release.txt)) ## the tests of the image: they need docker, buildah, mmdebstrap and root
+test-image: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt chart.txt test.txt release.txt)) ## the tests of the image: they need docker, buildah, mmdebstrap and root
 	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),tests/images/docker)
-test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
+test-long: $(addprefix $(HAS),$(if $(HAS),run.txt verify.txt gguf.txt fetch.txt openai.txt bench.txt aiperf.txt chart.txt test.txt release.txt)) ## property tests and fuzzers, fifty times as long (about half an hour)
 	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py)
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
@@ -350,4 +354,4 @@ bench-convert: $(addsuffix run.txt,$(HAS)) ## conversion against cp and sync: ra
 clean: ## remove every room; fetched weights stay
 	rm -rf build/*
 
-.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release push test test-image test-long pin lint lock lock-base synthetic bench bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck
+.PHONY: help doctor plan hf checkpoint engines verified model_repo serve ask demo image size verify-image release chart push test test-image test-long pin lint lock lock-base synthetic bench bench-serve bench-text bench-openai bench-convert clean refuse FORCE weights config fsck

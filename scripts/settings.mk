@@ -15,6 +15,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 override IMAGE := $(value IMAGE)
 override KEY := $(value KEY)
+override NODE := $(value NODE)
 # these would mix other packages into PYTHON or .venv
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH
 
@@ -27,7 +28,7 @@ REFUSED     := $(foreach v,$(SETTINGS),$(if $(strip $(foreach c,$(NOT_A_WORD) $(
 # a URL with a password in it
 REFUSED     += $(if $(filter http://% https://%,$(SOURCE)),$(if $(findstring @,$(word 2,$(subst /, ,$(SOURCE)))),$(filter-out $(REFUSED),SOURCE)))
 # a name that is no setting: a slip of the finger must not serve another model (a make above ours may have names of its own)
-REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH POINTS BASELINE WITH PEERS ROOM JSON VERSION INFERRED BASE_IMAGE NO_CACHE IMAGE KEY,$(TYPED)))
+REFUSED     += $(if $(filter 0,$(MAKELEVEL)),$(filter-out $(SETTINGS) PROMPT TESTS BENCH POINTS BASELINE WITH PEERS ROOM JSON VERSION INFERRED BASE_IMAGE NO_CACHE IMAGE KEY NODE,$(TYPED)))
 
 # A model is a preset's name, or a folder (then it has a slash).
 ifneq ($(strip $(REFUSED)),)

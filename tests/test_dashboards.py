@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import yaml
-from conftest import ROOT, free_ports
+from project import ROOT, free_ports
 
 DASHBOARDS = ROOT / "docker" / "dashboards"
 ALERTS, UNIT_TESTS = DASHBOARDS / "alerts.yaml", DASHBOARDS / "alerts.test.yaml"
@@ -76,7 +76,9 @@ def test_metrics_and_labels_are_those_of_the_table(where: str, text: str) -> Non
         metric = METRICS.get(name) or METRICS[base]
         assert name == metric["name"] or name[len(base) :] in PARTS.get(metric["type"], ()), name
         assert metric["type"] != "histogram" or name != base, f"{name}: a histogram has no series of its own name"
-        assert metric["type"] != "counter" or re.search(rf"(rate|increase|resets)\({name}", text), f"{name} is a counter"
+        assert metric["type"] != "counter" or re.search(rf"(rate|increase|resets)\({name}", text), (
+            f"{name} is a counter"
+        )
         for label in re.findall(rf"({WORD.pattern})\s*(?:=~|!~|!=|=)", matchers):
             assert label in {*metric["labels"], *TARGET_LABELS, "container"}, f"{name}: {label}"
         labels |= set(metric["labels"])
@@ -185,7 +187,12 @@ def page_of(metrics: List[Dict[str, Any]], step: int) -> str:
     for metric in metrics:
         name, value = metric["name"], step if metric["type"] != "gauge" else 0.5
         for status in ("200", "429", "503") if "status" in metric["labels"] else ("",):
-            given = {"status": status, "route": "/v1/completions", "model": "tensorrt_llm", "kv_cache_block_type": "used"}
+            given = {
+                "status": status,
+                "route": "/v1/completions",
+                "model": "tensorrt_llm",
+                "kv_cache_block_type": "used",
+            }
             labels = ",".join(f'{label}="{given.get(label, label)}"' for label in metric["labels"])
             if metric["type"] == "histogram":
                 lines += [f'{name}_bucket{{{labels},le="{le}"}} {value}' for le in ("0.1", "1", "+Inf")]
@@ -234,7 +241,7 @@ def test_prometheus_as_compose_starts_it_answers_every_panel(tmp_path: Path) -> 
     config = (ROOT / "docker" / "prometheus.yaml").read_text().replace("scrape_interval: 5s", "scrape_interval: 500ms")
     with served_pages() as pages:
         for part, port in pages.items():
-            wanted = f'server:{TABLE[part]["port"]}'
+            wanted = f"server:{TABLE[part]['port']}"
             assert wanted in config
             config = config.replace(wanted, f"127.0.0.1:{port}")
         (tmp_path / "prometheus.yml").write_text(config)
