@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict
 
 import pytest
 import yaml
-from project import ROOT
 from helming import CHART, Helm, Render, case, one, pod_of
+from project import ROOT
 
 from scripts import chart, reports
 from scripts.nvidia import gpus

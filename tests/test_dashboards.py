@@ -15,7 +15,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import yaml
-from project import ROOT, free_ports
+from project import ROOT
+from server import free_ports
 
 DASHBOARDS = ROOT / "docker" / "dashboards"
 ALERTS, UNIT_TESTS = DASHBOARDS / "alerts.yaml", DASHBOARDS / "alerts.test.yaml"

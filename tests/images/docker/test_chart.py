@@ -9,9 +9,9 @@ from typing import Any, Callable, Dict, List
 import pytest
 import yaml
 from baking import Baked, Container, docker, until
+from helming import Helm, Render, one, pod_of
 from project import make
 from server import free_ports
-from helming import Helm, Render, one, pod_of
 
 pytestmark = pytest.mark.timeout(1500)
 KEY = "a-key-of-the-test"
