@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from scripts import plan, reports, room
+from scripts import limits, plan, reports, room
 from scripts.nvidia import gpus, trtllm_build
 from scripts.nvidia import memory as memory_model
-from scripts.weights.shape import LlamaShape, possible_tp_sizes
+from scripts.weights.shape import possible_tp_sizes, shape_of_checkpoint
 
 CHART = "docker/chart"
 GIB = 1 << 30
@@ -59,30 +59,20 @@ class Settings:
 
 
 def engine_of(config: Mapping[str, Any]) -> memory_model.Engine:
-    """The engines' own config.json -> what the memory model asks. Its limits stand in build_config."""
-    model, built = config["pretrained_config"], config["build_config"]
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    shape = LlamaShape(*(model[name] for name in names), head_dim=model.get("head_size"))
+    """The engines' own config.json -> what the memory model asks."""
+    model, built = config["pretrained_config"], limits.limits_of(config)
     algo = (model.get("quantization") or {}).get("quant_algo") or ""
-    quant = next((word for word, name in plan.QUANT_ALGOS.items() if algo.startswith(name)), "")
-    mapping = model["mapping"]
-    limits = {name: built[name] for name in ("max_batch_size", "max_input_len", "max_num_tokens")}
-    longest = built.get("max_seq_len") or built["max_input_len"] + built["max_output_len"]
     return memory_model.Engine(
-        shape,
-        model["dtype"],
-        mapping["tp_size"],
-        pp_size=mapping.get("pp_size", 1),
-        quant=quant,
-        max_seq_len=longest,
-        **limits,
+        shape=shape_of_checkpoint(model),
+        dtype=model["dtype"],
+        tp_size=model["mapping"]["tp_size"],
+        pp_size=model["mapping"].get("pp_size", 1),
+        quant=next((word for word, name in plan.QUANT_ALGOS.items() if algo.startswith(name)), ""),
+        max_batch_size=built.max_batch_size,
+        max_input_len=built.max_input_len,
+        max_seq_len=built.max_seq_len,
+        # not limited: a step then takes every request's whole prompt
+        max_num_tokens=built.max_num_tokens or built.max_batch_size * built.max_input_len,
     )
 
 

@@ -69,10 +69,10 @@ def test_values_name_the_baked_image(baked: Baked, values: Path, pod: Dict[str, 
 
 def test_a_second_make_chart_bakes_nothing(baked: Baked, values: Path) -> None:
     before = values.read_bytes()
-    done = make(baked.tree, "chart", "IMAGE=registry.example/models/stories:1.0")
+    done = make(baked.tree, "chart", "NODE=2x L4", "IMAGE=registry.example/models/stories:1.0")
     assert done.returncode == 0 and "->" not in done.stdout, done.stdout + done.stderr
     assert yaml.safe_load(values.read_text())["image"]["repository"] == "registry.example/models/stories"
-    done = make(baked.tree, "chart")
+    done = make(baked.tree, "chart", "NODE=2x L4")
     assert done.returncode == 0 and values.read_bytes() == before
 
 
