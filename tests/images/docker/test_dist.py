@@ -252,6 +252,8 @@ def test_an_archive_that_is_carried_to_another_registry_keeps_its_digest(
         assert done.returncode == 0, done.stderr
     manifest = json.loads((dist / "provenance.intoto.json").read_text())["subject"][1]["digest"]["sha256"]
     assert done.stdout.strip() == f"sha256:{manifest}"
+    [layers] = released.glob("build/*/*/image/layers.json")
+    assert json.loads(layers.read_text())["manifest"] == f"sha256:{manifest}"
 
 
 def test_a_push_that_cannot_be_is_reported(released: Path) -> None:
