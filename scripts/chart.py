@@ -99,6 +99,16 @@ def fit_on(passport: Mapping[str, Any], engine: memory_model.Engine, memory_byte
     return memory_model.torch_fit(engine, memory_bytes)
 
 
+def host_of(node: str) -> List[gpus.Gpu]:
+    """'8x H100-80GB' -> eight of them; [] where nobody said. A Problem for a GPU that is not known."""
+    try:
+        return gpus.assumed(node) if node else []
+    except reports.Problem as problem:
+        problem.seen = problem.seen.replace("ASSUME_GPU", "NODE")
+        problem.command = reports.make("chart", NODE="8x H100-80GB")
+        raise
+
+
 def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: str, host: Sequence[gpus.Gpu]) -> None:
     """A Problem where one host cannot hold the model, or its GPUs cannot run these engines. Images for CPUs ask for no GPU."""
     if not on_gpus(passport):
@@ -221,7 +231,7 @@ def engines_config(root: Path, passport: Mapping[str, Any]) -> Dict[str, Any]:
 def write_values(settings: Settings) -> None:
     passport, repository, digest = which_image(settings)
     engine = engine_of(engines_config(settings.root, passport))
-    host = gpus.assumed(settings.node) if settings.node else []
+    host = host_of(settings.node)
     check_host(passport, engine, settings.node, host)
     found = values(passport, engine, repository, digest, len(host) or GPUS_PER_HOST)
     head = [

@@ -130,6 +130,25 @@ def test_the_image_is_named_by_digest_alone(render: Render, helm: Helm) -> None:
     assert done.returncode != 0 and "make chart MODEL=" in done.stderr
 
 
+def test_a_pod_may_do_no_more_than_serve(render: Render) -> None:
+    for path in CASES:
+        pod = pod_of(render(path))
+        [server] = pod["containers"]
+        assert server["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert (
+            pod["securityContext"]["runAsNonRoot"]
+            and pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+        )
+        assert pod["automountServiceAccountToken"] is False
+        # a Service called `openai` would otherwise set OPENAI_PORT=tcp://..., which the server reads
+        assert pod["enableServiceLinks"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+
+
 def test_gpus_follow_the_ranks_and_their_product(render: Render) -> None:
     pod = pod_of(render(case("keda")))
     [server] = pod["containers"]
@@ -189,11 +208,19 @@ def test_keys_come_from_a_secret_as_a_folder(render: Render) -> None:
     assert [each["secret"]["defaultMode"] for each in pod["volumes"] if each["name"] == "keys"] == [0o440]
 
 
-def test_a_canary_is_reached_through_its_groups_service(render: Render) -> None:
-    canary = one(render(case("canary")), "Deployment")["spec"]["template"]["metadata"]["labels"]
-    selector = one(render(case("cpu")), "Service")["spec"]["selector"]
-    assert selector.items() <= canary.items()
-    assert not [found for found in render(case("canary")) if found["kind"] == "Service"]
+def test_a_canary_is_reached_through_its_groups_service_and_belongs_to_its_own_deployment(render: Render) -> None:
+    canary = render(case("canary"), release="stories-canary")
+    labels = one(canary, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    stable = render(case("cpu"))
+    assert one(stable, "Service")["spec"]["selector"].items() <= labels.items()
+    assert not [found for found in canary if found["kind"] == "Service"]
+    for kind, place in (
+        ("Deployment", "selector"),
+        ("NetworkPolicy", "podSelector"),
+        ("PodDisruptionBudget", "selector"),
+    ):
+        own = one(stable, kind)["spec"][place]["matchLabels"]
+        assert not own.items() <= labels.items(), f"{kind} of the stable release takes the canary's pods"
 
 
 def test_autoscalers_own_the_number_of_replicas(render: Render) -> None:
@@ -336,6 +363,14 @@ def test_without_a_host_eight_gpus_are_the_most() -> None:
     chart.check_host(passport_of(), chart.engine_of(config_of(8)), "", [])
     chart.check_host(passport_of(), chart.engine_of(config_of(8)), "8x H100-80GB", gpus.assumed("8x H100-80GB"))
     chart.check_host(passport_of("torch", "cpu"), chart.engine_of(config_of(16)), "", [])
+
+
+def test_a_host_whose_gpus_are_not_known_is_a_report() -> None:
+    assert chart.host_of("") == [] and len(chart.host_of("2x L4")) == 2
+    with pytest.raises(reports.Problem) as raised:
+        chart.host_of("eight H100s")
+    assert "NODE is 'eight H100s'" in raised.value.seen
+    assert raised.value.report().splitlines()[-1].strip() == "make chart NODE='8x H100-80GB'"
 
 
 def test_engines_for_another_generation_are_refused() -> None:

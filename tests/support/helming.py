@@ -46,17 +46,17 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
 
 @pytest.fixture(scope="session")
 def render(helm: Helm) -> Render:
-    """The chart's resources for a file of values; the release is called `stories`."""
+    """The chart's resources for a file of values; the release is called `stories` unless a test names it."""
 
     @functools.lru_cache(None)
-    def printed(values: Path, kube_version: str) -> str:
+    def printed(values: Path, kube_version: str, release: str) -> str:
         where = ("--namespace", "models", "--kube-version", kube_version)
-        done = helm("template", "stories", str(CHART), "--values", str(values), *where)
+        done = helm("template", release, str(CHART), "--values", str(values), *where)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def run(values: Path, kube_version: str = "1.33.0") -> List[Dict[str, Any]]:
-        return [found for found in yaml.safe_load_all(printed(values, kube_version)) if found]
+    def run(values: Path, kube_version: str = "1.33.0", release: str = "stories") -> List[Dict[str, Any]]:
+        return [found for found in yaml.safe_load_all(printed(values, kube_version, release)) if found]
 
     return run
 
