@@ -22,7 +22,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
-WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release push clean \
+WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
            test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai \
            bench-convert
 .PHONY: $(WORDS) FORCE
@@ -65,7 +65,7 @@ ifneq ($(filter-out help clean,$(GOALS)),)
 $(eval $(subst {newline},$(NEWLINE),$(or $(shell $(DECIDE)),$(error $(NO_PYTHON)))))
 
 # free text reaches the scripts through the environment: no quoting can break it
-export PROMPT IMAGE KEY
+export PROMPT IMAGE KEY NODE
 HOST_PY  = PATH="$${PATH\#$(CURDIR)/docker/rehearsal/host:}" $(or $(wildcard $(PY)),python3)
 NOTHING :=
 BREAK   := \$(NOTHING)$(NEWLINE)    $(NOTHING)
@@ -165,6 +165,9 @@ release: ## dist/: the image as an OCI archive, SBOM, provenance, checksums: mak
 	@$(if $(HAS),$(MAKE) $(HAS)release.txt)
 	@$(PY) -m scripts.images.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) \
 	  --builder=$(BUILDER)
+chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/chart for the baked image: make chart [VERSION=x.y.z]
+	@$(HOST_PY) -m scripts.chart --root $(VARIANT) --output $(VARIANT)/chart/values.yaml \
+	  $(if $(VERSION),--release dist/$(NAME)-$(VERSION))
 push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
 	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
@@ -174,14 +177,14 @@ push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=reg
 has   = $(if $(HAS),$(addprefix $(HAS),$(addsuffix .txt,$1)))
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh \
                        $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(call has,bench perf aiperf release gguf fetch verify openai test dev): $(VENV)/locks/run.txt
+$(call has,bench perf aiperf release gguf fetch verify openai chart test dev): $(VENV)/locks/run.txt
 $(VENV)/locks/%.txt: requirements/%.txt
 	@scripts/make_venv.sh $(VENV) $*
 
 ##
 ## Development:
 
-TESTED := $(call has,run verify gguf fetch openai bench aiperf test release)
+TESTED := $(call has,run verify gguf fetch openai bench aiperf chart test release)
 BENCH_NEEDS := $(call has,bench openai aiperf $(if $(PEERS),verify)) $(PERF)
 LONG   := tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py \
           tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional
 from scripts import reports, room
 from scripts.nvidia import contracts, gpus, memory, trtllm_build
 from scripts.serving import processes
-from scripts.weights.shape import LlamaShape
+from scripts.weights.shape import shape_of_checkpoint
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -161,15 +161,7 @@ def intent_of(
 
 def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_bytes: int, gpu: gpus.Gpu) -> memory.Fit:
     """What a rank of these engines takes of a GPU: its weights as the checkpoint has them, the rest by the memory model."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    shape = replace(LlamaShape(*(checkpoint[name] for name in names)), head_dim=checkpoint.get("head_size"))
+    shape = shape_of_checkpoint(checkpoint)
     mapping = checkpoint["mapping"]
     asked: Dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
     engine = memory.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)

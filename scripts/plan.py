@@ -378,11 +378,8 @@ def rows(journey: Journey) -> List[Row]:
 
 
 def serve_bytes(journey: Journey) -> int:
-    """Host memory of the servers. tensorrt: every rank's engine passes through it while it is loaded; torch on a CPU: all of it stays."""
-    engine = journey.engine
-    if journey.choice.tensorrt or journey.gpus:
-        return memory_model.checkpoint_bytes(engine)
-    return memory_model.torch_host_bytes(engine)
+    """Host memory of the servers."""
+    return memory_model.serve_bytes(journey.engine, on_gpus=journey.choice.tensorrt or bool(journey.gpus))
 
 
 def programs(journey: Journey) -> Dict[str, List[str]]:

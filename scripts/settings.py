@@ -63,7 +63,7 @@ def _free(name: str, default: str, text: str, *goals: str) -> Setting:
 
 PLANNING = ("plan", "doctor")
 SERVING = ("serve", "demo", "ask", "bench", *PLANNING)
-IMAGES = ("image", "size", "release")
+IMAGES = ("image", "size", "release", "chart")
 ROOMS = ("weights", "config", "hf", "checkpoint", "engines", "verified", "model_repo", "image")
 
 TABLE: Tuple[Setting, ...] = (
@@ -126,9 +126,10 @@ TABLE: Tuple[Setting, ...] = (
     _one_of("NO_CACHE", "", ("", "1"), "`1`: build the image from nothing", goals=IMAGES),
     Setting("LICENSE", "", r"(?:[A-Za-z0-9.+-]+)?", "an SPDX name or llama2, or empty", "Apache-2.0", "the model's licence", IMAGES,
             shown="the preset's"),
-    Setting("VERSION", "", r"(?:[A-Za-z0-9][\w.+-]*)?", "x.y.z", "1.0.0", "of the release", ("release", "push")),
+    Setting("VERSION", "", r"(?:[A-Za-z0-9][\w.+-]*)?", "x.y.z", "1.0.0", "of the release", ("release", "push", "chart")),
     _one_of("INFERRED", "", ("", "accept"), "`accept`: tables without a primary source may be used", goals=("release",)),
-    _free("IMAGE", "", "an image, or a file of `dist/`", "verify-image", "push"),
+    _free("IMAGE", "", "an image, or a file of `dist/`", "verify-image", "push", "chart"),
+    _free("NODE", "", "one host of the cluster, for instance `8x H100-80GB`", "chart"),
     _free("KEY", "", "a file with the key to sign with", "release"),
     _free("TESTS", "", "which tests, for instance `tests/test_room.py`", "test", "test-long"),
     Setting("BENCH", "", r"[\w ./:,=-]*", "options of the benchmark", "", "options of a benchmark", ("bench",), holds=" :"),

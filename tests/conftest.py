@@ -13,8 +13,8 @@ from server import Served, processes_below, serve
 # `make test-long`: fifty times as many examples
 settings.register_profile("long", max_examples=5000, deadline=None)
 
-# fixtures of tests/images/docker
-pytest_plugins = ["baking"]
+# fixtures of tests/images/docker, and of the chart's tests
+pytest_plugins = ["baking", "helming"]
 sys.path.insert(0, str(ROOT))
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.

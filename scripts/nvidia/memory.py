@@ -207,6 +207,11 @@ def torch_host_bytes(engine: Engine) -> int:
     return engine.world_size * (max(stage_bytes(single)) + cache)
 
 
+def serve_bytes(engine: Engine, on_gpus: bool) -> int:
+    """Host memory that a model takes: on GPUs every rank's file passes through it while it is loaded, on a CPU all of it stays."""
+    return checkpoint_bytes(engine) if on_gpus else torch_host_bytes(engine)
+
+
 def _layers(engine: Engine) -> List[int]:
     """Layers of each pipeline stage; scripts/plan.py refuses a PP that does not divide them."""
     return [engine.shape.n_layers // engine.pp_size] * engine.pp_size

@@ -5,6 +5,7 @@ Each function returns a Problem to raise: `raise reports.weights.tensor_damaged(
 
 from scripts.reports import (
     bench,
+    charts,
     checkpoint,
     engines,
     fetching,
@@ -42,6 +43,7 @@ __all__ = [
     "Reported",
     "WIDTH",
     "bench",
+    "charts",
     "checkpoint",
     "engines",
     "fetching",

@@ -219,6 +219,19 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     )
 
 
+def shape_of_checkpoint(config: Mapping[str, Any]) -> LlamaShape:
+    """A TensorRT-LLM checkpoint's config.json, or `pretrained_config` of its engines, whose names are Hugging Face's but for head_size."""
+    return LlamaShape(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        vocab_size=config["vocab_size"],
+        head_dim=config.get("head_size"),
+    )
+
+
 def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
     """A Problem where a kind of rope scaling lacks one of its numbers, or it cannot be."""
     if kind == "default":

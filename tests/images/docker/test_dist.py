@@ -227,6 +227,35 @@ def test_a_release_is_pushed_and_comes_back_the_same(released: Path, registry: i
     docker("image", "rm", f"127.0.0.1:{registry}/models/stories@{pushed['digest']}")
 
 
+def test_the_chart_names_what_the_registry_has(released: Path, registry: int) -> None:
+    name = f"127.0.0.1:{registry}/models/stories"
+    assert make(released, "push", VERSION, f"IMAGE={name}:1.2.3", timeout=600).returncode == 0
+    digest = json.loads((released / "dist/stories-1.2.3.pushed.json").read_text())["digest"]
+    done = make(released, "chart", VERSION)
+    assert done.returncode == 0 and "make push" not in done.stdout, done.stdout + done.stderr
+    [written] = released.glob("build/*/*/chart/values.yaml")
+    text = written.read_text()
+    assert f'repository: "{name}"' in text and f'digest: "{digest}"' in text, text
+
+
+def test_an_archive_that_is_carried_to_another_registry_keeps_its_digest(
+    released: Path, dist: Path, registry: int
+) -> None:
+    """docs/operations.md, "Without a network": the digest that make chart writes is the archive's."""
+    if not shutil.which("skopeo"):
+        pytest.skip("skopeo is not installed")
+    name = f"docker://127.0.0.1:{registry}/models/stories:1.2.3"
+    archive = f"oci-archive:{dist / 'image.oci.tar'}"
+    for words in (["copy", "--preserve-digests", "--dest-tls-verify=false", archive, name],
+                  ["inspect", "--tls-verify=false", "--format", "{{.Digest}}", name]):  # fmt: skip
+        done = subprocess.run(["skopeo", *words], capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+    manifest = json.loads((dist / "provenance.intoto.json").read_text())["subject"][1]["digest"]["sha256"]
+    assert done.stdout.strip() == f"sha256:{manifest}"
+    [layers] = released.glob("build/*/*/image/layers.json")
+    assert json.loads(layers.read_text())["manifest"] == f"sha256:{manifest}"
+
+
 def test_a_push_that_cannot_be_is_reported(released: Path) -> None:
     assert "NOTHING TO PUSH" in make(released, "push", VERSION, "IMAGE=stories").stderr
     assert "NOTHING TO PUSH" in make(released, "push", "VERSION=9.9.9", "IMAGE=127.0.0.1:1/stories:1").stderr

@@ -387,6 +387,10 @@ def test_compose_brings_a_prometheus_that_has_the_servers_metrics(baked: Baked, 
                 return None
 
         until(scraped, "Prometheus does not have the server's metrics")
+        url = f"http://127.0.0.1:{compose.ports['PROMETHEUS_PORT']}/api/v1/rules"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            rules = [rule["name"] for group in json.load(answer)["data"]["groups"] for rule in group["rules"]]
+        assert {"BakeDown", "BakeNotReady", "BakeQueueGrowing"} <= set(rules)
     finally:
         compose("--profile", "metrics", "down", "--volumes", PROMETHEUS_IMAGE=image)
         docker("rmi", "--force", image, check=False)
