@@ -22,7 +22,6 @@ from project import make
 from server import Served, end_tree_of, free_ports, processes_below, serve
 
 from scripts import reports
-from scripts import serve as supervisor
 from scripts.serving import pulse
 from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY

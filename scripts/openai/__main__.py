@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -271,6 +272,7 @@ def main() -> int:
     )
     parser.add_argument("--drain-seconds", type=int, default=20)
     parser.add_argument("--parent", type=int, help="end when this process ends")
+    parser.add_argument("--folder", type=Path, help="where workers and readers meet (default: a temporary one)")
     parser.add_argument("--alive", type=int, help="a descriptor that a byte is written to every second")
     args = parser.parse_args()
     if args.parent:
@@ -289,8 +291,10 @@ def main() -> int:
             except OSError:  # full, because the supervisor is stopped; or it has ended, and we end with it
                 pass
 
-    with tempfile.TemporaryDirectory(prefix="bake-openai-") as folder:
+    meeting = tempfile.TemporaryDirectory(prefix="bake-openai-") if args.folder is None else nullcontext(args.folder)
+    with meeting as folder:
         parent = parent_of(args, Path(folder))
+        log.info("%d workers, %d readers for each", len(parent.listening), READERS_PER_WORKER)
         gc.collect()
         gc.freeze()  # what children share stays shared
         return parent.run(say_alive)

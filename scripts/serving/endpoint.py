@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Deque, List, Mapping, Optional
 
 from scripts import room
@@ -35,13 +36,14 @@ class Endpoint:
     It says every second, through a pipe, that it lives. Its port is not asked: that answers clients, who may keep it busy.
     """
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], log: Output) -> None:
+    def __init__(self, settings: Settings, environment: Mapping[str, str], run_dir: Path, log: Output) -> None:
         name = room.read_manifest(settings.root / "model_repo")["arguments"]["name"]
         command = [
             sys.executable, "-m", "scripts.openai", "--root", str(settings.root.resolve()), "--host", settings.host,
             "--port", str(settings.openai_port), "--grpc", settings.grpc_address, "--name", name,
             "--api-key-file", settings.api_key_file and os.path.abspath(settings.api_key_file),
             "--drain-seconds", str(DRAIN_SECONDS), "--parent", str(os.getpid()), "--workers", settings.openai_workers,
+            "--folder", str(run_dir),
         ]  # fmt: skip
         self.alive, saying = os.pipe()
         self.process = subprocess.Popen(

@@ -85,7 +85,7 @@ class Supervisor:
                 ranks = Ranks(command, environment, self.settings.root, Path(folder), log)
                 try:
                     if opens:
-                        self.endpoint = Endpoint(self.settings, os.environ, log)
+                        self.endpoint = Endpoint(self.settings, os.environ, Path(folder), log)
                     self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
                         seconds = time.monotonic() - started
