@@ -143,18 +143,37 @@ class Job:
             if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or choice.prefix):
                 continue
             # tokens that arrived together are events of their own, in one write
+            self._plain(choice, out)
+            if not choice.stream.ids and not choice.stream.ended:
+                continue
             for _ in range(max(1, len(choice.stream.ids))):
                 self._told_of(choice, choice.take(1), out)
                 if choice.finish_reason is not None:
                     break
         return b"".join(out)
 
+    def _plain(self, choice: Choice, out: List[bytes]) -> None:
+        """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
+        stream = choice.stream
+        if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops:
+            return
+        ids, stream.ids = stream.ids, []
+        if stream.ended and ids:
+            stream.ids = [ids.pop()]
+        choice.n_tokens += len(ids)
+        for token in ids:
+            if text := choice.detokenizer.push((token,)):
+                choice.n_shown += len(text)
+                out.append(
+                    b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, _text(text).encode(), self._after)
+                )
+
     def _told_of(self, choice: Choice, part: "Part", out: List[bytes]) -> None:
         """The events of what was taken of one alternative."""
         if part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
             # nearly every token's
-            index = b'{"index":%d' % choice.index
-            out.append(b"".join((self._head, index, self._before, _text(part.text).encode(), self._after)))
+            text = _text(part.text).encode()
+            out.append(b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, text, self._after))
         elif self.chat and (part.text or part.tokens):
             out.append(self._event(self._delta(choice, {"content": part.text}, part.tokens, None)))
         elif not self.chat and (part.text or part.tokens or choice.finish_reason is not None):
