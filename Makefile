@@ -23,7 +23,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai \
+           test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai soak \
            bench-convert
 .PHONY: $(WORDS) FORCE
 
@@ -217,6 +217,8 @@ bench-text: model_repo | $(call has,verify) ## text in and out against NVIDIA's 
 	@$(PY) -m scripts.bench.text --root $(VARIANT) $(BENCH)
 bench-openai: model_repo | $(call has,openai) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU
 	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
+soak: model_repo | $(call has,openai) ## strangers and honest clients for half an hour, every answer checked
+	@$(PY) -m scripts.bench.soak --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JSON),--json)
 bench-convert: $(call has,run) ## conversion against cp and sync: ratios from one run
 	@$(PY) -m scripts.bench.convert $(BENCH)
 

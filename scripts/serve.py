@@ -28,6 +28,7 @@ def settings_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--api-key-file", default="", help="API keys of its clients, one a line (default: none is asked for)"
     )
+    parser.add_argument("--openai-workers", default="", help="its worker processes (default: by this machine's cores)")
     parser.add_argument(
         "--log", type=Path, help="file for the servers' output (default: ROOT/serve.log; - is standard output)"
     )
@@ -57,6 +58,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         args.root, args.host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
         shown_host, ports.get("openai_port"), getattr(args, "api_key_file", ""),
         getattr(args, "ready_file", None),
+        getattr(args, "openai_workers", ""),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """`make bench-openai`: what the OpenAI-compatible endpoint costs, against gRPC straight to tensorrt_llm, in one run on this machine.
 
 Streams of exactly --tokens tokens each, 1 and --streams of them at once, both ways in turn; the best of three.
-cpu   microseconds of the endpoint's process for each streamed token (its own clock, whatever else the machine does)
+cpu   microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 
 from scripts import reports, serve
-from scripts.serving import launch
+from scripts.serving import launch, processes
 from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
@@ -94,8 +94,12 @@ def together(
 
 
 def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of the endpoint and all its processes, those that have ended too."""
+    ticks = 0
+    for process in processes.of_session(pid).values():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        ticks += sum(map(int, fields[11 : 15 if process.pid == pid else 13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, Any]:

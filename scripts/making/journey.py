@@ -187,7 +187,8 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         f"--http-port {values['HTTP_PORT']} --grpc-port {values['GRPC_PORT']} --metrics-port {values['METRICS_PORT']}"
     )
     keys = f" --api-key-file {values['API_KEY_FILE']}" if values["API_KEY_FILE"] else ""
-    endpoint = f"--openai-port {values['OPENAI_PORT']}{keys}"
+    workers = f" --openai-workers {values['OPENAI_WORKERS']}" if values["OPENAI_WORKERS"] else ""
+    endpoint = f"--openai-port {values['OPENAI_PORT']}{workers}{keys}"
     host = f"--host {values['HOST']} {ports}"
     own_hf = values["WEIGHTS"] if Path(values["WEIGHTS"], "config.json").is_file() else ""
     found = {

@@ -1,4 +1,8 @@
-"""`python -m scripts.openai`: the endpoint as a process, started and watched by scripts/serve.py. SIGTERM lets running requests finish.
+"""`python -m scripts.openai`: the endpoint, started and watched by scripts/serve.py. SIGTERM lets running requests finish.
+
+This process reads and checks everything, opens the port, and forks: workers, which answer (worker.py), and readers, which do the work that
+clients set the price of (reader.py). It talks to no client itself, so that it always has time to say that it lives, and to put another in
+the place of a child that has ended.
 
 Reads   engines/config.json and model_repo/ under --root: the tokenizer, the chat template, the text code, what tensorrt_llm declares
 Needs   the packages of requirements/openai.txt
@@ -6,34 +10,47 @@ Needs   the packages of requirements/openai.txt
 
 import argparse
 import ctypes
-import http
+import gc
 import importlib.util
 import json
 import logging
 import os
-import resource
 import signal
+import socket
 import sys
-import uuid
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional
-
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from typing import Any, Callable
 
 from scripts import reports
-from scripts.openai.app import ApiError, Endpoint, application
+from scripts.openai import reader, worker
+from scripts.openai.app import Endpoint, capacity_of
 from scripts.openai.chat_template import ChatTemplate, template_of
+from scripts.openai.description import description
+from scripts.openai.desk import Desk
 from scripts.openai.engine import Engine, read_limits
+from scripts.openai.log import open_log
+from scripts.openai.reader import Reader
+from scripts.openai.shares import Shares
+
+log = logging.getLogger("openai")
 
 TOKENIZER = "model_repo/preprocessing/1/tokenizer"
 TEXT = "model_repo/tensorrt_llm_bls/1/text.py"
 # prctl(2)
 PR_SET_PDEATHSIG = 1
-# How long a client may take for the head of a request
-HEAD_SECONDS = 10
-# and how large it may be
-MAX_HEAD_BYTES = 64 << 10
+# One worker makes about 20,000 tokens a second (docs/endpoint.md); the engine needs cores too
+CORES_PER_WORKER, MAX_WORKERS = 4, 8
+# One client's dear request must not keep all readers of a worker
+READERS_PER_WORKER = 2
+# A worker whose loop has not run for so long is ended: its clients wait for nothing. A busy machine is not so busy.
+STUCK_SECONDS = 60.0
+# So many workers that end within a minute are a fault that another start does not mend
+MAX_DEATHS = 5
+BEAT_SECONDS = 1.0
 
 
 def text_code(root: Path) -> Any:
@@ -47,14 +64,14 @@ def text_code(root: Path) -> Any:
     return module
 
 
-def end_ids(folder: Path) -> List[int]:
+def end_ids(folder: Path) -> list[int]:
     """Every token that ends an answer, where the model's generation_config.json names several."""
     file = folder / "generation_config.json"
     named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     return [named] if isinstance(named, int) else list(named or [])
 
 
-def keys_of(path: str) -> List[str]:
+def keys_of(path: str) -> list[str]:
     """API keys: one a line of a file, and the variable BAKE_API_KEY. Never from the command line, where every user sees them."""
     keys = [os.environ.pop("BAKE_API_KEY", "")]
     if path:
@@ -62,17 +79,156 @@ def keys_of(path: str) -> List[str]:
     return [key.strip() for key in keys if key.strip()]
 
 
-def endpoint_of(root: Path, name: str, grpc_address: str, keys: List[str]) -> Endpoint:
-    """Everything read and checked, before a port is opened."""
-    module = text_code(root)
-    folder = root / TOKENIZER
-    text = module.Text(folder)
-    template = template_of(folder)
-    config = (root / "model_repo/tensorrt_llm/config.pbtxt").read_text(encoding="utf-8")
-    ends = {*end_ids(folder), *([] if text.end_id is None else [text.end_id])}
-    engine = Engine(grpc_address, config, read_limits(root / "engines"), text.end_id)
-    chat = None if template is None else ChatTemplate(template, folder, text)
-    return Endpoint(name, engine, text, module.StopStrings, chat, sorted(ends), keys)
+def workers_of(asked: str) -> int:
+    """How many workers: what is asked for, else by the cores that this process may use."""
+    if asked:
+        return int(asked)
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
+
+
+def listeners(host: str, port: int, count: int) -> list[socket.socket]:
+    """A socket for each worker, all on one port: the kernel spreads connections over them (socket(7), SO_REUSEPORT)."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = []
+    for _ in range(count):
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if count > 1:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+        listener.bind(address)
+        listener.listen(1024)
+        listener.setblocking(False)
+        found.append(listener)
+    return found
+
+
+@dataclass
+class Child:
+    """A process that was forked. worker: the number of the worker that it is, or that it reads for."""
+
+    worker: int
+    is_reader: bool
+    beats: int = 0
+    heard: float = 0.0
+
+
+class Parent:
+    """The children, and what they are made from."""
+
+    def __init__(
+        self, endpoint: Endpoint, reader_of: Reader, listening: list[socket.socket], folder: Path, drain: int
+    ) -> None:
+        self.endpoint, self.reader, self.listening, self.folder, self.drain = (
+            endpoint,
+            reader_of,
+            listening,
+            folder,
+            drain,
+        )
+        self.children: dict[int, Child] = {}
+        self.deaths: list[float] = []
+        self.ending, self.status = False, 0
+
+    def desk(self, number: int) -> str:
+        return str(self.folder / f"desk-{number}")
+
+    def fork(self, child: Child) -> None:
+        """Another child. It comes back from here in the parent only."""
+        me = os.getpid()
+        pid = os.fork()
+        if pid:
+            child.heard = time.monotonic()
+            child.beats = self.endpoint.shares.beats[child.worker]
+            self.children[pid] = child
+            return
+        status = 1
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == me:
+                status = self._live(child, me)
+        except BaseException:
+            log.exception("a process of the endpoint failed")
+        finally:
+            os._exit(status)
+
+    def _live(self, child: Child, me: int) -> int:
+        for number, listener in enumerate(self.listening):
+            if child.is_reader or number != child.worker:
+                listener.close()
+        if child.is_reader:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+            reader.serve(self.reader, self.desk(child.worker), me)
+        self.endpoint.desk = Desk(self.desk(child.worker))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
+        return worker.serve(self.endpoint, child.worker, self.listening[child.worker], self.drain)
+
+    def run(self, say_alive: Callable[[], None]) -> int:
+        """Until SIGTERM and the end of the last worker. Returns the exit status."""
+        for number in range(len(self.listening)):
+            self.fork(Child(number, is_reader=False))
+            for _ in range(READERS_PER_WORKER):
+                self.fork(Child(number, is_reader=True))
+        while not self.ending or any(not child.is_reader for child in self.children.values()):
+            say_alive()
+            told = signal.sigtimedwait(WATCHED, BEAT_SECONDS)
+            if told is not None and told.si_signo in (signal.SIGTERM, signal.SIGINT):
+                self._end()
+            self._reap()
+            self._look()
+            if len(self.deaths) > MAX_DEATHS:
+                log.error("%d workers ended within a minute", len(self.deaths))
+                return 1
+        return self.status
+
+    def _end(self) -> None:
+        """No new connections; workers finish what they have."""
+        self.ending = True
+        for listener in self.listening:
+            listener.close()
+        for pid, child in self.children.items():
+            if not child.is_reader:
+                os.kill(pid, signal.SIGTERM)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            child = self.children.pop(pid, None)
+            if child is None:
+                continue
+            code = os.waitstatus_to_exitcode(status)
+            if not child.is_reader:
+                self.endpoint.shares.forget(child.worker)
+                if self.ending:
+                    self.status = self.status or (1 if code else 0)
+                    continue
+                log.error("worker %d (pid %d) ended with status %d; another takes its place", child.worker, pid, code)
+                self.deaths = [at for at in self.deaths if time.monotonic() - at < 60] + [time.monotonic()]
+            elif code:
+                log.warning("a reader (pid %d) was ended by the work of one request, status %d", pid, code)
+            if not self.ending or child.is_reader:
+                self.fork(Child(child.worker, child.is_reader))
+
+    def _look(self) -> None:
+        """End a worker whose loop does not run."""
+        now = time.monotonic()
+        for pid, child in self.children.items():
+            beats = self.endpoint.shares.beats[child.worker]
+            if child.is_reader or beats != child.beats:
+                child.beats, child.heard = beats, now
+            elif now - child.heard > STUCK_SECONDS:
+                log.error("worker %d (pid %d) has not run for %.0f s and is ended", child.worker, pid, STUCK_SECONDS)
+                os.kill(pid, signal.SIGKILL)
+
+
+# what the parent waits for
+WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
 def end_with_parent(parent: int) -> None:
@@ -82,61 +238,25 @@ def end_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
-class Hostile(Exception):
-    """Raised while a request is parsed: nothing more of the connection is read."""
-
-
-class Connection(HttpToolsProtocol):
-    """One of uvicorn's that bounds what uvicorn does not: the time and the size of a request's head, and requests sent ahead.
-
-    uvicorn counts only the time between requests, and keeps every request that is sent before the last one is answered; no client of
-    OpenAI's sends any ahead.
-    """
-
-    _head_bytes: Optional[int] = 0  # None: the head is whole
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._waits_for_head()
-
-    def _waits_for_head(self) -> None:
-        self._head_bytes = 0
-        self._head_deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_bytes is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
-
-    def on_message_begin(self) -> None:
-        self._head_deadline.cancel()
-        self._waits_for_head()
-        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
-            raise Hostile
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._head_deadline.cancel()
-        self._head_bytes = None
-        super().on_headers_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn says of bytes that are no HTTP, in OpenAI's shape; nothing into the middle of an answer."""
-        self._refuse(400, msg)
-
-    def _refuse(self, status: int, message: str) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            body = json.dumps(ApiError(status, message).body).encode()
-            head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            head += f"content-length: {len(body)}\r\nx-request-id: req-{uuid.uuid4().hex}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    def connection_lost(self, exc: Optional[Exception]) -> None:
-        self._head_deadline.cancel()
-        super().connection_lost(exc)
+def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
+    """Everything read and checked, then the port opened."""
+    module = text_code(args.root)
+    tokenizer = args.root / TOKENIZER
+    text = module.Text(tokenizer)
+    template = template_of(tokenizer)
+    config = (args.root / "model_repo/tensorrt_llm/config.pbtxt").read_text(encoding="utf-8")
+    ends = {*end_ids(tokenizer), *([] if text.end_id is None else [text.end_id])}
+    workers = workers_of(args.workers)
+    shares = Shares(workers)
+    engine = Engine(args.grpc, config, read_limits(args.root / "engines"), text.end_id, shares)
+    chat = None if template is None else ChatTemplate(template, tokenizer, text)
+    described = json.dumps(description()).encode()
+    endpoint = Endpoint(
+        args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), sorted(ends),
+        keys_of(args.api_key_file), described,
+    )  # fmt: skip
+    reads = Reader(args.name, engine, text, chat, capacity_of(engine.limits.max_batch_size))
+    return Parent(endpoint, reads, listeners(args.host, args.port, workers), folder, args.drain_seconds)
 
 
 def main() -> int:
@@ -147,26 +267,37 @@ def main() -> int:
     parser.add_argument("--grpc", required=True, help="Triton's address, host:port")
     parser.add_argument("--name", required=True, help="the model's id for clients")
     parser.add_argument("--api-key-file", default="")
+    parser.add_argument(
+        "--workers", default="", help="worker processes (default: one for every four cores, at most eight)"
+    )
     parser.add_argument("--drain-seconds", type=int, default=20)
     parser.add_argument("--parent", type=int, help="end when this process ends")
+    parser.add_argument("--folder", type=Path, help="where workers and readers meet (default: a temporary one)")
+    parser.add_argument("--alive", type=int, help="a descriptor that a byte is written to every second")
     args = parser.parse_args()
     if args.parent:
         end_with_parent(args.parent)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection is a file
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    endpoint = endpoint_of(args.root, args.name, args.grpc, keys_of(args.api_key_file))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(endpoint), host=args.host, port=args.port, http=Connection, loop="uvloop", ws="none", log_config=None,
-            access_log=False, log_level="warning", proxy_headers=False, server_header=False, backlog=1024,
-            timeout_graceful_shutdown=args.drain_seconds,
-        )
-    )  # fmt: skip
-    # uvicorn drains on SIGTERM and then raises it again, for whoever was there before it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server.run()
-    return 0 if server.started else 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    # whoever forks must have no threads: the tokenizer would start some
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    open_log()
+    if args.alive is not None:
+        os.set_blocking(args.alive, False)
+
+    def say_alive() -> None:
+        if args.alive is not None:
+            try:
+                os.write(args.alive, b".")
+            except OSError:  # full, because the supervisor is stopped; or it has ended, and we end with it
+                pass
+
+    meeting = tempfile.TemporaryDirectory(prefix="bake-openai-") if args.folder is None else nullcontext(args.folder)
+    with meeting as folder:
+        parent = parent_of(args, Path(folder))
+        log.info("%d workers, %d readers for each", len(parent.listening), READERS_PER_WORKER)
+        gc.collect()
+        gc.freeze()  # what children share stays shared
+        return parent.run(say_alive)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 Entry = Dict[str, Any]
 
@@ -30,11 +30,15 @@ class Choice:
         self.untold: List[Any] = []
         self.decoded = 0
 
-    def take(self) -> "Part":
-        """What is new; afterwards finish_reason is set if nothing more comes."""
+    def take(self, most: Optional[int] = None) -> "Part":
+        """What is new, of at most so many tokens; afterwards finish_reason is set if nothing more comes."""
         stream = self.stream
         ids, log_probs, ended = stream.ids, stream.log_probs, stream.ended
-        stream.ids, stream.log_probs = [], []
+        if most is not None and len(ids) > most:
+            ids, stream.ids, ended = ids[:most], ids[most:], False
+            log_probs, stream.log_probs = log_probs[:most], log_probs[most:]
+        else:
+            stream.ids, stream.log_probs = [], []
         if self.finish_reason is not None:
             return Part("", [])
         self.n_tokens += len(ids)
@@ -87,9 +91,9 @@ class Job:
     prompt_tokens: int
     logprobs: bool = False
     include_usage: bool = False
-    # set when there is something to take; called once, when the request is over in whatever way
+    # set when there is something to take, or when the client has left
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: Callable[[], None] = lambda: None
+    left: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -99,6 +103,10 @@ class Job:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         self._head = ("data: " + _json(head)[:-1] + ',"choices":[').encode()
         self._usage = b',"usage":null' if self.include_usage else b""
+        # what is before and after the text in the event of a token that has nothing but text
+        self._before = b',"delta":{"content":' if self.chat else b',"text":'
+        after = b"}" if self.chat else b""
+        self._after = after + b',"logprobs":null,"finish_reason":null}]' + self._usage + b"}\n\n"
 
     @property
     def failure(self) -> Any:
@@ -130,21 +138,50 @@ class Job:
 
     def events(self) -> bytes:
         """Server-sent events for everything that is new: whole events, so no character is ever split."""
-        out = []
+        out: List[bytes] = []
         for choice in self.choices:
             if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or choice.prefix):
                 continue
-            part = choice.take()
-            if self.chat:
-                if part.text or part.tokens:
-                    out.append(self._event(self._delta(choice, {"content": part.text}, part.tokens, None)))
+            # tokens that arrived together are events of their own, in one write
+            self._plain(choice, out)
+            if not choice.stream.ids and not choice.stream.ended:
+                continue
+            for _ in range(max(1, len(choice.stream.ids))):
+                self._told_of(choice, choice.take(1), out)
                 if choice.finish_reason is not None:
-                    out.append(self._event(self._delta(choice, {}, [], choice.finish_reason)))
-            elif part.text or part.tokens or choice.finish_reason is not None:
-                logprobs = self._legacy(choice, part.tokens) if self.logprobs else None
-                shown = {"index": choice.index, "text": part.text, "logprobs": logprobs}
-                out.append(self._event({**shown, "finish_reason": choice.finish_reason}))
+                    break
         return b"".join(out)
+
+    def _plain(self, choice: Choice, out: List[bytes]) -> None:
+        """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
+        stream = choice.stream
+        if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops:
+            return
+        ids, stream.ids = stream.ids, []
+        if stream.ended and ids:
+            stream.ids = [ids.pop()]
+        choice.n_tokens += len(ids)
+        for token in ids:
+            if text := choice.detokenizer.push((token,)):
+                choice.n_shown += len(text)
+                out.append(
+                    b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, _text(text).encode(), self._after)
+                )
+
+    def _told_of(self, choice: Choice, part: "Part", out: List[bytes]) -> None:
+        """The events of what was taken of one alternative."""
+        if part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
+            # nearly every token's
+            text = _text(part.text).encode()
+            out.append(b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, text, self._after))
+        elif self.chat and (part.text or part.tokens):
+            out.append(self._event(self._delta(choice, {"content": part.text}, part.tokens, None)))
+        elif not self.chat and (part.text or part.tokens or choice.finish_reason is not None):
+            logprobs = self._legacy(choice, part.tokens) if self.logprobs else None
+            shown = {"index": choice.index, "text": part.text, "logprobs": logprobs}
+            out.append(self._event({**shown, "finish_reason": choice.finish_reason}))
+        if self.chat and choice.finish_reason is not None:
+            out.append(self._event(self._delta(choice, {}, [], choice.finish_reason)))
 
     def closing(self) -> bytes:
         usage = b""
@@ -203,6 +240,7 @@ class Job:
 
 # UTF-8 as it is, and no spaces
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_text = json.encoder.encode_basestring
 
 
 def spelling(text: Any, token: int) -> bytes:

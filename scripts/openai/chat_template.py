@@ -7,13 +7,14 @@ would spell one together.
 import datetime
 import json
 import re
-import sys
-import time
+import signal
+import threading
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -73,7 +74,6 @@ class ChatTemplate:
                 f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE_CHARACTERS} are taken"
             )
         self.source, self.text = template, text
-        self.template = environment().from_string(template)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added = [token for token in described.get("added_tokens") or [] if token.get("special")]
@@ -88,6 +88,11 @@ class ChatTemplate:
         self.swallows_behind = {token["content"] for token in added if token.get("rstrip")}
         self.spelling = re.compile("|".join(re.escape(token["content"]) for token in spelt) or r"(?!)")
         self.continues = self._space_only_at_the_start(described)
+
+    @cached_property
+    def template(self) -> Template:
+        """Compiled when it is first used, where its work is bounded: Jinja computes what is constant while it compiles."""
+        return environment().from_string(self.source)
 
     def _space_only_at_the_start(self, described: Mapping[str, Any]) -> bool:
         """Whether text behind a special token is tokenized without the space that SentencePiece writes before a text.
@@ -191,22 +196,32 @@ def _content(token: object) -> str:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Ends Python code of this thread that runs for longer, with Refused: Jinja's loops are Python's."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    """Ends Python code that uses the CPU for longer, with Refused: Jinja's loops are Python's.
 
-    def watch(frame: Any, event: str, arg: Any) -> Any:
-        if time.monotonic() > end:
-            raise Refused(f"the chat template took longer than {seconds:g} s")
-        return watch
+    One long operation in C ends only by the bound of the process that it runs in (reader.py). A timer's signal comes to the main thread
+    alone; in another thread there is no bound.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    sys.settrace(watch)
+    def late(number: int, frame: Any) -> NoReturn:
+        raise Refused(f"the chat template took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        sys.settrace(before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _unused(texts: Sequence[str]) -> str:
-    """A character of a private-use plane that occurs in none of the texts."""
+    """A private-use character that occurs in none of the texts. Raises Refused where they have every one."""
     used = set().union(*map(set, texts))
-    return next(chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in used)
+    for first, last in ((0xF0000, 0x10FFFD), (0xE000, 0xF8FF)):
+        for code in range(last, first - 1, -1):
+            if chr(code) not in used:
+                return chr(code)
+    raise Refused("the messages use every private-use character, and one is needed to tell text from special tokens")

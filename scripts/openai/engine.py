@@ -3,37 +3,40 @@
 import asyncio
 import json
 import logging
+import time
 import uuid
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
 
-import grpc
 import numpy as np
-import tritonclient.grpc.aio as triton
 from google.protobuf import text_format  # type: ignore[import-untyped]
-from tritonclient.grpc import model_config_pb2
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.utils import triton_to_np_dtype
 
 from scripts.limits import limits_of
+from scripts.openai import grpc_link, passing
+from scripts.openai.shares import RUNNING, Shares
 
 log = logging.getLogger("openai")
 
 MODEL = "tensorrt_llm"
-# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
-TOKENS = ("output_ids", "sequence_length")
-# What TensorRT-LLM says, with the code INTERNAL, when its queue is full
-BUSY = "Maximum queue size of"
 # Whatever divides logits by less leaves no finite float32: it is greedy.
 MIN_TEMPERATURE = 1e-5
 # Two names that versions gave to one input
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
-# We may be there before Triton is, and want to know at once when it comes; tritonclient's own two are lost where any are given
-CHANNEL = [
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 1000), ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
-]  # fmt: skip
+# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+TOKENS = ("output_ids", "sequence_length")
+# What TensorRT-LLM says, with the code INTERNAL, when its queue is full
+BUSY = "Maximum queue size of"
+STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
+# A client's answers in the engine at once, for each slot that it has: enough that a slot is never empty, and few enough that another
+# client's answer waits for one of these answers, not for all
+AHEAD_SHARE = 0.25
+# How often it is looked whether an answer that waits may start, when another worker may have made room
+LOOK_SECONDS = 0.02
 
 
 class EngineFailed(Exception):
@@ -86,6 +89,11 @@ class Question:
     stop_words: Optional[Any] = None
 
 
+def is_greedy(question: Question) -> bool:
+    """Whether nothing is left to chance."""
+    return question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1
+
+
 def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_size: int) -> Dict[str, Any]:
     """The tensors of a question: name -> value of the batch's one row. Names are those of 0.8.0.
 
@@ -100,7 +108,7 @@ def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_
     }
     if end_id is not None:
         values.update(end_id=[end_id], pad_id=[end_id])
-    if question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1:
+    if is_greedy(question):
         values["runtime_top_k"] = [1]
     else:
         values.update(temperature=[question.temperature], runtime_top_p=[question.top_p], random_seed=[question.seed])
@@ -124,85 +132,149 @@ def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_
 
 
 class Engine:
-    """The running model. config: the text of its config.pbtxt, which says what this version declares."""
+    """The running model. config: the text of its config.pbtxt, which says what this version declares.
 
-    def __init__(self, address: str, config: str, limits: Limits, end_id: Optional[int]) -> None:
-        self.address, self.limits, self.end_id = address, limits, end_id
+    shares: what limits a client's answers in the engine, in all workers; None: nothing does.
+    """
+
+    def __init__(
+        self, address: str, config: str, limits: Limits, end_id: Optional[int], shares: Optional[Shares] = None
+    ) -> None:
+        self.address, self.limits, self.end_id, self.shares = address, limits, end_id, shares
         parsed = text_format.Parse(config, model_config_pb2.ModelConfig())
         self.streams = bool(parsed.model_transaction_policy.decoupled)
         # "TYPE_INT32" is "INT32" in a request
         self.types = {tensor.name: model_config_pb2.DataType.Name(tensor.data_type)[5:] for tensor in parsed.input}
         self.types = {name: "BYTES" if kind == "STRING" else kind for name, kind in self.types.items()}
-        self._client: Any = None
-        self._background: set[asyncio.Task[None]] = set()
+        self.most_of_one = limits.max_batch_size + max(1, int(AHEAD_SHARE * limits.max_batch_size))
+        self._link: Optional[grpc_link.Link] = None
+        # what waits for its turn, by the bucket of its client
+        self._waiting: Dict[int, Deque[Stream]] = {}
+        self._looking: Optional[asyncio.TimerHandle] = None
         # when a token last came out of the engine, by the loop's clock
         self.last_token = float("-inf")
 
-    def client(self) -> Any:
+    def link(self) -> grpc_link.Link:
         """The connection, made by the loop that uses it."""
-        if self._client is None:
-            self._client = triton.InferenceServerClient(self.address, channel_args=CHANNEL)
-        return self._client
+        if self._link is None:
+            self._link = grpc_link.Link(self.address)
+        return self._link
 
-    def ask(self, question: Question, changed: Callable[[], None]) -> "Stream":
-        """Start a question; `changed` is called whenever there is something to take."""
-        return Stream(self, question, changed)
+    def ask(self, message: bytes, changed: Callable[[], None], bucket: Optional[int] = None) -> "Stream":
+        """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
-    def request(self, values: Mapping[str, Any], request_id: str, outputs: Sequence[str]) -> Dict[str, Any]:
-        """Named values as what tritonclient's stream_infer takes."""
-        tensors = []
+        bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
+        """
+        stream = Stream(self, message, changed, bucket if self.shares is not None else None)
+        if stream.bucket is None:
+            stream.start()
+        else:
+            self._waiting.setdefault(stream.bucket, deque()).append(stream)
+            self.advance(stream.bucket)
+        return stream
+
+    def advance(self, bucket: int) -> None:
+        """Start what may start of a client."""
+        waiting = self._waiting.get(bucket)
+        while waiting and (waiting[0].over or self._may_start(waiting[0])):
+            stream = waiting.popleft()
+            if not stream.over:
+                stream.start()
+        if waiting is not None and not waiting:
+            del self._waiting[bucket]
+        if self._waiting and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
+
+    def _may_start(self, stream: "Stream") -> bool:
+        assert self.shares is not None and stream.bucket is not None
+        return self.shares.may_start(stream.bucket, stream.turn, self.most_of_one)
+
+    def _look(self) -> None:
+        self._looking = None
+        for bucket in list(self._waiting):
+            self.advance(bucket)
+
+    @property
+    def waiting(self) -> int:
+        """Answers of this worker that wait for their turn."""
+        return sum(map(len, self._waiting.values()))
+
+    def request(self, values: Mapping[str, Any], request_id: str, outputs: Sequence[str]) -> Any:
+        """Named values as a ModelInferRequest; an empty id is left out."""
+        message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
         for name, value in values.items():
             for other in (SEED, MIN_TOKENS):
                 if name in other and name not in self.types:
                     name = next(one for one in other if one in self.types)
             array = np.asarray(value, dtype=triton_to_np_dtype(self.types[name]))[None]
-            tensors.append(triton.InferInput(name, list(array.shape), self.types[name]))
-            tensors[-1].set_data_from_numpy(array)
-        wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        return {"model_name": MODEL, "inputs": tensors, "outputs": wanted, "request_id": request_id}
+            message.inputs.add(name=name, datatype=self.types[name], shape=array.shape)
+            message.raw_input_contents.append(array.tobytes())
+        for name in outputs:
+            message.outputs.add(name=name)
+        return message
+
+    def message_of(self, values: Mapping[str, Any], outputs: Sequence[str] = ()) -> bytes:
+        """Some of a request's values, serialized. Protobuf's messages are joined by joining their bytes: what many requests share is made
+        once, and each adds what it has alone, its id too (`named`)."""
+        message = self.request(values, "", outputs)
+        message.ClearField("model_name")
+        return bytes(message.SerializeToString())
+
+    def named(self, message: bytes, request_id: str) -> bytes:
+        """A whole request of parts that `message_of` made."""
+        head = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
+        head.parameters["triton_enable_empty_final_response"].bool_param = True
+        return bytes(head.SerializeToString()) + message
 
     def stop(self, request_id: str) -> None:
         """The contract's own way to end a running request, for versions that do not see a cancelled call: one with its id and `stop`."""
         values = {"input_ids": [1], "input_lengths": [1], "request_output_len": [1], "stop": [True]}
-        task = asyncio.ensure_future(self._send(self.request(values, request_id, TOKENS)))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    async def _send(self, request: Dict[str, Any]) -> None:
-        try:
-            async for _ in self.client().stream_infer(once(request), stream_timeout=10):
-                pass
-        except (grpc.RpcError, InferenceServerException):
-            pass  # the server is gone, and the request with it
+        message = self.named(self.message_of(values, TOKENS), request_id)
+        self.link().call(STREAM_INFER, message, Unheard())
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
+        if self._link is not None:
+            self._link.close()
 
 
-async def once(request: Dict[str, Any]) -> AsyncIterator[Dict[str, Any]]:
-    yield request
+class Unheard:
+    """Who needs no answer: where there is none the server is gone, and the request with it."""
+
+    def message(self, data: bytes) -> None:
+        pass
+
+    def finished(self, status: int, details: str) -> None:
+        pass
 
 
 class Stream:
     """One question on its way: what has come of its answer and was not taken yet.
 
-    A task of its own reads, so that a client who reads slowly never keeps a slot of the engine; at most max_tokens ids pile up.
+    It takes what comes at once, so that a client who reads slowly never keeps a slot of the engine; at most max_tokens ids pile up.
     """
 
-    def __init__(self, engine: Engine, question: Question, changed: Callable[[], None]) -> None:
-        self.engine, self.changed = engine, changed
+    def __init__(self, engine: Engine, message: bytes, changed: Callable[[], None], bucket: Optional[int]) -> None:
+        self.engine, self.changed, self.bucket = engine, changed, bucket
         # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on
         self.id = f"r{uuid.uuid4().hex}"
         self.ids: List[int] = []
         self.log_probs: List[float] = []
         self.ended, self.cancelled = False, False
         self.failure: Optional[EngineFailed] = None
-        values = inputs_of(question, engine.end_id, engine.streams, engine.limits.vocab_size)
-        outputs = [*TOKENS, *(["output_log_probs"] if question.logprobs else [])]
-        self._request = engine.request(values, self.id, outputs)
-        self._call: Any = None
-        self._task = asyncio.ensure_future(self._read())
+        self.asked, self.last_token = time.monotonic(), 0.0
+        # its turn is given back
+        self.over = False
+        self._message = message
+        self._call: Optional[grpc_link.Call] = None
+        self._fast: Optional[OneToken] = None
+        self._sought = False
+        self.turn = 0 if bucket is None or engine.shares is None else engine.shares.turn(bucket)
+
+    def start(self) -> None:
+        if self.bucket is not None and self.engine.shares is not None:
+            self.engine.shares.give(RUNNING, self.bucket, -1)
+        message, self._message = self.engine.named(self._message, self.id), b""
+        self._call = self.engine.link().call(STREAM_INFER, message, self)
 
     def cancel(self) -> None:
         """End it, if it still runs: its slot is free for the engine's next step."""
@@ -212,44 +284,110 @@ class Stream:
         if self._call is not None:
             self._call.cancel()
             self.engine.stop(self.id)
-        self._task.cancel()
+        self._end()
 
-    async def _read(self) -> None:
-        try:
-            # the request side closes at once; Triton closes the other when every response is out
-            self._call = self.engine.client().stream_infer(once(self._request))
-            del self._request
-            async for result, error in self._call:
-                if error is not None:
-                    log.error("%s: %s", self.id, error)
-                    self.failure = EngineFailed(unavailable=BUSY in str(error))
-                    break
-                self._take(result)
-        except grpc.RpcError as error:
-            if not self.cancelled:
-                code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
-                log.error("%s: %s %s", self.id, code, error.details() if code else error)
-                self.failure = EngineFailed(unavailable=code == grpc.StatusCode.UNAVAILABLE)
-        except Exception as error:  # of ours: the client must not wait for ever
-            log.exception("%s: %s", self.id, error)
-            self.failure = EngineFailed()
-        finally:
-            self.ended = True
-            self.changed()
+    def _end(self) -> None:
+        self.ended = True
+        self._turn_over()
+        self.changed()
 
-    def _take(self, result: Any) -> None:
-        ids = result.as_numpy("output_ids")
-        lengths = result.as_numpy("sequence_length")
-        if ids is not None and lengths is not None:  # what lies behind is padding
-            ids = ids.reshape(-1)[: lengths.item(0)]
-        if ids is not None and ids.size:
-            self.ids += ids.reshape(-1).tolist()
-            log_probs = result.as_numpy("output_log_probs")
-            if log_probs is not None:
-                self.log_probs += log_probs.reshape(-1).tolist()[: ids.size]
-            self.engine.last_token = asyncio.get_running_loop().time()
+    def _turn_over(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        shares, bucket = self.engine.shares, self.bucket
+        if shares is not None and bucket is not None:
+            if self._call is not None:
+                shares.give(RUNNING, bucket, 1)
+            shares.over(bucket)
+            self.engine.advance(bucket)
+
+    # --- of the call ---
+
+    def message(self, data: bytes) -> None:
+        """One response. What differs from the last one by a token alone is not parsed."""
+        if self._fast is not None and (token := self._fast.token(data)) is not None:
+            self._took([token], ())
+            return
+        response = service_pb2.ModelStreamInferResponse.FromString(data)
+        if response.error_message:
+            log.error("%s: %s", self.id, response.error_message)
+            self.failure = EngineFailed(unavailable=BUSY in response.error_message)
+            self._end()
+            return
+        answer = response.infer_response
+        outputs = {output.name: raw for output, raw in zip(answer.outputs, answer.raw_output_contents)}
+        ids = np.frombuffer(outputs.get("output_ids", b""), dtype="<i4").tolist()
+        if len(length := outputs.get("sequence_length", b"")) >= 4:  # what lies behind is padding
+            ids = ids[: int.from_bytes(length[:4], "little")]
         # with the last token, where the backend says so; else the end of the call does
-        if result.get_response().parameters["triton_final_response"].bool_param:
+        final = answer.parameters["triton_final_response"].bool_param
+        if final:
             self.ended = True
-        if self.ids or self.ended:
-            self.changed()
+        if ids:
+            log_probs = np.frombuffer(outputs.get("output_log_probs", b""), dtype="<f4").tolist()[: len(ids)]
+            if not self._sought and not final and len(ids) == 1 and not log_probs:
+                self._fast, self._sought = one_token(data, ids[0]), True
+            self._took(ids, log_probs)
+        elif final:
+            self._end()
+        if final:
+            self._turn_over()
+
+    def finished(self, status: int, details: str) -> None:
+        if status != grpc_link.OK and not self.ended:
+            log.error("%s: gRPC status %d: %s", self.id, status, details)
+            self.failure = EngineFailed(unavailable=status == grpc_link.UNAVAILABLE)
+        self._end()
+
+    def _took(self, ids: Sequence[int], log_probs: Sequence[float]) -> None:
+        self.ids += ids
+        self.log_probs += log_probs
+        now = time.monotonic()
+        if self.last_token:
+            passing.here.token(now - self.last_token)
+        else:
+            passing.here.first_token(now - self.asked)
+        self.last_token = now
+        self.engine.last_token = now
+        self.changed()
+
+
+@dataclass(frozen=True)
+class OneToken:
+    """Responses of one answer that differ in their token alone: what is before and after its four bytes."""
+
+    before: bytes
+    after: bytes
+
+    def token(self, data: bytes) -> Optional[int]:
+        at = len(self.before)
+        if len(data) == at + 4 + len(self.after) and data.startswith(self.before) and data.endswith(self.after):
+            return int.from_bytes(data[at : at + 4], "little", signed=True)
+        return None
+
+
+def one_token(data: bytes, token: int) -> Optional[OneToken]:
+    """Where the token stands in a response; None unless another one in its place reads as that one and nothing else changed."""
+    written, other = token.to_bytes(4, "little", signed=True), (token ^ 0x5A).to_bytes(4, "little", signed=True)
+    at = data.find(written)
+    while at >= 0:
+        found = OneToken(data[:at], data[at + 4 :])
+        if _says(found.before + other + found.after, data, written, other):
+            return found
+        at = data.find(written, at + 1)
+    return None
+
+
+def _says(changed: bytes, data: bytes, written: bytes, other: bytes) -> bool:
+    """Whether a changed response has the other token instead, and nothing else is different."""
+    try:
+        response = service_pb2.ModelStreamInferResponse.FromString(changed)
+    except DecodeError:
+        return False
+    answer = response.infer_response
+    index = next((n for n, output in enumerate(answer.outputs) if output.name == TOKENS[0]), len(answer.outputs))
+    if index >= len(answer.raw_output_contents) or answer.raw_output_contents[index] != other:
+        return False
+    answer.raw_output_contents[index] = written
+    return bool(response == service_pb2.ModelStreamInferResponse.FromString(data))

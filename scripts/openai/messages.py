@@ -4,9 +4,11 @@ Names, defaults and ranges are OpenAI's (https://platform.openai.com/docs/api-re
 request asks for and this server cannot do is refused by name; what changes no answer (user, metadata, ...) is taken and left alone.
 """
 
+import re
 from typing import Annotated, Any, Dict, List, Literal, Optional, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 # OpenAI's own limit of alternatives; how many fit is the engine's concern
 MAX_CHOICES = 128
@@ -14,6 +16,8 @@ MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_BYTES = 16, 512
 # Lists end at these lengths and at their first mistake: a body of 4 MB once made four million reports, and 38 seconds of work
 MAX_PROMPTS, MAX_TOKENS, MAX_TURNS, MAX_BIASES = 1024, 1 << 17, 4096, 1024
+# what a name in an error's place looks like; pydantic's own alternatives (str, list[str]) are no names of the API
+NAME = re.compile(r"(?!str$)[a-z_]+")
 
 
 # JSON has one kind of number: 5.0 is as whole as 5
@@ -32,6 +36,32 @@ class Strict(BaseModel):
 
     # NaN and Infinity are no JSON, but Python's parsers take them
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """The first unknown key ends it: pydantic would report each, and a body of 2.5 MB has a quarter of a million."""
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.model_fields:
+                    raise PydanticCustomError("extra_forbidden", "{name}", {"name": str(name)[:64]})
+        return data
+
+
+def _biases(value: Any) -> Any:
+    """The first mistake ends it, as in lists: pydantic would report each."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} token ids; at most {MAX_BIASES} are taken")
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise ValueError(f"its keys are token ids; {token[:20]!r} is none")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise ValueError(f"a bias is a number; that of {token} is none")
+        if not -100 <= bias <= 100:
+            raise ValueError(f"a bias lies between -100 and 100; {str(bias)[:20]} does not")
+    return value
 
 
 class StreamOptions(Strict):
@@ -55,7 +85,7 @@ class Sampling(Strict):
     stop: Union[str, Annotated[List[str], Field(max_length=MAX_STOPS, fail_fast=True)], None] = Field(
         None, description="None of it is in the answer"
     )
-    logit_bias: Optional[Dict[str, float]] = Field(
+    logit_bias: Annotated[Optional[Dict[str, float]], BeforeValidator(_biases)] = Field(
         None, max_length=MAX_BIASES, description="Token id to what is added to its logit, -100 to 100"
     )
     # not OpenAI's, but TensorRT-LLM's and vLLM's
@@ -70,6 +100,13 @@ class Sampling(Strict):
     service_tier: Optional[str] = None
     safety_identifier: Optional[str] = None
     prompt_cache_key: Optional[str] = None
+    # OpenAI's, not supported: null says that it is not asked for
+    modalities: None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @field_validator("stop")
     @classmethod
@@ -77,16 +114,6 @@ class Sampling(Strict):
         longest = max((len(stop.encode()) for stop in ([value] if isinstance(value, str) else value or [])), default=0)
         if longest > MAX_STOP_BYTES:
             raise ValueError(f"a stop string has {longest} bytes; one may have {MAX_STOP_BYTES}")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _biases(cls, value: Optional[Dict[str, float]]) -> Optional[Dict[str, float]]:
-        for token, bias in (value or {}).items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10):
-                raise ValueError(f"its keys are token ids; {token[:20]!r} is none")
-            if not -100 <= bias <= 100:
-                raise ValueError(f"a bias lies between -100 and 100; {bias:g} does not")
         return value
 
     @property
@@ -148,6 +175,8 @@ class ChatRequest(Sampling):
     tools: Optional[List[Any]] = Field(None, max_length=0, description="Not supported")
     tool_choice: Optional[Literal["none", "auto"]] = None
     parallel_tool_calls: Optional[bool] = None
+    functions: Optional[List[Any]] = Field(None, max_length=0, description="Not supported")
+    function_call: Optional[Literal["none", "auto"]] = None
 
 
 # --- what clients get ------------------------------------------------------------------------------------------------

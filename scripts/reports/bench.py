@@ -69,3 +69,14 @@ def bench_step_failed(command: Sequence[str], status: int) -> Problem:
         "Run it alone:",
         shlex.join(command),
     )
+
+
+def soak_not_clean(count: int, wrong: Sequence[str]) -> Problem:
+    listed = "\n".join(f"    {one}" for one in wrong)
+    return Problem(
+        "the soak is not clean",
+        "soak",
+        f"{count} things were not as they must be; the first ones:\n\n{listed}",
+        "The figures are in build/soak.json, the server's log is serve.log beside the rooms. Run it again, shorter:",
+        make("soak", SECONDS=60),
+    )

@@ -2,56 +2,80 @@
 
 import importlib.util
 import os
+import select
 import subprocess
 import sys
 import threading
 from collections import deque
-from typing import IO, Deque, List, Mapping, Optional
+from pathlib import Path
+from typing import Deque, List, Mapping, Optional
 
 from scripts import room
+from scripts.serving import processes
 from scripts.serving.launch import DRAIN_SECONDS, Settings
+from scripts.serving.output import Output
 from scripts.serving.pulse import SILENT_SECONDS, Pulse
 from scripts.serving.ranks import LOG_LINES, PROJECT
 
 # What the endpoint imports that the text models do not (requirements/openai.txt)
 OPENAI_MODULES = (
-    "starlette",
     "uvicorn",
     "httptools",
     "uvloop",
     "pydantic",
     "jinja2",
-    "tritonclient.grpc.aio",
+    "hpack",
+    "tritonclient.grpc",
     "tokenizers",
 )
 
 
 class Endpoint:
-    """The OpenAI-compatible endpoint: one process, in a session of its own so that signals meant for us do not reach it."""
+    """The OpenAI-compatible endpoint: one process and its children, in a session of its own so that signals meant for us do not reach it.
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], log: Optional[IO[str]]) -> None:
+    It says every second, through a pipe, that it lives. Its port is not asked: that answers clients, who may keep it busy.
+    """
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str], run_dir: Path, log: Output) -> None:
         name = room.read_manifest(settings.root / "model_repo")["arguments"]["name"]
         command = [
             sys.executable, "-m", "scripts.openai", "--root", str(settings.root.resolve()), "--host", settings.host,
             "--port", str(settings.openai_port), "--grpc", settings.grpc_address, "--name", name,
             "--api-key-file", settings.api_key_file and os.path.abspath(settings.api_key_file),
-            "--drain-seconds", str(DRAIN_SECONDS), "--parent", str(os.getpid()),
+            "--drain-seconds", str(DRAIN_SECONDS), "--parent", str(os.getpid()), "--workers", settings.openai_workers,
+            "--folder", str(run_dir),
         ]  # fmt: skip
+        self.alive, saying = os.pipe()
         self.process = subprocess.Popen(
-            command, cwd=PROJECT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
+            [*command, "--alive", str(saying)], cwd=PROJECT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace", pass_fds=[saying],
         )  # fmt: skip
+        os.close(saying)
         self.last_lines: Deque[str] = deque(maxlen=LOG_LINES)
         self.pulse = Pulse()
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
 
-    def _read(self, log: Optional[IO[str]]) -> None:
+    def listen(self) -> None:
+        """From now on it must say that it lives."""
+        self.pulse.heard()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            if not select.select([self.alive], [], [], 1.5)[0]:
+                self.pulse.missed += 1
+            elif os.read(self.alive, 4096):
+                self.pulse.heard()
+            else:  # its process has ended, which the supervisor sees
+                return
+
+    def _read(self, log: Output) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.strip():
                 self.last_lines.append(line.rstrip("\n"))
-                print(f"openai: {line}", end="", file=log or sys.stdout, flush=True)
+                log.line("openai: " + line.rstrip("\n"))
 
     def failure(self) -> Optional[str]:
         """What happened to it, as soon as it has ended or no longer answers."""
@@ -59,12 +83,13 @@ class Endpoint:
             self.reader.join(timeout=1)
             return f"its process (pid {self.process.pid}) ended with status {self.process.returncode}"
         if self.pulse.silent:
-            return f"its port has not answered for {SILENT_SECONDS:.0f} s"
+            return f"its process (pid {self.process.pid}) has not run for {SILENT_SECONDS:.0f} s"
         return None
 
     def end(self) -> None:
         """At once, if it still runs."""
         self.process.kill()
+        processes.end_session(self.process.pid, timeout_seconds=5)
         self.process.wait()
         self.reader.join(timeout=2)
 

@@ -43,6 +43,8 @@ class Settings:
     api_key_file: str = ""
     # written when the server is ready, for programs that start it (serving/started.py)
     ready_file: Optional[Path] = None
+    # how many worker processes it has; empty: by this machine's cores
+    openai_workers: str = ""
 
     def __post_init__(self) -> None:
         ports = self.ports

@@ -8,10 +8,11 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import IO, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import reports
 from scripts.serving import processes
+from scripts.serving.output import Output
 
 PROJECT = Path(__file__).parents[2]
 # How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
@@ -38,7 +39,7 @@ class Ranks:
     """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Optional[IO[str]]
+        self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Output
     ) -> None:
         self.mpirun = subprocess.Popen(
             command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -57,7 +58,7 @@ class Ranks:
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
 
-    def _read(self, log: Optional[IO[str]]) -> None:
+    def _read(self, log: Output) -> None:
         """Sort the ranks' output: mpirun marks each line with its rank."""
         assert self.mpirun.stdout is not None
         for line in self.mpirun.stdout:
@@ -76,7 +77,7 @@ class Ranks:
                     self.ended_first = int(first[1] or first[2])
                 if rank == 0 and REQUESTS_DONE in text:
                     self.requests_done_at = time.monotonic()
-                print(f"rank {rank}: {text}" if rank >= 0 else text, file=log or sys.stdout, flush=True)
+                log.line(f"rank {rank}: {text}" if rank >= 0 else text)
 
     def _guard(self) -> "subprocess.Popen[bytes]":
         """The process that ends the ranks when this one dies."""

@@ -37,6 +37,7 @@ def started(settings: Settings) -> Iterator[Started]:
         command = [sys.executable, "-m", "scripts.serve", "--root", str(settings.root), "--host", settings.host]
         for name, port in settings.ports.items():
             command += [f"--{name.lower().replace('_', '-')}", str(port)]
+        command += ["--openai-workers", settings.openai_workers] if settings.openai_workers else []
         server = subprocess.Popen([*command, "--ready-file", str(ready)])
         try:
             while not ready.exists():

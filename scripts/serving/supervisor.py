@@ -1,6 +1,5 @@
 """Start, wait until ready, watch, end: the ranks and the endpoint together."""
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -11,7 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Optional
+from typing import Optional
 
 from scripts import reports, room
 from scripts.serving import checks, processes
@@ -26,26 +25,12 @@ from scripts.serving.host import (
     reserve_ports,
 )
 from scripts.serving.launch import DRAIN_SECONDS, Settings, mpirun_command, server_environment
+from scripts.serving.output import never_fail_to_print, open_log
 from scripts.serving.pulse import SILENT_SECONDS, Pulse, http_ok
 from scripts.serving.ranks import UNLOAD_SECONDS, Ranks
 from scripts.serving.toolbox import Toolbox, check_mpirun, find_toolbox
 
 PROBE = {"text_input": "Hello", "max_tokens": 1}
-
-
-def open_log(settings: Settings) -> IO[str]:
-    """The file for the servers' output; a second server of the same rooms takes one that is named after its port."""
-    path = settings.log or Path(os.devnull)
-    for candidate in (path, path.with_name(f"{path.stem}-{settings.http_port}{path.suffix}")):
-        log = open(candidate, "a", encoding="utf-8")  # noqa: SIM115 (it is returned)
-        try:
-            if settings.log is not None:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                log.truncate(0)
-            return log
-        except BlockingIOError:
-            log.close()
-    raise reports.serving.log_in_use(path)
 
 
 def check_grpc_client() -> None:
@@ -67,6 +52,7 @@ class Supervisor:
         """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.asked_to_end.set())
+        never_fail_to_print()
         processes.adopt_orphans()
         raise_stack_limit()
         started = time.monotonic()
@@ -85,21 +71,21 @@ class Supervisor:
             environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
             environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
             opens = self._opens_endpoint(toolbox)
-            with open_log(self.settings) as log:
+            log = open_log(self.settings.log, self.settings.http_port)
+            try:
                 room.say(
                     "serve",
                     f"starting {world_size} ranks"
-                    + (f"; their log: {reports.shown(log.name)}" if self.settings.log else ""),
+                    + (f"; their log: {reports.shown(str(log.path))}" if self.settings.log else ""),
                 )
                 command = mpirun_command(
                     world_size, toolbox, self.settings, f"{Path(folder).name}-", secrets.token_hex(16)
                 )
                 checks.check(self.settings.root / "engines", environment, Path(folder), self.asked_to_end)
-                kept = log if self.settings.log else None
-                ranks = Ranks(command, environment, self.settings.root, Path(folder), kept)
+                ranks = Ranks(command, environment, self.settings.root, Path(folder), log)
                 try:
                     if opens:
-                        self.endpoint = Endpoint(self.settings, os.environ, kept)
+                        self.endpoint = Endpoint(self.settings, os.environ, Path(folder), log)
                     self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
                         seconds = time.monotonic() - started
@@ -113,6 +99,8 @@ class Supervisor:
                     if self.endpoint is not None:
                         self.endpoint.end()
                     ranks.end()
+            finally:
+                log.close()
         room.say("serve", "ended")
         return 0
 
@@ -200,7 +188,7 @@ class Supervisor:
         """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
         self._listen(self.pulse, f"{self.settings.url}/v2/health/live")
         if self.endpoint is not None:
-            self._listen(self.endpoint.pulse, f"{self.settings.openai_url}/health/live")
+            self.endpoint.listen()
         while not self.asked_to_end.wait(0.25):
             ranks.keep_guard()
             failure = ranks.failure()

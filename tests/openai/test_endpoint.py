@@ -693,7 +693,7 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
     )  # fmt: skip
     values = engine.inputs_of(everything, 2, True, 100)
     request = asked.request({**values, "stop": [False]}, "id", ["output_ids", "output_log_probs"])
-    sent = {tensor.name(): (tensor.datatype(), tensor.shape()) for tensor in request["inputs"]}
+    sent = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in request.inputs}
     declared = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_") for tensor in table["tensorrt_llm"]["inputs"]}
     assert {name: datatype for name, (datatype, _) in sent.items()} == {name: declared[name] for name in sent}
     assert len(sent) == len(values) + 1

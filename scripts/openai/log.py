@@ -1,0 +1,52 @@
+"""The log of the endpoint's processes: it never waits, never raises, and one client cannot fill it."""
+
+import contextvars
+import logging
+import os
+import time
+
+# Whose request is being worked on; empty where it is nobody's
+client_of_request: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
+# Lines of one client, and of all, in a period; and how many clients are told apart
+LINES, ALL_LINES, SECONDS, CLIENTS = 20, 200, 60.0, 1000
+# A write of at most so much into a pipe is whole or not at all (pipe(7))
+MAX_LINE_BYTES = 4000
+
+
+class Bounded(logging.Handler):
+    """Writes lines to a file descriptor that is set not to block; what does not fit is left out and counted."""
+
+    def __init__(self, descriptor: int = 2) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.began, self.lines, self.left_out = time.monotonic(), {}, 0  # type: float, dict[str, int], int
+        os.set_blocking(descriptor, False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            now, client = time.monotonic(), client_of_request.get()
+            if now - self.began > SECONDS or len(self.lines) > CLIENTS:
+                if self.left_out:
+                    self._write(f"WARNING {self.left_out} more lines were left out")
+                self.began, self.lines, self.left_out = now, {}, 0
+            count = self.lines.get(client, 0)
+            if count >= LINES or sum(self.lines.values()) >= ALL_LINES:
+                self.left_out += 1
+                return
+            self.lines[client] = count + 1
+            self._write(self.format(record))
+        except Exception:  # a log that fails is no reason to fail
+            self.left_out += 1
+
+    def _write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        os.write(self.descriptor, data[:MAX_LINE_BYTES] + b"\n")
+
+
+def open_log() -> None:
+    """For this process and what it forks."""
+    logging.raiseExceptions = False
+    handler = Bounded()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)

@@ -1,0 +1,111 @@
+"""Limits that hold across worker processes: how much each client has of what there is for all.
+
+The numbers are in memory that all workers share, made before they are forked. Each worker writes rows of its own, so that what a worker had
+is known, and given back, when it dies. A client is a bucket: a keyed hash of its API key, else of its address. Two clients in one bucket
+share a share; the key is new with every start.
+"""
+
+import fcntl
+import hashlib
+import ipaddress
+import mmap
+import os
+from contextlib import contextmanager
+from typing import Iterator
+
+BUCKETS = 1024
+# what one worker has: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in the engine
+BODIES, PLACES, TURNS, RUNNING = range(4)
+KINDS = 4
+# rows of all workers together: turns that were given out, and those that are over
+TAKEN, OVER = 0, 1
+
+
+def client_of(address: str) -> str:
+    """Whom an address belongs to: an IPv6 customer has a /64 at least; on a socket for both, IPv4 is written as IPv6."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
+
+
+class Shares:
+    """Made by the parent; every worker sets `worker` to its own number after the fork."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.worker = workers, 0
+        columns = BUCKETS + 1  # the last one: of all clients
+        self.cells = memoryview(mmap.mmap(-1, 8 * columns * (2 + workers * KINDS))).cast("q")
+        self.columns = columns
+        # how often each worker's loop has run
+        self.beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("q")
+        self.lock_file = os.memfd_create("turns")
+        self.secret = os.urandom(16)
+
+    def bucket(self, client: str) -> int:
+        digest = hashlib.blake2b(client.encode("utf-8", "replace"), digest_size=4, key=self.secret).digest()
+        return int.from_bytes(digest, "big") % BUCKETS
+
+    def has(self, kind: int, bucket: int) -> int:
+        """What a client has of this kind, in all workers."""
+        return sum(self.cells[self._cell(worker, kind, bucket)] for worker in range(self.workers))
+
+    def all(self, kind: int) -> int:
+        """What all clients have, in all workers."""
+        return self.has(kind, BUCKETS)
+
+    def take(self, kind: int, bucket: int, count: int, most: int, most_of_all: int) -> bool:
+        """Count it if neither the client's share nor the whole is exceeded. Counted first and looked at then: two workers at once may
+        both refuse, but never both exceed."""
+        self.give(kind, bucket, -count)
+        if self.has(kind, bucket) <= most and self.all(kind) <= most_of_all:
+            return True
+        self.give(kind, bucket, count)
+        return False
+
+    def give(self, kind: int, bucket: int, count: int) -> None:
+        """Give back what was taken."""
+        self.cells[self._cell(self.worker, kind, bucket)] -= count
+        self.cells[self._cell(self.worker, kind, BUCKETS)] -= count
+
+    # --- turns: the answers of one client go into the engine in the order in which they were asked for, in whatever worker ---
+
+    def turn(self, bucket: int) -> int:
+        with self._locked():
+            taken = self.cells[TAKEN * self.columns + bucket]
+            self.cells[TAKEN * self.columns + bucket] = taken + 1
+            self.cells[self._cell(self.worker, TURNS, bucket)] += 1
+        return taken
+
+    def may_start(self, bucket: int, turn: int, most: int) -> bool:
+        """Whether it is this turn's: fewer than `most` of the client are in the engine, and those before it were started."""
+        return turn < self.cells[OVER * self.columns + bucket] + most and self.has(RUNNING, bucket) < most
+
+    def over(self, bucket: int) -> None:
+        """A turn has ended, started or not."""
+        with self._locked():
+            self.cells[OVER * self.columns + bucket] += 1
+            self.cells[self._cell(self.worker, TURNS, bucket)] -= 1
+
+    def forget(self, worker: int) -> None:
+        """A worker has died: nothing of it counts any more."""
+        with self._locked():
+            for bucket in range(self.columns):
+                self.cells[OVER * self.columns + bucket] += self.cells[self._cell(worker, TURNS, bucket)]
+                for kind in range(KINDS):
+                    self.cells[self._cell(worker, kind, bucket)] = 0
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """A record lock: the kernel gives it back when its holder dies."""
+        fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
+
+    def _cell(self, worker: int, kind: int, bucket: int) -> int:
+        return (2 + worker * KINDS + kind) * self.columns + bucket

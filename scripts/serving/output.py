@@ -1,0 +1,123 @@
+"""Where the supervisor and the servers' output go: writing never raises, never waits, and a file never grows without limit."""
+
+import fcntl
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import Any, List, Optional
+
+from scripts import reports
+
+# A log that reaches this is kept under its name with .1, and begun again: twice as much at most
+MAX_LOG_BYTES = 128 << 20
+# Lines that wait for a slow disk or a terminal that is held; beyond that they are left out
+MAX_WAITING = 10_000
+
+
+class Output:
+    """Lines for a file or for standard output, written by a thread of its own.
+
+    A full disk, a closed pipe and a reader that stopped cost the lines, not the server.
+    """
+
+    def __init__(self, path: Optional[Path] = None) -> None:
+        """path: None is standard output. Raises BlockingIOError where another server has the file."""
+        self.path = path
+        self.descriptor = os.dup(1) if path is None else self._open(path)
+        self.size = 0
+        self.left_out = 0
+        self.lines: queue.Queue[Optional[str]] = queue.Queue(MAX_WAITING)
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def _open(path: Path) -> int:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def line(self, text: str) -> None:
+        try:
+            self.lines.put_nowait(text + "\n")
+        except queue.Full:
+            self.left_out += 1
+
+    def close(self, seconds: float = 2.0) -> None:
+        """Give the last lines so long to be written."""
+        try:
+            self.lines.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self.thread.join(seconds)
+
+    def _write(self) -> None:
+        while (text := self.lines.get()) is not None:
+            if self.left_out:
+                text, self.left_out = f"{self.left_out} lines were left out\n{text}", 0
+            data = text.encode("utf-8", "backslashreplace")
+            try:
+                if self.path is not None and self.size + len(data) > MAX_LOG_BYTES:
+                    self._begin_again(self.path)
+                while data:
+                    written = os.write(self.descriptor, data)
+                    self.size += written
+                    data = data[written:]
+            except OSError:  # a full disk, a closed pipe
+                self.left_out += 1
+
+    def _begin_again(self, path: Path) -> None:
+        os.replace(path, path.with_name(path.name + ".1"))
+        before, self.descriptor = self.descriptor, self._open(path)
+        os.close(before)
+        self.size = 0
+
+
+def open_log(log: Optional[Path], http_port: int) -> Output:
+    """Where the servers' output goes; a second server of the same rooms takes a file that is named after its port."""
+    if log is None:
+        return Output()
+    for candidate in (log, log.with_name(f"{log.stem}-{http_port}{log.suffix}")):
+        try:
+            return Output(candidate)
+        except BlockingIOError:
+            continue
+    raise reports.serving.log_in_use(log)
+
+
+class Unfailing:
+    """Standard output whose reader may leave: what is printed then goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            # what is left in its buffer would be tried again at the end, and make the status of a good end a bad one
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def writelines(self, lines: List[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def never_fail_to_print() -> None:
+    """For the rest of this process."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
