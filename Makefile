@@ -1,6 +1,6 @@
 # trtllm-bake: a Llama 2 from Meta's weights to a serving Triton, one room after another.
-# A room is a directory under build/; its manifest.json is written last and is what make looks at (README,
-# "The journey"). This file says who reads whom and how a room is filled. What is decided (settings, presets, where
+# A room is a directory under build/; its manifest.json is written last and is what make looks at (docs/design.md,
+# "Rooms"). This file says who reads whom and how a room is filled. What is decided (settings, presets, where
 # rooms lie, what each is asked, which container) is Python: scripts/settings.py and scripts/making, asked once below.
 
 ## trtllm-bake: Meta's Llama 2 weights -> TensorRT-LLM checkpoint -> engines -> Triton, one room after another.
@@ -32,7 +32,7 @@ help: ## this page
 	  /^[a-z_-]+:.*## / {split($$0, a, /:.*## /); printf "  %-13s %s\n", a[1], a[2]}' Makefile
 	@echo && echo 'Settings (default), as make NAME=value:' && echo
 	@awk '/^\| `[A-Z]/ {gsub(/`/, ""); split($$0, a, / *\| */); \
-	  printf "  %-14s %s%s\n", a[2], a[4], a[3] ? " (" a[3] ")" : ""}' README.md
+	  printf "  %-14s %s%s\n", a[2], a[4], a[3] ? " (" a[3] ")" : ""}' docs/settings.md
 
 # --- what was typed, and what follows from it. `make help` and `make clean` need make alone. ---
 
@@ -171,7 +171,7 @@ chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/char
 push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
 	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
-# --- the packages, pinned by hash (README, "Development") ---
+# --- the packages, pinned by hash (CONTRIBUTING.md) ---
 
 
 has   = $(if $(HAS),$(addprefix $(HAS),$(addsuffix .txt,$1)))

@@ -1,4 +1,4 @@
-"""How a room is filled: all or nothing, manifest last. A room is a directory under build/; see README, "The journey"."""
+"""How a room is filled: all or nothing, manifest last. A room is a directory under build/; see docs/design.md."""
 
 import fcntl
 import hashlib

@@ -21,7 +21,7 @@ A_NUMBER = "a whole number of at least 1"
 class Setting(NamedTuple):
     """One setting. pattern: of the whole value; says: the same in words; example: a value that would do.
 
-    default: its value if neither the command line nor the preset has it; shown: how the README says the default, if not as it is;
+    default: its value if neither the command line nor the preset has it; shown: how the page says the default, if not as it is;
     words: the values, if it is one of a few; goals: the words of make it is for, none for all that make or use rooms; text: what it is;
     holds: characters of NOT_IN_WORDS that it may hold nevertheless; free: text that no recipe ever holds: it travels in the environment;
     with_torch: the only value with ENGINE=torch, None if any will do.
@@ -271,8 +271,8 @@ def _problem(
     )
 
 
-def readme_table() -> str:
-    """The table of the README, one setting a row; `make help` prints it too."""
+def table_page() -> str:
+    """The table of docs/settings.md, one setting per row; `make help` prints it too."""
     rows = ["| setting | default | what it is |", "|---|---|---|"]
     for setting in TABLE:
         default = setting.shown or (f"`{setting.default}`" if setting.default else "")

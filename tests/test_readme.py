@@ -11,7 +11,7 @@ import pytest
 from project import ROOT
 from server import Served, serve
 
-READMES = ("README.md", "README.ko.md")
+PAGES = ("README.md", "README.ko.md", "docs/serving.md")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -35,7 +35,7 @@ def examples(readme: str) -> List[str]:
     return found
 
 
-EXAMPLES = [(readme, example) for readme in READMES for example in examples(readme)]
+EXAMPLES = [(readme, example) for readme in PAGES for example in examples(readme)]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,38 @@ def test_the_example_answers(chatting: Served, readme: str, example: str) -> Non
     assert len(done.stdout) > 20 and REPLACEMENT not in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_both_protocols_are_shown_with_curl_and_with_python(readme: str) -> None:
+@pytest.mark.parametrize("pages", [("README.md", "docs/serving.md"), ("README.ko.md",)])
+def test_both_protocols_are_shown_with_curl_and_with_python(pages: Tuple[str, ...]) -> None:
     def shown(example: str) -> Tuple[bool, bool]:
         return example.startswith("curl"), any(word in example for word in ("9000", "OpenAI"))
 
-    assert {shown(example) for example in examples(readme)} == {(a, b) for a in (True, False) for b in (True, False)}
+    found = {shown(example) for page in pages for example in examples(page)}
+    assert found == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def typed() -> List[Tuple[str, str]]:
+    """Every make command in an indented block of the pages for users: (page, command)."""
+    pages = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = []
+    for page in pages:
+        for line in page.read_text().splitlines():
+            match = re.match(r" {4}(?:\w+=\S+ )?(make(?: [^#]*)?)(?:#.*)?$", line)
+            if match and "&&" not in match[1] and page.name != "troubleshooting.md":
+                found.append((page.name, match[1].strip()))
+    return found
+
+
+def test_every_make_command_of_the_pages_is_one_that_make_takes(tree: Path) -> None:
+    """`make -n` knows the word and accepts the settings; nothing is made."""
+    commands = typed()
+    assert len(commands) > 40
+    wrong = []
+    for page, command in commands:
+        command = command.replace("x.y.z", "1.0.0").replace("NAME", "stories")
+        words = [command.replace("make", "make -n", 1), f"PYTHON={sys.executable}"]
+        if "ENGINE=tensorrt" in command and "GPU" not in command and "REHEARSAL" not in command:
+            words.append('ASSUME_GPU="4x V100-SXM2-16GB"')  # this machine has none to ask
+        done = subprocess.run(" ".join(words), shell=True, cwd=tree, capture_output=True, text=True, timeout=60)  # noqa: S602
+        if done.returncode:
+            wrong.append(f"{page}: {command}: {(done.stdout + done.stderr).strip()[:300]}")
+    assert not wrong, "\n".join(wrong)

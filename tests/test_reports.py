@@ -102,3 +102,14 @@ def test_an_interpreter_without_packages_is_a_report_that_does_not_touch_it(own_
     code = "from scripts.reports import packages; print(packages.package_missing('numpy').command)"
     shown = subprocess.run([f"{bare}/bin/python", "-c", code], cwd=own_tree, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "make serve PYTHON="
+
+
+def test_the_page_of_all_reports_is_theirs() -> None:
+    """docs/troubleshooting.md is made by `python -m scripts.reports`."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("BAKE_SETTINGS", "BAKED_IMAGE")}
+    command = [sys.executable, "-m", "scripts.reports"]
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert made.stdout == (ROOT / "docs/troubleshooting.md").read_text(), (
+        "type: python -m scripts.reports > docs/troubleshooting.md"
+    )
+    assert made.stdout.count("\n| ") > 130

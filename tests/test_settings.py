@@ -145,11 +145,11 @@ def test_a_preset_with_another_line_is_a_report(tmp_path: Path) -> None:
         choice.preset(path)
 
 
-def test_the_readme_has_the_table() -> None:
-    page = (ROOT / "README.md").read_text()
+def test_the_page_has_the_table() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
     table = page[page.index("| setting |") :]
-    assert table[: table.index("\n\n") + 1] == settings.readme_table()
-    assert max(map(len, settings.readme_table().splitlines())) <= 120
+    assert table.strip() + "\n" == settings.table_page()
+    assert max(map(len, settings.table_page().splitlines())) <= 120
 
 
 def test_the_makefile_reads_nothing_that_nobody_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """From settings to make's variables: where rooms lie, what each is asked, what is installed first, how a script runs.
 
-Settings are values here; nothing is written but build/gpu.json (scripts/making/toolchain.py). docs: README, "The journey".
+Settings are values here; nothing is written but build/gpu.json (scripts/making/toolchain.py). see docs/design.md.
 """
 
 import hashlib
