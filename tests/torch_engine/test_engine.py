@@ -13,7 +13,7 @@ import drive_engine
 import numpy as np
 import pytest
 import torch
-from drive_engine import Answer
+from drive_engine import MPI_ENVIRONMENT, MPIRUN, Answer, mpirun
 from engine import Engine, Refused, open_engine
 from engine_config import parse_config
 from llama import rotary_frequencies
@@ -27,8 +27,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT / "models" / "stories"
-MPIRUN = Path(sys.executable).with_name("mpirun")
-MPI_ENVIRONMENT = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
 STORIES_NETWORK = {
     "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -61,11 +59,6 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, end_
             break
         tokens.append(token)
     return tokens[len(prompt) :]
-
-
-def mpirun(ranks: int, *command: object) -> list[str]:
-    start = [MPIRUN, "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", ranks]
-    return [str(word) for word in (*start, *command)]
 
 
 def run_ranks(engine_dir: Path, requests: list[dict[str, Any]], tp_size: int, folder: Path) -> list[dict[str, Any]]:
