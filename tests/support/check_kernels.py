@@ -90,9 +90,9 @@ def check_attention(group: int, kv_heads: int, size: int, splits: int) -> None:
 
     packed = torch.randn(4, heads + 2 * kv_heads, size)
     was, of_slots, at = packed.clone(), torch.tensor([1, 1, 2, 2]).int(), torch.tensor([63, 64, 0, 1]).int()
-    kernels.turn_kernel[(4, heads + 2 * kv_heads)](
+    kernels.turn_kernel[(4, -(-(heads + 2 * kv_heads) // 4))](
         packed, keys, values, tables, of_slots, at, cos, sin, per_slot, HEADS=heads, KV_HEADS=kv_heads, SIZE=size,
-        SIZE_PADDED=padded, BLOCK=BLOCK,
+        SIZE_PADDED=padded, BLOCK=BLOCK, TOGETHER=4,
     )  # fmt: skip
     for token, position in enumerate(at.tolist()):
         block = int(tables[of_slots[token], position // BLOCK])

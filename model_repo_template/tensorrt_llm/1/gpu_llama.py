@@ -35,8 +35,11 @@ PROMPTS = 64
 # Up to so many rows one kernel for gate and up, or with float32 results, beats cuBLAS and a kernel after it (an H100, 7B's shapes:
 # 34 to 37 us against 36 to 40 for gate and up at TP=2). Without such an end cuBLAS is as good.
 FEW_ROWS = 64
-# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once.
-JOIN_PROGRAMS = 128
+# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once (four of 128 threads
+# on each of a V100's 80 multiprocessors).
+JOIN_PROGRAMS = 256
+# Heads of a token that one program turns
+TURN_HEADS = 16
 # Up to so many rows the ranks push their parts to each other (gpu_kernels.push_kernel)
 PUSH_ROWS = 64
 # Programs that keep an H100 (132 multiprocessors) busy while attending
@@ -313,7 +316,7 @@ class GpuLlama:
             return
         kernels.join_kernel[(min(rows, JOIN_PROGRAMS),)](
             x, self.all_parts, self.join_signals, self.join_epochs, turn * self.parts[0].numel(), gain, normed, rows, width, epsilon,
-            BLOCK=power_of_2(width), num_warps=8, **shared,
+            BLOCK=power_of_2(width), num_warps=max(4, power_of_2(width) // 1024), **shared,
         )  # fmt: skip
 
     def _linear(self, x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> None:
@@ -416,9 +419,10 @@ class GpuLlama:
         for index, name in enumerate(names):
             keys, values = self.cache[index]
             qkv = F.linear(normed, weights[name + "attention.qkv.weight"])
-            kernels.turn_kernel[(len(x), heads + 2 * kv_heads)](
+            kernels.turn_kernel[(len(x), -(-(heads + 2 * kv_heads) // TURN_HEADS))](
                 qkv, keys, values, self.tables, slots, positions, self.cos, self.sin, self.tables.shape[1],
-                HEADS=heads, KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, num_warps=1,
+                HEADS=heads, KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, TOGETHER=TURN_HEADS,
+                num_warps=4,
             )  # fmt: skip
             kernels.prompt_attend_kernel[(len(tiles) // 4, heads)](
                 qkv, mixed, keys, values, self.tables, tiles, self.tables.shape[1], size**-0.5, GROUP=heads // kv_heads,
