@@ -1,7 +1,6 @@
 """The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import drive_engine
 import numpy as np
 import pytest
 import torch
-from drive_engine import MPI_ENVIRONMENT, MPIRUN, Answer, mpirun
+from drive_engine import MPI_ENVIRONMENT, Answer, mpirun
 from engine import Engine, Refused, open_engine
 from engine_config import parse_config
 from llama import rotary_frequencies

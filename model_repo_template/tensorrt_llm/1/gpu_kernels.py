@@ -98,7 +98,7 @@ def join_kernel(
 @triton.jit
 def _pair(words, KIND: tl.constexpr):
     """The two 16-bit numbers of each 32-bit word, low one first, as float32; a float32 word is one number, and the second is 0."""
-    if KIND == tl.float32:
+    if tl.float32 == KIND:
         low = words.to(tl.float32, bitcast=True)
         high = tl.zeros_like(low)
     else:
@@ -110,7 +110,7 @@ def _pair(words, KIND: tl.constexpr):
 @triton.jit
 def _word(low, high, KIND: tl.constexpr):
     """The reverse of _pair: float32 to int32 words."""
-    if KIND == tl.float32:
+    if tl.float32 == KIND:
         word = low.to(tl.int32, bitcast=True)
     else:
         first = low.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF

@@ -16,7 +16,6 @@ from step import Choice, Chooser, Chunk, Step
 from torch import Tensor
 from torch.nn import functional as F
 
-
 # Positions of a block that requests share
 REUSED_BLOCK_TOKENS = 16
 
