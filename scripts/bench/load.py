@@ -317,7 +317,7 @@ def mpirun(world_size: int, root: Path, *arguments: object) -> None:
     command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
         tools = toolbox.find_toolbox(Path(folder))
-        environment = launch.server_environment(os.environ, tools, Path(folder), world_size, os.cpu_count() or 1)
+        environment = launch.server_environment(os.environ, tools, Path(folder), world_size, os.cpu_count() or 1, root)
         done = subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise reports.bench.bench_step_failed(command, done.returncode)

@@ -19,6 +19,10 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OV
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
 
 
+# Beside the rooms: kernels that the torch engine compiled for this host's GPUs. Not a room: whatever is missing is compiled again.
+COMPILED = "compiled"
+
+
 def reached_at(host: str) -> str:
     """The address under which this machine reaches a server that listens on HOST, as a URL has it: `[::1]` with brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -125,9 +129,14 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
 
 
 def server_environment(
-    inherited: Mapping[str, str], toolbox: Toolbox, run_dir: Path, world_size: int, cores: int
+    inherited: Mapping[str, str],
+    toolbox: Toolbox,
+    run_dir: Path,
+    world_size: int,
+    cores: int,
+    root: Optional[Path] = None,
 ) -> Dict[str, str]:
-    """The environment of mpirun and its ranks."""
+    """The environment of mpirun and its ranks. root: where the rooms are, and what the torch engine compiled at an earlier start."""
     environment = dict(inherited)
     # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
@@ -137,6 +146,8 @@ def server_environment(
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Everything temporary lies in one folder that goes when we go.
     environment["TMPDIR"] = str(run_dir)
+    if root is not None and ((root / COMPILED).is_dir() or os.access(root, os.W_OK)):
+        environment["TRITON_CACHE_DIR"] = str((root / COMPILED).absolute())
     shared_memory = "sm" if toolbox.open_mpi >= 5 else "vader"
     environment[f"OMPI_MCA_btl_{shared_memory}_backing_directory"] = str(run_dir)
     # All ranks are on this host: shared memory only, no probing of networks.

@@ -159,9 +159,7 @@ def main(n_ranks: int) -> None:
     without_gpu()
 
     def on_gpu(path: Path, config: Any, ranks: Any, reuse: bool) -> Any:
-        return PlainCalls(
-            config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks
-        )
+        return PlainCalls(config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks)
 
     engines.open_model = on_gpu
     for reuse in (False, True):

@@ -157,9 +157,7 @@ class Engine:
     peer) cannot keep `fail` from answering.
     """
 
-    def __init__(
-        self, config: EngineConfig, model: Model, link: LeaderLink, ranks: Ranks, reuse: bool = False
-    ) -> None:
+    def __init__(self, config: EngineConfig, model: Model, link: LeaderLink, ranks: Ranks, reuse: bool = False) -> None:
         self.config = config
         self.steps = 0
         self._model, self._link, self._ranks = model, link, ranks

@@ -39,7 +39,7 @@ class Blocks:
     """
 
     def __init__(self, count: int, size: int, reuse: bool) -> None:
-        self.size, self.reuse = size, reuse
+        self.count, self.size, self.reuse = count, size, reuse
         self.reused_tokens = 0  # since the start
         self._free = list(range(1, count + 1))
         self._users: dict[int, int] = {}  # requests that have a block
@@ -57,6 +57,16 @@ class Blocks:
     @property
     def used(self) -> int:
         return len(self._users)
+
+    def numbers(self) -> dict[str, int]:
+        """How many blocks there are, under the names of NVIDIA's metrics; reused: how often one served another request, since the start."""
+        return {
+            "max": self.count,
+            "free": self.available,
+            "used": self.used,
+            "tokens_per": self.size,
+            "reused": self.reused_tokens // self.size,
+        }
 
     def take(self, count: int, prompt: Sequence[int]) -> tuple[tuple[int, ...], int] | None:
         """(blocks of a new request, how many of its first tokens they hold already), or None when there are too few.
@@ -120,6 +130,4 @@ class Blocks:
 
     def _digest(self, tokens: Tokens, before: Known | None) -> bytes:
         chain = before.digest if before else b""
-        return hashlib.blake2b(
-            chain + np.array(tokens, dtype="<i4").tobytes(), key=self._key, digest_size=16
-        ).digest()
+        return hashlib.blake2b(chain + np.array(tokens, dtype="<i4").tobytes(), key=self._key, digest_size=16).digest()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from step import Choice, Chooser, Chunk, Step
 from torch import Tensor
 from torch.nn import functional as F
+from weight_file import read_into, tensors_of
 
 # Positions of a block that requests share
 REUSED_BLOCK_TOKENS = 16
@@ -53,23 +54,31 @@ def load_weights(
     if not path.is_file():
         raise ValueError(f"no weights for this rank: {path} does not exist")
     weights: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        stored = set(file.keys())
-        for name, shape in tensor_shapes(config).items():
-            if name not in stored:
-                raise ValueError(f"{path} has no tensor {name}; config.json promises it with shape {list(shape)}")
-            tensor = file.get_tensor(name)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json promises {list(shape)}")
-            layer, _, part = name.rpartition("mlp.")
-            if not together or part not in ("fc.weight", "gate.weight"):
-                weights[name] = tensor.to(device=device, dtype=dtype)
-                continue
+    stored, places, converted = tensors_of(path), dict[int, Tensor](), dict[str, Tensor]()
+    for name, shape in tensor_shapes(config).items():
+        if name not in stored:
+            raise ValueError(f"{path} has no tensor {name}; config.json promises it with shape {list(shape)}")
+        kind, found, begin, _ = stored[name]
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {list(found)}, config.json promises {list(shape)}")
+        layer, _, part = name.rpartition("mlp.")
+        if together and part in ("fc.weight", "gate.weight"):
             both = layer + "mlp.both.weight"
             if both not in weights:
-                weights[both] = torch.empty(2, *shape, device=device, dtype=dtype)
-            weights[both][int(part == "gate.weight")].copy_(tensor)
-    return {name: tensor.flatten(0, 1) if tensor.ndim == 3 else tensor for name, tensor in weights.items()}
+                weights[both] = torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype)
+            place = weights[both][shape[0] :] if part == "gate.weight" else weights[both][: shape[0]]
+        else:
+            place = weights[name] = torch.empty(shape, device=device, dtype=dtype)
+        if kind == dtype:
+            places[begin] = place
+        else:
+            converted[name] = place
+    read_into(path, places)
+    if converted:
+        with safe_open(path, framework="pt") as file:
+            for name, place in converted.items():
+                place.copy_(file.get_tensor(name))
+    return weights
 
 
 def rotary_frequencies(config: EngineConfig) -> Tensor:
@@ -141,9 +150,7 @@ class Llama:
 
     lookahead = 0
 
-    def __init__(
-        self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks, reuse: bool = False
-    ) -> None:
+    def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks, reuse: bool = False) -> None:
         self.config, self.weights, self.ranks = config, weights, ranks
         embedding = weights["transformer.vocab_embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype

@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,10 @@ from ranks import RankLost
 log = logging.getLogger("torch engine")
 
 POLL_SECONDS = 0.1  # asking Triton whether a client has gone costs a round trip between processes: not at every step
+# How long a thread may hold the interpreter while another waits for it: the engine's thread must not wait 5 ms, which is a step, for the
+# sender's
+SWITCH_SECONDS = 0.0005
+TRUE = ("true", "True", "TRUE", "1")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -67,6 +72,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads this rank; returns when all ranks have. Ranks above 0 follow in a thread and get no request."""
         faulthandler.enable()  # a crash of this process says where
+        sys.setswitchinterval(SWITCH_SECONDS)
         logging.basicConfig(format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
@@ -74,7 +80,8 @@ class TritonPythonModel:
         self._without_value = set(parameters.get("sent_without_value", "").split(","))
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
-            engine = open_engine(Path(parameters["gpt_model_path"]))
+            reuse = parameters.get("enable_kv_cache_reuse", "") in TRUE
+            engine = open_engine(Path(parameters["gpt_model_path"]), reuse)
         except (ValueError, RankLost) as problem:
             raise pb_utils.TritonModelException(str(problem)) from None
         self._engine = engine
@@ -206,8 +213,17 @@ class Metrics:
         counter = pb_utils.MetricFamily(
             name="torch_engine_steps", description="Forward steps taken", kind=pb_utils.MetricFamily.COUNTER
         )
+        cache = pb_utils.MetricFamily(
+            name="nv_trt_llm_kv_cache_block_metrics",
+            description="Blocks of the cache",
+            kind=pb_utils.MetricFamily.GAUGE,
+        )
         labels = {"model": model, "version": version}
-        self._families = (family, counter)  # a metric lives as long as its family
+        self._families = (family, counter, cache)  # a metric lives as long as its family
+        self._blocks = {
+            kind: cache.Metric(labels={**labels, "kv_cache_block_type": kind})
+            for kind in ("max", "free", "used", "tokens_per", "reused")
+        }
         self._gauges = {
             kind: family.Metric(labels={**labels, "request_type": kind}) for kind in ("active", "waiting", "max")
         }
@@ -217,6 +233,8 @@ class Metrics:
     def update(self) -> None:
         self._gauges["active"].set(self._engine.running)
         self._gauges["waiting"].set(self._engine.waiting)
+        for kind, number in self._engine.blocks.numbers().items():
+            self._blocks[kind].set(number)
         steps = self._engine.steps
         self._counter.increment(steps - self._steps)
         self._steps = steps
