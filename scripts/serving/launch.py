@@ -1,7 +1,10 @@
 """What is started, as words: tritonserver, mpirun in leader mode, their environment; and what `serve` was asked."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
@@ -128,6 +131,23 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     return command
 
 
+def compiled_kernels(root: Path) -> Optional[Path]:
+    """Where the torch engine's compiled kernels are found and kept; None: wherever Triton keeps them, as nothing can be kept here.
+
+    In an image nothing may be written beside the rooms, and Triton ends where it finds nothing and may not write. So what was baked in
+    is copied (a few MB); not to /dev/shm, where nothing may be executed in a container.
+    """
+    kept = root / COMPILED
+    if os.access(kept if kept.is_dir() else root, os.W_OK):
+        return kept
+    if not kept.is_dir():
+        return None
+    copy = Path(tempfile.mkdtemp(prefix="bake-compiled-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    shutil.copytree(kept, copy, dirs_exist_ok=True)
+    return copy
+
+
 def server_environment(
     inherited: Mapping[str, str],
     toolbox: Toolbox,
@@ -146,8 +166,8 @@ def server_environment(
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Everything temporary lies in one folder that goes when we go.
     environment["TMPDIR"] = str(run_dir)
-    if root is not None and ((root / COMPILED).is_dir() or os.access(root, os.W_OK)):
-        environment["TRITON_CACHE_DIR"] = str((root / COMPILED).absolute())
+    if root is not None and (kernels := compiled_kernels(root)) is not None:
+        environment["TRITON_CACHE_DIR"] = str(kernels.absolute())
     shared_memory = "sm" if toolbox.open_mpi >= 5 else "vader"
     environment[f"OMPI_MCA_btl_{shared_memory}_backing_directory"] = str(run_dir)
     # All ranks are on this host: shared memory only, no probing of networks.

@@ -94,10 +94,15 @@ def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_ru
     out = tree / "build/bench/stories-tp2.json"
     found = json.loads(out.read_text())
     sides = [row["side"] for row in found["rows"]]
-    assert sides[0].startswith("Triton (") and sides[1:] == ["OpenAI's API (aiperf)", "OpenAI's API", "engine alone", "ceiling"]
+    assert sides[0].startswith("Triton (") and sides[1:] == [
+        "OpenAI's API (aiperf)",
+        "OpenAI's API",
+        "engine alone",
+        "ceiling",
+    ]
     assert found["host"]["versions"]["aiperf"] and "aiperf" not in found["not_run"] and not found["failed"]
     assert all(row["tokens_per_second"] > 0 for row in found["rows"])
-    assert out.with_suffix(".csv").read_text().count("\n") == 5 and "<svg" in out.with_suffix(".html").read_text()
+    assert out.with_suffix(".csv").read_text().count("\n") == 6 and "<svg" in out.with_suffix(".html").read_text()
 
     for row in found["rows"]:
         row["tokens_per_second"] *= 1000
