@@ -30,5 +30,5 @@ def test_without_a_gpu_it_gives_what_pytorch_gives(script, how, said):
     if how and how != ["1"]:
         command = mpirun(int(how[0]), *command)
         environment.update(MPI_ENVIRONMENT)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and said in done.stdout, done.stderr
