@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, Mapping, Optional, Sequence
 
+from scripts.weights.hugging_face import REPEATED
+
 # Loading, compiling and capturing
 START_SECONDS = 420
 # It asks nobody and tells nobody; each of its workers starts from nothing, as CUDA wants it.
@@ -56,7 +58,12 @@ def folder_of(config: Path, weights: Path, folder: Path) -> bool:
     for path in sorted(config.iterdir()):
         if path.name not in ("manifest.json", "args"):
             (folder / path.name).symlink_to(path.absolute())
-    found = [*weights.glob("*.safetensors"), *weights.glob("*.safetensors.index.json")]
+    # whose layers repeat each other nobody else can read
+    found = (
+        []
+        if (weights / REPEATED).is_file()
+        else [*weights.glob("*.safetensors"), *weights.glob("*.safetensors.index.json")]
+    )
     for path in found:
         (folder / path.name).symlink_to(path.absolute())
     return bool(found)
