@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Optional
 
 from scripts import reports
 from scripts.room import human_bytes, progress, say
@@ -80,14 +80,14 @@ def files(names: Iterable[str]) -> Dict[str, List[str]]:
     return {f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors": names for n, names in sorted(groups.items())}
 
 
-def write(output: Path, shape: LlamaShape, seed: int, own_layers: int) -> None:
+def write(output: Path, shape: LlamaShape, seed: int, own_layers: Optional[int] = None) -> None:
     """All or nothing: the folder appears when it is whole."""
     import torch
     from safetensors.torch import save_file
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    same = repeats(shape, own_layers)
+    same = repeats(shape, own_layers or shape.n_layers)
     shapes = {name: size for name, size in shape.hf_tensors().items() if name not in same}
     plan = files(shapes)
     total_bytes = 2 * sum(torch.Size(size).numel() for size in shapes.values())
@@ -133,7 +133,7 @@ def main() -> None:
         say("synthetic", f"{reports.shown(args.output)} is there already")
     else:
         shape = SHAPES[args.output.name]
-        write(args.output, shape, args.seed, OWN_LAYERS.get(args.output.name, shape.n_layers))
+        write(args.output, shape, args.seed, OWN_LAYERS.get(args.output.name))
 
 
 if __name__ == "__main__":

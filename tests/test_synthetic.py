@@ -31,7 +31,7 @@ def test_layers_repeat_the_first_ones_in_turn(tmp_path: Path):
 
 def test_without_repeats_every_layer_has_numbers_of_its_own(tmp_path: Path):
     folder = tmp_path / "model"
-    synthetic.write(folder, SHAPE, seed=1, own_layers=SHAPE.n_layers)
+    synthetic.write(folder, SHAPE, seed=1)
     assert not (folder / REPEATED).exists()
     model = read_hf_model(folder)
     assert not np.array_equal(

@@ -113,6 +113,7 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
         for one in requests
     ]
     whole = [one["arrivals"][-1] - one["began"] for one in requests]
+    rounds = rounds_of(requests)
     found = {
         "tokens_per_second": sum(sum(one["tokens"]) for one in requests) / (last - first),
         "ttft_ms_p50": statistics.median(ttft),
@@ -120,8 +121,21 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
         "itl_ms_p50": statistics.median(itl),
         "itl_ms_p99": percentile(itl, 99),
         "slowest_over_median": max(whole) / statistics.median(whole),
+        **({"rounds_low": min(rounds), "rounds_high": max(rounds)} if len(rounds) > 1 else {}),
     }
     return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+def rounds_of(requests: Sequence[Mapping[str, Any]]) -> List[float]:
+    """Tokens per second of each round: the requests in the order in which they began, in ROUNDS equal parts."""
+    ordered = sorted(requests, key=lambda one: one["began"])
+    each = len(ordered) // ROUNDS
+    parts = [ordered[n * each : (n + 1) * each] for n in range(ROUNDS)] if each else []
+    return [
+        sum(sum(one["tokens"]) for one in part)
+        / (max(one["arrivals"][-1] for one in part) - min(one["began"] for one in part))
+        for part in parts
+    ]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -341,6 +355,17 @@ def host() -> Dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit of this tree, with +changes where files differ from it; empty where git says nothing."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return found + ("+changes" if found and git("status", "--porcelain") else "")
+
+
 def processor() -> str:
     names = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
@@ -348,8 +373,10 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -> Dict[str, Any]:
-    """All sides of one variant; what did not run is in `not_run`, with the reason."""
+def measure(
+    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[Dict[str, Any]], None]
+) -> Dict[str, Any]:
+    """All sides of one variant; what did not run is in `not_run`, with the reason. keep: called with what there is before the peers."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
     pretrained = config["pretrained_config"]
     limits = vars(limits_of(config))
@@ -388,11 +415,7 @@ def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -
             point,
             {"tokens_per_second": float(f"{ceiling(pretrained, measured, point)['memory_tokens_per_second']:.5g}")},
         )
-    if args.engine_only:
-        not_run["everything but the engine alone"] = "not asked for (--engine-only)"
-    else:
-        peers(args, points, pretrained, limits, folder, note, not_run, generators)
-    return {
+    result = {
         "model": {"name": args.name, "dtype": pretrained["dtype"], "tp_size": world_size, "limits": limits},
         "ready_seconds": None if ready is None else round(ready, 1),
         "ceilings": {
@@ -404,6 +427,12 @@ def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -
         "not_run": not_run,
         "failed": failed,
     }
+    if args.engine_only:
+        not_run["everything but the engine alone"] = "not asked for (--engine-only)"
+    else:
+        keep(result)  # a peer may take long, or for ever
+        peers(args, points, pretrained, limits, folder, note, not_run, generators)
+    return result
 
 
 def through_triton(
@@ -510,7 +539,7 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
     kinds: List[Tuple[str, Callable[[], str]]] = [
         ("json", lambda: json.dumps(result, indent=1) + "\n"),
         ("csv", table.getvalue),
-        ("html", lambda: bench_page.page(result)),
+        ("html", lambda: bench_page.page(result, f"{out.name}.json")),
     ]
     for kind, content in kinds:
         partial = out.with_name(f"{out.name}.{kind}.partial")
@@ -542,19 +571,25 @@ def main() -> int:
     args = parser.parse_args()
     baseline = bench_page.read_run(args.baseline) if args.baseline else None
     others = [bench_page.read_run(path) for path in args.others]
+
+    def keep(measured: Dict[str, Any]) -> Dict[str, Any]:
+        about = host()
+        about["versions"].update(measured["generators"])
+        result = {
+            "host": about,
+            "commit": os.environ.get("BENCH_COMMIT") or commit(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "command": os.environ.get("BENCH_COMMAND", "make bench"),
+            **{name: value for name, value in measured.items() if name != "generators"},
+            "rows": [row for run in others for row in run["rows"]] + measured["rows"],
+        }
+        if baseline:
+            result["compared"] = compared(result, baseline)
+        write(args.out, result)
+        return result
+
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, serve.settings_from(args), Path(folder))
-    result = (
-        {"host": host(), "command": args.command_line, **result}
-        if hasattr(args, "command_line")
-        else {"host": host(), **result}
-    )
-    result["host"]["versions"].update(result.pop("generators"))
-    result["command"] = os.environ.get("BENCH_COMMAND", "make bench")
-    result["rows"] = [row for run in others for row in run["rows"]] + result["rows"]
-    if baseline:
-        result["compared"] = compared(result, baseline)
-    write(args.out, result)
+        result = keep(measure(args, serve.settings_from(args), Path(folder), keep))
     room.say("bench", f"-> {args.out}.json, .csv, .html")
     if result["failed"]:
         raise reports.bench.loads_failed(result["failed"])
