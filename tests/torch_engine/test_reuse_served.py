@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from server import Served, end_tree_of, serve
+from triton_requests import until
 
 BEGINNING = "Once upon a time there was a little girl named Lily. She loved to play with her toys in the park. "
 ENDINGS = ("One day", "Her mom", "One day", "The dog")
@@ -16,6 +17,10 @@ def served(request: pytest.FixtureRequest, tree: Path):
     end_tree_of(running.process.pid)
 
 
+def reused(running: Served) -> float:
+    return running.metric("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="reused")
+
+
 TEXTS: dict[str, list[str]] = {}
 
 
@@ -24,6 +29,7 @@ def test_shared_beginnings_change_no_answer(served: tuple[str, Served]):
     asked = [{"text_input": BEGINNING + ending, "max_tokens": 12} for ending in ENDINGS]
     TEXTS[how] = [running.post("ensemble", **body)["text_output"] for body in asked]
     assert TEXTS[how][0] == TEXTS[how][2] and all(text == TEXTS["off"][n] for n, text in enumerate(TEXTS[how]))
-    reused = running.metric("nv_trt_llm_kv_cache_block_metrics", kv_cache_block_type="reused")
     # the beginning has more than one block of 16 tokens, and three of the four found it
-    assert reused >= 3 if how == "on" else reused == 0
+    if how == "on":
+        until(lambda: reused(running) >= 3, "blocks that were reused on the metrics page")
+    assert how == "on" or reused(running) == 0
