@@ -114,7 +114,7 @@ def measure(url: str, model: str, points: Sequence[str], vocab_size: int = ORDIN
     """Each load 'input:output:streams' asked two times over; the second one counts."""
     from scripts.bench.load import summary
 
-    rows = []
+    rows: List[Mapping[str, Any]] = []
     for point in points:
         given, wanted, streams = map(int, point.split(":"))
         for seed in (1, 2):

@@ -374,7 +374,7 @@ def processor() -> str:
 
 
 def measure(
-    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[Dict[str, Any]], None]
+    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[Dict[str, Any]], object]
 ) -> Dict[str, Any]:
     """All sides of one variant; what did not run is in `not_run`, with the reason. keep: called with what there is before the peers."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
@@ -469,7 +469,9 @@ def through_triton(
             def over_completions(point: Point = point) -> List[Dict[str, Any]]:
                 return ask_completions(settings.openai_url, settings.root.parent.name, point, vocab_size)
 
-            ways = {f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc}
+            ways: Dict[str, Callable[[], List[Dict[str, Any]]]] = {
+                f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc
+            }
             if aiperf:
                 ways["OpenAI's API (aiperf)"] = over_aiperf
             if endpoint:

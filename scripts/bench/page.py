@@ -238,7 +238,7 @@ def spread(heights: Sequence[float]) -> List[float]:
     placed = list[float]()
     for height in heights:
         placed.append(max(height, placed[-1] + LABEL_HEIGHT) if placed else height)
-    floor = HEIGHT - BOTTOM
+    floor = float(HEIGHT - BOTTOM)
     for index in reversed(range(len(placed))):
         wanted = (heights[index] + placed[index]) / 2  # half way back, so that a crowd lies around its points
         placed[index] = min(wanted, floor)

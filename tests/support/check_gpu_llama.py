@@ -131,13 +131,16 @@ def random_hf() -> dict[str, np.ndarray]:
     }
 
 
-def requests() -> list[dict[str, Any]]:
-    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots."""
+def requests(few: bool) -> list[dict[str, Any]]:
+    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few: where many ranks
+    share few cores."""
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:
         return chance.integers(3, NETWORK["vocab_size"], length).tolist()
 
+    if few:
+        return [{"prompt": prompt(5), "max_new_tokens": 3}, {"prompt": prompt(70), "max_new_tokens": 2}]
     return [
         {"prompt": prompt(5), "max_new_tokens": 6},
         {"prompt": prompt(62), "max_new_tokens": 4, "top_k": 20, "random_seed": 3, "temperature": 2.0},
@@ -150,7 +153,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def answered(opened: engines.Engine) -> list[Answer]:
-    answers = [Answer(opened, **request) for request in requests()]
+    answers = [Answer(opened, **request) for request in requests(opened.config.tp_size > 2)]
     for answer in answers:
         answer.wait()
         assert answer.error is None, answer.error
@@ -183,7 +186,7 @@ def main(n_ranks: int) -> None:
         return PlainCalls(config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks)
 
     engines.open_model = on_gpu
-    for reuse in (False, True):
+    for reuse in (False, True) if n_ranks < 4 else (True,):
         opened = engines.open_engine(folder, reuse)
         if not isinstance(opened, engines.Engine):
             opened.follow()
