@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, S
 from scripts import build_base, release, reports, room
 from scripts.images import archive, builders, launcher, passport
 from scripts.making import ingredients
+from scripts.serving import launch
 
 PROJECT = Path(__file__).parent.parent
 DOCKERFILE = PROJECT / "docker" / "Dockerfile"

@@ -76,7 +76,7 @@ class TritonPythonModel:
         logging.basicConfig(format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
+        self._exclude_input = parameters.get("exclude_input_in_output", "") in TRUE
         self._without_value = set(parameters.get("sent_without_value", "").split(","))
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
@@ -198,8 +198,7 @@ class TritonPythonModel:
     def _arrays(self, reply: Reply, pieces: list[Piece]) -> dict[str, Any]:
         """The tensors of a response, those that the request names."""
         reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
-        arrays = outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value)
-        return {name: array for name, array in arrays.items() if name in reply.wanted}
+        return outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value, reply.wanted)
 
 
 class Metrics:
