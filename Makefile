@@ -205,12 +205,13 @@ lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image'
 	@echo "lock-base   docker/base.txt: $$(wc -l <docker/base.txt) packages"
 lock: $(call has,dev) ## write the lock files again from requirements/*.in
 	@scripts/lock.sh $(PY)
-synthetic: | $(call has,run) ## write weights/synthetic-7b: Llama-2-7B's shape, random weights, for measuring speed
-	@$(PY) -m scripts.synthetic --output weights/synthetic-7b
+synthetic: | $(call has,run) ## write weights/synthetic-7b (MODEL=synthetic-13b, -70b): Llama 2's shape, random weights
+	@$(PY) -m scripts.synthetic --output weights/$(or $(filter synthetic-%,$(MODEL)),synthetic-7b)
 bench: model_repo $(if $(PEERS),$(HF_ROOM)) | $(BENCH_NEEDS) ## the served model under load, and the engine alone
 	@$(PY) -m scripts.bench.load --root $(VARIANT) $(ADDRESS) --openai-port $(OPENAI_PORT) --tokenizer $(CONFIG) \
 	  --hf $(HF_FOLDER) --name $(NAME) --out build/bench/$(NAME)-tp$(TP) --points="$(POINTS)" \
-	  $(if $(BASELINE),--baseline $(BASELINE)) $(if $(WITH),--with $(WITH)) $(if $(PEERS),--peers) $(BENCH)
+	  $(if $(BASELINE),--baseline $(BASELINE)) $(if $(WITH),--with $(WITH)) $(if $(PEERS),--peers) \
+	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) $(BENCH)
 bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one run
 	@$(PY) -m scripts.bench.serve --root $(VARIANT) $(ADDRESS)
 bench-text: model_repo | $(call has,verify) ## text in and out against NVIDIA's stock models: ratios from one run

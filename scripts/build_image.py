@@ -17,11 +17,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence
 
 from scripts import build_base, release, reports, room
 from scripts.images import archive, builders, launcher, passport
 from scripts.making import ingredients
+from scripts.serving import launch
 
 PROJECT = Path(__file__).parent.parent
 DOCKERFILE = PROJECT / "docker" / "Dockerfile"
@@ -213,9 +214,21 @@ def assemble(
     )
     (context / "passport").mkdir()
     (context / "passport" / "passport.json").write_bytes(passport.as_bytes(about))
+    place_compiled(root, rooms["wheels"]["manifest"]["files"], context / "passport" / launch.COMPILED)
     dockerfile = dockerfile_for(world_size)
     (context / "Dockerfile").write_text(dockerfile)
     return dockerfile, about
+
+
+def place_compiled(root: Path, wheels: Iterable[str], target: Path) -> None:
+    """Kernels that the engine compiled beside a GPU (make verified, serve), for an image that has the compiler too (TARGET=cuda)."""
+    compiled = root / launch.COMPILED
+    if not compiled.is_dir() or not any(wheel.startswith("triton-") for wheel in wheels):
+        return
+    for path in sorted(compiled.rglob("*")):
+        # a kernel that was being written has another name until it is whole
+        if path.is_file() and not path.name.startswith("tmp.") and path.name != "lock":
+            place(path, target / path.relative_to(compiled))
 
 
 def base_of(builder: builders.Builder, base_room: Path, manifest: Mapping[str, Any]) -> str:

@@ -318,7 +318,8 @@ def render(
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
     # the torch engine's Triton is the pinned one, which can
     unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
-    check_engine(engine, kv_reuse)
+    # the torch engine reuses whatever it has
+    check_engine(engine, kv_reuse and not engine_kind["model_code"])
     without_value = contracts.sent_without_value(trtllm_version)
     values = hole_values(
         engine, engine_kind["triton_backend"], streaming, unary_response_sender, kv_reuse, without_value

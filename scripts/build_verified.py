@@ -79,7 +79,7 @@ def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> L
 
 
 def environment_of_sides(
-    inherited: Mapping[str, str], toolbox: toolbox.Toolbox, folder: Path, world_size: int, cores: int
+    inherited: Mapping[str, str], toolbox: toolbox.Toolbox, folder: Path, world_size: int, cores: int, root: Path
 ) -> Dict[str, str]:
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
@@ -87,7 +87,7 @@ def environment_of_sides(
     work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
     time when MPI yields.
     """
-    server = launch.server_environment(inherited, toolbox, folder, world_size, cores)
+    server = launch.server_environment(inherited, toolbox, folder, world_size, cores, root)
     patience = {"OMP_WAIT_POLICY": "passive", "OMPI_MCA_mpi_yield_when_idle": "1"}
     return {**server, **patience, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -221,7 +221,9 @@ def build_verified(settings: Settings) -> None:
             bar(size) as done,
         ):
             folder = Path(name)
-            environment = environment_of_sides(os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1)
+            environment = environment_of_sides(
+                os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1, settings.engines.parent
+            )
             # Hugging Face's side takes minutes, so what keeps the engine from answering is looked for first.
             checks.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
             (folder / "questions.json").write_text(json.dumps(asked))

@@ -93,7 +93,7 @@ TABLE: Tuple[Setting, ...] = (
     _one_of("STREAMING", "on", ("on", "off"),
             '`off`: every request has one response, see "The served models"'),
     _one_of("KV_REUSE", "off", ("on", "off"),
-            "share the KV cache of equal beginnings; with `ENGINE=tensorrt`, not on V100", with_torch="off"),
+            "share the KV cache of equal beginnings; with `ENGINE=tensorrt` not on V100"),
     Setting("HOST", "127.0.0.1", r"[\w.:-]+", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1",
             "127.0.0.1", "where the server listens", SERVING, holds=":"),
     _number("HTTP_PORT", "8000", "Triton's HTTP", goals=SERVING),
@@ -140,6 +140,8 @@ TABLE: Tuple[Setting, ...] = (
     Setting("WITH", "", r"[\w ./-]*", "files of runs", "", "runs of other `TP` for the same page", ("bench",), holds=" "),
     Setting("SECONDS", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "60", "how long to soak", ("soak",), shown="1800"),
     _one_of("PEERS", "", ("", "on"), "`on`: measure other servers too", goals=("bench",)),
+    Setting("VLLM_PYTHON", "", r"[\w./-]*", "an interpreter that has vLLM", "",
+            "an interpreter that has vLLM, in an environment of its own, for `PEERS=on`", ("bench",)),
     _one_of("FORM", "", ("", "gguf"), "of a preset: `gguf` if that is the form of its weights", shown="found in the folder"),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)

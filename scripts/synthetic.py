@@ -1,6 +1,7 @@
-"""`make synthetic`: a model of Llama-2-7B's shape with seeded random weights, in Hugging Face's form, for measuring speed.
+"""`make synthetic`: a model of a Llama 2's shape with seeded random weights, in Hugging Face's form, for measuring speed.
 
-Writes  weights/synthetic-7b: config.json, model-*.safetensors, tokenizer.model
+Writes  weights/synthetic-7b (or -13b, -70b, as MODEL says): config.json, model-*.safetensors, tokenizer.model; for 70B repeated.json,
+        because only its first four layers have numbers of their own: 7.9 GB, so that a disk has to hold the ranks' files alone
 Needs   PyTorch; a GPU, where there is one, makes the numbers in seconds, a processor in minutes (and other ones)
 
 It says nothing of sense. Its tokenizer is the bundled model's with words made up to 32000, so that every token has a text.
@@ -11,13 +12,20 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List, Optional
 
 from scripts import reports
 from scripts.room import human_bytes, progress, say
+from scripts.weights.hugging_face import REPEATED
 from scripts.weights.shape import LlamaShape
 
-SHAPE = LlamaShape(4096, 11008, 32, 32, 32, 32000)
+SHAPES = {
+    "synthetic-7b": LlamaShape(4096, 11008, 32, 32, 32, 32000),
+    "synthetic-13b": LlamaShape(5120, 13824, 40, 40, 40, 32000),
+    "synthetic-70b": LlamaShape(8192, 28672, 80, 64, 8, 32000),
+}
+# How many layers have numbers of their own; the others repeat them in turn
+OWN_LAYERS = {"synthetic-70b": 4}
 POSITIONS = 4096
 # of a normal distribution; Llama's own matrices have about as much
 SPREAD = 0.02
@@ -52,23 +60,36 @@ def tokenizer_model(bundled: bytes, size: int) -> bytes:
     return out
 
 
-def files(shape: LlamaShape) -> Dict[str, List[str]]:
+def repeats(shape: LlamaShape, own_layers: int) -> Dict[str, str]:
+    """Tensors of the layers after the first `own_layers` -> whose numbers they have."""
+    names = {}
+    for name in shape.hf_tensors():
+        if name.startswith("model.layers."):
+            layer = int(name.split(".")[2])
+            if layer >= own_layers:
+                names[name] = name.replace(f".{layer}.", f".{layer % own_layers}.", 1)
+    return names
+
+
+def files(names: Iterable[str]) -> Dict[str, List[str]]:
     """File name -> tensors: some layers each, the rest in the first."""
     groups: Dict[int, List[str]] = {}
-    for name in shape.hf_tensors():
+    for name in names:
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
         groups.setdefault(layer // LAYERS_PER_FILE, []).append(name)
     return {f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors": names for n, names in sorted(groups.items())}
 
 
-def write(output: Path, shape: LlamaShape, seed: int) -> None:
+def write(output: Path, shape: LlamaShape, seed: int, own_layers: Optional[int] = None) -> None:
     """All or nothing: the folder appears when it is whole."""
     import torch
     from safetensors.torch import save_file
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    shapes, plan = shape.hf_tensors(), files(shape)
+    same = repeats(shape, own_layers or shape.n_layers)
+    shapes = {name: size for name, size in shape.hf_tensors().items() if name not in same}
+    plan = files(shapes)
     total_bytes = 2 * sum(torch.Size(size).numel() for size in shapes.values())
     say(
         "synthetic",
@@ -92,6 +113,8 @@ def write(output: Path, shape: LlamaShape, seed: int) -> None:
         "weight_map": {name: file for file in plan for name in plan[file]},
     }
     (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    if same:
+        (partial / REPEATED).write_text(json.dumps(same, indent=1))
     (partial / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
     (partial / "tokenizer.model").write_bytes(tokenizer_model(TOKENIZER.read_bytes(), shape.vocab_size))
     partial.rename(output)
@@ -102,10 +125,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.output.name not in SHAPES:
+        raise reports.settings.bad_setting(
+            "MODEL", args.output.name, "one of " + ", ".join(SHAPES), reports.make("synthetic", MODEL="synthetic-7b")
+        )
     if args.output.is_dir():
         say("synthetic", f"{reports.shown(args.output)} is there already")
     else:
-        write(args.output, SHAPE, args.seed)
+        shape = SHAPES[args.output.name]
+        write(args.output, shape, args.seed, OWN_LAYERS.get(args.output.name))
 
 
 if __name__ == "__main__":

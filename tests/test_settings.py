@@ -83,7 +83,6 @@ def test_each_wrong_value_is_a_report_whose_command_is_taken(name: str, monkeypa
         ("QUANT=fp8", "QUANT=fp8 ENGINE=tensorrt"),
         ("QUANT=int8 ENGINE=tensorrt", "QUANT=int8_wo ENGINE=tensorrt"),
         ("PP=2", "PP=2 ENGINE=tensorrt"),
-        ("KV_REUSE=on", "KV_REUSE=on ENGINE=tensorrt"),
         ("DTYPE=bf16 TP=4", "DTYPE=bfloat16 TP=4"),
         ("ENGINE=tensorrt-llm", "ENGINE=tensorrt"),
         ("MODEL=lama-2-7b", "MODEL=llama-2-7b"),

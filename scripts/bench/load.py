@@ -13,7 +13,6 @@ import argparse
 import csv
 import importlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -31,6 +30,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from scripts import reports, room, serve
 from scripts.bench import client as bench_client
+from scripts.bench import completions, vllm
 from scripts.bench import page as bench_page
 from scripts.limits import limits_of
 from scripts.nvidia import gpus
@@ -41,6 +41,7 @@ from scripts.serving.started import started
 DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
 # How many times over the streams of a point are asked
 ROUNDS = 3
+Note = Callable[[str, "Point", Mapping[str, float]], None]
 # A difference below it is noise: two runs of the same tree on the same machine differ by up to 4 % (docs/bench)
 NOISE = 0.05
 START_SECONDS = 600
@@ -112,6 +113,7 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
         for one in requests
     ]
     whole = [one["arrivals"][-1] - one["began"] for one in requests]
+    rounds = rounds_of(requests)
     found = {
         "tokens_per_second": sum(sum(one["tokens"]) for one in requests) / (last - first),
         "ttft_ms_p50": statistics.median(ttft),
@@ -119,8 +121,21 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
         "itl_ms_p50": statistics.median(itl),
         "itl_ms_p99": percentile(itl, 99),
         "slowest_over_median": max(whole) / statistics.median(whole),
+        **({"rounds_low": min(rounds), "rounds_high": max(rounds)} if len(rounds) > 1 else {}),
     }
     return {name: float(f"{value:.5g}") for name, value in found.items()}
+
+
+def rounds_of(requests: Sequence[Mapping[str, Any]]) -> List[float]:
+    """Tokens per second of each round: the requests in the order in which they began, in ROUNDS equal parts."""
+    ordered = sorted(requests, key=lambda one: one["began"])
+    each = len(ordered) // ROUNDS
+    parts = [ordered[n * each : (n + 1) * each] for n in range(ROUNDS)] if each else []
+    return [
+        sum(sum(one["tokens"]) for one in part)
+        / (max(one["arrivals"][-1] for one in part) - min(one["began"] for one in part))
+        for part in parts
+    ]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -317,7 +332,7 @@ def mpirun(world_size: int, root: Path, *arguments: object) -> None:
     command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
         tools = toolbox.find_toolbox(Path(folder))
-        environment = launch.server_environment(os.environ, tools, Path(folder), world_size, os.cpu_count() or 1)
+        environment = launch.server_environment(os.environ, tools, Path(folder), world_size, os.cpu_count() or 1, root)
         done = subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise reports.bench.bench_step_failed(command, done.returncode)
@@ -340,6 +355,17 @@ def host() -> Dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The commit of this tree, with +changes where files differ from it; empty where git says nothing."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return found + ("+changes" if found and git("status", "--porcelain") else "")
+
+
 def processor() -> str:
     names = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
@@ -347,8 +373,10 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -> Dict[str, Any]:
-    """All sides of one variant; what did not run is in `not_run`, with the reason."""
+def measure(
+    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[Dict[str, Any]], object]
+) -> Dict[str, Any]:
+    """All sides of one variant; what did not run is in `not_run`, with the reason. keep: called with what there is before the peers."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
     pretrained = config["pretrained_config"]
     limits = vars(limits_of(config))
@@ -364,39 +392,12 @@ def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -
             "bench", f"{side} tp{world_size} {point.input_tokens}+{point.output_tokens} x{point.concurrency}: {shown}"
         )
 
-    path, perf_said = generator("perf_analyzer", " (its wheel needs glibc 2.38)")
-    if path is None:
-        not_run["perf_analyzer"] = perf_said
-    aiperf, aiperf_said = generator("aiperf", "")
-    with started(settings) as serving:
-        ready, server = serving.seconds, serving.process
-        if aiperf and not (settings.openai_port and pulse.http_ok(f"{settings.openai_url}/health", None, 30)):
-            aiperf, aiperf_said = None, "the OpenAI-compatible endpoint is not open"
-        if aiperf is None:
-            not_run["aiperf"] = aiperf_said
-        address = f"{settings.host}:{settings.grpc_port}"
-        for point in points:
-            prompts = prompts_of(args.root / "model_repo", args.tokenizer, point.input_tokens, min(64, point.requests))
-
-            def over_grpc(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
-                if not path:
-                    return bench_client.ask(address, point.concurrency, point.requests, point.output_tokens, prompts)
-                ask_perf_analyzer(path, address, Point(point.input_tokens, 4, 1), prompts, folder, server)  # warm
-                return ask_perf_analyzer(path, address, point, prompts, folder, server)
-
-            def over_openai(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
-                return ask_aiperf(str(aiperf), settings, point, prompts, args.tokenizer, folder, server)
-
-            ways = {f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc}
-            if aiperf:
-                ways["OpenAI's API (aiperf)"] = over_openai
-            for side, ask in ways.items():
-                try:
-                    note(side, point, summary(ask()))
-                except reports.Problem as problem:  # the rest still tells something
-                    failed[f"{side}, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
-            if server.poll() is not None:
-                break
+    generators: Dict[str, str] = {}
+    ready = None
+    if not args.engine_only:
+        ready = through_triton(
+            args, settings, points, pretrained["vocab_size"], folder, note, not_run, failed, generators
+        )
     wanted = folder / "points.json"
     wanted.write_text(json.dumps([point.numbers() for point in points]))
     mpirun(world_size, args.root, "ceilings", folder / "ceilings.json")
@@ -414,39 +415,119 @@ def measure(args: argparse.Namespace, settings: launch.Settings, folder: Path) -
             point,
             {"tokens_per_second": float(f"{ceiling(pretrained, measured, point)['memory_tokens_per_second']:.5g}")},
         )
-    peers(args, points, folder, note, not_run)
-    return {
+    result = {
         "model": {"name": args.name, "dtype": pretrained["dtype"], "tp_size": world_size, "limits": limits},
-        "ready_seconds": round(ready, 1),
+        "ready_seconds": None if ready is None else round(ready, 1),
         "ceilings": {
             **measured,
             "points": [{**point.numbers(), **ceiling(pretrained, measured, point)} for point in points],
         },
-        "generators": {"aiperf": aiperf_said} if aiperf else {},
+        "generators": generators,
         "rows": rows,
         "not_run": not_run,
         "failed": failed,
     }
+    if args.engine_only:
+        not_run["everything but the engine alone"] = "not asked for (--engine-only)"
+    else:
+        keep(result)  # a peer may take long, or for ever
+        peers(args, points, pretrained, limits, folder, note, not_run, generators)
+    return result
 
 
-def peers(args: argparse.Namespace, points: Sequence[Point], folder: Path, note: Any, not_run: Dict[str, str]) -> None:
+def through_triton(
+    args: argparse.Namespace, settings: launch.Settings, points: Sequence[Point], vocab_size: int, folder: Path, note: Note,
+    not_run: Dict[str, str], failed: Dict[str, str], generators: Dict[str, str],
+) -> float:  # fmt: skip
+    """The served model under every load, over gRPC and over the endpoint; seconds until it was ready."""
+    path, perf_said = generator("perf_analyzer", " (its wheel needs glibc 2.38)")
+    if path is None:
+        not_run["perf_analyzer"] = perf_said
+    aiperf, aiperf_said = generator("aiperf", "")
+    with started(settings) as serving:
+        server = serving.process
+        endpoint = bool(settings.openai_port) and pulse.http_ok(f"{settings.openai_url}/health", None, 30)
+        if not endpoint:
+            aiperf, aiperf_said = None, "the OpenAI-compatible endpoint is not open"
+        if aiperf is None:
+            not_run["aiperf"] = aiperf_said
+        else:
+            generators["aiperf"] = aiperf_said
+        address = f"{settings.host}:{settings.grpc_port}"
+        for point in points:
+            prompts = prompts_of(args.root / "model_repo", args.tokenizer, point.input_tokens, min(64, point.requests))
+
+            def over_grpc(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+                if not path:
+                    return bench_client.ask(address, point.concurrency, point.requests, point.output_tokens, prompts)
+                ask_perf_analyzer(path, address, Point(point.input_tokens, 4, 1), prompts, folder, server)  # warm
+                return ask_perf_analyzer(path, address, point, prompts, folder, server)
+
+            def over_aiperf(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+                return ask_aiperf(str(aiperf), settings, point, prompts, args.tokenizer, folder, server)
+
+            def over_completions(point: Point = point) -> List[Dict[str, Any]]:
+                return ask_completions(settings.openai_url, settings.root.parent.name, point, vocab_size)
+
+            ways: Dict[str, Callable[[], List[Dict[str, Any]]]] = {
+                f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc
+            }
+            if aiperf:
+                ways["OpenAI's API (aiperf)"] = over_aiperf
+            if endpoint:
+                ways["OpenAI's API"] = over_completions
+            for side, ask in ways.items():
+                try:
+                    note(side, point, summary(ask()))
+                except reports.Problem as problem:  # the rest still tells something
+                    failed[f"{side}, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
+            if server.poll() is not None:
+                break
+        return serving.seconds
+
+
+def ask_completions(url: str, model: str, point: Point, vocab_size: int) -> List[Dict[str, Any]]:
+    """The generator that asks us and peers alike: once over the streams to warm, then as often as the others ask."""
+    sizes = (point.input_tokens, point.output_tokens, point.concurrency)
+    completions.ask(url, model, *sizes, 1, 1, vocab_size)
+    return completions.ask(url, model, *sizes, ROUNDS, 2, vocab_size)
+
+
+def peers(
+    args: argparse.Namespace, points: Sequence[Point], pretrained: Mapping[str, Any], limits: Mapping[str, int], folder: Path,
+    note: Note, not_run: Dict[str, str], generators: Dict[str, str],
+) -> None:  # fmt: skip
     """The same weights and lengths through others. They are not ours to mend: what fails is named."""
+    if not args.peers:
+        not_run["transformers generate"] = not_run["vLLM"] = "not asked for (PEERS=on)"
+        return
     few = [point for point in points if point.concurrency <= 32 and point.input_tokens <= 128]
     wanted, out = folder / "peer-points.json", folder / "transformers.json"
     wanted.write_text(json.dumps([point.numbers() for point in few]))
     command = [args.peer_python, "-m", "scripts.bench.ranks", "transformers", str(args.hf), str(wanted), str(out)]
-    if args.peers and few:
+    if few and not args.vllm_python:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GENERATOR_SECONDS, check=False)
         for point, one in zip(few, json.loads(out.read_bytes())["points"] if out.is_file() else []):
             note("transformers generate", point, {"tokens_per_second": float(f"{one['tokens_per_second']:.5g}")})
         if done.returncode:
             not_run["transformers generate"] = (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]
     else:
-        not_run["transformers generate"] = "not asked for (PEERS=on)"
-    if importlib.util.find_spec("vllm") is None:
-        not_run["vLLM"] = "not installed here"
-    else:
-        not_run["vLLM"] = "installed, but this bench does not drive it"
+        not_run["transformers generate"] = "vLLM is asked instead (VLLM_PYTHON)"
+    if not args.vllm_python:
+        not_run["vLLM"] = "no environment with it was named (VLLM_PYTHON=)"
+        return
+    dtype, tp_size = pretrained["dtype"], pretrained["mapping"]["tp_size"]
+    try:
+        generators["vllm"] = vllm.version(args.vllm_python)
+        with vllm.served(args.vllm_python, args.tokenizer, args.hf, args.name, dtype, tp_size, limits, folder) as url:
+            for point in points:
+                try:
+                    note("vLLM", point, summary(ask_completions(url, args.name, point, pretrained["vocab_size"])))
+                except (reports.Problem, OSError) as problem:
+                    name = f"vLLM, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"
+                    not_run[name] = getattr(problem, "title", str(problem))[:200]
+    except vllm.NotRun as why:
+        not_run["vLLM"] = str(why)
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
@@ -460,7 +541,7 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
     kinds: List[Tuple[str, Callable[[], str]]] = [
         ("json", lambda: json.dumps(result, indent=1) + "\n"),
         ("csv", table.getvalue),
-        ("html", lambda: bench_page.page(result)),
+        ("html", lambda: bench_page.page(result, f"{out.name}.json")),
     ]
     for kind, content in kinds:
         partial = out.with_name(f"{out.name}.{kind}.partial")
@@ -487,22 +568,30 @@ def main() -> int:
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--vllm-python", default="", help="an interpreter that has vllm, for --peers")
+    parser.add_argument("--engine-only", action="store_true", help="the engine and the ceilings, without a server")
     args = parser.parse_args()
     baseline = bench_page.read_run(args.baseline) if args.baseline else None
     others = [bench_page.read_run(path) for path in args.others]
+
+    def keep(measured: Dict[str, Any]) -> Dict[str, Any]:
+        about = host()
+        about["versions"].update(measured["generators"])
+        result = {
+            "host": about,
+            "commit": os.environ.get("BENCH_COMMIT") or commit(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "command": os.environ.get("BENCH_COMMAND", "make bench"),
+            **{name: value for name, value in measured.items() if name != "generators"},
+            "rows": [row for run in others for row in run["rows"]] + measured["rows"],
+        }
+        if baseline:
+            result["compared"] = compared(result, baseline)
+        write(args.out, result)
+        return result
+
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, serve.settings_from(args), Path(folder))
-    result = (
-        {"host": host(), "command": args.command_line, **result}
-        if hasattr(args, "command_line")
-        else {"host": host(), **result}
-    )
-    result["host"]["versions"].update(result.pop("generators"))
-    result["command"] = os.environ.get("BENCH_COMMAND", "make bench")
-    result["rows"] = [row for run in others for row in run["rows"]] + result["rows"]
-    if baseline:
-        result["compared"] = compared(result, baseline)
-    write(args.out, result)
+        result = keep(measure(args, serve.settings_from(args), Path(folder), keep))
     room.say("bench", f"-> {args.out}.json, .csv, .html")
     if result["failed"]:
         raise reports.bench.loads_failed(result["failed"])

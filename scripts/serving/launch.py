@@ -1,7 +1,10 @@
 """What is started, as words: tritonserver, mpirun in leader mode, their environment; and what `serve` was asked."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
@@ -17,6 +20,10 @@ CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
 # More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
+
+
+# Beside the rooms: kernels that the torch engine compiled for this host's GPUs. Not a room: whatever is missing is compiled again.
+COMPILED = "compiled"
 
 
 def reached_at(host: str) -> str:
@@ -124,10 +131,32 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     return command
 
 
+def compiled_kernels(root: Path) -> Optional[Path]:
+    """Where the torch engine's compiled kernels are found and kept; None: wherever Triton keeps them, as nothing can be kept here.
+
+    In an image nothing may be written beside the rooms, and Triton ends where it finds nothing and may not write. So what was baked in
+    is copied (a few MB); not to /dev/shm, where nothing may be executed in a container.
+    """
+    kept = root / COMPILED
+    if os.access(kept if kept.is_dir() else root, os.W_OK):
+        return kept
+    if not kept.is_dir():
+        return None
+    copy = Path(tempfile.mkdtemp(prefix="bake-compiled-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    shutil.copytree(kept, copy, dirs_exist_ok=True)
+    return copy
+
+
 def server_environment(
-    inherited: Mapping[str, str], toolbox: Toolbox, run_dir: Path, world_size: int, cores: int
+    inherited: Mapping[str, str],
+    toolbox: Toolbox,
+    run_dir: Path,
+    world_size: int,
+    cores: int,
+    root: Optional[Path] = None,
 ) -> Dict[str, str]:
-    """The environment of mpirun and its ranks."""
+    """The environment of mpirun and its ranks. root: where the rooms are, and what the torch engine compiled at an earlier start."""
     environment = dict(inherited)
     # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
@@ -137,6 +166,8 @@ def server_environment(
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     # Everything temporary lies in one folder that goes when we go.
     environment["TMPDIR"] = str(run_dir)
+    if root is not None and (kernels := compiled_kernels(root)) is not None:
+        environment["TRITON_CACHE_DIR"] = str(kernels.absolute())
     shared_memory = "sm" if toolbox.open_mpi >= 5 else "vader"
     environment[f"OMPI_MCA_btl_{shared_memory}_backing_directory"] = str(run_dir)
     # All ranks are on this host: shared memory only, no probing of networks.

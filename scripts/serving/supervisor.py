@@ -68,7 +68,9 @@ class Supervisor:
             toolbox = find_toolbox(Path(folder))
             # the endpoint's secret is none of Triton's business
             inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
-            environment = server_environment(inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1)
+            environment = server_environment(
+                inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1, self.settings.root
+            )
             environment["BAKE_GRPC_ADDRESS"] = self.settings.grpc_address
             opens = self._opens_endpoint(toolbox)
             log = open_log(self.settings.log, self.settings.http_port)

@@ -1,5 +1,6 @@
 """Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors or .bin files, checked against each other."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
+# Of a synthetic model: which tensors have whose numbers
+REPEATED = "repeated.json"
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,29 @@ def read_hf_model(folder: Path, config: Optional[HfConfig] = None) -> HfModel:
         found.update(part)
     # rotary frequencies are computed, not learnt; transformers before 4.32 stored them
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    for name, same in repeated(folder).items():
+        if same not in found or name in found:
+            raise reports.weights.weights_unreadable(folder / REPEATED, f"{name} is to have the numbers of {same}")
+        found[name] = found[same]
     if config.tied and EMBEDDING in found:
         found[HEAD] = found[EMBEDDING]
     shapes = {name: tensor.shape for name, tensor in found.items()}
     check_tensors(folder, "config.json", config.shape.hf_tensors(), shapes)
     return HfModel(config, _dtype_of(config.values, found, config.path), found, tuple(files))
+
+
+def repeated(folder: Path) -> Dict[str, str]:
+    """Tensors of a synthetic model that have another one's numbers: name -> that tensor (scripts/synthetic.py writes the file)."""
+    path = folder / REPEATED
+    if not path.is_file():
+        return {}
+    try:
+        names = json.loads(path.read_bytes())
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("it is not an object of names")
+    except (ValueError, RecursionError) as error:
+        raise reports.weights.weights_unreadable(path, f"{error}") from None
+    return dict(names)
 
 
 def read_bin(path: Path) -> Dict[str, StoredTensor]:

@@ -10,6 +10,7 @@ from project import make
 from server import free_ports
 
 from scripts import reports, synthetic
+from scripts.bench import completions, vllm
 from scripts.bench import load as bench
 from scripts.bench import page as bench_page
 from scripts.tokenizer import sentencepiece
@@ -94,10 +95,15 @@ def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_ru
     out = tree / "build/bench/stories-tp2.json"
     found = json.loads(out.read_text())
     sides = [row["side"] for row in found["rows"]]
-    assert sides[0].startswith("Triton (") and sides[1:] == ["OpenAI's API (aiperf)", "engine alone", "ceiling"]
+    assert sides[0].startswith("Triton (") and sides[1:] == [
+        "OpenAI's API (aiperf)",
+        "OpenAI's API",
+        "engine alone",
+        "ceiling",
+    ]
     assert found["host"]["versions"]["aiperf"] and "aiperf" not in found["not_run"] and not found["failed"]
     assert all(row["tokens_per_second"] > 0 for row in found["rows"])
-    assert out.with_suffix(".csv").read_text().count("\n") == 5 and "<svg" in out.with_suffix(".html").read_text()
+    assert out.with_suffix(".csv").read_text().count("\n") == 6 and "<svg" in out.with_suffix(".html").read_text()
 
     for row in found["rows"]:
         row["tokens_per_second"] *= 1000
@@ -138,7 +144,71 @@ def test_the_documented_run_is_one_and_its_page_needs_nothing_else():
     assert page.count("<svg") >= 4
     assert not re.search(r"<(script|link|img)|url\(http|src=", page)
     for row in documented["rows"]:
-        assert f"{row['tokens_per_second']:g}" in page
+        assert f">{bench_page.significant(float(row['tokens_per_second']))}<" in page
+
+
+def two_sides(ours: float, theirs: float) -> Dict[str, Any]:
+    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
+    row = {"tp_size": 2, "input_tokens": 128, "output_tokens": 128, "concurrency": 8, "requests": 24}
+    rows = [
+        {**row, "side": "OpenAI's API", "tokens_per_second": ours},
+        {**row, "side": "vLLM", "tokens_per_second": theirs},
+    ]
+    return {**documented, "rows": rows}
+
+
+def test_the_page_says_what_was_reached_and_what_was_not():
+    assert bench_page.reached(two_sides(110.0, 100.0)) == ["Ahead of vLLM, through the same API, at 1 of 1 loads."]
+    [said] = bench_page.reached(two_sides(50.0, 100.0))
+    assert "at 0 of 1 loads; behind" in said and "8 x 128+128 (0.50)" in said
+    page = bench_page.page(two_sides(50.0, 100.0), "run.json")
+    assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
+
+
+def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other():
+    values = {13565.0: "13,600", 342.1: "342", 14.811: "14.8", 0.5064: "0.506", 1.0: "1.00"}
+    assert {value: bench_page.significant(value) for value in values} == values
+    placed = bench_page.spread([100.0, 100.0, 101.0, 300.0])
+    assert placed == sorted(placed) and min(b - a for a, b in zip(placed, placed[1:])) >= bench_page.LABEL_HEIGHT - 1e-6
+
+
+def test_every_round_has_a_number():
+    def one(began: float, seconds: float) -> Dict[str, Any]:
+        return {"began": began, "arrivals": [began + seconds / 2, began + seconds], "tokens": [1, 9]}
+
+    assert bench.rounds_of([one(2, 2), one(0, 1), one(1, 1)]) == [10.0, 10.0, 5.0]
+    assert bench.summary([one(0, 1), one(1, 1), one(2, 2)])["rounds_low"] == 5.0
+
+
+def test_an_answer_in_pieces_becomes_a_request():
+    """A piece carries one token or, when the client is slow, some; the last line tells how many there were."""
+    assert completions.times(1.0, [1.5, 2.0], 5) == {"began": 1.0, "arrivals": [1.5, 2.0], "tokens": [1, 4]}
+    assert sum(completions.times(1.0, [1.5, 2.0, 2.5], 2)["tokens"]) == 2
+    with pytest.raises(reports.Problem):
+        completions.times(1.0, [], 0)
+
+
+def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Path):
+    config, weights = tmp_path / "config", tmp_path / "weights"
+    config.mkdir()
+    weights.mkdir()
+    for path in (
+        config / "config.json",
+        config / "tokenizer.json",
+        config / "manifest.json",
+        weights / "model.safetensors",
+    ):
+        path.write_text("{}")
+    assert vllm.folder_of(config, weights, tmp_path / "both")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    }
+    (weights / "repeated.json").write_text("{}")
+    assert not vllm.folder_of(config, weights, tmp_path / "config alone")
+    with pytest.raises(vllm.NotRun, match="has no vllm|No such file"):
+        vllm.version(str(tmp_path / "python"))
 
 
 def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does():

@@ -1,12 +1,16 @@
 """The GPU's Llama without a GPU: its kernels in Triton's interpreter, its graphs as plain calls. Run by test_gpu_kernels.py.
 
-What only a GPU can show (captures, ranks that read each other's memory) is not shown here; that each request gets the tokens and logits
-that the plain network gives is.
+check_gpu_llama.py RANKS    (under mpirun where there are more than one)
+
+What only a GPU can show (captures, the order of memory) is not shown here; that each request gets the tokens and logits that the plain
+network gives is, also when ranks read and write each other's memory: here a file that all of them map, each at another address.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,14 +21,15 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model_repo_template" / "tensorrt_llm" / "1"))
 
+import drive_engine  # noqa: E402
 import engine as engines  # noqa: E402
 import gpu_llama  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from drive_engine import Answer  # noqa: E402
+from ranks import Alone, MpiRanks  # noqa: E402
 from split_checkpoint import write_engine  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 
 NETWORK = {
     "dtype": "float32", "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1,
@@ -42,20 +47,32 @@ class PlainCalls(gpu_llama.GpuLlama):
         return SimpleNamespace(replay=lambda: run(size))
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int) -> Tensor:
-    out, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
-    for begin, end in zip(begins.tolist(), begins.tolist()[1:], strict=False):
-        assert 0 <= end - begin <= longest
-        if end > begin:
-            parts = (q[begin:end], *(part[begin:end].repeat_interleave(group, 1) for part in (k, v)))
-            out[begin:end] = F.scaled_dot_product_attention(
-                *(part.transpose(0, 1) for part in parts), is_causal=True
-            ).transpose(0, 1)
-    return out
+class SharedFile(MpiRanks):
+    """Ranks on a CPU that can do what ranks on GPUs can."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._world.Bcast(tensor.numpy(), root=0)
+
+    def least(self, number: int) -> int:
+        return int(self._world.allreduce(number, op=self._mpi.MIN))
+
+    def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
+        each = -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        path = Path(self.share(tempfile.mktemp(dir="/dev/shm") if self.rank == 0 else ""))
+        if self.rank == 0:
+            path.write_bytes(bytes(each * self.size))
+        self._world.Barrier()
+        with path.open("r+b") as file:
+            self._all = torch.frombuffer(mmap.mmap(file.fileno(), each * self.size), dtype=torch.uint8)
+        self._world.Barrier()
+        if self.rank == 0:
+            path.unlink()
+        base = self._all.data_ptr()
+        begin = self.rank * each
+        return self._all[begin : begin + n_bytes], [base + rank * each for rank in range(self.size)]
 
 
-def without_gpu(packed: bool) -> None:
-    """packed: whole prompts together, as on a GPU that computes in half precision."""
+def without_gpu() -> None:
     nothing = lambda *_: None  # noqa: E731
     event = lambda **_: SimpleNamespace(record=nothing, synchronize=nothing)  # noqa: E731
     for name, value in {
@@ -64,9 +81,27 @@ def without_gpu(packed: bool) -> None:
     }.items():  # fmt: skip
         setattr(torch.cuda, name, value)
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment]
-    gpu_llama.SPARE_BYTES, gpu_llama.PROMPT_SIZES = 0, (16, 64)
-    gpu_llama.flash_attention = packed_attention
-    PlainCalls._packs_prompts = lambda _: packed  # type: ignore[method-assign]
+    # up to 2 rows are pushed, more are read from the others; both happen
+    gpu_llama.SPARE_BYTES, gpu_llama.PROMPT_SIZES, gpu_llama.PUSH_ROWS = 0, (16, 64), 2
+    gpu_llama.BESIDE_STREAMS, gpu_llama.MANY_WAITING, gpu_llama.PROMPTS = 40, 60, 4
+    gpu_llama.GpuLlama.most_prompts = 4
+
+
+def give_way() -> None:
+    """Ranks that wait for each other spin; where there are more of them than cores, each must let the others run."""
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.interpreter_builder
+
+    def patient(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            os.sched_yield()
+            return plain(*given, **named)
+
+        return call
+
+    for name in ("create_atomic_rmw", "create_masked_load"):
+        setattr(builder, name, patient(getattr(builder, name)))
 
 
 def random_hf() -> dict[str, np.ndarray]:
@@ -96,13 +131,16 @@ def random_hf() -> dict[str, np.ndarray]:
     }
 
 
-def requests() -> list[dict[str, Any]]:
-    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots."""
+def requests(few: bool) -> list[dict[str, Any]]:
+    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few: where many ranks
+    share few cores."""
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:
         return chance.integers(3, NETWORK["vocab_size"], length).tolist()
 
+    if few:
+        return [{"prompt": prompt(5), "max_new_tokens": 3}, {"prompt": prompt(70), "max_new_tokens": 2}]
     return [
         {"prompt": prompt(5), "max_new_tokens": 6},
         {"prompt": prompt(62), "max_new_tokens": 4, "top_k": 20, "random_seed": 3, "temperature": 2.0},
@@ -115,7 +153,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def answered(opened: engines.Engine) -> list[Answer]:
-    answers = [Answer(opened, **request) for request in requests()]
+    answers = [Answer(opened, **request) for request in requests(opened.config.tp_size > 2)]
     for answer in answers:
         answer.wait()
         assert answer.error is None, answer.error
@@ -123,36 +161,54 @@ def answered(opened: engines.Engine) -> list[Answer]:
     return answers
 
 
-def main(packed: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        written = write_engine(Path(folder) / "engine", random_hf(), NETWORK, 1, **BUILD)
-        plain = engines.open_engine(written)
-        assert isinstance(plain, engines.Engine)
+def main(n_ranks: int) -> None:
+    ranks = SharedFile() if n_ranks > 1 else Alone()
+    drive_engine.ANSWER_SECONDS = 280
+    if n_ranks > 1:
+        give_way()
+    engines.this_rank = lambda: ranks
+    name = ranks.share(tempfile.mkdtemp() if ranks.rank == 0 else "")
+    folder = Path(name) / "engine"
+    if ranks.rank == 0:
+        write_engine(folder, random_hf(), NETWORK, n_ranks, **BUILD)
+    ranks.share("written")
+    plain = engines.open_engine(folder)
+    expected = None
+    ended, ranks.close = ranks.close, lambda: None  # type: ignore[method-assign]
+    if isinstance(plain, engines.Engine):
         expected = answered(plain)
         plain.close()
-        without_gpu(packed == "packed")
+    else:
+        plain.follow()
+    without_gpu()
 
-        def on_gpu(path: Path, config: Any, ranks: Any) -> Any:
-            return PlainCalls(
-                config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks
-            )
+    def on_gpu(path: Path, config: Any, ranks: Any, reuse: bool) -> Any:
+        return PlainCalls(config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks)
 
-        engines.open_model = on_gpu
-        opened = engines.open_engine(written)
-        assert isinstance(opened, engines.Engine) and isinstance(opened._model, PlainCalls)
-        for found, wanted in zip(answered(opened), expected, strict=True):
-            assert found.tokens == wanted.tokens
-            torch.testing.assert_close(
-                torch.tensor(found.log_probs), torch.tensor(wanted.log_probs), rtol=1e-4, atol=1e-4
-            )
-            for kind in ("context_logits", "generation_logits"):
-                if getattr(wanted.request, kind):
-                    torch.testing.assert_close(found.logits(kind), wanted.logits(kind), rtol=1e-4, atol=1e-3)
-        assert sorted(opened._free_blocks) == list(range(1, opened._model.n_blocks + 1))
-        assert bool(opened._model.prompt_graphs) is (packed == "packed")
+    engines.open_model = on_gpu
+    for reuse in (False, True) if n_ranks < 4 else (True,):
+        opened = engines.open_engine(folder, reuse)
+        if not isinstance(opened, engines.Engine):
+            opened.follow()
+            continue
+        assert expected is not None and isinstance(opened._model, PlainCalls)
+        for _ in range(1 + reuse):  # the second time, long prompts find their beginnings
+            for found, wanted in zip(answered(opened), expected, strict=True):
+                assert found.tokens == wanted.tokens, (reuse, found.tokens, wanted.tokens)
+                torch.testing.assert_close(
+                    torch.tensor(found.log_probs), torch.tensor(wanted.log_probs), rtol=1e-4, atol=1e-4
+                )
+                for kind in ("context_logits", "generation_logits"):
+                    if getattr(wanted.request, kind):
+                        torch.testing.assert_close(found.logits(kind), wanted.logits(kind), rtol=1e-4, atol=1e-3)
+        assert opened.blocks.available == opened._model.n_blocks
+        assert opened.blocks.reused_tokens == (64 if reuse else 0)
         opened.close()
-    print("the same answers")
+    shutil.rmtree(name, ignore_errors=True)
+    ended()
+    if ranks.rank == 0:
+        print("the same answers")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]))

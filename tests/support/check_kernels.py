@@ -17,8 +17,8 @@ from torch.nn import functional as F  # noqa: E402
 BLOCK = kernels.BLOCK_TOKENS
 
 
-def close(found: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-5, atol=atol)
+def close(found: Tensor, expected: Tensor, atol: float = 1e-4, rtol: float = 1e-5) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=rtol, atol=atol)
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,15 +90,77 @@ def check_attention(group: int, kv_heads: int, size: int, splits: int) -> None:
 
     packed = torch.randn(4, heads + 2 * kv_heads, size)
     was, of_slots, at = packed.clone(), torch.tensor([1, 1, 2, 2]).int(), torch.tensor([63, 64, 0, 1]).int()
-    kernels.turn_kernel[(4, heads + 2 * kv_heads)](
+    kernels.turn_kernel[(4, -(-(heads + 2 * kv_heads) // 4))](
         packed, keys, values, tables, of_slots, at, cos, sin, per_slot, HEADS=heads, KV_HEADS=kv_heads, SIZE=size,
-        SIZE_PADDED=padded, BLOCK=BLOCK,
+        SIZE_PADDED=padded, BLOCK=BLOCK, TOGETHER=4,
     )  # fmt: skip
     for token, position in enumerate(at.tolist()):
         block = int(tables[of_slots[token], position // BLOCK])
         close(packed[token, : heads + kv_heads], turned(was[token, : heads + kv_heads], cos, sin, position))
         close(keys[block, :, position % BLOCK], packed[token, heads : heads + kv_heads])
         close(values[block, :, position % BLOCK], was[token, heads + kv_heads :])
+
+
+def check_prompt_attention(group: int, kv_heads: int, size: int) -> None:
+    """Pieces of three sequences: a whole prompt, one that goes on inside a block, one token; what nobody wrote is not a number."""
+    rows, padded, heads, per_slot = 32, 16, group * kv_heads, 6
+    pieces = [(2, 0, 70), (0, 100, 33), (1, 64, 1)]  # slot, start, tokens
+    keys = torch.full((4 * per_slot + 1, kv_heads, BLOCK, size), float("nan"))
+    values = keys.clone()
+    tables = torch.randperm(4 * per_slot).view(4, per_slot).int() + 1
+    total = sum(tokens for _, _, tokens in pieces)
+    qkv, out = torch.randn(total, (heads + 2 * kv_heads) * size), torch.full((total, heads * size), 7.0)
+    work, expected, begin = [], [], 0
+    for slot, start, tokens in pieces:
+        k, v = torch.randn(2, start + tokens, kv_heads, size)
+        for position in range(start + tokens):
+            block = int(tables[slot, position // BLOCK])
+            keys[block, :, position % BLOCK], values[block, :, position % BLOCK] = k[position], v[position]
+        q = qkv[begin : begin + tokens].view(tokens, -1, size)[:, :heads].transpose(0, 1)
+        causal = torch.ones(tokens, start + tokens, dtype=torch.bool).tril(start)
+        seen = (part.transpose(0, 1).repeat_interleave(group, 0) for part in (k, v))
+        expected.append(F.scaled_dot_product_attention(q, *seen, attn_mask=causal).transpose(0, 1).flatten(1))
+        work += [(begin + n, min(rows, tokens - n), slot, start + n) for n in range(0, tokens, rows)]
+        begin += tokens
+    work.insert(1, (0, 0, 0, 0))  # nothing to do
+    kernels.prompt_attend_kernel[(len(work), heads)](
+        qkv, out, keys, values, tables, torch.tensor(work).int(), per_slot, size**-0.5, GROUP=group, KV_HEADS=kv_heads, SIZE=size,
+        SIZE_PADDED=padded, BLOCK=BLOCK, ROWS=rows, PRECISION="ieee",
+    )  # fmt: skip
+    close(out, torch.cat(expected), atol=1e-3)
+
+
+def check_push(kind: torch.dtype, world: int) -> None:
+    """Each rank's kernel in turn, with what the others push laid into its memory; what it pushes itself is held against that."""
+    width, rows, most, epsilon = 50, 3, 4, 1e-5
+    words = width * kind.itemsize // 4
+    x, gain = torch.randn(rows, width).to(kind), torch.rand(width).to(kind)
+    parts = torch.randn(world, rows, width).to(kind)
+    whole = x.float()
+    for part in parts:
+        whole = whole + part.float()
+    whole = whole.to(kind)
+    for rank in range(world):
+        inboxes = [torch.zeros(2, world, most, words, dtype=torch.int64) for _ in range(world)]
+        epochs = torch.full((most,), 41, dtype=torch.int32)
+
+        def told(sender: int) -> Tensor:
+            return (42 << 32) | (parts[sender].view(torch.int32).long() & 0xFFFFFFFF)
+
+        for sender in range(world):
+            inboxes[rank][1, sender, :rows] = told(sender)
+        mine, normed = x.clone(), torch.empty_like(x)
+        kernels.push_kernel[(rows,)](
+            mine, parts[rank], torch.tensor([inbox.data_ptr() for inbox in inboxes]), epochs, world * most * words, gain, normed, width,
+            words, epsilon, KIND=kernels.kind(kind), ROWS=most, BLOCK=64, RANK=rank, WORLD=world, PDL=False,
+        )  # fmt: skip
+        assert epochs.tolist() == [42, 42, 42, 41]
+        ulp = 2 * torch.finfo(kind).eps  # the interpreter cuts where a GPU rounds
+        close(mine, whole, rtol=ulp)
+        close(normed, F.rms_norm(whole.float(), (width,), gain.float(), epsilon), rtol=3 * ulp)
+        for other in set(range(world)) - {rank}:
+            assert torch.equal(inboxes[other][1, rank, :rows], told(rank))
+            assert inboxes[other].count_nonzero() == rows * words
 
 
 def check_ends() -> None:
@@ -133,6 +195,10 @@ def main() -> None:
     check_linear(33, 100)
     for shape in ((1, 3, 10, 4), (4, 2, 16, 1), (2, 2, 10, 8)):
         check_attention(*shape)
+        check_prompt_attention(*shape[:3])
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        check_push(kind, world=2)
+        check_push(kind, world=4)
     check_ends()
     print("all kernels agree")
 

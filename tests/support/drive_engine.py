@@ -6,6 +6,7 @@ mpirun -n 2 python drive_engine.py ENGINE_DIR REQUESTS.json ANSWERS.pt
 from __future__ import annotations
 
 import json
+import os
 import queue
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,14 @@ from engine import Engine, Piece, Request, open_engine  # noqa: E402
 from sampling import Sampling  # noqa: E402
 
 ANSWER_SECONDS = 60
+MPIRUN = Path(sys.executable).with_name("mpirun")
+MPI_ENVIRONMENT = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+def mpirun(ranks: int, *command: object) -> list[str]:
+    """A command on so many ranks of this machine, whatever its cores."""
+    start = [MPIRUN, "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", ranks]
+    return [str(word) for word in (*start, *command)]
 
 
 class Answer:

@@ -1,7 +1,6 @@
 """The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import drive_engine
 import numpy as np
 import pytest
 import torch
-from drive_engine import Answer
+from drive_engine import MPI_ENVIRONMENT, Answer, mpirun
 from engine import Engine, Refused, open_engine
 from engine_config import parse_config
 from llama import rotary_frequencies
@@ -27,8 +26,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT / "models" / "stories"
-MPIRUN = Path(sys.executable).with_name("mpirun")
-MPI_ENVIRONMENT = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
 STORIES_NETWORK = {
     "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
@@ -61,11 +58,6 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], max_new_tokens: int, end_
             break
         tokens.append(token)
     return tokens[len(prompt) :]
-
-
-def mpirun(ranks: int, *command: object) -> list[str]:
-    start = [MPIRUN, "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", ranks]
-    return [str(word) for word in (*start, *command)]
 
 
 def run_ranks(engine_dir: Path, requests: list[dict[str, Any]], tp_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -302,6 +294,69 @@ def test_requests_that_cannot_be_served_are_refused_at_once(engine, request_, se
     with pytest.raises(Refused) as refused:
         Answer(engine, **request_)
     assert seen in str(refused.value) and limit in str(refused.value)
+
+
+REUSED = {**TINY_BUILD, "max_input_len": 60, "max_num_tokens": 37}
+
+
+def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(tiny, tiny_oracle, tmp_path):
+    """Long before short, together and one after the other, also when the cache is full and blocks go; whoever else is in the batch."""
+    written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
+    shared = some_tokens(50, 1)
+    prompts = [
+        shared[:length] + some_tokens(extra, extra)
+        for length, extra in ((50, 3), (50, 9), (33, 5), (50, 0), (17, 1), (0, 40))
+    ]
+    expected = [greedy(tiny_oracle, prompt, 8) for prompt in prompts]
+    opened = open_engine(written, reuse=True)
+    assert isinstance(opened, Engine)
+    for _ in range(3):
+        assert [answer.wait().tokens for answer in [Answer(opened, prompt, 8) for prompt in prompts]] == expected
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        answer = Answer(opened, prompt, 8, context_logits=True).wait()
+        # whoever wants the logits of a whole prompt gets all of them
+        assert answer.tokens == tokens and len(answer.logits("context_logits")) == len(prompt)
+    steps, reused = opened.steps, opened.blocks.reused_tokens
+    assert Answer(opened, prompts[1], 1).wait().tokens == expected[1][:1]
+    assert opened.steps == steps + 1 and opened.blocks.reused_tokens == reused + 48  # of 59 tokens: three blocks of 16
+    for seed in range(20):  # others take the room
+        Answer(opened, some_tokens(60, 100 + seed), 2).wait()
+    assert Answer(opened, prompts[0], 8).wait().tokens == expected[0]
+    assert opened.blocks.available == opened.blocks.count
+    opened.close()
+
+
+def test_an_answer_is_the_beginning_of_the_next_prompt(tiny, tiny_oracle, tmp_path):
+    """As in a chat: what was generated is in the cache too."""
+    written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
+    opened = open_engine(written, reuse=True)
+    assert isinstance(opened, Engine)
+    first = some_tokens(20, 2)
+    said = Answer(opened, first, 16).wait().tokens
+    following = [*first, *said, *some_tokens(5, 3)]
+    assert Answer(opened, following, 8).wait().tokens == greedy(tiny_oracle, following, 8)
+    assert opened.blocks.reused_tokens == 32
+    opened.close()
+
+
+def test_a_step_that_failed_leaves_nothing_to_share(tiny, tiny_oracle, tmp_path, monkeypatch):
+    written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
+    opened = open_engine(written, reuse=True)
+    assert isinstance(opened, Engine)
+    prompt, step = some_tokens(50, 4), opened._model.step
+
+    def half_done(chunks):
+        step(chunks)
+        for keys in opened._model.keys:
+            keys.fill_(7)
+        raise RuntimeError("half done")
+
+    monkeypatch.setattr(opened._model, "step", half_done)
+    assert Answer(opened, prompt, 4).wait().error is not None
+    monkeypatch.undo()
+    assert Answer(opened, prompt, 4).wait().tokens == greedy(tiny_oracle, prompt, 4)
+    assert opened.blocks.reused_tokens == 0
+    opened.close()
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(engine, monkeypatch, caplog):

@@ -1,10 +1,12 @@
 """The torch engine's code for GPUs gives what plain PyTorch gives; no GPU is needed to know."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
 import pytest
+from drive_engine import MPI_ENVIRONMENT, mpirun
 from project import ROOT
 
 
@@ -16,12 +18,17 @@ from project import ROOT
     ("script", "how", "said"),
     [
         ("check_kernels.py", [], "all kernels agree"),
-        ("check_gpu_llama.py", ["packed"], "the same answers"),
-        ("check_gpu_llama.py", ["single"], "the same answers"),
+        ("check_gpu_llama.py", ["1"], "the same answers"),
+        ("check_gpu_llama.py", ["2"], "the same answers"),
+        ("check_gpu_llama.py", ["4"], "the same answers"),
     ],
 )
 def test_without_a_gpu_it_gives_what_pytorch_gives(script, how, said):
     """In a process of its own: Triton interprets all kernels of a process, or none."""
-    command = [sys.executable, ROOT / "tests/support" / script, *how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(ROOT / "tests/support" / script), *how]
+    environment = dict(os.environ)
+    if how and how != ["1"]:
+        command = mpirun(int(how[0]), *command)
+        environment.update(MPI_ENVIRONMENT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and said in done.stdout, done.stderr

@@ -6,7 +6,7 @@ batch dimension in front, and the batch is always 1.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,19 +135,27 @@ def words(name: str, inputs: Mapping[str, Array]) -> Words:
 
 
 def outputs(
-    asked: Asked, pieces: Sequence[Piece], cum_log_prob: float, without_value: Collection[str]
+    asked: Asked,
+    pieces: Sequence[Piece],
+    cum_log_prob: float,
+    without_value: Collection[str],
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Array]:
     """The tensors of one response that carries `pieces`; `cum_log_prob` counts all tokens up to here.
 
     without_value: the outputs that this version sends also when nobody asked for their value, as zeros of the smallest shape; all
-    others are then left out (docker/contracts/backend-rules, `without_value`).
+    others are then left out (docker/contracts/backend-rules, `without_value`). wanted: those that the client named; None: all.
     """
     new = [token for piece in pieces for token in piece.tokens]
     with_input = not asked.streaming and not asked.exclude_input
     shown = [*asked.prompt, *new] if with_input else new
-    log_probs = [value for piece in pieces for value in piece.log_probs] if asked.log_probs else [0.0] * len(new)
     context = [piece.context_logits for piece in pieces if piece.context_logits is not None]
     generation = [piece.generation_logits for piece in pieces if piece.generation_logits is not None]
+
+    def log_probs() -> Array:
+        values = [value for piece in pieces for value in piece.log_probs] if asked.log_probs else [0.0] * len(new)
+        return np.array(values, dtype=np.float32).reshape(1, 1, -1)
+
     has_value = {
         "cum_log_probs": asked.log_probs,
         "output_log_probs": asked.log_probs,
@@ -156,21 +164,24 @@ def outputs(
         "num_input_tokens": asked.num_input_tokens,
         "num_output_tokens": asked.num_output_tokens,
     }
-    values = {
-        "output_ids": np.array(shown, dtype=np.int32).reshape(1, 1, -1),
-        "sequence_length": np.array([[len(shown)]], dtype=np.int32),
-        "cum_log_probs": np.array([[cum_log_prob]], dtype=np.float32),
-        "output_log_probs": np.array(log_probs, dtype=np.float32).reshape(1, 1, -1),
-        "context_logits": torch.cat(context)[None].numpy() if context else np.zeros((1, 1, 1), np.float32),
-        "generation_logits": torch.cat(generation)[None, None].numpy()
-        if generation
-        else np.zeros((1, 1, 1, 1), np.float32),
+    # made when they are sent: 256 streams make 25,000 responses a second
+    values: dict[str, Callable[[], Array]] = {
+        "output_ids": lambda: np.array(shown, dtype=np.int32).reshape(1, 1, -1),
+        "sequence_length": lambda: np.array([[len(shown)]], dtype=np.int32),
+        "cum_log_probs": lambda: np.array([[cum_log_prob]], dtype=np.float32),
+        "output_log_probs": log_probs,
+        "context_logits": lambda: torch.cat(context)[None].numpy() if context else np.zeros((1, 1, 1), np.float32),
+        "generation_logits": lambda: (
+            torch.cat(generation)[None, None].numpy() if generation else np.zeros((1, 1, 1, 1), np.float32)
+        ),
         # declared since 0.11 and 0.14: there is one sequence
-        "batch_index": np.zeros((1, 1), np.int32),
-        "sequence_index": np.zeros((1, 1), np.int32),
-        "num_input_tokens": np.array([[len(asked.prompt)]], np.int32),
-        "num_output_tokens": np.array([[len(new)]], np.int32),
+        "batch_index": lambda: np.zeros((1, 1), np.int32),
+        "sequence_index": lambda: np.zeros((1, 1), np.int32),
+        "num_input_tokens": lambda: np.array([[len(asked.prompt)]], np.int32),
+        "num_output_tokens": lambda: np.array([[len(new)]], np.int32),
     }
     return {
-        name: value for name, value in values.items() if name in ALWAYS or has_value.get(name) or name in without_value
+        name: make()
+        for name, make in values.items()
+        if (wanted is None or name in wanted) and (name in ALWAYS or has_value.get(name) or name in without_value)
     }

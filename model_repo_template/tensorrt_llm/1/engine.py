@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from engine_config import EngineConfig, read_config
+from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
 from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal
@@ -65,10 +66,10 @@ class Request:
 class Running:
     """A request in the batch: its slot, its blocks of the cache, its tokens so far, and how far it has been launched."""
 
-    def __init__(self, request: Request, slot: int, blocks: Sequence[int], on_device: bool) -> None:
+    def __init__(self, request: Request, slot: int, blocks: Sequence[int], cached: int, on_device: bool) -> None:
         self.request, self.slot, self.blocks = request, slot, tuple(blocks)
         self.tokens = list(request.prompt)
-        self.cached = 0  # tokens that steps launched so far put into the cache
+        self.cached = cached  # tokens that are in the cache: those it shares, and those of the steps launched so far
         self._on_device = on_device
         # A generator of its own: what a request draws does not depend on who else is in the batch.
         self._generator = torch.Generator().manual_seed(request.sampling.random_seed)
@@ -101,10 +102,6 @@ class Running:
         token_ids = self.request.prompt[self.cached : self.cached + room]
         at_end = self.cached + len(token_ids) == len(self.request.prompt)
         return Chunk(self.slot, self.cached, token_ids, len(token_ids) if self.request.context_logits else int(at_end))
-
-    def parted(self, chunk: Chunk, room: int) -> bool:
-        """Whether the chunk begins a prompt that does not end in it, but would where there is `room`."""
-        return chunk.start == 0 and len(chunk.token_ids) < len(self.request.prompt) <= room
 
     def ends_with(self, chunk: Chunk) -> bool:
         """Whether the chunk's last token is the sequence's last, so that a new one follows."""
@@ -160,14 +157,14 @@ class Engine:
     peer) cannot keep `fail` from answering.
     """
 
-    def __init__(self, config: EngineConfig, model: Model, link: LeaderLink, ranks: Ranks) -> None:
+    def __init__(self, config: EngineConfig, model: Model, link: LeaderLink, ranks: Ranks, reuse: bool = False) -> None:
         self.config = config
         self.steps = 0
         self._model, self._link, self._ranks = model, link, ranks
         self._waiting: list[Request] = []
         self._running: list[Running] = []
         self._free_slots = list(range(config.max_batch_size))  # a heap: low slots first keeps them adjacent
-        self._free_blocks = list(range(1, model.n_blocks + 1))  # block 0 is the model's own
+        self.blocks = Blocks(model.n_blocks, model.block_tokens, reuse)
         self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model has not been told of
         self._in_flight: deque[tuple[Batch, Outcome]] = deque()
         self._failure: str | None = None
@@ -253,16 +250,27 @@ class Engine:
         for one in [one for one in self._running if one.request in requests]:
             self._running.remove(one)
             heapq.heappush(self._free_slots, one.slot)
-            self._free_blocks.extend(one.blocks)
+            if piece.error is None:  # a step that failed may have written anything
+                self._hold(one, one.tokens[: one.cached], len(one.request.prompt))
+            self.blocks.release(one.blocks)
             one.request.receive(piece)
 
     def _admit(self) -> None:
         """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
-        while self._waiting and self._free_slots and self._blocks_for(self._waiting[0]) <= len(self._free_blocks):
-            request, slot = self._waiting.pop(0), heapq.heappop(self._free_slots)
-            blocks = [self._free_blocks.pop() for _ in range(self._blocks_for(request))]
-            self._running.append(Running(request, slot, blocks, on_device=self._model.lookahead > 0))
-            self._tables.append((slot, tuple(blocks)))
+        while self._waiting and self._free_slots:
+            request = self._waiting[0]
+            # whoever wants logits of the whole prompt has it computed
+            taken = self.blocks.take(self._blocks_for(request), () if request.context_logits else request.prompt)
+            if taken is None:
+                return
+            slot, (blocks, shared) = heapq.heappop(self._free_slots), taken
+            self._waiting.pop(0)
+            self._running.append(Running(request, slot, blocks, shared, on_device=self._model.lookahead > 0))
+            self._tables.append((slot, blocks))
+
+    def _hold(self, one: Running, tokens: Sequence[int], told: int) -> None:
+        """These tokens are in a request's blocks, for others that begin with them; `told` of them were known. Called with the lock held."""
+        self.blocks.hold(one.blocks, tokens, told // self._model.block_tokens)
 
     def _next_batch(self) -> Batch | None:
         """What the next step does: decode tokens first, then prompts while there is room. Nothing: there are only steps to wait for.
@@ -277,28 +285,21 @@ class Engine:
             if self._in_flight and any(one.request.sampling.from_history for one in self._running):
                 return []  # what they choose next depends on tokens that are not known yet
             self._admit()
-            batch, room = [], self.config.max_num_tokens
-            ready = sorted(
-                (one for one in self._running if not (one.generating and one.launched)),
-                key=lambda one: not one.generating,
-            )
-            if ready and ready[0].generating:
-                streams = sum(one.generating for one in ready)
-                room = min(room, streams + self._model.prompt_tokens_beside_streams)
-            others = False  # prompts in this step
-            for one in ready:
-                if room:
-                    chunk = one.next_chunk(room)
-                    if (
-                        others
-                        and self._model.whole_prompts
-                        and one.parted(chunk, self._model.prompt_tokens_beside_streams)
-                    ):
-                        continue  # it is the first of the next step, and whole
-                    others = others or not one.generating
-                    room -= len(chunk.token_ids)
-                    one.cached += len(chunk.token_ids)
-                    batch.append((one, chunk))
+            ready = [one for one in self._running if not (one.generating and one.launched)]
+            streams = [one for one in ready if one.generating]
+            prompts = [one for one in ready if not one.generating]
+            batch = [(one, one.next_chunk(1)) for one in streams]
+            room = min(self.config.max_num_tokens - len(streams), self._model.most_prompt_tokens)
+            if streams and prompts:
+                left = sum(len(one.request.prompt) - one.cached for one in prompts)
+                left += sum(len(request.prompt) for request in self._waiting)
+                room = min(room, self._model.prompt_tokens_beside_streams(left))
+            for one in prompts[: self._model.most_prompts]:
+                if room > 0:
+                    batch.append((one, one.next_chunk(room)))
+                    room -= len(batch[-1][1].token_ids)
+            for one, chunk in batch:
+                one.cached += len(chunk.token_ids)
             return batch
 
     def _run(self) -> None:
@@ -330,6 +331,12 @@ class Engine:
         self._link.send(encode(step))
         self._in_flight.append((batch, self._model.launch(step, lambda logits: choice_of(batch, logits))))
         self.steps += 1
+        if self.blocks.reuse:  # from now on: whoever reads it does so in a later step
+            with self._changed:
+                for one, chunk in batch:
+                    if chunk.start < len(one.request.prompt) and one in self._running:
+                        end = chunk.start + len(chunk.token_ids)
+                        self._hold(one, one.request.prompt[:end], chunk.start)
 
     def _deliver(self, batch: Batch, outcome: Outcome) -> None:
         """Waits for a step and hands out what it gave."""
@@ -369,30 +376,33 @@ class Follower:
         self._ranks.close()
 
 
-def open_engine(engine_dir: Path) -> Engine | Follower:
-    """Loads this process's rank of the engine and meets the others. Raises ValueError or RankLost when it cannot."""
+def open_engine(engine_dir: Path, reuse: bool = False) -> Engine | Follower:
+    """Loads this process's rank of the engine and meets the others. Raises ValueError or RankLost when it cannot.
+
+    reuse: requests that begin with the same tokens share blocks of the key/value cache.
+    """
     config = read_config(engine_dir)
     if config.tp_size != world_size():
         raise ValueError(f"the engine was built for tp_size {config.tp_size}, but {world_size()} rank(s) were started")
     use_own_cores()
     ranks = this_rank()
     link = meet(ranks)
-    model = open_model(engine_dir / f"rank{ranks.rank}.safetensors", config, ranks)
+    model = open_model(engine_dir / f"rank{ranks.rank}.safetensors", config, ranks, reuse)
     if isinstance(link, FollowerLink):
         return Follower(model, link, ranks)
     link.wait_until_loaded()
-    return Engine(config, model, link, ranks)
+    return Engine(config, model, link, ranks, reuse)
 
 
-def open_model(path: Path, config: EngineConfig, ranks: Ranks) -> Model:
+def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> Model:
     """The network of this rank, for what it computes on. Raises ValueError."""
     if ranks.device.type == "cpu":
         # A processor computes in float32 whatever is stored: its half precision is slow, and this is the oracle's.
-        return Llama(config, load_weights(path, config, ranks.device, torch.float32), ranks)
+        return Llama(config, load_weights(path, config, ranks.device, torch.float32), ranks, reuse)
     dtype = getattr(torch, config.dtype)
     if (why := ranks.share(why_no_kernels(ranks.size))) != "":
         log.warning("without kernels of its own, much slower: %s", why)
-        return Llama(config, load_weights(path, config, ranks.device, dtype), ranks)
+        return Llama(config, load_weights(path, config, ranks.device, dtype), ranks, reuse)
     from gpu_llama import GpuLlama, OutOfMemory
 
     try:

@@ -1,4 +1,4 @@
-"""Kernels of the decode step on NVIDIA GPUs, in the Triton language: the compiler that PyTorch brings, not NVIDIA's server.
+"""Kernels of the engine on NVIDIA GPUs, in the Triton language: the compiler that PyTorch brings, not NVIDIA's server.
 
 One token for each of a few requests is bound by memory: every weight is read once, so the kernels are few, each reads its
 operands once, and (GPUs since Hopper) each starts to load its weights while the one before it ends (PDL, "programmatic dependent
@@ -85,12 +85,87 @@ def join_kernel(
         start = row * width
         value = tl.load(x + start + column, mask=live, other=0.0).to(tl.float32)
         for peer in tl.static_range(WORLD):
-            part = tl.load(parts + peer).to(tl.pointer_type(x.dtype.element_ty)) + at + start
-            value += tl.load(part + column, mask=live, other=0.0, volatile=WORLD > 1).to(tl.float32)
+            # The compiler knows nothing of an address that was loaded: without the hint it reads element by element, at 40 GB/s. Past the
+            # first-level cache: _meet has ordered this after what the peer wrote.
+            part = tl.multiple_of(tl.load(parts + peer).to(tl.pointer_type(x.dtype.element_ty)), 16) + at + start
+            value += tl.load(part + column, mask=live, other=0.0, cache_modifier=".cg").to(tl.float32)
         value = value.to(x.dtype.element_ty)
         tl.store(x + start + column, value, mask=live)
         out = _normed(value.to(tl.float32), gain, column, live, width, epsilon)
         tl.store(normed + start + column, out.to(normed.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _pair(words, KIND: tl.constexpr):
+    """The two 16-bit numbers of each 32-bit word, low one first, as float32; a float32 word is one number, and the second is 0."""
+    if tl.float32 == KIND:
+        low = words.to(tl.float32, bitcast=True)
+        high = tl.zeros_like(low)
+    else:
+        low = (words & 0xFFFF).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+        high = ((words >> 16) & 0xFFFF).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _word(low, high, KIND: tl.constexpr):
+    """The reverse of _pair: float32 to int32 words."""
+    if tl.float32 == KIND:
+        word = low.to(tl.int32, bitcast=True)
+    else:
+        first = low.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word = first | (high.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return word
+
+
+@triton.jit
+def push_kernel(
+    x, part, inboxes, epochs, at, gain, normed, width, words, epsilon,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """join_kernel for a few rows: each rank writes its part into the others' memory, and waits only for its own.
+
+    Every 32-bit word of a row travels with the number of this meeting in one 64-bit store, so whoever reads the number has the word
+    (NCCL's protocol LL): one way over NVLink, where join_kernel takes three (signal, request, answer). Twice the bytes, so for few rows.
+
+    x, normed (rows, width) and gain (width) are read as `words` int32 words a row; part (rows, width): this rank's product.
+    inboxes: int64 addresses of each rank's int64 (2, WORLD, ROWS, words); `at`: the first word of one of the two, which are used in
+    turn: a rank that is here has been told by every other that it has read what came two meetings ago. epochs: int32 (ROWS).
+    One program a row.
+    """
+    _begin(PDL)
+    row = tl.program_id(0)
+    epoch = tl.load(epochs + row) + 1
+    tl.store(epochs + row, epoch)
+    column = tl.arange(0, BLOCK)
+    live = column < words
+    start = row * words + column
+    mine = tl.load(part.to(tl.pointer_type(tl.int32)) + start, mask=live, other=0)
+    told = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(WORLD):
+        if peer != RANK:
+            theirs = tl.multiple_of(tl.load(inboxes + peer).to(tl.pointer_type(tl.int64)), 16) + at
+            tl.store(theirs + (RANK * ROWS + row) * words + column, told, mask=live)
+    low, high = _pair(tl.load(x.to(tl.pointer_type(tl.int32)) + start, mask=live, other=0), KIND)
+    inbox = tl.multiple_of(tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64)), 16) + at + row * words + column
+    for peer in tl.static_range(WORLD):
+        if peer == RANK:
+            word = mine
+        else:
+            came = tl.load(inbox + peer * ROWS * words, mask=live, other=0, volatile=True)
+            while tl.sum((live & ((came >> 32).to(tl.int32) != epoch)).to(tl.int32), axis=0) > 0:
+                came = tl.load(inbox + peer * ROWS * words, mask=live, other=0, volatile=True)
+            word = came.to(tl.int32)
+        its_low, its_high = _pair(word, KIND)
+        low += its_low
+        high += its_high
+    value = _word(low, high, KIND)
+    tl.store(x.to(tl.pointer_type(tl.int32)) + start, value, mask=live)
+    low, high = _pair(value, KIND)
+    scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / width + epsilon)
+    gain_low, gain_high = _pair(tl.load(gain.to(tl.pointer_type(tl.int32)) + column, mask=live, other=0), KIND)
+    out = _word(low * scale * gain_low, high * scale * gain_high, KIND)
+    tl.store(normed.to(tl.pointer_type(tl.int32)) + start, out, mask=live)
 
 
 @triton.jit
@@ -198,30 +273,87 @@ def _turned(start, cos, sin, position, offset, live, SIZE: tl.constexpr):
 def turn_kernel(
     qkv, keys, values, tables, slots, positions, cos, sin, table_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """For prompts: rotates queries and keys of qkv (tokens, HEADS + 2 KV_HEADS, SIZE) in place; keys and values also go to the cache.
 
-    Programs: (tokens, HEADS + 2 KV_HEADS).
+    Programs: (tokens, groups of TOGETHER heads).
     """
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)[:, None]
     position = tl.load(positions + token)
-    offset = tl.arange(0, SIZE_PADDED)
-    live = offset < SIZE
+    offset = tl.arange(0, SIZE_PADDED)[None, :]
+    live = (offset < SIZE) & (head < HEADS + 2 * KV_HEADS)
     start = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE
-    if head < HEADS + KV_HEADS:
-        value = _turned(start, cos, sin, position, offset, live, SIZE).to(qkv.dtype.element_ty)
-        tl.debug_barrier()  # all of it is read before any of it is written
-        tl.store(start + offset, value, mask=live)
-    else:
-        value = tl.load(start + offset, mask=live, other=0.0)
-    if head >= HEADS:
-        block = tl.load(tables + tl.load(slots + token) * table_stride + position // BLOCK).to(tl.int64)
-        kv_head = (head - HEADS) % KV_HEADS
-        place = ((block * KV_HEADS + kv_head) * BLOCK + position % BLOCK) * SIZE
-        if head < HEADS + KV_HEADS:
-            tl.store(keys + place + offset, value, mask=live)
-        else:
-            tl.store(values + place + offset, value, mask=live)
+    plain = tl.load(start + offset, mask=live, other=0.0)
+    turns = live & (head < HEADS + KV_HEADS)
+    turned = _turned(start, cos, sin, position, offset, turns, SIZE).to(qkv.dtype.element_ty)
+    tl.debug_barrier()  # all of it is read before any of it is written
+    tl.store(start + offset, turned, mask=turns)
+    block = tl.load(tables + tl.load(slots + token) * table_stride + position // BLOCK).to(tl.int64)
+    place = ((block * KV_HEADS + (head - HEADS) % KV_HEADS) * BLOCK + position % BLOCK) * SIZE + offset
+    tl.store(keys + place, turned, mask=turns & (head >= HEADS))
+    tl.store(values + place, plain, mask=live & (head >= HEADS + KV_HEADS))
+
+
+@triton.jit
+def prompt_attend_kernel(
+    qkv, out, keys, values, tables, work, table_stride, scale,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of pieces of prompts to all that their sequences have in the cache, themselves included.
+
+    qkv (tokens, KV_HEADS * (GROUP + 2), SIZE), rotated; out (tokens, KV_HEADS * GROUP, SIZE); keys, values and tables as attend_kernel has
+    them. work (tiles, 4): first row, rows (at most ROWS; 0: nothing to do), slot, position of the first row in its sequence.
+    Programs: (tiles, KV_HEADS * GROUP).
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    first, n_rows = tl.load(work + 4 * tile), tl.load(work + 4 * tile + 1)
+    if n_rows == 0:
+        return
+    slot, position = tl.load(work + 4 * tile + 2), tl.load(work + 4 * tile + 3)
+    heads: tl.constexpr = KV_HEADS * (GROUP + 2)
+    kind = qkv.dtype.element_ty
+    offset, line, inner = tl.arange(0, SIZE_PADDED), tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = offset < SIZE
+    live = (line < n_rows)[:, None] & inside[None, :]
+    token = (first + line).to(tl.int64)[:, None]
+    query = tl.load(qkv + (token * heads + head) * SIZE + offset[None, :], mask=live, other=0.0)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, SIZE_PADDED), tl.float32)
+    table = tables + slot * table_stride
+    place = inner[:, None] * SIZE + offset[None, :]
+    to_log2 = scale * 1.4426950408889634
+    n_whole = (position + 1) // BLOCK  # blocks that every row sees whole
+    for index in range(0, n_whole):
+        block = (tl.load(table + index).to(tl.int64) * KV_HEADS + head // GROUP) * BLOCK * SIZE
+        seen = tl.load(keys + block + place, mask=inside[None, :], other=0.0)
+        score = tl.dot(query, tl.trans(seen), input_precision=PRECISION) * to_log2
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_top[:, None])
+        keep = tl.exp2(top - new_top)
+        total = total * keep + tl.sum(weight, axis=1)
+        seen = tl.load(values + block + place, mask=inside[None, :], other=0.0)
+        mixed = tl.dot(weight.to(kind), seen, mixed * keep[:, None], input_precision=PRECISION)
+        top = new_top
+    for index in range(n_whole, (position + n_rows + BLOCK - 1) // BLOCK):
+        block = (tl.load(table + index).to(tl.int64) * KV_HEADS + head // GROUP) * BLOCK * SIZE
+        seen = tl.load(keys + block + place, mask=inside[None, :], other=0.0)
+        score = tl.dot(query, tl.trans(seen), input_precision=PRECISION) * to_log2
+        at = index * BLOCK + inner
+        score = tl.where(at[None, :] <= (position + line)[:, None], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_top[:, None])
+        keep = tl.exp2(top - new_top)
+        total = total * keep + tl.sum(weight, axis=1)
+        # a position that nothing wrote may hold anything, also what is not a number
+        seen = tl.load(values + block + place, mask=inside[None, :] & (at < position + n_rows)[:, None], other=0.0)
+        mixed = tl.dot(weight.to(kind), seen, mixed * keep[:, None], input_precision=PRECISION)
+        top = new_top
+    answer = out + (token * KV_HEADS * GROUP + head) * SIZE + offset[None, :]
+    tl.store(answer, (mixed / total[:, None]).to(kind), mask=live)
 
 
 @triton.jit
@@ -364,3 +496,8 @@ def power_of_2(number: int) -> int:
 def precision(dtype: Any) -> str:
     """float32 products stay float32 (not tf32): it is there to be exact."""
     return "ieee" if str(dtype) == "torch.float32" else "tf32"
+
+
+def kind(dtype: Any) -> Any:
+    """PyTorch's dtype in the Triton language."""
+    return {"torch.float32": tl.float32, "torch.float16": tl.float16, "torch.bfloat16": tl.bfloat16}[str(dtype)]

@@ -1,4 +1,4 @@
-"""The Llama network of one rank on an NVIDIA GPU: prompts as they come, decode steps as CUDA graphs, a key/value cache in blocks.
+"""The Llama network of one rank on an NVIDIA GPU: every step is a CUDA graph, the key/value cache lies in blocks.
 
 Nothing here waits for the GPU but `Started.wait`: a step's tokens stay on the GPU for the next step, so that rank 0 can launch
 it before it has read them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import gpu_kernels as kernels
 import torch
@@ -23,16 +24,24 @@ log = logging.getLogger("torch engine")
 
 # Rows of a decode step that has a graph of its own; others take the next larger one.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Tokens of a step of whole prompts that has a graph; others take the next larger one, and beyond the last they are launched one by one:
-# that takes the host some 20 ms at 32 layers, whatever the number of tokens.
-PROMPT_SIZES = (64, 128, 256, 512, 1024)
-# Prompts that such a step may have, and rows of logits
+# Tokens of prompts in a step that has a graph of its own; others take the next larger one, and no step has more. The largest keeps an
+# H100 busy with 7B's shape (12 ms for 1,024 tokens at TP=2), and launches nothing that a stream beside it has to wait long for.
+PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+# Tokens of prompts in a step that streams wait for (7B's shape, TP=2, H100: 12 ms), unless more than MANY_WAITING tokens wait
+BESIDE_STREAMS = 1024
+MANY_WAITING = 4096
+# Pieces of prompts in such a step
 PROMPTS = 64
 # Up to so many rows one kernel for gate and up, or with float32 results, beats cuBLAS and a kernel after it (an H100, 7B's shapes:
 # 34 to 37 us against 36 to 40 for gate and up at TP=2). Without such an end cuBLAS is as good.
 FEW_ROWS = 64
-# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once.
-JOIN_PROGRAMS = 128
+# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once (four of 128 threads
+# on each of a V100's 80 multiprocessors).
+JOIN_PROGRAMS = 256
+# Heads of a token that one program turns
+TURN_HEADS = 16
+# Up to so many rows the ranks push their parts to each other (gpu_kernels.push_kernel)
+PUSH_ROWS = 64
 # Programs that keep an H100 (132 multiprocessors) busy while attending
 ATTEND_PROGRAMS = 264
 MAX_SPLITS = 16
@@ -42,11 +51,6 @@ SPARE_BYTES = 1 << 30
 
 class OutOfMemory(ValueError):
     """The GPU cannot hold the engine; the message has the numbers and the setting to lower."""
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int) -> Tensor:
-    """Causal attention of packed sequences (tokens, heads, size); the n-th goes from begins[n] to begins[n + 1], at most `longest`."""
-    return torch.ops.aten._flash_attention_forward(q, k, v, begins, begins, longest, longest, 0.0, True, False)[0]
 
 
 class Started:
@@ -69,10 +73,9 @@ class Started:
 class GpuLlama:
     """One rank's share of the network. All ranks `launch` the same steps; rank 0 brings `choose` for those with logits."""
 
-    lookahead, whole_prompts = 1, True
+    lookahead = 1
     block_tokens = BLOCK_TOKENS
-    # 512 tokens of a 7B prompt take two H100 about 12 ms: that is what a stream waits longer
-    prompt_tokens_beside_streams = 512
+    most_prompts = PROMPTS
 
     def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: GpuRanks) -> None:
         self.config, self.weights, self.ranks, self.device = config, weights, ranks, ranks.device
@@ -85,11 +88,16 @@ class GpuLlama:
         angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
         angles = torch.cat((angles, angles), dim=-1).to(self.device)  # (max_seq_len, head_size)
         self.cos, self.sin = angles.cos(), angles.sin()
+        self.most_prompt_tokens = min(config.max_num_tokens, PROMPT_SIZES[-1])
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._make_batch()
         self._make_cache()
         self._warm()
+
+    def prompt_tokens_beside_streams(self, waiting: int) -> int:
+        """When many wait, larger steps end sooner for all: each one has its decode step beside it."""
+        return self.most_prompt_tokens if waiting > MANY_WAITING else min(BESIDE_STREAMS, self.most_prompt_tokens)
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Started:
         torch.cuda.set_device(self.device)  # a thread begins with the first GPU
@@ -103,9 +111,8 @@ class GpuLlama:
                 logits.append(self._decode([chunk.slot for chunk in decode]))
                 chosen.append(self.chosen[: len(decode)])
             if prompts:
-                rows = self._prompts(prompts)
-                logits.append(rows)
-                chosen.append(self._choose_prompts(prompts, rows) if len(rows) else self.chosen[:0])
+                logits.append(self._prompts(prompts))
+                chosen.append(self.chosen_ends[: sum(chunk.n_logits > 0 for chunk in prompts)])
             if not step.with_logits:
                 return Started(Choice(torch.cat(chosen)), None)
             return self._chosen_by_leader(
@@ -134,7 +141,7 @@ class GpuLlama:
     def _make_batch(self) -> None:
         """What graphs read and write: it stays where it is."""
         config, rows = self.config, self.config.max_batch_size
-        most_rows = max(rows, config.max_num_tokens)  # of a step of prompts
+        most_rows = max(rows, self.most_prompt_tokens)
         self.sizes = sorted({min(size, rows) for size in GRAPH_SIZES} | {rows})
         # the idle slot fills up a batch that is smaller than its graph
         self.idle_slot, blocks = rows, -(-config.max_seq_len // BLOCK_TOKENS)
@@ -146,10 +153,12 @@ class GpuLlama:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.tables, self.tokens, self.positions = numbers(rows + 1, blocks), numbers(rows + 1), numbers(rows + 1)
-        self.slots, self.chosen, self.chosen_ends = numbers(rows), numbers(rows), numbers(rows)
+        self.slots, self.chosen, self.chosen_ends = numbers(rows), numbers(rows), numbers(PROMPTS)
         self.slots_now: list[int] = []
-        # a step of whole prompts: tokens, positions, slots, where prompts begin (the last number is where they end), rows with logits
-        self.packed = numbers(3 * PROMPT_SIZES[-1] + 2 * PROMPTS + 1)
+        # rows of a tile of attention; float32 tiles are twice as large
+        self.tile = 64 if self.dtype.itemsize == 2 else 32
+        self.packed = numbers(sum(self._packed_sizes(self.most_prompt_tokens)))
+        self.prompt_normed = values(self.most_prompt_tokens, config.hidden_size)
         hidden, mixed = config.hidden_size, self.heads * self.size
         self.x, self.normed = values(rows, hidden), values(rows, hidden)
         self.qkv = values(rows, (self.heads + 2 * self.kv_heads) * self.size)
@@ -163,9 +172,16 @@ class GpuLlama:
         self.partial_max = values(most, self.group_padded, dtype=torch.float32)
         self.partial_sum = values(most, self.group_padded, dtype=torch.float32)
         self.arrived = numbers(rows, self.kv_heads)
-        # What the ranks' kernels read of each other: two products in turn, the best tokens, and who has come how far.
+        # What the ranks' kernels read of each other: two products in turn, the best tokens, who has come how far, what is pushed.
         world, item = self.ranks.size, self.x.element_size()
-        sizes = (2 * most_rows * hidden * item, 8 * rows, 4 * JOIN_PROGRAMS * world, 4 * rows * world)
+        most_choices, self.words = max(rows, PROMPTS), hidden * item // 4
+        sizes = (
+            2 * most_rows * hidden * item,
+            8 * most_choices,
+            4 * JOIN_PROGRAMS * world,
+            4 * most_choices * world,
+            2 * world * PUSH_ROWS * self.words * 8 if world > 1 else 0,
+        )
         starts = [sum(-(-size // 256) * 256 for size in sizes[:index]) for index in range(len(sizes) + 1)]
         shared, addresses = self.ranks.shared_memory(starts[-1])
         parts = shared[: sizes[0]].view(self.dtype).view(2, most_rows, hidden)
@@ -174,8 +190,12 @@ class GpuLlama:
         def everywhere(index: int) -> Tensor:
             return torch.tensor([base + starts[index] for base in addresses], dtype=torch.int64, device=self.device)
 
-        self.all_parts, self.all_best, self.join_signals, self.choose_signals = (everywhere(n) for n in range(4))
-        self.join_epochs, self.choose_epochs = numbers(JOIN_PROGRAMS), numbers(rows)
+        self.all_parts, self.all_best, self.join_signals, self.choose_signals, self.inboxes = map(everywhere, range(5))
+        self.join_epochs, self.choose_epochs, self.push_epochs = (
+            numbers(JOIN_PROGRAMS),
+            numbers(most_choices),
+            numbers(PUSH_ROWS),
+        )
 
     def _make_cache(self) -> None:
         """As many blocks as all requests may need, or as fit; the first one belongs to the idle slot."""
@@ -189,14 +209,15 @@ class GpuLlama:
             * self.x.element_size()
             * (4 * config.hidden_size + self.qkv.shape[1] + self.mixed.shape[1] + 3 * self.inner)
         )
-        working = SPARE_BYTES + max(config.max_num_tokens, config.max_batch_size) * per_token
+        working = SPARE_BYTES + max(self.most_prompt_tokens, config.max_batch_size) * per_token
         fit = self.ranks.least((free - working) // block_bytes - 1)
         if fit < self.tables.shape[1]:
             weights = sum(tensor.nbytes for tensor in self.weights.values())
             name, one_request = torch.cuda.get_device_name(self.device), (self.tables.shape[1] + 1) * block_bytes
             raise OutOfMemory(
                 f"out of GPU memory: {name} has {total / 1e9:.1f} GB, {weights / 1e9:.1f} GB of them weights, {free / 1e9:.1f} GB free;"
-                f" a step of MAX_NUM_TOKENS={config.max_num_tokens} takes {working / 1e9:.1f} GB, the cache of one request of"
+                f" a step of {self.most_prompt_tokens} tokens (MAX_NUM_TOKENS={config.max_num_tokens}) takes"
+                f" {working / 1e9:.1f} GB, the cache of one request of"
                 f" MAX_SEQ_LEN={config.max_seq_len} {one_request / 1e9:.1f} GB: lower MAX_NUM_TOKENS or MAX_SEQ_LEN, or raise TP"
             )
         self.n_blocks = min(wanted, fit)
@@ -210,25 +231,22 @@ class GpuLlama:
     # --- decode ---
 
     def _warm(self) -> None:
-        """Compiles every kernel and captures the graphs; the idle slot is all that runs."""
+        """Compiles every kernel and captures every graph: nothing is compiled or loaded later, while a request waits."""
         with torch.inference_mode():
-            some = min(self.config.max_num_tokens, self.config.max_seq_len - 1, 1024)
-            for start, tokens in ((0, some), (1, 1)):
-                chunk = Chunk(self.idle_slot, start, (0,) * tokens, 1)
-                self._choose_prompts([chunk], self._prompts([chunk]))
             self.slots.fill_(self.idle_slot)
             self.slots_now = [self.idle_slot] * len(self.slots)
             self.pool, self.capturing = None, torch.cuda.Stream(self.device)
+            sizes = sorted(
+                {size for size in PROMPT_SIZES if size < self.most_prompt_tokens} | {self.most_prompt_tokens}
+            )
+            for size in reversed(sizes):
+                # one prompt as long as may be, so that all code for prompts runs once; and no prompt at all afterwards
+                length = min(size, self.config.max_seq_len - 1)
+                self._pack([Chunk(self.idle_slot, 0, (0,) * length, 1)], size)
+                self.prompt_graphs[size] = self._captured(self._packed_prompts, size)
+            self._prompts([Chunk(self.idle_slot, 0, (0,), 1)])
             self.graphs = {size: self._captured(self._decode_eagerly, size) for size in reversed(self.sizes)}
-            if self._packs_prompts():
-                sizes = [size for size in PROMPT_SIZES if size <= self.config.max_num_tokens]
-                self.packed.zero_()  # no prompt at all
-                self.prompt_graphs = {size: self._captured(self._packed_prompts, size) for size in reversed(sizes)}
             torch.cuda.synchronize(self.device)
-
-    def _packs_prompts(self) -> bool:
-        """PyTorch's flash attention, which takes packed prompts, is for half precision and GPUs since Ampere."""
-        return self.x.element_size() == 2 and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def _captured(self, run: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph:
         """run(size) as a graph, after it ran once."""
@@ -289,11 +307,17 @@ class GpuLlama:
 
     def _join(self, turn: int, x: Tensor, normed: Tensor, gain: Tensor) -> None:
         """Adds all ranks' parts[turn] to x (rows, hidden), and norms it."""
-        width = self.config.hidden_size
-        kernels.join_kernel[(min(len(x), JOIN_PROGRAMS),)](
-            x, self.all_parts, self.join_signals, self.join_epochs, turn * self.parts[0].numel(), gain, normed, len(x), width,
-            self.config.norm_epsilon, BLOCK=power_of_2(width), RANK=self.ranks.rank, WORLD=self.ranks.size, PDL=self.pdl,
-            launch_pdl=self.pdl, num_warps=8,
+        rows, (width, epsilon) = len(x), (self.config.hidden_size, self.config.norm_epsilon)
+        shared = {"RANK": self.ranks.rank, "WORLD": self.ranks.size, "PDL": self.pdl, "launch_pdl": self.pdl}
+        if self.ranks.size > 1 and rows <= PUSH_ROWS:
+            kernels.push_kernel[(rows,)](
+                x, self.parts[turn], self.inboxes, self.push_epochs, turn * self.ranks.size * PUSH_ROWS * self.words, gain, normed, width,
+                self.words, epsilon, KIND=kernels.kind(self.dtype), ROWS=PUSH_ROWS, BLOCK=power_of_2(self.words), num_warps=8, **shared,
+            )  # fmt: skip
+            return
+        kernels.join_kernel[(min(rows, JOIN_PROGRAMS),)](
+            x, self.all_parts, self.join_signals, self.join_epochs, turn * self.parts[0].numel(), gain, normed, rows, width, epsilon,
+            BLOCK=power_of_2(width), num_warps=max(4, power_of_2(width) // 1024), **shared,
         )  # fmt: skip
 
     def _linear(self, x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> None:
@@ -335,118 +359,82 @@ class GpuLlama:
 
     # --- prompts ---
 
-    def _prompts(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Pieces of prompts, packed: this rank's logits, float32 (sum of n_logits, vocab_rows)."""
-        spans, begin = [], 0
-        for chunk in chunks:
-            spans.append((chunk, begin, begin + len(chunk.token_ids)))
-            begin = spans[-1][2]
-        tokens = [token for chunk in chunks for token in chunk.token_ids]
-        positions = [chunk.start + n for chunk in chunks for n in range(len(chunk.token_ids))]
-        slots = [chunk.slot for chunk in chunks for _ in chunk.token_ids]
-        last = [row for chunk, _, end in spans for row in range(end - chunk.n_logits, end)]
-        whole = not any(chunk.start for chunk in chunks) and len(chunks) < PROMPTS and len(last) <= PROMPTS
-        if whole and (size := next((size for size in sorted(self.prompt_graphs) if size >= len(tokens)), 0)):
-            padding = size - len(tokens)
-            begins = [begin for _, begin, _ in spans] + [len(tokens)] + [size] * (PROMPTS - len(spans))
-            idle, no_row = [self.idle_slot] * padding, [0] * (PROMPTS - len(last))
-            parts = (tokens, [0] * padding, positions, [0] * padding, slots, idle, begins, last, no_row)
-            self.packed[: 3 * size + 2 * PROMPTS + 1] = self._upload([number for part in parts for number in part])
-            self.prompt_graphs[size].replay()
-            return self.prompt_logits[: len(last)]
+    def _packed_sizes(self, size: int) -> tuple[int, ...]:
+        """How many numbers each part of `packed` has, for a graph of `size` tokens: tokens, positions, slots; of each piece with logits
+        its last row, slot and the tokens of its sequence so far; tiles of attention, four numbers each."""
+        return size, size, size, PROMPTS, PROMPTS, PROMPTS, 4 * (size // self.tile + PROMPTS)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            mixed = torch.empty(q.shape, dtype=self.dtype, device=self.device)
-            for chunk, begin, end in spans:
-                mixed[begin:end] = self._attend(chunk, q[begin:end], k[begin:end], v[begin:end], keys, values)
-            return mixed
-
-        logits = torch.empty(len(last), self.vocab_rows, dtype=torch.float32, device=self.device)
-        self._network(
-            self._upload(tokens), self._upload(positions), self._upload(slots), self._upload(last), attend, logits
+    def _pack(self, chunks: Sequence[Chunk], size: int) -> None:
+        """Writes the chunks to self.packed as a graph of `size` tokens reads it; what fills it up belongs to the idle slot."""
+        ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
+        packed = torch.zeros(sum(self._packed_sizes(size)), dtype=torch.int32).pin_memory()
+        tokens, positions, slots, last, end_slots, counts, tiles = (
+            part.numpy() for part in packed.split(self._packed_sizes(size))
         )
-        return logits
+        slots[:] = end_slots[:] = self.idle_slot
+        work: list[tuple[int, int, int, int]] = []
+        for chunk, end in zip(chunks, ends, strict=True):
+            begin, length = end - len(chunk.token_ids), len(chunk.token_ids)
+            tokens[begin:end], slots[begin:end] = chunk.token_ids, chunk.slot
+            positions[begin:end] = range(chunk.start, chunk.start + length)
+            work += [
+                (begin + first, min(self.tile, length - first), chunk.slot, chunk.start + first)
+                for first in range(0, length, self.tile)
+            ]
+        # the longest first: short ones fill the gaps at the end
+        work.sort(key=lambda tile: -tile[3])
+        tiles[: 4 * len(work)] = [number for tile in work for number in tile]
+        choosing = [(chunk, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.n_logits]
+        last[: len(choosing)] = [end - 1 for _, end in choosing]
+        end_slots[: len(choosing)] = [chunk.slot for chunk, _ in choosing]
+        counts[: len(choosing)] = [chunk.start + len(chunk.token_ids) for chunk, _ in choosing]
+        self.packed[: len(packed)].copy_(packed, non_blocking=True)
 
-    def _packed_prompts(self, size: int) -> None:
-        """Whole prompts of `size` tokens together, as self.packed has them; what fills them up is a prompt too, of the idle slot."""
-        sizes = (size, size, size, PROMPTS + 1, PROMPTS)
-        tokens, positions, slots, begins, last = self.packed[: sum(sizes)].split(sizes)
+    def _prompts(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Pieces of prompts: this rank's logits, float32 (sum of n_logits, vocab_rows). `chosen_ends` has the best token after each piece
+        with logits; from now on its slot decodes."""
+        n_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        size = min(size for size in self.prompt_graphs if size >= n_tokens)
+        self._pack(chunks, size)
+        self.prompt_graphs[size].replay()
+        if all(chunk.n_logits <= 1 for chunk in chunks):
+            return self.prompt_logits[: sum(chunk.n_logits for chunk in chunks)]
+        ends = accumulate(len(chunk.token_ids) for chunk in chunks)
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - chunk.n_logits, end)]
+        return F.linear(self.prompt_normed[self._upload(rows)], self.weights["lm_head.weight"]).float()
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return flash_attention(q, k, v, begins, size)
-
-        self._network(tokens, positions, slots, last, attend, self.prompt_logits)
-
-    def _network(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        last: Tensor,
-        attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
-        logits: Tensor,
-    ) -> None:
-        """All layers over packed tokens (tokens,); logits (len(last), vocab_rows) of the rows `last`.
-
-        attend: rotated queries (tokens, heads, size), keys and values of these tokens, and a layer's cache, to (tokens, heads, size).
-        """
+    def _packed_prompts(self, n_tokens: int) -> None:
+        """All layers over the pieces of prompts in self.packed, in a graph of n_tokens."""
         config, weights, width = self.config, self.weights, self.config.hidden_size
         heads, kv_heads, size = self.heads, self.kv_heads, self.size
+        sizes = self._packed_sizes(n_tokens)
+        tokens, positions, slots, last, end_slots, counts, tiles = self.packed[: sum(sizes)].split(sizes)
         names, gains = self._layers()
         x = weights["transformer.vocab_embedding.weight"][tokens]  # (tokens, hidden)
-        normed = torch.empty_like(x)
+        normed = self.prompt_normed[:n_tokens]
         kernels.norm_kernel[(len(x),)](
             x, gains[0], normed, width, config.norm_epsilon, BLOCK=power_of_2(width), num_warps=8
         )
+        mixed = torch.empty(n_tokens, heads * size, dtype=self.dtype, device=self.device)
+        inner = torch.empty(n_tokens, self.inner, dtype=self.dtype, device=self.device)
         for index, name in enumerate(names):
             keys, values = self.cache[index]
             qkv = F.linear(normed, weights[name + "attention.qkv.weight"])
-            kernels.turn_kernel[(len(x), heads + 2 * kv_heads)](
+            kernels.turn_kernel[(len(x), -(-(heads + 2 * kv_heads) // TURN_HEADS))](
                 qkv, keys, values, self.tables, slots, positions, self.cos, self.sin, self.tables.shape[1],
-                HEADS=heads, KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, num_warps=1,
+                HEADS=heads, KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, TOGETHER=TURN_HEADS,
+                num_warps=4,
             )  # fmt: skip
-            mixed = attend(*qkv.view(len(x), -1, size).split((heads, kv_heads, kv_heads), dim=1), keys, values)
-            torch.mm(
-                mixed.reshape(len(x), -1), weights[name + "attention.dense.weight"].t(), out=self.parts[0][: len(x)]
-            )
+            kernels.prompt_attend_kernel[(len(tiles) // 4, heads)](
+                qkv, mixed, keys, values, self.tables, tiles, self.tables.shape[1], size**-0.5, GROUP=heads // kv_heads,
+                KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, ROWS=self.tile,
+                PRECISION=self.precision, num_warps=4, num_stages=3 if self.dtype.itemsize == 2 else 1,
+            )  # fmt: skip
+            torch.mm(mixed, weights[name + "attention.dense.weight"].t(), out=self.parts[0][:n_tokens])
             self._join(0, x, normed, weights[name + "post_layernorm.weight"])
-            inner = torch.empty(len(x), self.inner, dtype=self.dtype, device=self.device)
             self._gate(F.linear(normed, weights[name + "mlp.both.weight"]), inner)
-            torch.mm(inner, weights[name + "mlp.proj.weight"].t(), out=self.parts[1][: len(x)])
+            torch.mm(inner, weights[name + "mlp.proj.weight"].t(), out=self.parts[1][:n_tokens])
             self._join(1, x, normed, gains[index + 1])
-        if len(last):
-            self._linear(normed[last], weights["lm_head.weight"], logits)
-
-    def _attend(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(tokens of the chunk, heads, size); what came before the chunk is in the cache."""
-        if chunk.start == 0:
-            out = F.scaled_dot_product_attention(
-                *(part.transpose(0, 1)[None] for part in (q, k, v)),
-                is_causal=True,
-                enable_gqa=self.heads > self.kv_heads,
-            )
-            return out[0].transpose(0, 1)
-        length = chunk.start + len(q)
-        blocks = self.tables[chunk.slot, : -(-length // BLOCK_TOKENS)]
-        # (blocks, kv_heads, BLOCK_TOKENS, size) -> (kv_heads, length, size)
-        seen_k, seen_v = (
-            cache[blocks].transpose(0, 1).reshape(self.kv_heads, -1, self.size)[:, :length] for cache in (keys, values)
-        )
-        causal = torch.ones(len(q), length, dtype=torch.bool, device=self.device).tril(chunk.start)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], seen_k[None], seen_v[None], attn_mask=causal, enable_gqa=self.heads > self.kv_heads
-        )
-        return out[0].transpose(0, 1)
-
-    def _choose_prompts(self, chunks: Sequence[Chunk], logits: Tensor) -> Tensor:
-        """The best first token of each prompt that ends here; from now on its slot decodes."""
-        ends = [chunk for chunk in chunks if chunk.n_logits]
-        rows, last = [], -1
-        for chunk in ends:
-            last += chunk.n_logits
-            rows.append(last)
-        slots, counts = self._upload([c.slot for c in ends]), self._upload([c.start + len(c.token_ids) for c in ends])
-        self.positions[slots] = counts
-        best = logits if len(rows) == len(logits) else logits[self._upload(rows)]
-        self._choose(best, slots, self.chosen_ends, 0)
-        return self.chosen_ends[: len(ends)]
+        self._linear(normed[last], weights["lm_head.weight"], self.prompt_logits)
+        self.positions[end_slots] = counts
+        self._choose(self.prompt_logits, end_slots, self.chosen_ends, 0)

@@ -15,6 +15,10 @@ from safetensors import safe_open
 from step import Choice, Chooser, Chunk, Step
 from torch import Tensor
 from torch.nn import functional as F
+from weight_file import read_into, tensors_of
+
+# Positions of a block that requests share
+REUSED_BLOCK_TOKENS = 16
 
 
 def tensor_shapes(config: EngineConfig) -> dict[str, tuple[int, ...]]:
@@ -50,23 +54,31 @@ def load_weights(
     if not path.is_file():
         raise ValueError(f"no weights for this rank: {path} does not exist")
     weights: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        stored = set(file.keys())
-        for name, shape in tensor_shapes(config).items():
-            if name not in stored:
-                raise ValueError(f"{path} has no tensor {name}; config.json promises it with shape {list(shape)}")
-            tensor = file.get_tensor(name)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, config.json promises {list(shape)}")
-            layer, _, part = name.rpartition("mlp.")
-            if not together or part not in ("fc.weight", "gate.weight"):
-                weights[name] = tensor.to(device=device, dtype=dtype)
-                continue
+    stored, places, converted = tensors_of(path), dict[int, Tensor](), dict[str, Tensor]()
+    for name, shape in tensor_shapes(config).items():
+        if name not in stored:
+            raise ValueError(f"{path} has no tensor {name}; config.json promises it with shape {list(shape)}")
+        kind, found, begin, _ = stored[name]
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {list(found)}, config.json promises {list(shape)}")
+        layer, _, part = name.rpartition("mlp.")
+        if together and part in ("fc.weight", "gate.weight"):
             both = layer + "mlp.both.weight"
             if both not in weights:
-                weights[both] = torch.empty(2, *shape, device=device, dtype=dtype)
-            weights[both][int(part == "gate.weight")].copy_(tensor)
-    return {name: tensor.flatten(0, 1) if tensor.ndim == 3 else tensor for name, tensor in weights.items()}
+                weights[both] = torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype)
+            place = weights[both][shape[0] :] if part == "gate.weight" else weights[both][: shape[0]]
+        else:
+            place = weights[name] = torch.empty(shape, device=device, dtype=dtype)
+        if kind == dtype:
+            places[begin] = place
+        else:
+            converted[name] = place
+    read_into(path, places)
+    if converted:
+        with safe_open(path, framework="pt") as file:
+            for name, place in converted.items():
+                place.copy_(file.get_tensor(name))
+    return weights
 
 
 def rotary_frequencies(config: EngineConfig) -> Tensor:
@@ -132,12 +144,13 @@ class Done:
 class Llama:
     """One rank's share of the network. All ranks launch the same steps; rank 0 gets the logits and chooses.
 
-    A slot of the cache is one block as long as a sequence may be: neighbouring slots are then a view.
+    A slot of the cache is as long as a sequence may be: neighbouring slots are then a view. reuse: what a slot holds is also kept in
+    blocks, and a request that shares some gets a copy of them.
     """
 
-    lookahead, whole_prompts = 0, False
+    lookahead = 0
 
-    def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, config: EngineConfig, weights: dict[str, Tensor], ranks: Ranks, reuse: bool = False) -> None:
         self.config, self.weights, self.ranks = config, weights, ranks
         embedding = weights["transformer.vocab_embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
@@ -149,14 +162,54 @@ class Llama:
         self.keys = [torch.zeros(cache, device=self.device, dtype=self.dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.n_blocks, self.block_tokens = config.max_batch_size, config.max_seq_len
-        self.prompt_tokens_beside_streams = config.max_num_tokens
+        self.most_prompt_tokens = self.most_prompts = config.max_num_tokens
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.tables: dict[int, tuple[int, ...]] = {}
+        self.fresh: set[int] = set()  # slots whose request has not run yet
+        if reuse:
+            self.block_tokens = REUSED_BLOCK_TOKENS
+            self.n_blocks *= -(-config.max_seq_len // REUSED_BLOCK_TOKENS)
+            shape = (config.num_hidden_layers, self.n_blocks + 1, cache[1], REUSED_BLOCK_TOKENS, config.head_size)
+            self.kept = (
+                torch.zeros(shape, device=self.device, dtype=self.dtype),
+                torch.zeros(shape, device=self.device, dtype=self.dtype),
+            )
+
+    def prompt_tokens_beside_streams(self, waiting: int) -> int:
+        return self.most_prompt_tokens
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Done:
         """Runs a step. Rank 0 brings `choose`."""
+        for slot, blocks in step.tables:
+            self.tables[slot] = blocks
+            self.fresh.add(slot)
+        if self.kept is not None:
+            for chunk in step.chunks:
+                if chunk.slot in self.fresh:
+                    self._copy(chunk.slot, range(chunk.start // self.block_tokens), to_slot=True)
+        self.fresh -= {chunk.slot for chunk in step.chunks}
         logits = self.step(step.chunks)
+        if self.kept is not None:
+            for chunk in step.chunks:
+                end = chunk.start + len(chunk.token_ids)
+                full = range(chunk.start // self.block_tokens, end // self.block_tokens)
+                self._copy(chunk.slot, full, to_slot=False)
         if choose is None or logits is None:
             return Done(Choice(torch.empty(0)), logits)
         return Done(choose(logits), logits)
+
+    def _copy(self, slot: int, indices: range, to_slot: bool) -> None:
+        """The n-th blocks of a slot's sequence, from where blocks are kept to the slot or back."""
+        assert self.kept is not None
+        for index in indices:
+            begin, block = index * self.block_tokens, self.tables[slot][index]
+            for layer in range(self.config.num_hidden_layers):
+                for cache, kept in zip((self.keys[layer], self.values[layer]), self.kept, strict=True):
+                    part, its = cache[slot, :, begin : begin + self.block_tokens], kept[layer, block]
+                    if to_slot:
+                        part.copy_(its)
+                    else:
+                        its.copy_(part)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> Tensor | None:

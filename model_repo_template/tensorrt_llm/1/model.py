@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,10 @@ from ranks import RankLost
 log = logging.getLogger("torch engine")
 
 POLL_SECONDS = 0.1  # asking Triton whether a client has gone costs a round trip between processes: not at every step
+# How long a thread may hold the interpreter while another waits for it: the engine's thread must not wait 5 ms, which is a step, for the
+# sender's
+SWITCH_SECONDS = 0.0005
+TRUE = ("true", "True", "TRUE", "1")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -67,14 +72,16 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads this rank; returns when all ranks have. Ranks above 0 follow in a thread and get no request."""
         faulthandler.enable()  # a crash of this process says where
+        sys.setswitchinterval(SWITCH_SECONDS)
         logging.basicConfig(format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self._exclude_input = parameters.get("exclude_input_in_output", "") in ("true", "True", "TRUE", "1")
+        self._exclude_input = parameters.get("exclude_input_in_output", "") in TRUE
         self._without_value = set(parameters.get("sent_without_value", "").split(","))
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
-            engine = open_engine(Path(parameters["gpt_model_path"]))
+            reuse = parameters.get("enable_kv_cache_reuse", "") in TRUE
+            engine = open_engine(Path(parameters["gpt_model_path"]), reuse)
         except (ValueError, RankLost) as problem:
             raise pb_utils.TritonModelException(str(problem)) from None
         self._engine = engine
@@ -191,8 +198,7 @@ class TritonPythonModel:
     def _arrays(self, reply: Reply, pieces: list[Piece]) -> dict[str, Any]:
         """The tensors of a response, those that the request names."""
         reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
-        arrays = outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value)
-        return {name: array for name, array in arrays.items() if name in reply.wanted}
+        return outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value, reply.wanted)
 
 
 class Metrics:
@@ -206,8 +212,17 @@ class Metrics:
         counter = pb_utils.MetricFamily(
             name="torch_engine_steps", description="Forward steps taken", kind=pb_utils.MetricFamily.COUNTER
         )
+        cache = pb_utils.MetricFamily(
+            name="nv_trt_llm_kv_cache_block_metrics",
+            description="Blocks of the cache",
+            kind=pb_utils.MetricFamily.GAUGE,
+        )
         labels = {"model": model, "version": version}
-        self._families = (family, counter)  # a metric lives as long as its family
+        self._families = (family, counter, cache)  # a metric lives as long as its family
+        self._blocks = {
+            kind: cache.Metric(labels={**labels, "kv_cache_block_type": kind})
+            for kind in ("max", "free", "used", "tokens_per", "reused")
+        }
         self._gauges = {
             kind: family.Metric(labels={**labels, "request_type": kind}) for kind in ("active", "waiting", "max")
         }
@@ -217,6 +232,8 @@ class Metrics:
     def update(self) -> None:
         self._gauges["active"].set(self._engine.running)
         self._gauges["waiting"].set(self._engine.waiting)
+        for kind, number in self._engine.blocks.numbers().items():
+            self._blocks[kind].set(number)
         steps = self._engine.steps
         self._counter.increment(steps - self._steps)
         self._steps = steps

@@ -51,10 +51,13 @@ class Model(Protocol):
     """One rank's share of the network, and its key/value cache."""
 
     lookahead: int  # how many steps may be launched before the first of them is waited for
-    prompt_tokens_beside_streams: int  # of prompts, in a step that others wait for
-    whole_prompts: bool  # a prompt in one piece is the faster one
+    most_prompt_tokens: int  # of prompts, in one step
+    most_prompts: int  # pieces of prompts in one step
     n_blocks: int  # the cache
     block_tokens: int
+
+    def prompt_tokens_beside_streams(self, waiting: int) -> int:
+        """How many tokens of prompts a step takes that streams wait for, when so many tokens of prompts wait."""
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Outcome:
         """Runs a step, or starts to. All ranks launch the same steps; rank 0 brings `choose` for those with logits."""
