@@ -96,7 +96,7 @@ needs   = $(if $(findstring B,$(OPTIONS)),,$(or $(filter-out FORCE,$^),none))
 build/%/manifest.json: export ROOM_NEEDS = $(needs)
 build/%/manifest.json: export ROOM_ARGS = $(call asked,$(notdir $(@D)))
 $(CONFIG)/manifest.json $(HF)/manifest.json: build/$(NAME)/%/manifest.json: \
-    $$(call changed,$$*,$$(@D)) | $(FETCH) $(NEEDED)
+    $$(call changed,$$*,$$(@D)) | $(FETCH) $(NEEDED) $(if $(NVIDIA),,$(ENDPOINT_NEEDS))
 	@$(in_$*) -m scripts.build_$* $(call weights,$*)$($*_ARGS) --output $(@D)
 $(VARIANT)/%/manifest.json: $$(call changed,$$*,$$(@D)) | $(NEEDED)
 	@$(in_$*) -m scripts.build_$* $(call weights,$*)$($*_ARGS) --output $(@D)

@@ -8,32 +8,25 @@ Needs:  numpy; for a GGUF file the package gguf
 """
 
 import argparse
-import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
 from scripts import reports
 from scripts.room import filling, human_bytes, is_room, read_manifest, say
-from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.tokenizer import byte_bpe, hugging_face, proof, sentencepiece
+from scripts.tokenizer.hugging_face import json_bytes
 from scripts.weights import gguf
+from scripts.weights.bounded import bounded
+from scripts.weights.folder import check_file
 from scripts.weights.forms import Weights, form_of, open_meta
 from scripts.weights.hugging_face import read_hf_config, read_hf_model
-from scripts.weights.shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_json, read_params, shape_of_config
-
-# What is taken from a Hugging Face folder besides its weights: data that transformers reads. Never code.
-COPIED = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-COPIED_MAX_BYTES = 64 << 20
+from scripts.weights.shape import EMBEDDING, HEAD, LlamaShape, max_positions, read_params, shape_of_config
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,8 @@ class Described:
     files: Mapping[str, bytes]
     positions: int
     positions_from: str
+    # what was read otherwise than a file says, for the user to know
+    notes: Tuple[str, ...] = ()
 
     @property
     def facts(self) -> Dict[str, Any]:
@@ -133,24 +128,28 @@ def hf_config(
     return {**config, "head_dim": shape.head_dim} if shape.head_dim else config
 
 
-def json_bytes(value: object) -> bytes:
-    """As upstream writes its configs: indent 4, no newline at the end."""
-    return json.dumps(value, indent=4, ensure_ascii=False).encode()
-
-
 # --- shell --------------------------------------------------------------------------------------------------------------
 
 
 def describe(settings: Settings) -> Described:
-    """A model from its folder, without its weights; a Problem for whatever is wrong with it."""
+    """A model from its folder, without its weights; a Problem for whatever is wrong with it, also where only the server would see it."""
     read = {"meta": _from_meta, "hf": _from_hf, "gguf": _from_gguf}
-    return read[form_of(settings.weights)](settings)
+    described, sources = read[form_of(settings.weights)](settings)
+    vocab_size = described.weights.shape.vocab_size
+    proof.open_as_served(described.files, lambda name: sources.get(name) or sources["tokenizer.json"], vocab_size)
+    return described
 
 
-def _from_meta(settings: Settings) -> Described:
+# What a form's reader gives: the model, and the foreign file that each file of the room was made from (the rest: tokenizer.json's).
+Read = Tuple[Described, Mapping[str, Path]]
+
+
+def _from_meta(settings: Settings) -> Read:
     folder = settings.weights
     params = read_params(folder / "params.json")
     tokenizer_path = sentencepiece.path_of(folder)
+    if tokenizer_path.parent != folder:
+        check_file(tokenizer_path, tokenizer_path.parent.resolve())
     tiktoken = byte_bpe.is_tiktoken(tokenizer_path)
     read = (
         partial(byte_bpe.read_tiktoken, since_3_1=params.rope_scaling is not None)
@@ -174,21 +173,23 @@ def _from_meta(settings: Settings) -> Described:
     else:
         files["generation_config.json"] = json_bytes({"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id})
         files.update(_sentencepiece_files(tokenizer_path, pieces))
-    return Described("meta", model, files, positions, source)
+    sources = {"config.json": folder / "params.json", "tokenizer.json": tokenizer_path}
+    return Described("meta", model, files, positions, source), sources
 
 
-def _from_hf(settings: Settings) -> Described:
+def _from_hf(settings: Settings) -> Read:
     folder = settings.weights
     config = read_hf_config(folder / "config.json")
     model = read_hf_model(folder, config)
     _same_positions(settings, config.max_position_embeddings, "config.json")
-    files = {"config.json": _small_file(folder / "config.json")}
-    files.update({name: _small_file(folder / name) for name in COPIED if (folder / name).is_file()})
-    files.update(_hf_tokenizer_files(folder, model.shape.vocab_size))
-    return Described("hf", model, files, config.max_position_embeddings, "config.json")
+    tokenizer = hugging_face.read_tokenizer(folder, config.values, model.shape.vocab_size)
+    files = {"config.json": hugging_face.small_file(folder / "config.json"), **tokenizer.files}
+    described = Described("hf", model, files, config.max_position_embeddings, "config.json", tokenizer.notes)
+    there = {name: folder / name for name in files if (folder / name).is_file()}
+    return described, {"tokenizer.json": tokenizer.path, **there}
 
 
-def _from_gguf(settings: Settings) -> Described:
+def _from_gguf(settings: Settings) -> Read:
     model = gguf.read_gguf(settings.weights)
     said = model.config
     shape = shape_of_config({**said, "architectures": ["LlamaForCausalLM"]}, model.path)
@@ -198,11 +199,11 @@ def _from_gguf(settings: Settings) -> Described:
     tokenizer_files = model.tokenizer_files()
     ids = tokenizer_files["generation_config.json"]
     config = hf_config(
-        shape, weights.dtype, positions, ids.get("bos_token_id"), ids.get("eos_token_id"), said["rms_norm_eps"], said["rope_theta"],
+        shape, weights.dtype, positions, ids.get("bos_token_id"), model.eos_id, said["rms_norm_eps"], said["rope_theta"],
         said.get("rope_scaling"), said["tie_word_embeddings"],
     )  # fmt: skip
     files = {name: json_bytes(value) for name, value in {"config.json": config, **tokenizer_files}.items()}
-    return Described("gguf", weights, files, positions, model.path.name)
+    return Described("gguf", weights, files, positions, model.path.name), {"tokenizer.json": model.path}
 
 
 def _same_positions(settings: Settings, positions: int, says: str) -> None:
@@ -213,29 +214,6 @@ def _same_positions(settings: Settings, positions: int, says: str) -> None:
         )
 
 
-def _hf_tokenizer_files(folder: Path, vocab_size: int) -> Dict[str, bytes]:
-    """tokenizer.json as it is, or made from sentencepiece.model where there is none; a Problem where it has more tokens than the model."""
-    path = folder / "tokenizer.json"
-    files: Dict[str, bytes] = {}
-    if not path.is_file():
-        path = sentencepiece.path_of(folder)
-        pieces = sentencepiece.read_tokenizer_model(path)
-        size = pieces.vocab_size
-        files = _sentencepiece_files(path, pieces)
-    else:
-        model = read_json(path).get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if not isinstance(vocab, (dict, list)):
-            raise reports.weights.tokenizer_unreadable(path, "it has no model with a vocabulary")
-        size = len(vocab)
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (folder / name).is_file():
-                files[name] = _small_file(folder / name)
-    if size > vocab_size:  # fewer is usual: embeddings are often padded
-        raise reports.weights.vocabulary_differs(path, size, vocab_size)
-    return files
-
-
 def _sentencepiece_files(path: Path, pieces: sentencepiece.SentencePieceModel) -> Dict[str, bytes]:
     return {
         "tokenizer.json": json_bytes(sentencepiece.tokenizer_json(pieces)),
@@ -243,14 +221,6 @@ def _sentencepiece_files(path: Path, pieces: sentencepiece.SentencePieceModel) -
         "special_tokens_map.json": json_bytes(sentencepiece.special_tokens_map(pieces)),
         "tokenizer.model": path.read_bytes(),
     }
-
-
-def _small_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(COPIED_MAX_BYTES + 1)
-    if len(data) > COPIED_MAX_BYTES:
-        raise reports.weights.weights_unreadable(path, f"it has more than {COPIED_MAX_BYTES} bytes")
-    return data
 
 
 def build_config(settings: Settings) -> None:
@@ -265,6 +235,8 @@ def build_config(settings: Settings) -> None:
         room.facts.update(described.facts)
         if is_room(settings.weights):  # fetched: then what they are is known
             room.facts["weights"] = read_manifest(settings.weights)["files"]
+        for note in described.notes:
+            say("config", note)
         say(
             "config",
             f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: {described.positions_from}",
@@ -274,7 +246,8 @@ def build_config(settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    build_config(Settings(**vars(parser.parse_args())))
+    settings = Settings(**vars(parser.parse_args()))
+    sys.exit(bounded(lambda: build_config(settings), settings.weights))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ Needs:  numpy; for a GGUF file the package gguf
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 
@@ -18,6 +19,7 @@ from scripts import build_config, reports
 from scripts.build_config import Settings
 from scripts.room import Filling, filling, progress, say
 from scripts.weights import safetensors
+from scripts.weights.bounded import bounded
 from scripts.weights.forms import Weights, watched
 from scripts.weights.hugging_face import INDEX, SINGLE, read_hf_config, read_hf_model
 from scripts.weights.safetensors import Raw
@@ -108,7 +110,15 @@ def _write_weights(room: Filling, weights: Weights) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     build_config.add_arguments(parser)
-    build_hf(Settings(**vars(parser.parse_args())))
+    settings = Settings(**vars(parser.parse_args()))
+
+    def prove() -> None:
+        build_config.describe(settings)
+
+    # what a stranger's files may do to a reader they do to a child; then the weights take the time that they take
+    if status := bounded(prove, settings.weights):
+        sys.exit(status)
+    build_hf(settings)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from scripts import reports, room
 from scripts.limits import limits_of
 from scripts.making import ingredients
 from scripts.nvidia import contracts
+from scripts.tokenizer import proof
+from scripts.weights.folder import check_file
 
 TEMPLATES = Path(__file__).parent.parent / "model_repo_template"
 # FileDescriptorProto of model_config.proto (BSD-3-Clause), as tritonclient carries it
@@ -314,8 +316,13 @@ def render(
     trtllm_version: str,
     streaming: bool,
     kv_reuse: bool = False,
+    end_ids: Sequence[int] = (),
 ) -> Dict[str, str]:
-    """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together."""
+    """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together.
+
+    end_ids: the tokens that end an answer. The torch engine is told them where there are several; TensorRT-LLM takes one for each request,
+    and the text models send it the others as stop words.
+    """
     # the torch engine's Triton is the pinned one, which can
     unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
     # the torch engine reuses whatever it has
@@ -341,6 +348,9 @@ def render(
         # What the table says of this model must find its hole; of the values for the whole repository a template uses its own.
         common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}
+        if model == "tensorrt_llm" and engine_kind["model_code"] and len(end_ids) > 1:
+            listed = ",".join(map(str, end_ids))
+            holes["parameters"] += f'\nparameters {{ key: "end_ids" value {{ string_value: "{listed}" }} }}'
         texts[model] = fill_template(template, {**holes, **used}, where)
         configs[model] = check_config(texts[model], model, engine)
     check_together(configs)
@@ -359,10 +369,14 @@ def build_model_repo(settings: Settings) -> None:
                 settings.config / name, "there is no such file, and the text models need it"
             )
     template = read_chat_template(settings.chat_template)
+    if template is not None and settings.chat_template is not None:
+        try_chat_template(settings.config, settings.chat_template, template)
     tables = contracts.table("backend", settings.trtllm_version)
     ingredients.note(f"{TEMPLATES.name}/*/config.pbtxt")
     templates = {path.parent.name: path.read_text() for path in sorted(TEMPLATES.glob("*/config.pbtxt"))}
-    configs = render(templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse)
+    configs = render(
+        templates, tables, engine, kind, settings.trtllm_version, settings.streaming, settings.kv_reuse, ends_of(settings.config)
+    )  # fmt: skip
     room.say(
         "model_repo",
         f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine {engines['facts']['engine']}"
@@ -393,10 +407,18 @@ def build_model_repo(settings: Settings) -> None:
         filling.facts = {"models": sorted(configs)}
 
 
+def ends_of(config: Path) -> List[int]:
+    """Every token that ends an answer, as the room config lists them."""
+    listed = config / "generation_config.json"
+    named = json.loads(listed.read_bytes()).get("eos_token_id") if listed.is_file() else None
+    return [named] if isinstance(named, int) else list(named or [])
+
+
 def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
     """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is no template."""
     if path is None:
         return None
+    check_file(path)
     try:
         with path.open("rb") as file:
             data = file.read(CHAT_TEMPLATE_MAX_BYTES + 1)
@@ -408,6 +430,13 @@ def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
             path, "a chat template says what is done with `messages`, in at most 1 MB"
         )
     return data
+
+
+def try_chat_template(config: Path, path: Path, template: bytes) -> None:
+    """A Problem where the endpoint could not use CHAT_TEMPLATE with the model's tokenizer. (The room config has tried the model's own.)"""
+    names = [name for name in TOKENIZER_FILES if (config / name).is_file() and name != CHAT_TEMPLATE]
+    files = {**{name: (config / name).read_bytes() for name in names}, CHAT_TEMPLATE: template}
+    proof.open_as_served(files, lambda name: path if name == CHAT_TEMPLATE else config / name)
 
 
 def _code_of(model: str) -> List[Path]:

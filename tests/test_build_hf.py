@@ -559,13 +559,16 @@ BAD_HF: Dict[str, Any] = {
         "GPT2LMHeadModel",
     ),
     "quantized": (lambda f: edit_json(quantization_config={"quant_method": "gptq"})(f / "config.json"), "gptq"),
-    "biases": (lambda f: edit_json(attention_bias=True)(f / "config.json"), "attention_bias is True"),
+    "biases": (lambda f: edit_json(attention_bias=True)(f / "config.json"), "k_proj.bias"),
     "another layer count": (lambda f: edit_json(num_hidden_layers=2)(f / "config.json"), "Unknown: model.layers.2"),
     "another size": (
         lambda f: edit_json(intermediate_size=281)(f / "config.json"),
         "says [281, 96]; the tensor has [280, 96]",
     ),
-    "unknown rope": (lambda f: edit_json(rope_scaling={"type": "yarn", "factor": 2})(f / "config.json"), "yarn"),
+    "unknown rope": (
+        lambda f: edit_json(rope_scaling={"type": "longrope", "factor": 2})(f / "config.json"),
+        "longrope",
+    ),
     "too large a tokenizer": (
         lambda f: edit_tokenizer(f / "tokenizer.json"),
         "tokenizer.json has 313 tokens, the model has 312",

@@ -14,6 +14,8 @@ from scripts import reports, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING = {"plan", "doctor"}
+# what is read of a config.json to know its heads; the room config reads all of it
+SMALL_BYTES = 1 << 20
 # words of those who work on this project, and words that use no weights
 WITHOUT_WEIGHTS = {
     "weights",
@@ -171,13 +173,16 @@ def sizes_known(values: Mapping[str, str]) -> Set[int]:
     """The numbers of heads and of key/value heads, if a small file tells; for a first look that costs nothing."""
     folder = Path(values["WEIGHTS"])
     for path in (folder / "params.json", folder / "config.json", ROOT / "models" / "shapes.json"):
+        if not path.is_file():  # it may be a pipe that nobody writes to
+            continue
         try:
-            found = json.loads(path.read_bytes())
+            with path.open("rb") as file:
+                found = json.loads(file.read(SMALL_BYTES))
             found = found.get(values["MODEL"], {}) if path.name == "shapes.json" else found
             sizes = [
                 found.get(name) for name in ("n_heads", "n_kv_heads", "num_attention_heads", "num_key_value_heads")
             ]
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if any(sizes):
             return {size for size in sizes if isinstance(size, int) and size > 0}

@@ -34,6 +34,11 @@ NO_INGREDIENTS = (
     "scripts/nvidia/memory.py",  # estimates
     "docker/gpus.json",
     "scripts/bench/*",
+    "scripts/weights/folder.py",  # what of a model's folder may be read, in what time, and by whom it is tried
+    "scripts/weights/bounded.py",
+    "scripts/tokenizer/proof.py",
+    "scripts/openai/*",  # the endpoint, which proof.py tries a template with; an image notes it by its bytes
+    "scripts/nvidia/abilities.py",  # what is refused
     "*/__init__.py",
 )
 # the functions that print a line of a room's story

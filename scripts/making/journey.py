@@ -77,7 +77,7 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
         "hf": [about_model],
         "checkpoint": [
             f"--model {hf if quant else config} --pad-heads {values['PAD_HEADS']} --tp-size {values['TP']} --pp-size {values['PP']}",
-            f"--dtype={values['DTYPE']} --trtllm-version {version}",
+            f"--dtype={values['DTYPE']} --trtllm-version {version} --engine {values['ENGINE']}",
             f"--quant {quant} --examples build/TensorRT-LLM-{version}" if quant else "",
         ],
         "engines": [

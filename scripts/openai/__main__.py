@@ -64,13 +64,6 @@ def text_code(root: Path) -> Any:
     return module
 
 
-def end_ids(folder: Path) -> list[int]:
-    """Every token that ends an answer, where the model's generation_config.json names several."""
-    file = folder / "generation_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    return [named] if isinstance(named, int) else list(named or [])
-
-
 def keys_of(path: str) -> list[str]:
     """API keys: one a line of a file, and the variable BAKE_API_KEY. Never from the command line, where every user sees them."""
     keys = [os.environ.pop("BAKE_API_KEY", "")]
@@ -245,14 +238,13 @@ def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
     text = module.Text(tokenizer)
     template = template_of(tokenizer)
     config = (args.root / "model_repo/tensorrt_llm/config.pbtxt").read_text(encoding="utf-8")
-    ends = {*end_ids(tokenizer), *([] if text.end_id is None else [text.end_id])}
     workers = workers_of(args.workers)
     shares = Shares(workers)
-    engine = Engine(args.grpc, config, read_limits(args.root / "engines"), text.end_id, shares)
+    engine = Engine(args.grpc, config, read_limits(args.root / "engines"), text.end_ids, shares)
     chat = None if template is None else ChatTemplate(template, tokenizer, text)
     described = json.dumps(description()).encode()
     endpoint = Endpoint(
-        args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), sorted(ends),
+        args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), text.end_ids,
         keys_of(args.api_key_file), described,
     )  # fmt: skip
     reads = Reader(args.name, engine, text, chat, capacity_of(engine.limits.max_batch_size))

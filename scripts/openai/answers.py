@@ -41,8 +41,10 @@ class Choice:
             stream.ids, stream.log_probs = [], []
         if self.finish_reason is not None:
             return Part("", [])
+        # an end that is a stop word comes with the answer, end_id does not; neither is part of it
+        end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
+        ids, log_probs, reached_end = ids[:end], log_probs[:end], end is not None
         self.n_tokens += len(ids)
-        reached_end = bool(ids) and ids[-1] in self.end_ids
         shown, stopped = self.stops.push(self._decoded(ids, log_probs))
         if stopped:
             self.finish_reason = "stop"
@@ -66,8 +68,7 @@ class Choice:
             return self.detokenizer.push(ids)  # type: ignore[no-any-return]
         pieces = []
         for token, log_prob in zip(ids, log_probs):
-            if token not in self.end_ids:
-                self.untold.append((self.decoded, token, log_prob))
+            self.untold.append((self.decoded, token, log_prob))
             pieces.append(self.detokenizer.push([token]))
             self.decoded += len(pieces[-1])
         return "".join(pieces)

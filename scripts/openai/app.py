@@ -399,7 +399,7 @@ class Endpoint:
         """Whether a token comes out of the engine in time."""
         changed = asyncio.Event()
         question = Question([self.text.bos_id or 0], 1, temperature=0)
-        values = inputs_of(question, self.engine.end_id, self.engine.streams, self.limits.vocab_size)
+        values = inputs_of(question, self.engine.end_ids, self.engine.streams, self.limits.vocab_size)
         stream = self.engine.ask(self.engine.message_of(values, TOKENS), changed.set)
         try:
             await asyncio.wait_for(changed.wait(), HEALTH_SECONDS)

@@ -94,8 +94,10 @@ def is_greedy(question: Question) -> bool:
     return question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1
 
 
-def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_size: int) -> Dict[str, Any]:
+def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab_size: int) -> Dict[str, Any]:
     """The tensors of a question: name -> value of the batch's one row. Names are those of 0.8.0.
+
+    end_ids: the model's ends. The engine takes one end_id; the others are stop words of one token.
 
     Sampling is chosen by top_k and top_p alone: with neither TensorRT-LLM decodes greedily, whatever the temperature. What is at its
     default is left out, so that versions which lack an input are not asked for it.
@@ -106,8 +108,8 @@ def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_
         "request_output_len": [question.max_tokens],
         "streaming": [streaming],
     }
-    if end_id is not None:
-        values.update(end_id=[end_id], pad_id=[end_id])
+    if end_ids:
+        values.update(end_id=end_ids[:1], pad_id=end_ids[:1])
     if is_greedy(question):
         values["runtime_top_k"] = [1]
     else:
@@ -126,8 +128,14 @@ def inputs_of(question: Question, end_id: Optional[int], streaming: bool, vocab_
         for token, value in question.logit_bias.items():
             bias[token] = value
         values["embedding_bias"] = bias
-    if question.stop_words is not None:
-        values["stop_words_list"] = question.stop_words[0]
+    sequences, ends = question.stop_words[0] if question.stop_words is not None else np.zeros((2, 0), np.int32)
+    if others := list(end_ids[1:]):
+        moved = [end + len(others) for end in ends if end >= 0]
+        sequences = [*others, *sequences]
+        ends = [*range(1, len(others) + 1), *moved]
+        ends += [-1] * (len(sequences) - len(ends))
+    if len(sequences):
+        values["stop_words_list"] = np.array([sequences, ends], dtype=np.int32)
     return values
 
 
@@ -138,9 +146,9 @@ class Engine:
     """
 
     def __init__(
-        self, address: str, config: str, limits: Limits, end_id: Optional[int], shares: Optional[Shares] = None
+        self, address: str, config: str, limits: Limits, end_ids: Sequence[int], shares: Optional[Shares] = None
     ) -> None:
-        self.address, self.limits, self.end_id, self.shares = address, limits, end_id, shares
+        self.address, self.limits, self.end_ids, self.shares = address, limits, end_ids, shares
         parsed = text_format.Parse(config, model_config_pb2.ModelConfig())
         self.streams = bool(parsed.model_transaction_policy.decoupled)
         # "TYPE_INT32" is "INT32" in a request

@@ -216,7 +216,7 @@ class Reader:
             [], max_tokens, _or(body.temperature, 1.0), _or(body.top_p, 1.0), body.top_k or 0, body.presence_penalty or 0.0,
             body.frequency_penalty or 0.0, _or(body.repetition_penalty, 1.0), 0, body.min_tokens or 0, logprobs, bias,
         )  # fmt: skip
-        values = inputs_of(question, self.engine.end_id, self.engine.streams, self.limits.vocab_size)
+        values = inputs_of(question, self.engine.end_ids, self.engine.streams, self.limits.vocab_size)
         for name in ("input_ids", "input_lengths", "random_seed"):
             values.pop(name, None)
         outputs = [*TOKENS, *(["output_log_probs"] if logprobs else [])]

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Sequence
+from typing import Dict, Optional, Sequence
 
 from scripts.reports.problem import PathLike, Problem, make, shown
 from scripts.reports.weights import look
@@ -79,16 +79,22 @@ def split_impossible(
     )
 
 
-def no_head_size(
-    where: PathLike, n_heads: int, head_size: int, hidden_size: int, version: str, able: Sequence[str]
+def toolchain_lacks(
+    where: PathLike, lacking: str, version: str, able: Sequence[str], engine: str, quant: str, goal: str
 ) -> Problem:
+    change: Dict[str, Optional[str]]
+    if able:
+        others, change = f"Those that have it: {', '.join(able)}.", {"TOOLCHAIN": able[0]}
+    elif quant:
+        others, change = "None has it.", {"QUANT": None}
+    else:
+        others, change = "None has it; the torch engine does.", {"ENGINE": "torch", "TOOLCHAIN": None}
     return Problem(
-        "this version has no head size",
+        f"this version has no {lacking.partition(' (')[0].removeprefix('a ')}",
         where,
-        f"{n_heads} heads of {head_size} do not make hidden_size {hidden_size}, so the checkpoint's config.json needs the key head_size. "
-        f"TensorRT-LLM {version} does not have it. Versions that do: {', '.join(able)}.",
-        "For instance:",
-        make("checkpoint", TOOLCHAIN=able[-1]),
+        f"The model needs {lacking}, which is not there with TensorRT-LLM {version}. {others}",
+        "For instance:" if "TOOLCHAIN" in change and able else "Without it:",
+        make(goal, **change),
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,9 @@ WIDTH = 100
 PLANNING = ("plan", "doctor")
 # words of the journey: whoever typed one of them is not advised another
 JOURNEY = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "image")
+# Of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
+WORD_MAX, TEXT_MAX = 300, 8_000
+COMMAND_WORD_MAX = 5_000
 
 
 class Problem(Exception):
@@ -31,15 +35,18 @@ class Problem(Exception):
 
     def report(self) -> str:
         """The report as text, WIDTH columns, the command on the last line."""
-        head = f"-- {self.title.upper()} "
-        tail = f" {shown(self.where)}"
+        head = f"-- {plain(self.title).upper()} "
+        tail = f" {plain(shown(self.where), COMMAND_WORD_MAX)}"
         rule = "-" * max(3, WIDTH - len(head) - len(tail))
-        paragraphs = [p if p.startswith("    ") else textwrap.fill(p, WIDTH) for p in self.seen.split("\n\n")]
-        return "\n\n".join([head + rule + tail, *paragraphs, self.advice, textwrap.indent(self.command, "    ")])
+        paragraphs = [p if p.startswith("    ") else textwrap.fill(p, WIDTH) for p in plain(self.seen).split("\n\n")]
+        command = textwrap.indent(plain(self.command, COMMAND_WORD_MAX), "    ")
+        return "\n\n".join([head + rule + tail, *paragraphs, plain(self.advice), command])
 
     def as_json(self) -> str:
         """The same report for scripts, one line of JSON."""
-        return json.dumps({key: getattr(self, key) for key in ("title", "where", "seen", "advice", "command")})
+        texts = {key: plain(getattr(self, key)) for key in ("title", "seen", "advice")}
+        places = {key: plain(getattr(self, key), COMMAND_WORD_MAX) for key in ("where", "command")}
+        return json.dumps({**texts, **places})
 
 
 class Reported(Problem):
@@ -59,6 +66,19 @@ class Outdated(Problem):
 
 class Finished(Exception):
     """Nothing is left to do: what was asked is already there. Not a failure."""
+
+
+def plain(text: str, word_max: int = WORD_MAX) -> str:
+    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one screen.
+
+    Nothing that a terminal obeys is left: control characters and marks of writing direction are written as their escapes. A word of more
+    than word_max characters is cut, and so is what is longer than TEXT_MAX altogether.
+    """
+    short = re.sub(
+        rf"\S{{{word_max + 1},}}", lambda word: f"{word[0][: word_max // 2]}... ({len(word[0]):,} characters)", text
+    )
+    short = short if len(short) <= TEXT_MAX else f"{short[:TEXT_MAX]}... ({len(short):,} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "replace").decode() for c in short)
 
 
 def shown(path: PathLike) -> str:

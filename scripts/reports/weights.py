@@ -92,12 +92,87 @@ def weights_extra_file(folder: PathLike, extra: Sequence[str], expected: str) ->
     )
 
 
+def several_ggufs(folder: PathLike, names: Sequence[str]) -> Problem:
+    chosen = shown(Path(folder).parent / Path(names[0]).stem)
+    return Problem(
+        "several models in one folder",
+        folder,
+        f"Here are {some(names)}. They are not the parts of one model (parts end in -00001-of-00002.gguf and so on), so which one is "
+        "meant cannot be told.",
+        "Say it by a folder that has only that one, for instance:",
+        f"mkdir {shlex.quote(chosen)} && ln {shlex.quote(shown(Path(folder) / names[0]))} {shlex.quote(chosen)}/",
+    )
+
+
 def weights_unreadable(path: PathLike, reason: str) -> Problem:
     return Problem(
         f"{Path(path).name} cannot be read",
         path,
         f"{Path(path).name} cannot be read: {reason}.",
         "Fetch it again, and compare its size with the source's:",
+        look(path),
+    )
+
+
+def not_a_plain_file(path: PathLike, kind: str) -> Problem:
+    return Problem(
+        f"{Path(path).name} is {kind}",
+        path,
+        f"{Path(path).name} is {kind}; a model's files are plain files.",
+        "Look at what is there, and fetch the file again:",
+        look(path),
+    )
+
+
+def link_leaves(path: PathLike, target: PathLike) -> Problem:
+    folder = shown(Path(path).parent)
+    return Problem(
+        "a link leaves the model's folder",
+        path,
+        f"{Path(path).name} is a link to {target}, which is not in the folder. What a model's folder holds ends in rooms and images, so "
+        "links may only lead to files inside it (a hub cache: to its own blobs).",
+        "If that file belongs to the model, make a folder that holds the files themselves:",
+        f"cp -rL {shlex.quote(folder)} {shlex.quote(folder.rstrip('/') + '-copy')}",
+    )
+
+
+def reading_unbounded(path: PathLike, what: str) -> Problem:
+    return Problem(
+        "this model cannot be read",
+        path,
+        f"Reading {shown(path)} was given up: {what}. No whole model needs so much.",
+        "Fetch it again from where it came from, and look at what is there now:",
+        f"ls -l {shlex.quote(shown(path))}",
+    )
+
+
+def unopened(path: PathLike, said: str) -> Problem:
+    return Problem(
+        "the server could not open this file",
+        path,
+        said,
+        "Fetch it again from where the weights came from, and look at what is there now:",
+        f"ls -l {shlex.quote(shown(path))}",
+    )
+
+
+def template_unbounded(path: PathLike) -> Problem:
+    return Problem(
+        "the chat template takes too long",
+        path,
+        f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one word; every chat request "
+        "would.",
+        "Mend it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
+        f"less {shlex.quote(shown(path))}",
+    )
+
+
+def added_token_unfit(path: PathLike, token: str, token_id: int, reason: str) -> Problem:
+    return Problem(
+        "an added token that cannot be",
+        path,
+        f"{Path(path).name} has the added token {token!r} with the id {token_id}: {reason}.",
+        "These files do not belong together. Compare them with the source's:",
         look(path),
     )
 

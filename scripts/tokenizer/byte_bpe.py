@@ -127,9 +127,10 @@ class Tiktoken:
         return len(self.tokens) + 1
 
     @property
-    def turn_id(self) -> int:
-        """The token that ends a turn of a chat, <|eot_id|>."""
-        return self.bos_id + self.special.index("<|eot_id|>")
+    def end_ids(self) -> List[int]:
+        """What ends an answer: the text's end, and as in Meta's tokenizer.py (stop_tokens) a chat's turn; since 3.1 a message too."""
+        turns = [name for name in ("<|eom_id|>", "<|eot_id|>") if name in self.special]
+        return [self.eos_id, *(self.bos_id + self.special.index(name) for name in turns)]
 
 
 def special_tokens(since_3_1: bool) -> Tuple[str, ...]:
@@ -194,8 +195,8 @@ def tiktoken_files(path: Path, model: Tiktoken) -> Dict[str, Any]:
         "tokenizer.json": tokenizer_json(path, tokens, merges, added, "llama-bpe", model.bos_id),
         "tokenizer_config.json": tokenizer_config(special, True),
         "special_tokens_map.json": special,
-        # a chat's turn ends an answer too; a model that was not trained for chats never says it
-        "generation_config.json": {"bos_token_id": model.bos_id, "eos_token_id": [model.eos_id, model.turn_id]},
+        # a model that was not trained for chats never says the end of a turn
+        "generation_config.json": {"bos_token_id": model.bos_id, "eos_token_id": model.end_ids},
     }
 
 

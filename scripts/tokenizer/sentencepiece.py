@@ -7,13 +7,14 @@ rooms need neither sentencepiece nor a particular version of protobuf.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from types import MappingProxyType
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from scripts import reports
 
 # sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-TYPE_NAMES = {4: "user defined", 5: "unused"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+TYPE_NAMES = {5: "unused"}
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 BPE = 2
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -106,32 +107,54 @@ def parse_model(data: bytes, path: Union[str, Path] = "tokenizer.model") -> Sent
     return SentencePieceModel(tuple(pieces), **ids)
 
 
-def tokenizer_json(model: SentencePieceModel) -> Dict[str, Any]:
+def tokenizer_json(
+    model: SentencePieceModel,
+    added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+    around: Optional[Tuple[Optional[int], Optional[int]]] = None,
+    spaces: Optional[str] = None,
+) -> Dict[str, Any]:
     """The model as tokenizer.json: for any text the ids of SentencePiece, with <s> in front where special tokens are asked for.
 
-    Strip `added_tokens` from it (or set encode_special_tokens) and no spelling of a special token in a text is special: SentencePiece
-    never reads `</s>` in a text as the end token.
+    Strip the special `added_tokens` from it (or set encode_special_tokens) and no spelling of a special token in a text is special:
+    SentencePiece never reads `</s>` in a text as the end token. Its user-defined pieces are matched whole in any text.
+    added: tokens beside the pieces by id: content, and transformers' lstrip, rstrip, single_word, special. around: the ids that a text
+    begins and ends with, None: nothing; absent: <s> in front. spaces: where transformers puts the space that begins a text, if the text
+    does not begin with one: `first`, or `always`, after added tokens too (its tokenizers that are `legacy`). None: SentencePiece's own way
+    for a text without added tokens, in front of any.
     """
+    texts = {token_id: piece.text for token_id, piece in enumerate(model.pieces)}
+    texts.update({token_id: str(token["content"]) for token_id, token in added.items()})
+    kinds = {token_id: piece.type for token_id, piece in enumerate(model.pieces)}
+    found = {token_id: kind == CONTROL for token_id, kind in kinds.items() if kind in (CONTROL, USER_DEFINED)}
+    found.update(dict.fromkeys((model.unk_id, model.bos_id, model.eos_id), True))
+    found.update({token_id: bool(token.get("special")) for token_id, token in added.items()})
 
-    def special(token_id: int) -> Dict[str, Any]:
-        return {
-            "id": token_id,
-            "content": model.pieces[token_id].text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+    def flagged(token_id: int) -> Dict[str, Any]:
+        flags = {name: bool(added.get(token_id, {}).get(name)) for name in ("single_word", "lstrip", "rstrip")}
+        special = found[token_id]
+        return {"id": token_id, "content": texts[token_id], **flags, "normalized": False, "special": special}
 
-    bos = model.pieces[model.bos_id].text
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [special(token_id) for token_id in sorted({model.unk_id, model.bos_id, model.eos_id})],
-        # the leading space that SentencePiece calls the dummy prefix
+    begin, end = (model.bos_id, None) if around is None else around
+
+    def placed(name: str, type_id: int) -> List[Dict[str, Any]]:
+        sequence = {"Sequence": {"id": name, "type_id": type_id}}
+        before, after = (
+            [] if token_id is None else [{"SpecialToken": {"id": texts[token_id], "type_id": type_id}}]
+            for token_id in (begin, end)
+        )
+        return [*before, sequence, *after]
+
+    outside = {texts[token_id]: token_id for token_id in (begin, end) if token_id is not None}
+    template = {
+        "type": "TemplateProcessing",
+        "single": placed("A", 0),
+        "pair": [*placed("A", 0), *placed("B", 1)],
+        "special_tokens": {
+            text: {"id": text, "ids": [token_id], "tokens": [text]} for text, token_id in outside.items()
+        },
+    }
+    # the leading space that SentencePiece calls the dummy prefix
+    prefix: Dict[str, Any] = {
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
@@ -140,17 +163,17 @@ def tokenizer_json(model: SentencePieceModel) -> Dict[str, Any]:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id], "tokens": [bos]}},
-        },
+    }
+    if spaces is not None:
+        metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": spaces, "split": False}
+        prefix = {"normalizer": None, "pre_tokenizer": metaspace}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [flagged(token_id) for token_id in sorted(found)],
+        **prefix,
+        "post_processor": template if outside else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -255,13 +278,13 @@ def check_pieces(path: Union[str, Path], pieces: Sequence[Piece]) -> None:
     if missing:
         raise unfit(f"It has no byte fallback ({len(missing)} of 256 byte pieces are missing)")
     for token_id, piece in enumerate(pieces):
-        if piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE):
+        if piece.type not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE):
             raise unfit(
                 f"Its piece {token_id}, {piece.text!r}, is of the type {TYPE_NAMES.get(piece.type, piece.type)}"
             )
     if len({piece.text for piece in pieces}) != len(pieces):
         raise unfit("Two of its pieces have the same text")
-    normal = {piece.text for piece in pieces if piece.type == NORMAL}
+    known = {piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED)}
     for piece in pieces:
         if piece.type != NORMAL:
             continue
@@ -270,7 +293,7 @@ def check_pieces(path: Union[str, Path], pieces: Sequence[Piece]) -> None:
                 f"Its piece {piece.text!r} holds a space, which the list of merges in tokenizer.json cannot write"
             )
         # SentencePiece also joins characters that are no pieces themselves, Hugging Face does not
-        alone = set(piece.text) - normal
+        alone = set(piece.text) - known
         if alone:
             raise unfit(f"Its piece {piece.text!r} holds {min(alone)!r}, which is no piece by itself")
     # equal scores: SentencePiece takes the leftmost of different pieces, which an order of pairs cannot say

@@ -7,6 +7,7 @@ from typing import Callable, Iterator, Mapping, Protocol, Sequence, Tuple
 
 from scripts import reports
 from scripts.weights import gguf as gguf_file
+from scripts.weights.folder import check_folder
 from scripts.weights.hugging_face import BIN_INDEX, INDEX, HfConfig, read_hf_model
 from scripts.weights.meta import MetaModel, joined, read_shard, shard_paths
 from scripts.weights.safetensors import Raw
@@ -44,7 +45,8 @@ class Weights(Protocol):
 
 
 def form_of(folder: Path) -> str:
-    """Which form the model of a folder has: meta, hf, or gguf; a Problem where it has none or two."""
+    """Which form the model of a folder has: meta, hf, or gguf; a Problem where it has none or two, or what is no plain file inside it."""
+    check_folder(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     meta = [
         name for name in names if name == "params.json" or (name.startswith("consolidated.") and name.endswith(".pth"))

@@ -1,21 +1,23 @@
-"""Reads a Llama from a GGUF file: its config and tokenizer in Hugging Face's form, its weights dequantized to float32 as in transformers.
+"""Reads a Llama from a GGUF file, or from its parts: its config and tokenizer in Hugging Face's form, its weights dequantized to float32
+as in transformers.
 
 The package gguf (requirements/gguf.txt) reads the file and dequantizes; it is imported only where there is such a file.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
 from scripts import reports
-from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.tokenizer import byte_bpe, ends, sentencepiece
 from scripts.weights.hugging_face import check_tensors
 from scripts.weights.meta import pairs_to_halves
 from scripts.weights.safetensors import Raw, row_blocks
-from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape
+from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LLAMA3_ROPE, LlamaShape, Shape, llama3_divisors
 
 # llama.cpp's names -> Hugging Face's (gguf-py, tensor_mapping.py)
 GLOBAL = {"token_embd.weight": EMBEDDING, "output_norm.weight": LAST_NORM, "output.weight": HEAD}
@@ -32,8 +34,16 @@ LAYER = {
 }
 # token_type of llama.cpp (llama.h, llama_token_type); those of SentencePiece have the same numbers
 CONTROL, USER_DEFINED = 3, 4
-# what llama.cpp takes where a file of the kind `llama` does not say (llama-vocab.cpp)
-LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+# what llama.cpp takes where a file does not say, by the kind of tokenizer (llama-vocab.cpp, llama_vocab::impl::load)
+DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11, "eos": 11}}
+# The kinds of gpt2 that begin a text with BOS unless the file says otherwise; `llama` always does (the same function).
+BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
+# What ends a turn or a message where no key says it and a text's end is another, by its text (the same function)
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>")
+MESSAGE_END = "<|eom_id|>"
+# Llama 3.1's rope scaling as llama.cpp's converter stores it: a divisor for each pair of a head (conversion of LlamaModel)
+ROPE_FREQS = "rope_freqs.weight"
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # how llama.cpp writes "none" as uint32
 NO_TOKEN = 0xFFFFFFFF
 # what the lists of the tokenizer hold
@@ -51,15 +61,12 @@ AXES_MAX = 4  # ggml's GGML_MAX_DIMS
 class GgufWeights:
     """The tensors of a GGUF file, dequantized block by block: numbers of float32."""
 
-    path: Path
+    files: Tuple[Path, ...]
     shape: LlamaShape
     names: Mapping[str, str]  # Hugging Face's tensor name -> llama.cpp's
     stored: Mapping[str, Any]  # llama.cpp's name -> gguf.ReaderTensor
+    places: Mapping[str, Path]  # llama.cpp's name -> the file
     dtype: str = "float32"
-
-    @property
-    def files(self) -> Tuple[Path, ...]:
-        return (self.path,)
 
     @property
     def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
@@ -68,7 +75,7 @@ class GgufWeights:
 
     def origin(self, hf_name: str) -> Tuple[Path, str]:
         """The file that holds a tensor, and what it is called there."""
-        return self.path, self.names[hf_name]
+        return self.places[self.names[hf_name]], self.names[hf_name]
 
     def blocks(self, hf_name: str) -> Iterator[Raw]:
         """The rows of a tensor, in order: arrays of (rows, columns) or (rows,).
@@ -90,7 +97,7 @@ class GgufWeights:
             except (ValueError, TypeError, LookupError, NotImplementedError) as error:
                 kind = f"{stored.name} is of the type {stored.tensor_type.name}"
                 raise reports.weights.weights_unreadable(
-                    self.path, f"{kind}, which cannot be dequantized ({error})"
+                    self.places[stored.name], f"{kind}, which cannot be dequantized ({error})"
                 ) from None
             raw = np.ascontiguousarray(values).view(np.uint32)
             yield pairs_to_halves(raw, self.shape.head_size) if permuted else raw
@@ -98,11 +105,12 @@ class GgufWeights:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """One GGUF file. fields: its metadata, name -> value."""
+    """One model. fields: its metadata, name -> value; path: the file that has it; places: the file of each tensor."""
 
     path: Path
     fields: Mapping[str, Any]
     stored: Mapping[str, Any]
+    places: Mapping[str, Path]
 
     @property
     def tied(self) -> bool:
@@ -122,13 +130,19 @@ class GgufModel:
     def config(self) -> Dict[str, Any]:
         """What its metadata says, in the words of Hugging Face's config.json."""
         heads, hidden = self.number("attention.head_count"), self.number("embedding_length")
+        turned = self.number("rope.dimension_count", hidden // heads)
+        head_dim = self.number("attention.key_length", turned)
+        if turned != head_dim:
+            raise reports.weights.model_unfit(
+                self.path, f"llama.rope.dimension_count is {turned} of the {head_dim} of a head", "all of a head"
+            )
         config = {
             "hidden_size": hidden,
             "intermediate_size": self.number("feed_forward_length"),
             "num_hidden_layers": self.number("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self.number("attention.head_count_kv", heads),
-            "head_dim": self.number("attention.key_length", self.number("rope.dimension_count", hidden // heads)),
+            "head_dim": head_dim,
             "max_position_embeddings": self.number("context_length"),
             # stored in single precision: the shortest number that is the same there
             "rms_norm_eps": float(str(np.float32(self.number("attention.layer_norm_rms_epsilon")))),
@@ -138,7 +152,44 @@ class GgufModel:
         }
         if self.scaling == "linear":
             config["rope_scaling"] = {"type": "linear", "factor": float(self.number("rope.scaling.factor"))}
+        if self.scaling == "yarn":
+            factor = self.fields.get("llama.rope.scaling.factor")
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor >= 1:
+                raise reports.weights.weights_contradict(
+                    self.path,
+                    "llama.rope.scaling.factor",
+                    "for yarn it must be a number of at least 1",
+                    f"it is {factor!r}",
+                )
+            factor = float(factor)
+            original = self.number("rope.scaling.original_context_length", config["max_position_embeddings"])
+            config["rope_scaling"] = {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        if ROPE_FREQS in self.stored:
+            stretched = self._stretched(head_dim, config["rope_theta"])
+            if stretched and "rope_scaling" in config:
+                raise reports.weights.model_unfit(
+                    self.path, f"rope scaling is both {self.scaling} and {ROPE_FREQS}", "one of them"
+                )
+            config.update({"rope_scaling": stretched} if stretched else {})
         return config
+
+    def _stretched(self, head_dim: int, theta: float) -> Optional[Dict[str, Any]]:
+        """Llama 3.1's scaling by the divisors that the file has, None where all are 1; a Problem for any others."""
+        import gguf
+
+        stored = self.stored[ROPE_FREQS]
+        divisors = np.asarray(gguf.dequantize(stored.data, stored.tensor_type), np.float32).reshape(-1)
+        if divisors.size == head_dim // 2 and np.all(divisors == 1):
+            return None
+        factor = float(divisors.max(initial=0))
+        scaling = {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
+        if divisors.size != head_dim // 2 or not np.allclose(
+            divisors, llama3_divisors(head_dim, theta, scaling), rtol=1e-5
+        ):
+            raise reports.weights.model_unfit(
+                self.places[ROPE_FREQS], f"its rope scaling ({ROPE_FREQS}) is not Llama 3.1's", "Llama 3.1's, or none"
+            )
+        return scaling
 
     @property
     def scaling(self) -> str:
@@ -156,16 +207,18 @@ class GgufModel:
         # llama.cpp writes the sizes in reverse
         found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self.stored.items()}
         expected = {names[hf]: size for hf, size in shape.hf_tensors().items()}
+        found.pop(ROPE_FREQS, None)
         check_tensors(self.path, "the metadata", expected, found)
-        return GgufWeights(self.path, shape, names, self.stored)
+        return GgufWeights(tuple(dict.fromkeys(self.places.values())), shape, names, self.stored, self.places)
 
     def tokenizer_files(self) -> Dict[str, Any]:
         """tokenizer.json and its side files, as values; the chat template is in tokenizer_config.json."""
         field = {name: self.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "token_type")}
         tokens = field["tokens"] or []
         llama = field["model"] == "llama"
+        defaults = DEFAULT_IDS.get(str(field["model"]), {})
         ids = {
-            f"{name}_token": self._token_id(long, len(tokens), needed, LLAMA_IDS.get(long) if llama else None)
+            f"{name}_token": self._token_id(long, len(tokens), needed, defaults.get(long))
             for name, long, needed in (
                 ("bos", "bos", True),
                 ("eos", "eos", True),
@@ -175,10 +228,11 @@ class GgufModel:
         }
         special = {name: tokens[number] for name, number in ids.items() if number is not None}
         template = self.fields.get("tokenizer.chat_template")
-        add_bos = self.fields.get("tokenizer.ggml.add_bos_token")
+        add_bos = bool(self.fields.get("tokenizer.ggml.add_bos_token", llama or str(field["pre"]) in BEGIN_WITH_BOS))
         if llama:
             pieces = self._pieces(tokens, field["token_type"] or [], ids)
-            made, config = sentencepiece.tokenizer_json(pieces), sentencepiece.tokenizer_config(pieces)
+            made = sentencepiece.tokenizer_json(pieces, around=(pieces.bos_id if add_bos else None, None))
+            config = {**sentencepiece.tokenizer_config(pieces), "add_bos_token": add_bos}
         elif field["model"] == "gpt2":
             types = dict(enumerate(field["token_type"] or []))
             if len(types) not in (0, len(tokens)):
@@ -189,7 +243,7 @@ class GgufModel:
             merges = self.fields.get("tokenizer.ggml.merges") or []
             bos = ids["bos_token"] if add_bos else None
             made = byte_bpe.tokenizer_json(self.path, tokens, merges, added, str(field["pre"] or "default"), bos)
-            config = byte_bpe.tokenizer_config(special, bool(add_bos))
+            config = byte_bpe.tokenizer_config(special, add_bos)
         else:
             raise reports.weights.tokenizer_unfit(
                 self.path, f"Its tokenizer is of the kind {field['model']!r}, not llama or gpt2"
@@ -200,12 +254,25 @@ class GgufModel:
             "tokenizer.json": made,
             "tokenizer_config.json": config,
             "special_tokens_map.json": special,
-            "generation_config.json": {
-                name: ids[f"{name[:3]}_token"]
-                for name in ("bos_token_id", "eos_token_id")
-                if ids[f"{name[:3]}_token"] is not None
-            },
+            "generation_config.json": ends.generation_config(
+                {}, self._ends(tokens, ids["eos_token"]), ids["bos_token"]
+            ),
         }
+
+    @property
+    def eos_id(self) -> Optional[int]:
+        """The end of a text."""
+        defaults = DEFAULT_IDS.get(str(self.fields.get("tokenizer.ggml.model")), {})
+        return self._token_id("eos", len(self.fields.get("tokenizer.ggml.tokens") or ()), True, defaults.get("eos"))
+
+    def _ends(self, tokens: List[str], eos_id: Optional[int]) -> List[int]:
+        """What ends an answer: eos, eot, eom. Where no key names the latter two, llama.cpp finds them by their texts."""
+        places = {token: token_id for token_id, token in enumerate(tokens)}
+        eot, eom = (self._token_id(name, len(tokens), True, None) for name in ("eot", "eom"))
+        found = [eos_id, eot, places.get(MESSAGE_END) if eom is None else eom]
+        if eot is None and (eos_id is None or tokens[eos_id] not in TURN_ENDS):
+            found += [places.get(token) for token in TURN_ENDS]
+        return ends.end_ids([], found, len(tokens))
 
     def _token_id(self, name: str, n_tokens: int, needed: bool, default: Optional[int]) -> Optional[int]:
         """The id of a special token, or None; a Problem where one that is needed is none of the tokens."""
@@ -237,11 +304,62 @@ class GgufModel:
 
 
 def read_gguf(folder: Path) -> GgufModel:
-    """The one GGUF file of a folder; only its metadata is read. A Problem where it is damaged or no Llama."""
+    """The model of a folder's GGUF file, or of all parts that one was split into; only metadata is read. A Problem where it is damaged or
+    no Llama."""
+    paths = parts_of(folder)
+    path = paths[0]
+    fields: Dict[str, Any] = {}
+    stored: Dict[str, Any] = {}
+    places: Dict[str, Path] = {}
+    for part in paths:
+        said, tensors = _read(part)
+        fields = fields or said
+        numbers = {name: said.get(f"split.{name}") for name in ("no", "count")}
+        if len(paths) > 1 and numbers != {"no": paths.index(part), "count": len(paths)}:
+            raise reports.weights.weights_contradict(
+                part,
+                "split.no and split.count",
+                f"the names of the files say {paths.index(part)} of {len(paths)}",
+                f"they are {numbers}",
+            )
+        twice = sorted(tensors.keys() & stored.keys())
+        if twice:
+            raise reports.weights.weights_unreadable(part, f"{twice[0]} is in it and in {places[twice[0]].name}")
+        stored.update(tensors)
+        places.update(dict.fromkeys(tensors, part))
+    model = GgufModel(path, fields, stored, places)
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise reports.weights.model_unfit(path, f"general.architecture is {architecture!r}", "llama")
+    for name in ("expert_count", "attention.sliding_window"):
+        if fields.get(f"llama.{name}"):
+            raise reports.weights.model_unfit(path, f"llama.{name} is {fields[f'llama.{name}']}", "none of it")
+    if model.scaling not in ("none", "linear", "yarn"):
+        raise reports.weights.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear, yarn")
+    return model
+
+
+def parts_of(folder: Path) -> List[Path]:
+    """The one GGUF file of a folder, or all parts of a split one, in order; a Problem for a missing part, and for several models."""
     paths = sorted(folder.glob("*.gguf"))
-    if len(paths) != 1:
-        raise reports.weights.weights_extra_file(folder, [path.name for path in paths[1:]], paths[0].name)
-    [path] = paths
+    parts = [PART.fullmatch(path.name) for path in paths]
+    first = parts[0] if parts else None
+    if first is None or any(part is None or part[1] != first[1] or part[3] != first[3] for part in parts):
+        if len(paths) == 1:
+            return paths
+        raise reports.weights.several_ggufs(folder, [path.name for path in paths])
+    count = int(first[3])
+    names = [f"{first[1]}-{number:05d}-of-{first[3]}.gguf" for number in range(1, count + 1)]
+    missing = [name for name in names if folder / name not in paths]
+    if missing or len(paths) != count:
+        raise reports.weights.weights_file_missing(
+            folder, missing[0] if missing else names[0], [path.name for path in paths]
+        )
+    return [folder / name for name in names]
+
+
+def _read(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """(metadata, tensors) of one file; a Problem where it is damaged."""
     import gguf
 
     try:
@@ -265,16 +383,7 @@ def read_gguf(folder: Path) -> GgufModel:
         MemoryError,
     ) as error:
         raise reports.weights.weights_unreadable(path, f"it is cut off, damaged or no GGUF file ({error})") from None
-    model = GgufModel(path, fields, stored)
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise reports.weights.model_unfit(path, f"general.architecture is {architecture!r}", "llama")
-    for name in ("expert_count", "attention.sliding_window"):
-        if fields.get(f"llama.{name}"):
-            raise reports.weights.model_unfit(path, f"llama.{name} is {fields[f'llama.{name}']}", "none of it")
-    if model.scaling not in ("none", "linear"):
-        raise reports.weights.model_unfit(path, f"rope scaling is of the type {model.scaling}", "none, linear")
-    return model
+    return fields, stored
 
 
 def _check_header(file: BinaryIO, size_bytes: int) -> None:

@@ -11,6 +11,8 @@ from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, St
 from scripts.weights.shape import (
     EMBEDDING,
     HEAD,
+    QWEN2,
+    QWEN2_DEFAULTS,
     LlamaShape,
     Shape,
     number,
@@ -39,7 +41,8 @@ class HfConfig:
 
     @property
     def max_position_embeddings(self) -> int:
-        return positive(self.values, "max_position_embeddings", self.path, 2048)
+        default = QWEN2_DEFAULTS["max_position_embeddings"] if self.values.get("architectures") == QWEN2 else 2048
+        return positive(self.values, "max_position_embeddings", self.path, default)
 
     @property
     def norm_eps(self) -> float:
@@ -54,8 +57,14 @@ class HfConfig:
         """None, or type and factor, whichever of transformers' spellings config.json has."""
         rope = dict(rope_of(self.values))
         rope.pop("rope_theta", None)
+        rope.pop("partial_rotary_factor", None)  # 1
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
+        if (
+            kind == "yarn"
+        ):  # as transformers' standardize_rope_params: beside the settings, else the positions themselves
+            said = rope.get("original_max_position_embeddings") or self.max_position_embeddings
+            rope["original_max_position_embeddings"] = self.values.get("original_max_position_embeddings") or said
         return None if kind == "default" else {"type": kind, **rope}
 
     @property

@@ -4,6 +4,7 @@ Needs nothing but the standard library: `make plan` and `make doctor` run before
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
@@ -14,7 +15,11 @@ Shape = Tuple[int, ...]
 
 # A Mistral without its window is a Llama.
 MISTRAL = ["MistralForCausalLM"]
-ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL)
+# A Qwen2 (2.5 too) is a Llama with biases on q, k and v.
+QWEN2 = ["Qwen2ForCausalLM"]
+ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL, QWEN2)
+# What transformers takes where config.json does not say (configuration_qwen2.py); for the others they are the same as Llama's
+QWEN2_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 # Llama 3.1 and later: by how much positions are stretched, which params.json does not say (llama-models, sku_list.py and the published
 # config.json of each): (dim, layers) of 3.1 8B, 70B (3.3 too), 405B; 3.2 1B, 3B. The other numbers are the same for all.
@@ -23,6 +28,8 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 # Llama 3.1 405B has 126
 LAYERS_MAX = 1000
+# of rope scaling; the torch engine has them all, of a TensorRT-LLM see scripts/nvidia/abilities.py
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 JSON_MAX_BYTES = 64 << 20
 
@@ -31,7 +38,10 @@ EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "mod
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The numbers that decide every tensor's shape. head_dim: None where it is hidden_size / n_heads, as in Meta's models."""
+    """The numbers that decide every tensor's shape. head_dim: None where it is hidden_size / n_heads, as in Meta's models.
+
+    attention_bias: which of attention's layers have a bias: '' none, 'qkv' all but the last (Qwen2), 'all'. mlp_bias: all three have one.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -40,6 +50,8 @@ class LlamaShape:
     n_kv_heads: int
     vocab_size: int
     head_dim: Optional[int] = None
+    attention_bias: str = ""
+    mlp_bias: bool = False
 
     @property
     def head_size(self) -> int:
@@ -67,7 +79,15 @@ class LlamaShape:
         }
         for index in range(self.n_layers):
             tensors.update({f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()})
+            tensors.update({f"model.layers.{index}.{name}.bias": layer[name][:1] for name in self.biased})
         return tensors
+
+    @property
+    def biased(self) -> List[str]:
+        """The linear layers of a layer that have a bias, by Hugging Face's names."""
+        attention = {"": "", "qkv": "qkv", "all": "qkvo"}[self.attention_bias]
+        mlp = ("gate", "up", "down") if self.mlp_bias else ()
+        return [*(f"self_attn.{letter}_proj" for letter in attention), *(f"mlp.{name}_proj" for name in mlp)]
 
 
 @dataclass(frozen=True)
@@ -167,17 +187,18 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         raise reports.weights.model_unfit(
             path, f"architectures is {architectures}", " or ".join(map(str, ARCHITECTURES))
         )
-    positions = positive(config, "max_position_embeddings", path, 2048)
-    # where config.json does not say, transformers' Mistral has a window of 4096
-    window = config.get("sliding_window", 4096 if architectures == MISTRAL else None)
+    defaults = QWEN2_DEFAULTS if architectures == QWEN2 else {}
+    positions = positive(config, "max_position_embeddings", path, defaults.get("max_position_embeddings", 2048))
+    # where config.json does not say, transformers' Mistral has a window of 4096; its Qwen2 has one only with use_sliding_window
+    window = config.get("sliding_window", 4096 if architectures in (MISTRAL, QWEN2) else None)
+    if architectures == QWEN2 and not config.get("use_sliding_window"):
+        window = None
     if window is not None and not (type(window) is int and window >= positions):
         raise reports.weights.model_unfit(
             path, f"sliding_window is {window!r}", f"null, or at least the {positions} positions of the model"
         )
     for name, allowed in (
         ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
         ("quantization_config", None),
     ):
         value = config.get(name)
@@ -186,7 +207,8 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
             raise reports.weights.model_unfit(path, f"{name} is {shown}", str(allowed))
     heads = positive(config, "num_attention_heads", path)
     hidden = positive(config, "hidden_size", path)
-    kv_heads = positive(config, "num_key_value_heads", path, heads)
+    unsaid = defaults.get("num_key_value_heads", heads) if "num_key_value_heads" not in config else heads
+    kv_heads = positive(config, "num_key_value_heads", path, unsaid)
     head_size = positive(config, "head_dim", path, hidden // heads)
     if (config.get("head_dim") is None and hidden % heads) or head_size % 2 or heads % kv_heads:
         raise reports.weights.model_unfit(
@@ -199,12 +221,27 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
             raise reports.weights.weights_contradict(
                 path, name, "it must be null or an object", f"it is {config[name]!r}"
             )
-    kind = rope_of(config).get("rope_type", rope_of(config).get("type", "default"))
-    if kind not in ("default", "linear", "dynamic", "llama3"):
+    kind = rope_kind(rope_of(config))
+    if kind not in ROPE_KINDS:
+        raise reports.weights.model_unfit(path, f"rope scaling is of the type {kind}", ", ".join(ROPE_KINDS))
+    turned = rope_of(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if turned not in (None, 1):
         raise reports.weights.model_unfit(
-            path, f"rope scaling is of the type {kind}", "default, linear, dynamic, llama3"
+            path, f"partial_rotary_factor is {turned!r}", "null or 1: heads that turn as a whole"
         )
     _check_rope(rope_of(config), kind, path)
+    bias = {name: config.get(name) for name in ("attention_bias", "mlp_bias")}
+    for name, value in bias.items():
+        if value not in (None, False, True):
+            raise reports.weights.weights_contradict(path, name, "it must be true or false", f"it is {value!r}")
+    if architectures == MISTRAL and any(bias.values()):
+        raise reports.weights.model_unfit(
+            path, f"a Mistral with {' and '.join(name for name in bias if bias[name])}", "none of it"
+        )
+    # transformers' Qwen2 has its biases whatever config.json says
+    attention_bias, mlp_bias = (
+        ("qkv", False) if architectures == QWEN2 else ("all" if bias["attention_bias"] else "", bool(bias["mlp_bias"]))
+    )
     layers = positive(config, "num_hidden_layers", path)
     if layers > LAYERS_MAX:
         raise reports.weights.model_unfit(path, f"num_hidden_layers is {layers}", f"at most {LAYERS_MAX}")
@@ -216,6 +253,8 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         n_kv_heads=kv_heads,
         vocab_size=positive(config, "vocab_size", path),
         head_dim=head_size if head_size * heads != hidden else None,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
     )
 
 
@@ -229,6 +268,8 @@ def shape_of_checkpoint(config: Mapping[str, Any]) -> LlamaShape:
         n_kv_heads=config["num_key_value_heads"],
         vocab_size=config["vocab_size"],
         head_dim=config.get("head_size"),
+        attention_bias="all" if config.get("attn_bias") else "",
+        mlp_bias=bool(config.get("mlp_bias")),
     )
 
 
@@ -240,6 +281,11 @@ def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
         raise reports.weights.weights_contradict(
             path, "factor of the rope scaling", "it must be at least 1", f"it is {rope['factor']!r}"
         )
+    if kind == "yarn":
+        for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            if rope.get(name) is not None:
+                number(rope, name, path)
+        positive(rope, "original_max_position_embeddings", path, 1)
     if kind == "llama3":
         positive(rope, "original_max_position_embeddings", path)
         low, high = number(rope, "low_freq_factor", path), number(rope, "high_freq_factor", path)
@@ -289,6 +335,26 @@ def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     return {**theta, **parameters}
+
+
+def rope_kind(rope: Mapping[str, Any]) -> str:
+    """Which scaling rotary settings have, in either of transformers' spellings."""
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def llama3_divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> List[float]:
+    """By what Llama 3.1's scaling divides the frequency of each pair of a head (head_size / 2), fast pairs first.
+
+    transformers' modeling_rope_utils, _compute_llama3_parameters; llama.cpp stores the same numbers as rope_freqs.weight.
+    """
+    factor, low, high = (float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = scaling["original_max_position_embeddings"]
+    divisors = []
+    for pair in range(head_size // 2):
+        turns = original * theta ** (-2 * pair / head_size) / (2 * math.pi)
+        mixed = min(max((turns - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - mixed) / factor + mixed))
+    return divisors
 
 
 def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> List[int]:

@@ -36,6 +36,8 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     - fc is gate_proj and gate is up_proj: the network computes proj(silu(fc x) * gate x).
     - dense and proj: columns. Norms and the embedding: whole on every rank.
     - lm_head: rows, after zero rows up to the next multiple of tp. vocab_size in config.json stays what it was.
+    - Biases: those of qkv, fc and gate are cut as their rows; those of dense and proj are whole on every rank, which adds them after the
+      ranks' sum (layers/linear.py, RowLinear). attn_bias has all four or none, so where the model has none for dense (Qwen2) it is zeros.
     - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts them from 0;
       the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of tensorrt_llm/mapping.py).
     - Where the heads do not divide, as if they had been followed by heads of zeros up to padded_heads(shape, tp_size), which is ours:
@@ -54,8 +56,9 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
         first, end, count = span
         return Cut(name, (first * head, end * head), zero_rows=(count - (end - first)) * head)
 
-    def stack(columns: int, *cuts: Cut) -> RankTensor:
-        return RankTensor((sum(cut.rows[1] - cut.rows[0] + cut.zero_rows for cut in cuts), columns), cuts)
+    def stack(columns: Optional[int], *cuts: Cut) -> RankTensor:
+        rows = sum(cut.rows[1] - cut.rows[0] + cut.zero_rows for cut in cuts)
+        return RankTensor((rows,) if columns is None else (rows, columns), cuts)
 
     def whole(name: str, *size: int) -> RankTensor:
         return RankTensor(size, (Cut(name, (0, size[0])),))
@@ -94,6 +97,20 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
                 f"{ours}post_layernorm.weight": whole(f"{hf}post_attention_layernorm.weight", hidden),
             }
         )
+        if shape.attention_bias:
+            parts = [
+                heads(f"{attention}{letter}_proj.bias", span) for letter, span in (("q", q), ("k", k_v), ("v", k_v))
+            ]
+            tensors[f"{ours}attention.qkv.bias"] = stack(None, *parts)
+            dense = f"{attention}o_proj.bias"
+            zeros = Cut(f"{attention}q_proj.bias", (0, 0), zero_rows=hidden)
+            has_dense = shape.attention_bias == "all"
+            tensors[f"{ours}attention.dense.bias"] = whole(dense, hidden) if has_dense else stack(None, zeros)
+        if shape.mlp_bias:
+            for name, source in (("fc", "gate"), ("gate", "up")):
+                cut = Cut(f"{mlp}{source}_proj.bias", part(shape.intermediate_size))
+                tensors[f"{ours}mlp.{name}.bias"] = stack(None, cut)
+            tensors[f"{ours}mlp.proj.bias"] = whole(f"{mlp}down_proj.bias", hidden)
     return tensors
 
 

@@ -686,12 +686,13 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
     }  # fmt: skip
     kind = json.loads((ROOT / "docker/engines.json").read_text())["tensorrt"]
     config = build_model_repo.render(templates, table, engine_config, kind, version, True)["tensorrt_llm"]
-    asked = engine.Engine("127.0.0.1:1", config, engine.Limits(4, 64, 128, 100), end_id=2)
+    asked = engine.Engine("127.0.0.1:1", config, engine.Limits(4, 64, 128, 100), end_ids=[2])
     everything = engine.Question(
         [1, 5], 3, temperature=0.5, top_p=0.9, top_k=7, presence_penalty=1, frequency_penalty=1, repetition_penalty=1.5, seed=(1 << 64) - 1,
         min_tokens=1, logprobs=True, logit_bias={3: 1.0}, stop_words=np.array([[[4, 5], [2, -1]]], dtype=np.int32),
     )  # fmt: skip
-    values = engine.inputs_of(everything, 2, True, 100)
+    values = engine.inputs_of(everything, [2, 7, 9], True, 100)
+    assert (values["end_id"], values["stop_words_list"].tolist()) == ([2], [[7, 9, 4, 5], [1, 2, 4, -1]])
     request = asked.request({**values, "stop": [False]}, "id", ["output_ids", "output_log_probs"])
     sent = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in request.inputs}
     declared = {tensor["name"]: tensor["data_type"].removeprefix("TYPE_") for tensor in table["tensorrt_llm"]["inputs"]}
@@ -699,7 +700,7 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
     assert len(sent) == len(values) + 1
     assert (
         sent["input_ids"] == ("INT32", [1, 2])
-        and sent["stop_words_list"] == ("INT32", [1, 2, 2])
+        and sent["stop_words_list"] == ("INT32", [1, 2, 4])
         and sent["embedding_bias"][1] == [1, 100]
     )
     required = {tensor["name"] for tensor in table["tensorrt_llm"]["inputs"] if not tensor.get("optional")}

@@ -110,7 +110,6 @@ def test_merges_are_written_so_that_older_libraries_load_them() -> None:
         ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
         ({"remove_extra_whitespaces": True}, "(True, True, True)"),
         ({"add_dummy_prefix": False}, "(False, False, True)"),
-        ({"user_defined_symbols": "<tool>"}, "'<tool>', is of the type user defined"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import gguf
@@ -16,13 +18,15 @@ import safetensors.torch
 import torch
 from synthetic import tokenizer_model
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from scripts import build_checkpoint, build_config, build_hf, reports
 from scripts.room import read_manifest
 from scripts.tokenizer import sentencepiece
 from scripts.weights import gguf as gguf_file
 from scripts.weights import safetensors as safetensors_file
+from scripts.weights.shape import LlamaShape
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, WIDE, LAYERS = 64, 4, 2, 32, 96, 2
@@ -54,6 +58,10 @@ def write_gguf(
     vocabulary: str = "gpt2",
     bos_id: int = 1,
     norms: str = "",
+    pre: str = "smollm",
+    eos_id: int = 2,
+    add_bos: Any = False,
+    rope_freqs: Any = None,
     **changed: Any,
 ) -> Path:
     """A small random Llama as llama.cpp's converter writes it. changed: metadata, name -> value, None to leave it out. norms: their
@@ -75,14 +83,15 @@ def write_gguf(
     writer.add_float32("llama.rope.freq_base", 100000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model(vocabulary)
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(bos_id)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(eos_id)
     writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
     generator = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType[quantization]
@@ -99,6 +108,8 @@ def write_gguf(
 
     add("token_embd.weight", len(TOKENS), HIDDEN)
     add("output_norm.weight", HIDDEN)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     if not tied:
         add("output.weight", len(TOKENS), HIDDEN)
     for layer in range(LAYERS):
@@ -305,3 +316,179 @@ def test_a_damaged_file_is_a_report_or_a_model(tmp_path: Path) -> None:
                 assert sum(len(block) for block in weights.blocks(name)) == shape[0]
         except reports.Problem:
             continue
+
+
+# --- llama.cpp's defaults, parts, scaling, quantized blocks -------------------------------------------------------------------
+
+
+def described(folder: Path) -> Dict[str, Any]:
+    files = build_config.describe(build_config.Settings(folder, folder / "nowhere")).files
+    return {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize(("pre", "default"), [("smollm", False), ("llama-bpe", True), ("gpt-2", False)])
+def test_bos_begins_a_text_where_llama_cpp_has_it(pre: str, default: bool, said: Any, tmp_path: Path) -> None:
+    """llama-vocab.cpp: add_bos is true for llama-bpe unless the file says otherwise."""
+    files = described(write_gguf(tmp_path / "weights", pre=pre, add_bos=said))
+    begins = Tokenizer.from_str(json.dumps(files["tokenizer.json"])).encode("hello").ids[0] == 1
+    assert begins is files["tokenizer_config.json"]["add_bos_token"] is (default if said is None else said)
+
+
+ENDS = {
+    "eos alone, and it ends a turn": ({}, 2),
+    "eot": ({"tokenizer.ggml.eot_token_id": 1}, [2, 1]),
+    "eot and eom": ({"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 0}, [2, 1, 0]),
+    "eot that is eos": ({"tokenizer.ggml.eot_token_id": 2}, 2),
+    "none, found by its text": ({"eos_id": 0}, [0, 2]),
+    "none, by llama.cpp's number": ({"tokenizer.ggml.eot_token_id": 0xFFFFFFFF}, 2),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_an_answer_ends_at_eos_eot_and_eom(case: str, tmp_path: Path) -> None:
+    changed, listed = ENDS[case]
+    files = described(write_gguf(tmp_path / "weights", **changed))
+    assert files["generation_config.json"]["eos_token_id"] == listed
+
+
+def parts_of(folder: Path, count: int, **changed: Any) -> Path:
+    """The same model in parts, as llama-gguf-split writes it: the first has the metadata, all have tensors."""
+    write_gguf(folder / "whole")
+    reader = gguf.GGUFReader(folder / "whole/small.gguf")
+    (folder / "parts").mkdir()
+    tensors = list(reader.tensors)
+    for number in range(count):
+        writer = gguf.GGUFWriter(folder / f"parts/small-{number + 1:05d}-of-{count:05d}.gguf", "llama")
+        for name, field in reader.fields.items() if number == 0 else ():
+            if name.startswith("GGUF.") or name == "general.architecture":
+                continue
+            value = field.contents()
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value, field.types[0], sub_type)
+        numbers = {"split.no": number, "split.count": count, **changed}
+        for name, value in numbers.items():
+            writer.add_uint16(name, value)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / "parts"
+
+
+def test_parts_are_one_model(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path, 3)
+    for name in ("whole", "parts"):
+        build_hf.build_hf(build_hf.Settings(tmp_path / name, tmp_path / f"hf-{name}"))
+    whole, joined = (
+        safetensors.torch.load_file(tmp_path / f"hf-{name}/model.safetensors") for name in ("whole", "parts")
+    )
+    assert set(whole) == set(joined) and all(torch.equal(whole[name], joined[name]) for name in whole)
+    weights = build_config.describe(build_config.Settings(parts, tmp_path)).weights
+    assert [path.name for path in weights.files] == [f"small-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path, 3)
+    (parts / "small-00002-of-00003.gguf").unlink()
+    with pytest.raises(reports.Problem) as caught:
+        described(parts)
+    assert caught.value.title == "no small-00002-of-00003.gguf"
+    assert not re.search(r"\b(mv|rm)\b", caught.value.command)
+
+
+def test_parts_that_say_other_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(reports.Problem) as caught:
+        described(parts_of(tmp_path, 2, **{"split.count": 5}))
+    assert "split.no and split.count" in caught.value.seen
+
+
+def test_of_several_models_the_advice_moves_none(tmp_path: Path) -> None:
+    """It links the one that is meant into a folder of its own: nothing is lost, whichever it is."""
+    folder = write_gguf(tmp_path / "weights")
+    (folder / "other.gguf").write_bytes((folder / "small.gguf").read_bytes())
+    with pytest.raises(reports.Problem) as caught:
+        described(folder)
+    done = subprocess.run(["bash", "-ec", caught.value.command], cwd=ROOT, check=False)
+    assert done.returncode == 0 and sorted(path.name for path in folder.iterdir()) == ["other.gguf", "small.gguf"]
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["other.gguf"]
+    assert described(tmp_path / "other")
+
+
+LLAMA31 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def their_divisors(factor: float) -> Any:
+    """By transformers: plain frequencies over scaled ones."""
+
+    def frequencies(scaling: Dict[str, Any]) -> Any:
+        config = LlamaConfig(
+            hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_SIZE, max_position_embeddings=131072,
+            rope_parameters={"rope_theta": 100000.0, **scaling},
+        )  # fmt: skip
+        return LlamaRotaryEmbedding(config).inv_freq
+
+    return (frequencies({"rope_type": "default"}) / frequencies({**LLAMA31, "factor": factor})).numpy()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_freqs_are_llama_3_1s_scaling(factor: float, tmp_path: Path) -> None:
+    files = described(write_gguf(tmp_path / "weights", rope_freqs=their_divisors(factor)))
+    assert files["config.json"]["rope_scaling"] == {**LLAMA31, "factor": factor}
+
+
+def test_rope_freqs_of_ones_scale_nothing(tmp_path: Path) -> None:
+    files = described(write_gguf(tmp_path / "weights", rope_freqs=np.ones(HEAD_SIZE // 2, np.float32)))
+    assert files["config.json"]["rope_scaling"] is None
+
+
+@pytest.mark.parametrize("values", [np.linspace(1, 7, HEAD_SIZE // 2), np.ones(5)], ids=["others", "too few"])
+def test_other_rope_freqs_are_refused_by_their_name(values: Any, tmp_path: Path) -> None:
+    with pytest.raises(reports.Problem) as caught:
+        described(write_gguf(tmp_path / "weights", rope_freqs=values.astype(np.float32)))
+    assert "rope_freqs.weight" in caught.value.seen and "rope scaling" in caught.value.seen
+
+
+def test_yarn_is_read(tmp_path: Path) -> None:
+    more = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4,
+        "llama.rope.scaling.original_context_length": 32,
+    }
+    scaling = described(write_gguf(tmp_path / "weights", **more))["config.json"]["rope_scaling"]
+    assert scaling == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def test_heads_that_turn_in_part_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(reports.Problem) as caught:
+        described(write_gguf(tmp_path / "weights", **{"llama.rope.dimension_count": HEAD_SIZE // 2}))
+    assert "llama.rope.dimension_count is 16 of the 32 of a head" in caught.value.seen
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_quantized_blocks_are_what_ggufs_own_dequantization_gives(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows of random blocks, read some at a time, and at once by the package; for q in Meta's order of rows too."""
+    monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 20_000)
+    quantization = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quantization]
+    rows, columns, heads = 12, 512, 3
+    raw = np.random.default_rng(1).integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+    raw.reshape(-1, size)[:, :2] = np.frombuffer(
+        np.float16(0.01).tobytes(), np.uint8
+    )  # scales that are numbers, wherever they are
+    raw.reshape(-1, size)[:, -2:] = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
+    whole = gguf.dequantize(raw, quantization)
+    shape = LlamaShape(columns, columns, 1, heads, heads, rows, head_dim=4)
+    stored = SimpleNamespace(name="t", data=raw, tensor_type=quantization)
+    for hf_name, permuted in (("model.embed_tokens.weight", False), ("model.layers.0.self_attn.q_proj.weight", True)):
+        weights = gguf_file.GgufWeights((tmp_path,), shape, {hf_name: "t"}, {"t": stored}, {"t": tmp_path})
+        ours = np.concatenate(list(weights.blocks(hf_name))).view(np.float32)
+        pairs = whole.reshape(heads, 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        np.testing.assert_array_equal(ours, pairs if permuted else whole)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
@@ -59,7 +59,10 @@ class TritonPythonModel:
             "REQUEST_INPUT_LEN": np.array([[len(tokens)] for tokens in ids], dtype=np.int32),
             "REQUEST_OUTPUT_LEN": given["REQUEST_OUTPUT_LEN"],
             "BAD_WORDS_IDS": self._word_lists(rows, "BAD_WORDS_DICT"),
-            "STOP_WORDS_IDS": self._word_lists(rows, "STOP_WORDS_DICT"),
+            # TensorRT-LLM takes one end_id; the model's other ends are stop words
+            "STOP_WORDS_IDS": self._word_lists(
+                rows, "STOP_WORDS_DICT", [] if "END_ID" in given else self.text.end_ids[1:]
+            ),
             "EMBEDDING_BIAS": np.concatenate(bias),
             "OUT_END_ID": end_id,
             "OUT_PAD_ID": pad_id,
@@ -69,9 +72,9 @@ class TritonPythonModel:
         }
         return {name: value for name, value in values.items() if name in self.outputs}
 
-    def _word_lists(self, rows: List[sent.Sent], name: str) -> sent.Array:
-        """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1."""
-        lists = [self.text.word_list(sent.words(row, name))[0] for row in rows]
+    def _word_lists(self, rows: List[sent.Sent], name: str, tokens: Sequence[int] = ()) -> sent.Array:
+        """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1. tokens: see Text.word_list."""
+        lists = [self.text.word_list(sent.words(row, name), tokens=tokens)[0] for row in rows]
         return np.stack([padded([ids for ids, _ in lists], 0), padded([ends for _, ends in lists], -1)], axis=1)
 
 

@@ -79,8 +79,11 @@ class Asked:
     num_output_tokens: bool = False
 
 
-def understood(inputs: Mapping[str, Array], exclude_input: bool) -> Asked:
-    """What these inputs ask for; `exclude_input` holds where they do not say. Raises Refused, naming the input."""
+def understood(inputs: Mapping[str, Array], exclude_input: bool, end_ids: Sequence[int] = ()) -> Asked:
+    """What these inputs ask for; `exclude_input` holds where they do not say. Raises Refused, naming the input.
+
+    end_ids: the model's ends. Upstream's contract has room for one end_id: whoever asks with one of them means them all.
+    """
     for name, array in inputs.items():
         if name in ONLY:
             if scalar(name, array) != ONLY[name]:
@@ -101,6 +104,8 @@ def understood(inputs: Mapping[str, Array], exclude_input: bool) -> Asked:
     bias = inputs.get("embedding_bias")
     if bias is not None and bias.size:
         sampling["embedding_bias"] = torch.from_numpy(bias.reshape(-1).astype(np.float32))
+    if sampling.get("end_id") in end_ids:
+        sampling["other_end_ids"] = tuple(token for token in end_ids if token != sampling["end_id"])
     flags = {ours: bool(scalar(name, inputs[name])) for name, ours in FLAGS.items() if name in inputs}
     return Asked(
         prompt=tuple(ids[0, :length].tolist()),

@@ -118,7 +118,7 @@ class Running:
             return Piece(context_logits=context)
         if token < 0:
             return Piece(final=True, error="no token is left to choose: bad_words_list and min_length ban every one")
-        if token == sampling.end_id:  # not part of the output
+        if token in sampling.end_ids:  # not part of the output
             return Piece(context_logits=context, final=True)
         self.tokens.append(token)
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens

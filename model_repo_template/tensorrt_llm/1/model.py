@@ -78,6 +78,8 @@ class TritonPythonModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._exclude_input = parameters.get("exclude_input_in_output", "") in TRUE
         self._without_value = set(parameters.get("sent_without_value", "").split(","))
+        # the model's ends where it has several (scripts/build_model_repo.py)
+        self._end_ids = [int(token) for token in parameters.get("end_ids", "").split(",") if token]
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
             reuse = parameters.get("enable_kv_cache_reuse", "") in TRUE
@@ -150,7 +152,7 @@ class TritonPythonModel:
 
     def _understood(self, request: Any, inputs: dict[str, Any]) -> Asked:
         """Raises Refused."""
-        return understood(inputs, self._exclude_input)
+        return understood(inputs, self._exclude_input, self._end_ids)
 
     def _stop(self, request_id: str, engine: Engine) -> None:
         """The contract's way to end a running request: a second one with its id and stop=true."""

@@ -28,9 +28,15 @@ class Sampling:
     random_seed: int = 0
     min_length: int = 0  # generated tokens before end_id is allowed
     end_id: int = -1  # -1: none
+    other_end_ids: tuple[int, ...] = ()  # with end_id, the model's other ends
     embedding_bias: Tensor | None = None  # (vocab_size,), added to the logits
     bad_words: Words = ()
     stop_words: Words = ()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends the answer."""
+        return (self.end_id, *self.other_end_ids) if self.end_id >= 0 else ()
 
     @property
     def greedy(self) -> bool:
@@ -119,8 +125,8 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         penalised -= sampling.presence_penalty + sampling.frequency_penalty * counts
         logits = torch.where(counts > 0, penalised, logits)
-    if sampling.end_id >= 0 and len(tokens) - n_prompt < sampling.min_length:
-        logits[sampling.end_id] = -math.inf
+    if sampling.end_ids and len(tokens) - n_prompt < sampling.min_length:
+        logits[list(sampling.end_ids)] = -math.inf
     for word in sampling.bad_words:
         if len(word) == 1 or ends_with(tokens, (word[:-1],)):
             logits[word[-1]] = -math.inf

@@ -26,7 +26,8 @@ class Answer:
     """Collects what is to be sent next. Knows nothing of Triton.
 
     wanted: the outputs that may be filled, name -> dtype, as the model's config declares them; asked: those whose value the request
-    asks for; without_value: those that this version of NVIDIA's backend sends nevertheless, as zeros of the smallest shape.
+    asks for; without_value: those that this version of NVIDIA's backend sends nevertheless, as zeros of the smallest shape. end_ids: the
+    first of these tokens ends the answer and is not part of it, whether the engine leaves it out (end_id) or sends it (a stop word).
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Answer:
         n_input_tokens: int,
         skip_special_tokens: bool = True,
         without_value: Collection[str] = (),
+        end_ids: Sequence[int] = (),
     ) -> None:
         self.stream, self.stops = text.stream(skip_special_tokens), StopStrings(stops)
         self.wanted, self.asked, self.without_value = wanted, asked, without_value
+        self.end_ids = frozenset(end_ids)
         self.n_input_tokens, self.n_output_tokens, self.n_waiting = n_input_tokens, 0, 0
         self.parts: Dict[str, List[Array]] = {name: [] for name in asked}
         self.waiting: List[str] = []
@@ -54,15 +57,22 @@ class Answer:
         ids = outputs["output_ids"].reshape(-1).tolist()
         if "sequence_length" in outputs:
             ids = ids[: outputs["sequence_length"].item(0)]
+        end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
+        ids = ids[:end]
         piece, self.stopped = self.stops.push(self.stream.push(ids))
         self.n_output_tokens += len(ids)
         self.n_waiting += len(ids)
         for name in self.asked:
             if name in outputs:
-                self.parts[name].append(outputs[name])
+                # the end's own place, too, of what has one for each new token
+                of_tokens = end is not None and TOKEN_AXIS.get(name) == 2
+                self.parts[name].append(outputs[name][:, :, :end] if of_tokens else outputs[name])
         if piece:
             self.waiting.append(piece)
-        return bool(piece)
+        if end is not None:
+            self.finish()
+            self.stopped = True
+        return bool(piece) or self.stopped
 
     def finish(self) -> bool:
         """Nothing more comes; whether there is anything left to send."""

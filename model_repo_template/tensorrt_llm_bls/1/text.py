@@ -23,7 +23,11 @@ codecs.register_error("each_byte", lambda error: (REPLACEMENT * (error.end - err
 
 
 class Text:
-    """A tokenizer folder (tokenizer.json, tokenizer_config.json): SentencePiece's kind of BPE, or byte-level BPE."""
+    """A tokenizer folder (tokenizer.json, tokenizer_config.json): SentencePiece's kind of BPE, or byte-level BPE.
+
+    end_ids: every token that ends an answer, as the room config listed them in generation_config.json. A folder without that file
+    names one at most, in tokenizer_config.json. end_id: the first of them.
+    """
 
     def __init__(self, folder: Path) -> None:
         description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -31,11 +35,22 @@ class Text:
         added = description.get("added_tokens") or []
         self.special = {token["id"] for token in added if token.get("special")}
         # A special token's spelling in a user's text is plain text: only rules and chat templates emit special ids.
-        description["added_tokens"] = [token for token in added if not token.get("special")]
+        kept = description["added_tokens"] = [token for token in added if not token.get("special")]
         description.update(padding=None, truncation=None)
+        # the library numbers added tokens that are in no vocabulary by itself, without the special ones between them
+        vocab = description["model"]["vocab"]
+        if isinstance(vocab, dict):
+            vocab.update({token["content"]: token["id"] for token in kept})
         self.tokenizer = Tokenizer.from_str(json.dumps(description))
+        for token in kept:
+            if self.tokenizer.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"the added token {token['content']!r} cannot have the id {token['id']}")
         self.ids: Dict[str, int] = {**self.tokenizer.get_vocab(), **{token["content"]: token["id"] for token in added}}
-        self.end_id = self._id_of(config.get("eos_token"))
+        listed = folder / "generation_config.json"
+        named = json.loads(listed.read_text(encoding="utf-8")).get("eos_token_id") if listed.is_file() else None
+        own = self._id_of(config.get("eos_token"))
+        self.end_ids: List[int] = [named] if isinstance(named, int) else list(named or ([] if own is None else [own]))
+        self.end_id = self.end_ids[0] if self.end_ids else None
         self.bos_id = self._id_of(config.get("bos_token"))
         byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
         self.pieces = byte_level_pieces(self.ids, added) if byte_level else sentencepiece_pieces(self.ids)
@@ -121,15 +136,19 @@ class Text:
                 found.setdefault(piece if isinstance(piece, bytes) else piece.encode(), []).append(token)
         return found
 
-    def word_list(self, words: Sequence[str], after: Sequence[int] = ()) -> "np.ndarray[Any, Any]":
+    def word_list(
+        self, words: Sequence[str], after: Sequence[int] = (), tokens: Sequence[int] = ()
+    ) -> "np.ndarray[Any, Any]":
         """Words in the form of TensorRT-LLM's stop_words_list and bad_words_list.
 
+        tokens: ids that are in the list, each as a sequence by itself.
         after: a prompt in which no sequence may begin. TensorRT-LLM compares with the prompt too, and would end an answer whose first
         tokens complete a word that the prompt's last ones began; those sequences are left out.
         Returns int32 (1, 2, n): row 0 the ids of all sequences in a row, row 1 where each sequence ends, padded with -1.
         """
         spelt = [ids for word in words if word for ids in self.spellings(word)]
-        sequences = [ids for ids in spelt if not any(list(after[-n:]) == ids[:n] for n in range(1, len(ids)))]
+        sequences = [[token] for token in tokens]
+        sequences += [ids for ids in spelt if not any(list(after[-n:]) == ids[:n] for n in range(1, len(ids)))]
         flat = [token for ids in sequences for token in ids]
         ends = np.cumsum([len(ids) for ids in sequences], dtype=np.int32).tolist()
         return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32)

@@ -148,9 +148,13 @@ class TritonPythonModel:
         asked = [name for name in wanted if sent.scalar(given, ASKED_BY.get(name, "return_perf_metrics"), False)]
         stops = sent.words(given, "stop_words")
         skip_special_tokens = sent.scalar(given, "skip_special_tokens", True)
-        call.answer = Answer(self.text, stops, wanted, asked, len(ids), skip_special_tokens, self.without_value)
+        # a client's own end_id is the only one
+        end_ids = self.text.end_ids if "end_id" not in given else [sent.scalar(given, "end_id")]
+        call.answer = Answer(
+            self.text, stops, wanted, asked, len(ids), skip_special_tokens, self.without_value, end_ids
+        )
         call.whole = "" if sent.scalar(given, "exclude_input_in_output", True) else prompt
-        inputs = self._engine_inputs(given, ids, stops)
+        inputs = self._engine_inputs(given, ids, stops, end_ids)
         with self.changed:
             if len(self.calls) >= MAX_CONCURRENT:
                 raise sent.Busy(f"the server is busy: {MAX_CONCURRENT} requests are in progress")
@@ -158,8 +162,10 @@ class TritonPythonModel:
         passed_on = [name for name in asked if name not in COUNTED]
         self.link.ask(call.inner_id, inputs, [*TOKENS, *passed_on], lambda said: self._receive(call, said))
 
-    def _engine_inputs(self, given: sent.Sent, ids: List[int], stops: List[str]) -> Mapping[str, sent.Array]:
-        """The tensors that tensorrt_llm is asked with."""
+    def _engine_inputs(
+        self, given: sent.Sent, ids: List[int], stops: List[str], end_ids: List[int]
+    ) -> Mapping[str, sent.Array]:
+        """The tensors that tensorrt_llm is asked with. It takes one end_id; the other end_ids are stop words of one token."""
         values: Dict[str, sent.Array] = {
             # some inputs come without their axis of one value (`reshape` in the config)
             RENAMED.get(name, name): value if value.ndim > 1 else value.reshape(1, 1)
@@ -171,11 +177,11 @@ class TritonPythonModel:
         values["request_output_len"] = np.array([[sent.scalar(given, "max_tokens")]], dtype=np.int32)
         # streaming whenever it can be: so that a stop string ends the work at the next token; else only one that is whole tokens does
         values["streaming"] = np.array([[self.decoupled]])
-        if not self.decoupled and stops:
-            values["stop_words_list"] = self.text.word_list(stops, after=ids)
-        if self.text.end_id is not None:
-            values.setdefault("end_id", np.array([[self.text.end_id]], dtype=np.int32))
-        if "end_id" in values:
+        spelt = [] if self.decoupled else stops
+        if spelt or end_ids[1:]:
+            values["stop_words_list"] = self.text.word_list(spelt, after=ids, tokens=end_ids[1:])
+        if end_ids:
+            values["end_id"] = np.array([end_ids[:1]], dtype=np.int32)
             values.setdefault("pad_id", values["end_id"])
         if bad_words := sent.words(given, "bad_words"):
             values["bad_words_list"] = self.text.word_list(bad_words)

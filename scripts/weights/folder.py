@@ -1,0 +1,52 @@
+"""What may be read of a model's folder: plain files inside it. Needs nothing but the standard library."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from scripts import reports
+
+# Every file of a model that is read, by any form; other files do not matter.
+READ = re.compile(
+    r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|chat_template\.jinja|tokenizer\.model|.*\.(safetensors|pth|bin|gguf|index\.json)"
+)
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_folder(folder: Path) -> None:
+    """A Problem for a file of the model that is a pipe, a device or a link to something outside the folder.
+
+    What lies in the folder ends in rooms and images, and the folder may come from a stranger: a link could name any file of the user's.
+    A hub cache keeps its files in blobs/ beside snapshots/REVISION, which is the folder then.
+    """
+    if not folder.is_dir():
+        return
+    root = folder.resolve()
+    inside = [root]
+    for cache in root.parents[:2]:  # the snapshot itself, or a folder in it
+        if cache.name == "snapshots":
+            inside.append((cache.parent / "blobs").resolve())
+    for path in sorted(folder.iterdir()):
+        if READ.fullmatch(path.name):
+            check_file(path, *inside)
+
+
+def check_file(path: Path, *inside: Path) -> None:
+    """A Problem unless the path is a plain file and, where it is a link, lies in one of the folders. What is not there is no concern."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise reports.weights.not_a_plain_file(path, KINDS.get(stat.S_IFMT(mode), "not a plain file"))
+    target = Path(os.path.realpath(path))
+    if inside and not any(folder in target.parents for folder in inside):
+        raise reports.weights.link_leaves(path, target)
