@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
 from scripts import reports, room
-from scripts.nvidia import contracts, gpus, memory, trtllm_build
+from scripts.nvidia import abilities, contracts, gpus, memory, trtllm_build
 from scripts.serving import processes
-from scripts.weights.shape import shape_of_checkpoint
+from scripts.weights.shape import rope_kind, shape_of_checkpoint
 
 # TensorRT-LLM's own default since 0.11 (docker/contracts/trtllm-build): tokens of one engine step over all requests
 MAX_NUM_TOKENS = 8192
@@ -202,6 +202,16 @@ def build_engines(settings: Settings) -> None:
     config = json.loads((settings.checkpoint / "config.json").read_bytes()) if settings.checkpoint.is_dir() else {}
     manifest = room.read_manifest(settings.checkpoint)
     sizes = limits(settings, config["max_position_embeddings"])
+    if config["quantization"]["quant_algo"] is None:  # what NVIDIA's tools wrote they have checked
+        rope = rope_kind(config.get("rotary_scaling") or {})
+        abilities.check(
+            settings.checkpoint,
+            shape_of_checkpoint(config),
+            rope,
+            settings.trtllm_version,
+            settings.engine,
+            goal="engines",
+        )
     BUILDERS[settings.engine](settings, config, manifest, sizes)
 
 

@@ -25,6 +25,7 @@ from scripts.nvidia import contracts, gpus, memory
 from scripts.room import MANIFEST, human_bytes
 from scripts.serving import host, toolbox
 from scripts.tokenizer import sentencepiece
+from scripts.weights.folder import check_folder
 from scripts.weights.shape import LlamaShape, read_json
 
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
@@ -114,6 +115,7 @@ def check_weights(case: Case) -> str:
         if source and not secret:
             return f"note not here yet; make fetches them from {source}"
         raise reports.settings.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, source)
+    check_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
     if plan.in_metas_form(names):
         form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)

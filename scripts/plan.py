@@ -18,11 +18,12 @@ from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tup
 
 from scripts import build_engines, reports, settings
 from scripts.making import toolchain
-from scripts.nvidia import contracts, gpus, trtllm_build
+from scripts.nvidia import abilities, contracts, gpus, trtllm_build
 from scripts.nvidia import memory as memory_model
 from scripts.room import human_bytes
 from scripts.serving import launch, toolbox
-from scripts.tokenizer import sentencepiece
+from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.weights.folder import check_folder
 from scripts.weights.shape import (
     LlamaShape,
     max_positions,
@@ -31,6 +32,8 @@ from scripts.weights.shape import (
     possible_tp_sizes,
     read_json,
     read_params,
+    rope_kind,
+    rope_of,
     shape_of_config,
     why_impossible,
 )
@@ -81,6 +84,7 @@ class Model:
     context: int
     form: str  # meta, hf, or table: from models/shapes.json
     stored_bytes: Optional[int]
+    rope: str = "default"  # the kind of rope scaling
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,13 @@ def model_of(choice: Choice) -> Model:
     """The model from its folder, or where there is none, a preset from models/shapes.json."""
     name, folder = choice["MODEL"], choice.weights
     asked = choice.number("CONTEXT")
+    check_folder(folder)
     if in_metas_form({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
         params = read_params(folder / "params.json")
-        vocab_size = params.vocab_size or sentencepiece.read_tokenizer_model(sentencepiece.path_of(folder)).vocab_size
-        shape = params.shape(vocab_size)
-        return Model(
-            name, shape, dtype_of(folder, shape), max_positions(asked, params)[0], "meta", weights_bytes(folder)
-        )
+        shape = params.shape(params.vocab_size or tokens_of(sentencepiece.path_of(folder)))
+        context = max_positions(asked, params)[0]
+        rope = rope_kind(params.rope_scaling or {})
+        return Model(name, shape, dtype_of(folder, shape), context, "meta", weights_bytes(folder), rope)
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         shape = shape_of_config(config, folder / "config.json")
@@ -169,6 +173,7 @@ def model_of(choice: Choice) -> Model:
             int(context),
             "hf",
             weights_bytes(folder),
+            rope_kind(rope_of(config)),
         )
     shapes = json.loads(SHAPES.read_text())
     if name not in shapes:
@@ -181,7 +186,15 @@ def model_of(choice: Choice) -> Model:
         max_positions(asked, params)[0],
         "table",
         weights_bytes(folder) or None,
+        rope_kind(params.rope_scaling or {}),
     )
+
+
+def tokens_of(path: Path) -> int:
+    """How many tokens a tokenizer.model of either kind has."""
+    if byte_bpe.is_tiktoken(path):
+        return byte_bpe.read_tiktoken(path, since_3_1=True).vocab_size
+    return sentencepiece.read_tokenizer_model(path).vocab_size
 
 
 def dtype_of(folder: Path, shape: LlamaShape) -> str:
@@ -242,14 +255,19 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
     """What a choice comes to on these GPUs; a Problem where it cannot work. Without a GPU, only what needs none is looked at."""
     engine, toolchain = engine_of(choice, model), choice["TOOLCHAIN"]
     toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
-    if choice.tensorrt and toolchain:
+    if not toolchain and choice.tensorrt and host:
+        toolchain = toolchain_for(host[0]) or contracts.versions()[-1]
+    if choice["TOOLCHAIN"] and choice.tensorrt:
         problem = trtllm_build.no_quantizer(engine.quant, toolchain, toolchains)
         if problem:
             raise planning(problem, choice)
+    if toolchain:
+        abilities.check(
+            model.name, model.shape, model.rope, toolchain, choice["ENGINE"], engine.tp_size, engine.quant, "plan"
+        )
     if not host:
         return Journey(choice, model, engine, toolchain, host, None)
     if choice.tensorrt:
-        toolchain = toolchain or toolchain_for(host[0]) or contracts.versions()[-1]
         problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
         if not problem and choice["KV_REUSE"] == "on":
             problem = trtllm_build.no_kv_reuse(host[0])

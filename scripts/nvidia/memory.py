@@ -82,6 +82,9 @@ def stage_bytes(engine: Engine) -> List[int]:
         (hidden, wide),
     ]
     layer = sum(rows * columns * weight_bytes + rows * scale_bytes for rows, columns in linear) + 2 * hidden * item
+    # biases: of qkv and dense together (the latter zeros for a Qwen2), of all three of the feed-forward part
+    layer += sum(rows for rows, _ in linear[:2]) * item if shape.attention_bias else 0
+    layer += sum(rows for rows, _ in linear[2:]) * item if shape.mlp_bias else 0
     stages = [int(layer * layers) for layers in _layers(engine)]
     stages[0] += shape.vocab_size * hidden * item
     stages[-1] += (-(-shape.vocab_size // tp_size) + 1) * hidden * item  # lm_head, ln_f

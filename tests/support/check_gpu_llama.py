@@ -36,6 +36,9 @@ NETWORK = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
     "max_position_embeddings": 200,
 }  # fmt: skip
+if "biased" in sys.argv:
+    YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}
+    NETWORK.update(attention_bias=True, mlp_bias=True, rope_scaling=YARN)
 BUILD = {"max_batch_size": 3, "max_input_len": 90, "max_output_len": 20, "max_num_tokens": 80}
 
 
@@ -125,6 +128,9 @@ def random_hf() -> dict[str, np.ndarray]:
         shapes.update({f"{name}mlp.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")})
         shapes[f"{name}mlp.down_proj.weight"] = (hidden, inner)
         shapes.update({f"{name}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")})
+        if NETWORK.get("mlp_bias"):
+            layers = [key for key in shapes if key.startswith(name) and "_proj" in key]
+            shapes.update({key.replace(".weight", ".bias"): shapes[key][:1] for key in layers})
     return {
         name: (chance.normal(0, 0.25, shape) if len(shape) > 1 else chance.uniform(0.5, 1.5, shape)).astype(np.float32)
         for name, shape in shapes.items()

@@ -48,6 +48,14 @@ def rank_tensors(hf: Arrays, rank: int, tp_size: int, layers: int, heads: int, k
         out[target + "mlp.proj.weight"] = columns(hf[source + "mlp.down_proj.weight"])
         out[target + "input_layernorm.weight"] = hf[source + "input_layernorm.weight"]
         out[target + "post_layernorm.weight"] = hf[source + "post_attention_layernorm.weight"]
+        if f"{source}self_attn.q_proj.bias" in hf:
+            q, k, v = (hf[f"{source}self_attn.{name}_proj.bias"][:, None] for name in "qkv")
+            out[target + "attention.qkv.bias"] = np.concatenate([rows(q), kv_rows(k), kv_rows(v)])[:, 0]
+            out[target + "attention.dense.bias"] = hf[f"{source}self_attn.o_proj.bias"]
+        if f"{source}mlp.up_proj.bias" in hf:
+            out[target + "mlp.fc.bias"] = rows(hf[source + "mlp.gate_proj.bias"])
+            out[target + "mlp.gate.bias"] = rows(hf[source + "mlp.up_proj.bias"])
+            out[target + "mlp.proj.bias"] = hf[source + "mlp.down_proj.bias"]
     return {name: np.ascontiguousarray(array) for name, array in out.items()}
 
 
@@ -75,6 +83,8 @@ def engine_config(network: dict[str, Any], tp_size: int, **build: Any) -> dict[s
             "mapping": {"world_size": tp_size, "tp_size": tp_size, "pp_size": 1},
             "rotary_base": network["rope_theta"],
             "rotary_scaling": network.get("rope_scaling"),
+            "attn_bias": network.get("attention_bias", False),
+            "mlp_bias": network.get("mlp_bias", False),
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
         },
         "build_config": {"max_beam_width": 1, **build},

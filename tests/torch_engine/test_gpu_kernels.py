@@ -21,6 +21,7 @@ from project import ROOT
         ("check_gpu_llama.py", ["1"], "the same answers"),
         ("check_gpu_llama.py", ["2"], "the same answers"),
         ("check_gpu_llama.py", ["4"], "the same answers"),
+        ("check_gpu_llama.py", ["2", "biased"], "the same answers"),
     ],
 )
 def test_without_a_gpu_it_gives_what_pytorch_gives(script, how, said):

@@ -28,6 +28,8 @@ class EngineConfig:
     max_input_len: int
     max_seq_len: int
     max_num_tokens: int
+    attn_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def heads_per_rank(self) -> int:
@@ -61,8 +63,8 @@ def parse_config(config: dict[str, Any]) -> EngineConfig:
         "hidden_act": ("silu",),
         "position_embedding_type": ("rope_gpt_neox",),
         "use_parallel_embedding": (False,),
-        "attn_bias": (False,),
-        "mlp_bias": (False,),
+        "attn_bias": (False, True),
+        "mlp_bias": (False, True),
     }
     for key, known in only.items():
         if network.get(key, known[0]) not in known:
@@ -100,4 +102,6 @@ def parse_config(config: dict[str, Any]) -> EngineConfig:
         max_input_len=min(max_input_len, max_seq_len - 1),
         max_seq_len=max_seq_len,
         max_num_tokens=max_num_tokens,
+        attn_bias=network.get("attn_bias", False),
+        mlp_bias=network.get("mlp_bias", False),
     )

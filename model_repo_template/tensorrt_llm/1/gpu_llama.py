@@ -14,7 +14,7 @@ import gpu_kernels as kernels
 import torch
 from engine_config import EngineConfig
 from gpu_kernels import BLOCK_TOKENS, power_of_2
-from llama import rotary_frequencies
+from llama import rotary_tables
 from ranks import GpuRanks
 from step import ON_DEVICE, Choice, Chooser, Chunk, Step
 from torch import Tensor
@@ -85,9 +85,7 @@ class GpuLlama:
         self.heads, self.kv_heads, self.size = config.heads_per_rank, config.kv_heads_per_rank, config.head_size
         self.inner = config.intermediate_size // config.tp_size
         self.vocab_rows = config.padded_vocab_size // config.tp_size
-        angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
-        angles = torch.cat((angles, angles), dim=-1).to(self.device)  # (max_seq_len, head_size)
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.cos, self.sin = (table.to(self.device) for table in rotary_tables(config))
         self.most_prompt_tokens = min(config.max_num_tokens, PROMPT_SIZES[-1])
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.prompt_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -285,6 +283,7 @@ class GpuLlama:
         )  # fmt: skip
         for index, name in enumerate(names):
             self._linear(normed, weights[name + "attention.qkv.weight"], self.qkv[:rows])
+            self._add_bias(self.qkv[:rows], name + "attention.qkv")
             kernels.attend_kernel[(rows, self.kv_heads, splits)](
                 self.qkv, self.mixed, self.cache[index, 0], self.cache[index, 1], self.tables, slots, self.positions, self.cos, self.sin,
                 self.partial, self.partial_max, self.partial_sum, self.arrived, self.tables.shape[1], self.size**-0.5,
@@ -292,9 +291,14 @@ class GpuLlama:
                 SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, SPLITS=splits, PRECISION=self.precision, PDL=pdl, launch_pdl=pdl,
             )  # fmt: skip
             self._linear(self.mixed[:rows], weights[name + "attention.dense.weight"], self.parts[0][:rows])
+            self._add_bias(self.parts[0][:rows], name + "attention.dense", once=True)
             self._join(0, x, normed, weights[name + "post_layernorm.weight"])
-            self._linear(normed, weights[name + "mlp.both.weight"], self.gated[:rows], gated=True)
+            if config.mlp_bias:
+                self._gate(self._biased(normed, name + "mlp.both"), self.gated[:rows])
+            else:
+                self._linear(normed, weights[name + "mlp.both.weight"], self.gated[:rows], gated=True)
             self._linear(self.gated[:rows], weights[name + "mlp.proj.weight"], self.parts[1][:rows])
+            self._add_bias(self.parts[1][:rows], name + "mlp.proj", once=True)
             self._join(1, x, normed, gains[index + 1])
         self._linear(normed, weights["lm_head.weight"], self.logits[:rows])
         self._choose(self.logits[:rows], slots, self.chosen, 1)
@@ -346,6 +350,15 @@ class GpuLlama:
             torch.mm(x, weight.t(), out=out)
         else:
             out.copy_(F.linear(x, weight))
+
+    def _add_bias(self, out: Tensor, name: str, once: bool = False) -> None:
+        """Adds a layer's bias to its outputs, where it has one. once: outputs that all ranks' are added to: by rank 0 alone."""
+        bias = self.weights.get(name + ".bias")
+        if bias is not None and not (once and self.ranks.rank):
+            out += bias
+
+    def _biased(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def _gate(self, both: Tensor, out: Tensor) -> None:
         kernels.gate_kernel[(len(both), -(-self.inner // 1024))](both, out, self.inner, BLOCK=1024, PDL=False)
@@ -419,7 +432,7 @@ class GpuLlama:
         inner = torch.empty(n_tokens, self.inner, dtype=self.dtype, device=self.device)
         for index, name in enumerate(names):
             keys, values = self.cache[index]
-            qkv = F.linear(normed, weights[name + "attention.qkv.weight"])
+            qkv = self._biased(normed, name + "attention.qkv")
             kernels.turn_kernel[(len(x), -(-(heads + 2 * kv_heads) // TURN_HEADS))](
                 qkv, keys, values, self.tables, slots, positions, self.cos, self.sin, self.tables.shape[1],
                 HEADS=heads, KV_HEADS=kv_heads, SIZE=size, SIZE_PADDED=self.size_padded, BLOCK=BLOCK_TOKENS, TOGETHER=TURN_HEADS,
@@ -431,9 +444,11 @@ class GpuLlama:
                 PRECISION=self.precision, num_warps=4, num_stages=3 if self.dtype.itemsize == 2 else 1,
             )  # fmt: skip
             torch.mm(mixed, weights[name + "attention.dense.weight"].t(), out=self.parts[0][:n_tokens])
+            self._add_bias(self.parts[0][:n_tokens], name + "attention.dense", once=True)
             self._join(0, x, normed, weights[name + "post_layernorm.weight"])
-            self._gate(F.linear(normed, weights[name + "mlp.both.weight"]), inner)
+            self._gate(self._biased(normed, name + "mlp.both"), inner)
             torch.mm(inner, weights[name + "mlp.proj.weight"].t(), out=self.parts[1][:n_tokens])
+            self._add_bias(self.parts[1][:n_tokens], name + "mlp.proj", once=True)
             self._join(1, x, normed, gains[index + 1])
         self._linear(normed[last], weights["lm_head.weight"], self.prompt_logits)
         self.positions[end_slots] = counts

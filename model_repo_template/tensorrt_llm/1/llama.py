@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from engine_config import EngineConfig
@@ -40,6 +41,9 @@ def tensor_shapes(config: EngineConfig) -> dict[str, tuple[int, ...]]:
         shapes[layer + "mlp.fc.weight"] = (inner, hidden)
         shapes[layer + "mlp.gate.weight"] = (inner, hidden)
         shapes[layer + "mlp.proj.weight"] = (hidden, inner)
+        biased = ["attention.qkv", "attention.dense"] if config.attn_bias else []
+        biased += ["mlp.fc", "mlp.gate", "mlp.proj"] if config.mlp_bias else []
+        shapes.update({f"{layer}{name}.bias": shapes[f"{layer}{name}.weight"][:1] for name in biased})
     return shapes
 
 
@@ -48,7 +52,7 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """The tensors of rankN.safetensors on `device`. Raises ValueError when one is missing or has another shape.
 
-    together: mlp.fc and mlp.gate of a layer become one tensor mlp.both, in that order.
+    together: mlp.fc and mlp.gate of a layer become one tensor mlp.both, in that order; their biases too.
     Tensors that are not asked for are left alone: TensorRT-LLM 0.10 and later add rotary tables to the file.
     """
     if not path.is_file():
@@ -62,11 +66,12 @@ def load_weights(
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {list(found)}, config.json promises {list(shape)}")
         layer, _, part = name.rpartition("mlp.")
-        if together and part in ("fc.weight", "gate.weight"):
-            both = layer + "mlp.both.weight"
+        of, _, what = part.partition(".")
+        if together and of in ("fc", "gate"):
+            both = f"{layer}mlp.both.{what}"
             if both not in weights:
                 weights[both] = torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype)
-            place = weights[both][shape[0] :] if part == "gate.weight" else weights[both][: shape[0]]
+            place = weights[both][shape[0] :] if of == "gate" else weights[both][: shape[0]]
         else:
             place = weights[name] = torch.empty(shape, device=device, dtype=dtype)
         if kind == dtype:
@@ -81,10 +86,18 @@ def load_weights(
     return weights
 
 
+def rotary_tables(config: EngineConfig) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of every position, float32 (max_seq_len, head_size); the halves of a head turn alike. yarn: times its factor."""
+    angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
+    angles = torch.cat((angles, angles), dim=-1)
+    factor = attention_factor(config.rotary_scaling or {})
+    return angles.cos() * factor, angles.sin() * factor
+
+
 def rotary_frequencies(config: EngineConfig) -> Tensor:
     """Angle per position of each rotary pair, float32 (head_size / 2). Raises ValueError for an unknown scaling.
 
-    Conventions of Hugging Face's modeling_rope_utils ("linear" and "llama3").
+    Conventions of Hugging Face's modeling_rope_utils ("linear", "llama3" and "yarn").
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
     frequencies = torch.pow(config.rotary_base, exponents).reciprocal()
@@ -100,7 +113,36 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
         turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
         # pairs that turn slowly are scaled, fast ones stay, those between are mixed
         return torch.lerp(frequencies / scaling["factor"], frequencies, ((turns - low) / (high - low)).clamp(0, 1))
-    raise ValueError(f"the torch engine does not support rotary_scaling {kind!r}, only linear, dynamic and llama3")
+    if kind == "yarn":
+        # pairs that turn more than beta_fast times over the original positions stay, below beta_slow they are scaled
+        low, high = (
+            config.head_size
+            * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi))
+            / (2 * math.log(config.rotary_base))
+            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+        )
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.head_size - 1)
+        ramp = (torch.arange(config.head_size // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+        return torch.lerp(frequencies, frequencies / scaling["factor"], ramp.clamp(0, 1))
+    raise ValueError(
+        f"the torch engine does not support rotary_scaling {kind!r}, only linear, dynamic, llama3 and yarn"
+    )
+
+
+def attention_factor(scaling: dict[str, Any]) -> float:
+    """By what yarn makes cos and sin larger (modeling_rope_utils, _compute_yarn_parameters); 1 for other scalings."""
+    if scaling.get("rope_type", scaling.get("type")) != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    mscale, of_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return grown(mscale) / grown(of_all) if mscale and of_all else grown(1.0)
 
 
 class Packing:
@@ -154,10 +196,8 @@ class Llama:
         self.config, self.weights, self.ranks = config, weights, ranks
         embedding = weights["transformer.vocab_embedding.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
-        angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (max_seq_len, 1, head_size): the same for all heads
-        self.cos = angles.cos().to(self.device, self.dtype)
-        self.sin = angles.sin().to(self.device, self.dtype)
+        # (max_seq_len, 1, head_size): the same for all heads
+        self.cos, self.sin = (table[:, None].to(self.device, self.dtype) for table in rotary_tables(config))
         cache = (config.max_batch_size, config.kv_heads_per_rank, config.max_seq_len, config.head_size)
         self.keys = [torch.zeros(cache, device=self.device, dtype=self.dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
@@ -225,9 +265,9 @@ class Llama:
             hidden = self._norm(x, layer + "input_layernorm.weight")
             x = x + self._attention(hidden, index, packing)
             hidden = self._norm(x, layer + "post_layernorm.weight")
-            inner = F.silu(F.linear(hidden, weights[layer + "mlp.fc.weight"]))
-            inner = inner * F.linear(hidden, weights[layer + "mlp.gate.weight"])  # (tokens, intermediate / ranks)
-            x = x + self.ranks.all_reduce(F.linear(inner, weights[layer + "mlp.proj.weight"]))
+            inner = F.silu(self._linear(hidden, layer + "mlp.fc"))
+            inner = inner * self._linear(hidden, layer + "mlp.gate")  # (tokens, intermediate / ranks)
+            x = x + self._summed(inner, layer + "mlp.proj")
         if not len(packing.logit_rows):
             return None
         last = self._norm(x[packing.logit_rows], "transformer.ln_f.weight")
@@ -237,11 +277,20 @@ class Llama:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (self.config.hidden_size,), self.weights[name], self.config.norm_epsilon)
 
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+
+    def _summed(self, x: Tensor, name: str) -> Tensor:
+        """A layer whose input is shared among the ranks: their outputs' sum, and the bias once."""
+        out = self.ranks.all_reduce(F.linear(x, self.weights[name + ".weight"]))
+        bias = self.weights.get(name + ".bias")
+        return out if bias is None else out + bias
+
     def _attention(self, hidden: Tensor, index: int, packing: Packing) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden), summed over the ranks."""
         heads, kv_heads, size = self.config.heads_per_rank, self.config.kv_heads_per_rank, self.config.head_size
         layer = f"transformer.layers.{index}.attention."
-        qkv = F.linear(hidden, self.weights[layer + "qkv.weight"]).view(-1, heads + 2 * kv_heads, size)
+        qkv = self._linear(hidden, layer + "qkv").view(-1, heads + 2 * kv_heads, size)
         rotated, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         # Hugging Face's rotation: the two halves of a head are the pairs. The checkpoint has q and k in that order.
         low, high = rotated.chunk(2, dim=-1)
@@ -272,4 +321,4 @@ class Llama:
                 enable_gqa=True,
             )  # (1, heads, tokens of the chunk, size)
             out[begin:end] = mixed[0].transpose(0, 1)
-        return self.ranks.all_reduce(F.linear(out.flatten(1), self.weights[layer + "dense.weight"]))
+        return self._summed(out.flatten(1), layer + "dense")
