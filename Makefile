@@ -217,7 +217,7 @@ bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one
 bench-text: model_repo | $(call has,verify) ## text in and out against NVIDIA's stock models: ratios from one run
 	@$(PY) -m scripts.bench.text --root $(VARIANT) $(BENCH)
 bench-openai: model_repo | $(call has,openai) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU
-	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT)
+	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(BENCH)
 soak: model_repo | $(call has,openai) ## strangers and honest clients for half an hour, every answer checked
 	@$(PY) -m scripts.bench.soak --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JSON),--json)
 bench-convert: $(call has,run) ## conversion against cp and sync: ratios from one run

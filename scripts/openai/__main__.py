@@ -42,7 +42,7 @@ TOKENIZER = "model_repo/preprocessing/1/tokenizer"
 TEXT = "model_repo/tensorrt_llm_bls/1/text.py"
 # prctl(2)
 PR_SET_PDEATHSIG = 1
-# One worker makes about 20,000 tokens a second (docs/endpoint.md); the engine needs cores too
+# A token takes a worker 30 to 47 microseconds (docs/endpoint.md); the engine needs cores too
 CORES_PER_WORKER, MAX_WORKERS = 4, 8
 # One client's dear request must not keep all readers of a worker
 READERS_PER_WORKER = 2

@@ -19,7 +19,8 @@ class Bounded(logging.Handler):
     def __init__(self, descriptor: int = 2) -> None:
         super().__init__()
         self.descriptor = descriptor
-        self.began, self.lines, self.left_out = time.monotonic(), {}, 0  # type: float, dict[str, int], int
+        self.began, self.left_out = time.monotonic(), 0
+        self.lines: dict[str, int] = {}
         os.set_blocking(descriptor, False)
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -94,6 +94,8 @@ class Supervisor:
                         self._announce(world_size, seconds)
                         self._tell_ready(seconds)
                         self._watch(ranks)
+                    # clients may ask as soon as the models are loaded, a moment before the server calls itself ready
+                    if self.loaded.is_set():
                         room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
                         if not self._drain(ranks):
                             room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
