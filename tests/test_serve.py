@@ -206,6 +206,18 @@ def test_a_rank_that_stops_while_ending_is_no_success(server: Served) -> None:
     assert "RANK 1 FAILED WHILE ENDING" in "".join(server.lines)
 
 
+def test_a_rank_that_ended_before_the_end_was_asked_for_is_no_success(server: Served) -> None:
+    """`make demo` asks for the end as soon as its stream breaks, often before the supervisor has looked again."""
+    follower = process_of(server, 1)
+    os.kill(follower, signal.SIGKILL)
+    while _runs(follower):
+        pass
+    os.kill(server.supervisor, signal.SIGTERM)
+    assert server.process.wait(30) != 0
+    server.reader.join(5)
+    assert "RANK 1 FAILED WHILE SERVING" in "".join(server.lines)
+
+
 def test_a_second_server_of_the_same_rooms_has_a_log_of_its_own(tree: Path, served: Served) -> None:
     second = serve(tree)
     try:

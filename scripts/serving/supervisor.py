@@ -94,6 +94,9 @@ class Supervisor:
                         self._announce(world_size, seconds)
                         self._tell_ready(seconds)
                         self._watch(ranks)
+                        # A client that lost its stream (make demo) may have asked for the end before we saw why it was lost.
+                        if failure := ranks.settled_failure():
+                            raise reports.serving.rank_failed(*failure, "while serving", ranks.tail(failure[0]))
                         room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
                         if not self._drain(ranks):
                             room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
