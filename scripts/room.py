@@ -118,6 +118,11 @@ def human_bytes(size_bytes: float) -> str:
     return f"{size_bytes:.1f} TB"
 
 
+def human_gpu_bytes(size_bytes: float) -> str:
+    """16944988160 -> '15.8 GiB': what is in a GPU's memory, which nvidia-smi and the GPU's name count in binary units."""
+    return f"{size_bytes / (1 << 30):.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / (1 << 20):.0f} MiB"
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Give `path` its content in one step: the final name appears when the bytes are on the disk."""
     writing = path.with_name(path.name + ".writing")

@@ -235,7 +235,7 @@ def test_engines_that_could_never_start_are_not_built(checkpoints: Path, tmp_pat
     stand_ins.trtllm_build(programs, "0.14.0")
     stand_ins.nvidia_smi(programs, [V100.replace("16160", "500")])  # 524 MB: CUDA and NCCL alone take more
     problem = refused(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0")
-    assert "has 0.5 GB" in problem.seen and "56 tokens" in problem.seen and problem.command == "make plan"
+    assert "has 0.5 GiB" in problem.seen and "56 tokens" in problem.seen and problem.command == "make plan"
     assert not (programs / "argv").exists()
     seventy_b = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
