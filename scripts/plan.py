@@ -324,7 +324,11 @@ def shares(fit: memory_model.Fit) -> str:
     """What a rank takes of its GPU, as indented lines."""
 
     def between(pair: Tuple[int, int]) -> str:
-        return human_gpu_bytes(pair[0]) if pair[0] == pair[1] else f"{human_gpu_bytes(pair[0])} to {human_gpu_bytes(pair[1])}"
+        return (
+            human_gpu_bytes(pair[0])
+            if pair[0] == pair[1]
+            else f"{human_gpu_bytes(pair[0])} to {human_gpu_bytes(pair[1])}"
+        )
 
     least, most = fit.kv_tokens
     tokens = f"{least}" if least == most else f"{least} to {most}"
