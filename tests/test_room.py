@@ -4,10 +4,14 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
+from project import ROOT
 
 from scripts import reports, room
 
@@ -223,3 +227,50 @@ def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.Monke
     fill(tmp_path / "hf")
     assert written[-1] == room.MANIFEST
     assert json.loads((tmp_path / "hf" / room.MANIFEST).read_text())["room"] == "hf"
+
+
+def test_a_long_step_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(room, "SPEAK_SECONDS", 0.01)
+    spoken = threading.Event()
+    said: List[str] = []
+
+    def awaited() -> str:
+        if len(said) == 2:
+            spoken.set()
+        said.append("")
+        return "a friend"
+
+    with room.waiting("base", awaited):
+        assert spoken.wait(20)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 2 and set(lines) == {"base        waiting for a friend: 0 s"}
+    with pytest.raises(ValueError, match="mine"), room.waiting("base", "a friend"):
+        raise ValueError("mine")
+
+
+def test_a_terminal_sees_the_seconds_in_place() -> None:
+    """In a terminal of its own: one line that is written over, and nothing is left of it."""
+    leader, follower = os.openpty()
+    code = "from scripts import room; over = room.threading.Event()\n"
+    code += "def awaited(): over.set(); return 'a friend'\n"
+    code += "with room.waiting('base', awaited): over.wait()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=follower, timeout=60, check=True)
+    seen = os.read(leader, 1000).decode()
+    os.close(leader)
+    os.close(follower)
+    assert seen.startswith("\rbase        waiting for a friend: 1 s") and seen.endswith("\r\033[K")
+    assert "\n" not in seen
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with room.progress(2_000_000, "hf") as bar:
+        bar.update(500_000)
+        assert capfd.readouterr().err == ""
+        monkeypatch.setattr(room, "SPEAK_SECONDS", 0)
+        bar.update(500_000)
+    assert capfd.readouterr().err == "hf          1.0 MB of 2.0 MB\n"
+    with room.progress(2_000_000, "weights", spoken=False) as bar:
+        bar.update(2_000_000)
+    assert capfd.readouterr().err == ""

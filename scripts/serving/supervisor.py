@@ -88,7 +88,8 @@ class Supervisor:
                 try:
                     if opens:
                         self.endpoint = Endpoint(self.settings, os.environ, Path(folder), log)
-                    self._wait_until_ready(ranks, started)
+                    with room.waiting("serve", self._awaited):
+                        self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
                         seconds = time.monotonic() - started
                         self._announce(world_size, seconds)
@@ -129,6 +130,12 @@ class Supervisor:
                 time.sleep(0.05)
         finished = self.endpoint is None or self.endpoint.process.poll() == 0
         return ranks.drain(max(UNLOAD_SECONDS, deadline - time.monotonic())) and finished
+
+    def _awaited(self) -> str:
+        """What the start waits for, in words."""
+        if self.answered.is_set() or not self.loaded.is_set():
+            return "all ranks to load their engines and the text models"
+        return "the first token through all ranks"
 
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""
