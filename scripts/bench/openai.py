@@ -142,7 +142,10 @@ def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, A
             raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
         endpoint = serving.endpoint_pid
         ids = [1, 403, 407, 261, 378]
-        ways = {"grpc": over_grpc, "openai": functools.partial(over_openai, model=served_name(settings))}
+        ways: Dict[str, Callable[..., float]] = {
+            "grpc": over_grpc,
+            "openai": functools.partial(over_openai, model=served_name(settings)),
+        }
         for one in ways.values():
             together(one, settings, ids, tokens, streams)  # warm
         for count in (1, streams):
