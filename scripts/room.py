@@ -118,7 +118,7 @@ def say(room: str, text: str) -> None:
 def human_bytes(size_bytes: float) -> str:
     """9491528 -> '9.5 MB' (decimal units, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
+        if size_bytes < 999.95:  # which would be written as 1000.0
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"

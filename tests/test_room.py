@@ -274,3 +274,16 @@ def test_progress_in_a_log_is_a_line_now_and_then(
     with room.progress(2_000_000, "weights", spoken=False) as bar:
         bar.update(2_000_000)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "words"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (9491528, "9.5 MB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"),
+     (141 * 10**9, "141.0 GB"), (10**12 - 1, "1.0 TB")],
+)  # fmt: skip
+def test_sizes_are_rounded_to_the_unit_that_they_reach(size_bytes: int, words: str) -> None:
+    assert room.human_bytes(size_bytes) == words
+
+
+def test_the_memory_of_gpus_is_counted_as_nvidia_smi_does() -> None:
+    assert room.human_gpu_bytes(16160 << 20) == "15.8 GiB" and room.human_gpu_bytes(500 << 20) == "500 MiB"
