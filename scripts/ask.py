@@ -26,6 +26,7 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
     from tritonclient.utils import InferenceServerException
 
     answers: queue.Queue[Any] = queue.Queue()
+    printed = False
     with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
         try:
             if not client.is_server_ready(client_timeout=10):
@@ -48,6 +49,7 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
                 if text is not None:
                     sys.stdout.write(b"".join(text.reshape(-1)).decode("utf-8"))
                     sys.stdout.flush()
+                    printed = True
                 final = answer.get_response().parameters.get("triton_final_response")
                 if final is not None and final.bool_param:
                     break
@@ -55,6 +57,8 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
         except InferenceServerException as error:
             client.stop_stream(cancel_requests=True)
             if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                if printed:
+                    raise reports.serving.answer_cut_off(address, error.message() or "") from None
                 raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
             raise reports.serving.request_refused(error.message() or str(error)) from None
     sys.stdout.write("\n")

@@ -30,6 +30,7 @@ DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-
         "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
 # What Debian's tools leave behind of the day they ran on
 TRACES = 'rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/* "$1"/etc/*- "$1"/tmp/*'
+DOWNLOAD = "50 MB"
 CREATED_BY = f"mmdebstrap {SUITE} {' '.join(INCLUDE)}"
 # The Python and the TensorRT-LLM of an image, asked in the image: one line, its third word missing where there is none.
 QUESTION = """import importlib.metadata as m, sys
@@ -86,13 +87,14 @@ def build_base(settings: Settings) -> None:
 def from_debian(filling: room.Filling) -> None:
     if not shutil.which("mmdebstrap"):
         raise reports.images.no_mmdebstrap()
-    room.say("base", f"from Debian {SUITE}'s packages: {', '.join(INCLUDE)}")
+    room.say("base", f"from Debian {SUITE}'s packages, a download of about {DOWNLOAD}: {', '.join(INCLUDE)}")
     tar = filling.path / "base.tar"
     # apt asks by these, not by our environment's language
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "0", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(
-        debian_command(tar), capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
-    )
+    with room.waiting("base", f"mmdebstrap, which fetches about {DOWNLOAD} and unpacks it"):
+        done = subprocess.run(
+            debian_command(tar), capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
+        )
     if done.returncode:
         raise reports.images.base_not_made(done.returncode, done.stderr.strip().splitlines()[-12:])
     filling.take("base.tar")

@@ -363,7 +363,8 @@ def run_trtllm_build(command: List[str], work: Path, intent: trtllm_build.Intent
             room.say("engines", f"rank {written[1]} is built, after {time.monotonic() - started:.0f} s")
 
     log = work / "trtllm-build.log"
-    status, last_lines = processes.run_logged(command, log, heard)
+    with room.waiting("engines", f"trtllm-build, whose log is {reports.shown(log)}"):
+        status, last_lines = processes.run_logged(command, log, heard)
     if status != 0:
         raise trtllm_build.failure(log, status, last_lines, intent)
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,16 +113,11 @@ def place_licences(settings: Settings, target: Path) -> None:
 
 @contextmanager
 def shown(total_bytes: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar where a terminal watches (and tqdm is there: the host of NVIDIA's container needs none of our packages)."""
+    bar = room.progress(total_bytes, "image")
     try:
-        bar = room.progress(total_bytes, "image") if sys.stderr.isatty() else None
-    except ImportError:
-        bar = None
-    try:
-        yield bar.update if bar else lambda _: None
+        yield bar.update
     finally:
-        if bar:
-            bar.close()
+        bar.close()
 
 
 def check_disk(folder: Path, rooms_bytes: int) -> None:
@@ -237,7 +231,8 @@ def base_of(builder: builders.Builder, base_room: Path, manifest: Mapping[str, A
     if not image:
         image = build_base.base_tag(manifest)
         if not builder.has(image):
-            builder.make_base(base_room / "base.tar", image)
+            with room.waiting("image", f"{builder.name}, which takes the base in"):
+                builder.make_base(base_room / "base.tar", image)
     elif not builder.has(image):
         raise reports.images.base_not_here(image, builder.name)
     elif image.startswith("sha256:"):  # BuildKit's FROM takes no id
@@ -271,9 +266,11 @@ def bake(
         leftover.unlink(missing_ok=True)
     try:
         try:
-            builder.build(context, arguments, labels, building, settings.no_cache)
+            with room.waiting("image", f"{builder.name}, which builds"):
+                builder.build(context, arguments, labels, building, settings.no_cache)
             room.say("image", f"built in {time.monotonic() - started:.0f} s; now in canonical form")
-            builder.save(building, built)
+            with room.waiting("image", f"{builder.name}, which hands the image out"):
+                builder.save(building, built)
         finally:
             if builder.has(building):
                 builder.remove(building)
@@ -284,7 +281,8 @@ def bake(
                     source, below, archive.layers_of(dockerfile), out, [settings.tag], labels, heard
                 )
         built.unlink()
-        builder.load(canonical, settings.tag)
+        with room.waiting("image", f"{builder.name}, which takes the image in"):
+            builder.load(canonical, settings.tag)
         return image
     finally:
         for leftover in (built, canonical):

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
@@ -175,7 +176,7 @@ def _read(child: "subprocess.Popen[str]", lines: "queue.SimpleQueue[Optional[str
 
 
 def bar(size: Mapping[str, int]) -> Any:
-    """A progress bar over both sides' answers where a terminal watches; silent otherwise."""
+    """A progress bar over both sides' answers where a terminal watches; else room.waiting speaks."""
     from tqdm import tqdm
 
     return tqdm(
@@ -219,6 +220,7 @@ def build_verified(settings: Settings) -> None:
         with (
             tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as name,
             bar(size) as done,
+            nullcontext() if sys.stderr.isatty() else room.waiting("verified", "the answers of both sides"),
         ):
             folder = Path(name)
             environment = environment_of_sides(

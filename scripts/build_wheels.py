@@ -23,6 +23,8 @@ PROJECT = Path(__file__).parent.parent
 GLIBC_MINOR = 35
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC_MINOR, 4, -1)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+# Of all lists together, about
+DOWNLOADS = {"cpu": "600 MB", "cuda": "4 GB"}
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,17 @@ def build_wheels(settings: Settings) -> None:
     with room.filling(settings.output, {"base": settings.base}, arguments) as filling:
         python = room.read_manifest(settings.base)["facts"]["python"]
         files = [lock_file(name, python) for name in settings.locks]
-        room.say("wheels", f"for CPython {python}: {', '.join(f'requirements/{file.name}' for file in files)}")
+        lists = ", ".join(f"requirements/{file.name}" for file in files)
+        room.say("wheels", f"for CPython {python}: {lists}; at most {DOWNLOADS[settings.target]} to download")
         requirements = []
         for file in files:
             ingredients.note_path(file)
             requirements.append(filling.path / file.name)
             requirements[-1].write_text(for_target(file.read_text(), settings.target))
-        done = subprocess.run(
-            pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False
-        )
+        with room.waiting("wheels", "pip, which downloads what it has not yet"):
+            done = subprocess.run(
+                pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False
+            )
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
                 -6:

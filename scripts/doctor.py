@@ -22,7 +22,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 from scripts import build_engines, plan, reports, serve
 from scripts.making import container
 from scripts.nvidia import contracts, gpus, memory
-from scripts.room import MANIFEST, human_bytes
+from scripts.room import MANIFEST, human_bytes, human_gpu_bytes
 from scripts.serving import host, toolbox
 from scripts.tokenizer import sentencepiece
 from scripts.weights.folder import check_folder
@@ -327,7 +327,7 @@ def check_gpus_needed(case: Case) -> str:
 
 
 def seen(case: Case) -> str:
-    kinds = {(gpu.name, human_bytes(gpu.memory_bytes), gpu.compute_capability) for gpu in case.host}
+    kinds = {(gpu.name, human_gpu_bytes(gpu.memory_bytes), gpu.compute_capability) for gpu in case.host}
     each = "; ".join(f"{name}: {size}, compute capability {capability}" for name, size, capability in sorted(kinds))
     assumed = " (assumed)" if case.choice["ASSUME_GPU"] else " (a rehearsal)" if case.choice["REHEARSAL"] else ""
     return f"{plan.described(case.host)}{assumed}; {each}"

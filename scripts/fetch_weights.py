@@ -30,7 +30,7 @@ SEGMENT_BYTES = 32 << 20
 TRIES = 6
 RETRY_SECONDS = 0.5
 # Where no terminal watches, a line tells how far it is.
-SAY_SECONDS = 60.0
+SAY_SECONDS = room.SPEAK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def fetch_weights(settings: Settings) -> None:
             here += sum(record.size_bytes for record in filling.kept.values())
             room.say("weights", f"{len(filling.kept)} files are here already, in all {room.human_bytes(here)}; kept")
         _check_disk(filling, missing)
-        with room.progress(total_bytes, "weights") as bar:
+        with room.progress(total_bytes, "weights", spoken=False) as bar:
             bar.update(total_bytes - sum(remote.size_bytes for remote in missing))
             fetch = Fetch(filling, found, bar)
             with _told(fetch, missing):
@@ -295,7 +295,7 @@ def _still_to_come(filling: room.Filling, remotes: List[source.Remote]) -> List[
 
 
 class _told:
-    """Where no terminal watches, says every minute how far it is, how fast, and how long it will take."""
+    """Where no terminal watches, says every SAY_SECONDS how far it is, how fast, and how long it will take."""
 
     def __init__(self, fetch: Fetch, missing: List[source.Remote]) -> None:
         self.fetch, self.ended = fetch, threading.Event()

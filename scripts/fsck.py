@@ -160,7 +160,7 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
     extra = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     extra = [name for name in extra if name not in known]
     if extra:
-        notes.append(f"in no manifest: {reports.some(extra)}")
+        notes.append(f"not in its manifest: {reports.some(extra)}")
     return damages, notes
 
 
@@ -262,14 +262,14 @@ def main() -> Optional[int]:
             if args.json:
                 print(json.dumps(asdict(one)), flush=True)
                 continue
-            says = f"{one.files} files, {room.human_bytes(one.size_bytes)}"
+            says = f"{one.files} {'file' if one.files == 1 else 'files'}, {room.human_bytes(one.size_bytes)}"
             if not one.damages:
-                room.say("fsck", f"{reports.shown(folder)}: {says}, as {one.held_to} says")
+                room.say("fsck", f"{reports.shown(folder)}: {says}, checked against {one.held_to}: no damage")
             for damage in one.damages:
                 part = f", {damage.part}" if damage.part else ""
                 room.say(
                     "fsck",
-                    f"{reports.shown(folder)}: DAMAGED {damage.file}{part}: {damage.expected} expected, {damage.actual}",
+                    f"{reports.shown(folder)}: DAMAGED {damage.file}{part}: expected {damage.expected}, found {damage.actual}",
                 )
             for note in one.notes:
                 room.say("fsck", f"{reports.shown(folder)}: {note}")

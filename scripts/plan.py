@@ -20,7 +20,7 @@ from scripts import build_engines, reports, settings
 from scripts.making import toolchain
 from scripts.nvidia import abilities, contracts, gpus, trtllm_build
 from scripts.nvidia import memory as memory_model
-from scripts.room import human_bytes
+from scripts.room import human_bytes, human_gpu_bytes
 from scripts.serving import launch, toolbox
 from scripts.tokenizer import byte_bpe, sentencepiece
 from scripts.weights.folder import check_folder
@@ -342,14 +342,18 @@ def shares(fit: memory_model.Fit) -> str:
     """What a rank takes of its GPU, as indented lines."""
 
     def between(pair: Tuple[int, int]) -> str:
-        return human_bytes(pair[0]) if pair[0] == pair[1] else f"{human_bytes(pair[0])} to {human_bytes(pair[1])}"
+        return (
+            human_gpu_bytes(pair[0])
+            if pair[0] == pair[1]
+            else f"{human_gpu_bytes(pair[0])} to {human_gpu_bytes(pair[1])}"
+        )
 
     least, most = fit.kv_tokens
     tokens = f"{least}" if least == most else f"{least} to {most}"
     per_token = f"{fit.kv_bytes_per_token} bytes a token, {fit.kv_fraction:.0%} of what is left"
     lines = [
-        ("GPU memory", human_bytes(fit.gpu_bytes), ""),
-        ("weights", human_bytes(fit.weights_bytes), "the embedding whole, the rest shared among the ranks"),
+        ("GPU memory", human_gpu_bytes(fit.gpu_bytes), ""),
+        ("weights", human_gpu_bytes(fit.weights_bytes), "the embedding whole, the rest shared among the ranks"),
         ("activations", between(fit.activation_bytes), "one step of MAX_NUM_TOKENS"),
         ("CUDA, NCCL", between(fit.other_bytes), "and buffers for sampling; NCCL's share is assumed"),
         ("KV cache", f"{tokens} tokens", f"{per_token}; must hold {fit.needed_tokens}"),
@@ -453,7 +457,7 @@ def words(journey: Journey) -> str:
     elif choice.tensorrt:
         lines += [
             "",
-            f"The fullest rank's weights: {human_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? For instance:",
+            f"The fullest rank's weights: {human_gpu_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? For instance:",
             "",
         ]
         lines += ["    " + reports.make("plan", ASSUME_GPU="2x A100-80GB")]

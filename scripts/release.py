@@ -6,14 +6,17 @@ Needs   nothing but the standard library
 
 import argparse
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping, Sequence
 
 from scripts import reports, room
+from scripts.images import builders, signing
 from scripts.nvidia import contracts
 
+BASE_LOCK = Path(__file__).parents[1] / "docker" / "base.txt"
 # What a licence wants to be passed on with the model, as files, and as a text of its own.
 PASSED_ON = ("LICENSE", "USE_POLICY")
 NOTICES = {
@@ -70,6 +73,33 @@ def check_license(license: str, weights: Path) -> None:
             raise reports.images.license_files_missing(license, weights, missing)
 
 
+def unpinned(packages: Sequence[str], pinned: Sequence[str]) -> List[str]:
+    """'+ package' for what a base has and docker/base.txt does not, '- package' for the opposite."""
+    return [f"+ {line}" for line in packages if line not in pinned] + [
+        f"- {line}" for line in pinned if line not in packages
+    ]
+
+
+def check_base(engine: str, base_image: str, builder: str, made: Path) -> None:
+    """The base can be had again: an image by digest, or Debian packages that docker/base.txt pins. made: the room base of Debian's
+    packages, which is compared when it is there; once the image is built, images/dist.py compares it for certain."""
+    if base_image:
+        if "@sha256:" not in base_image:
+            keeper = builders.find_builder(builder)
+            if not keeper.has(base_image):
+                raise reports.images.base_not_here(base_image, keeper.name)
+            if not keeper.digest(base_image):
+                raise reports.images.base_not_pinned([f"{base_image}: a name without a digest"])
+    elif engine == "torch":
+        pinned = BASE_LOCK.read_text().splitlines() if BASE_LOCK.is_file() else []
+        if not pinned:
+            raise reports.images.base_not_pinned(["docker/base.txt is missing or empty"])
+        if (made / "packages.txt").is_file() and room.is_room(made):
+            differ = unpinned((made / "packages.txt").read_text().splitlines(), pinned)
+            if differ:
+                raise reports.images.base_not_pinned(differ[:12])
+
+
 def check_verified(root: Path) -> None:
     """It was these engines that said what Hugging Face's model says."""
     verified = room.read_manifest(root / "verified")
@@ -99,6 +129,12 @@ def main() -> None:
     check_license(args.license, args.weights)
     if args.engine == "tensorrt":
         check_toolchain(args.trtllm_version, args.quant, args.inferred == "accept")
+    # make hands on what was typed
+    target = os.environ.get("TARGET", "").strip() or "cpu"
+    base_image, builder = (os.environ.get(name, "").strip() for name in ("BASE_IMAGE", "BUILDER"))
+    check_base(args.engine, base_image, builder, Path("build") / f"ground-torch-{target}" / "base")
+    if key := os.environ.get("KEY", "").strip():
+        signing.check_key(Path(key))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,20 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from scripts import reports
 from scripts.making import ingredients
+
+# How often a step that takes long says so where no terminal watches
+SPEAK_SECONDS = 10.0
+# A line that is written in place must not wrap.
+TERMINAL_WIDTH = 79
 
 MANIFEST = "manifest.json"
 ARGS = "args"
@@ -112,10 +118,15 @@ def say(room: str, text: str) -> None:
 def human_bytes(size_bytes: float) -> str:
     """9491528 -> '9.5 MB' (decimal units, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
+        if size_bytes < 999.95:  # which would be written as 1000.0
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
+
+
+def human_gpu_bytes(size_bytes: float) -> str:
+    """16944988160 -> '15.8 GiB': what is in a GPU's memory, which nvidia-smi and the GPU's name count in binary units."""
+    return f"{size_bytes / (1 << 30):.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / (1 << 20):.0f} MiB"
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -405,10 +416,64 @@ def _publish(partial: Path, room: Path, old: Path) -> None:
         shutil.rmtree(old)
 
 
-def progress(total_bytes: int, room: str) -> Any:
-    """A progress bar in bytes where a terminal watches; silent otherwise (the two plain lines of the room are enough)."""
-    from tqdm import tqdm
+class Spoken:
+    """The progress of bytes in a log: a line every SPEAK_SECONDS, none for what is done sooner."""
 
-    return tqdm(
-        total=total_bytes, unit="B", unit_scale=True, desc=f"{room:<11}", leave=False, disable=not sys.stderr.isatty()
-    )
+    def __init__(self, total_bytes: int, room: str, spoken: bool = True) -> None:
+        self.total_bytes, self.room, self.spoken, self.done_bytes = total_bytes, room, spoken, 0
+        self.said = time.monotonic()
+
+    def update(self, size_bytes: int) -> None:
+        self.done_bytes += size_bytes
+        if self.spoken and time.monotonic() - self.said >= SPEAK_SECONDS:
+            self.said = time.monotonic()
+            done = f"{human_bytes(self.done_bytes)} of {human_bytes(self.total_bytes)}"
+            print(f"{self.room:<11} {done}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "Spoken":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def progress(total_bytes: int, room: str, spoken: bool = True) -> Any:
+    """A progress bar in bytes where a terminal watches, else Spoken. With update(bytes) and close(). spoken: False where the caller
+    itself writes the lines for a log."""
+    if not sys.stderr.isatty():
+        return Spoken(total_bytes, room, spoken)
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the host of NVIDIA's container needs none of our packages
+        return Spoken(total_bytes, room, spoken)
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"{room:<11}", leave=False)
+
+
+@contextmanager
+def waiting(room: str, awaited: Union[str, Callable[[], str]]) -> Iterator[None]:
+    """Says what is waited for while a step without a measure runs: every SPEAK_SECONDS a line, on a terminal the seconds in place."""
+    over, watched, began = threading.Event(), sys.stderr.isatty(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(1.0 if watched else SPEAK_SECONDS):
+            what = awaited if isinstance(awaited, str) else awaited()
+            line = f"{room:<11} waiting for {what}: {time.monotonic() - began:.0f} s"
+            print(
+                f"\r{line[:TERMINAL_WIDTH]}\033[K" if watched else line,
+                end="" if watched else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
+        if watched:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        speaker.join()

@@ -52,6 +52,17 @@ def beyond(described: Dict[str, Any], root: Path) -> Dict[str, int]:
     }
 
 
+def summary(sums: Dict[str, int]) -> str:
+    """What `beyond` counts, as a sentence."""
+    image, base, rooms, added = (
+        room.human_bytes(sums[f"{name}_bytes"]) for name in ("image", "base", "engines_and_tokenizer", "added")
+    )
+    return (
+        f"The image has {image}: {base} of base, {rooms} of engines and tokenizer, "
+        f"{added} of packages, launcher, configs and passport."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-room", type=Path, required=True)
@@ -68,11 +79,7 @@ def main() -> None:
             print(json.dumps({**described, **sums}, indent=2))
             return
         print("\n".join(table(described)))
-        print(
-            f"\nBeyond its rooms (engines and tokenizer, {room.human_bytes(sums['engines_and_tokenizer_bytes'])}) the image has "
-            f"{room.human_bytes(sums['base_bytes'] + sums['added_bytes'])}; beyond base and rooms {room.human_bytes(sums['added_bytes'])}, "
-            f"{100 * sums['added_bytes'] / (sums['base_bytes'] + sums['engines_and_tokenizer_bytes']):.2f} % of these."
-        )
+        print(f"\n{summary(sums)}")
         return
     builder = builders.find_builder(args.builder)
     builders.kept(builder, described)

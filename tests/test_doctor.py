@@ -147,7 +147,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     is_fine("fit", tensorrt(), "6 requests of MAX_SEQ_LEN 4096")
     is_noted("fit", tensorrt(MODEL="llama-2-13b"), "Tight", "TP=4")
-    stops("fit", tensorrt(TP="1"), "DOES NOT FIT", "13.5 GB", "TP=2")
+    stops("fit", tensorrt(TP="1"), "DOES NOT FIT", "12.6 GiB", "TP=2")
     stops("fit", tensorrt(TOOLCHAIN=NEWEST), "7.0", NEWEST)
     stops("fit", tensorrt(TP="8"), "8 ranks", "4 (4x V100-SXM2-16GB)")
     stops("fit", tensorrt(DTYPE="bfloat16"), "bfloat16")
@@ -180,7 +180,7 @@ def test_weights_of_meta(tmp_path: Path) -> None:
     os.truncate(folder / "consolidated.01.pth", 4_000_000)
     stops("weights", asked, "4000000 bytes", "consolidated.01.pth")
     (folder / "consolidated.01.pth").unlink()
-    stops("weights", asked, "split into 2 files", "here are 1")
+    stops("weights", asked, "split into 2 files", "this folder has 1.")
     (folder / "consolidated.00.pth").rename(folder / "consolidated.01.pth")
     stops("weights", asked, "consolidated.00.pth is missing")
     (folder / "tokenizer.model").unlink()
@@ -245,7 +245,7 @@ def test_gpus_that_the_torch_engine_may_use(programs: Path, monkeypatch: pytest.
 
 
 def test_gpus_that_tensorrt_needs(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_fine("gpus", tensorrt(), "4x V100-SXM2-16GB (assumed)", "16.9 GB", "7.0")
+    is_fine("gpus", tensorrt(), "4x V100-SXM2-16GB (assumed)", "15.8 GiB", "7.0")
     nvidia_smi(programs, ["Tesla V100-SXM2-16GB, 16160, 7.0, 535.183.06"] * 4)
     is_fine("gpus", tensorrt(""), "4x Tesla V100-SXM2-16GB")
     on_path(programs, "nvidia-smi", "echo NVIDIA-SMI has failed; exit 9\n")

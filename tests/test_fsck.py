@@ -65,7 +65,7 @@ def damages(folder: Path, name: str) -> List[Dict[str, Any]]:
 def test_whole_rooms_are_said_to_be_whole(rooms: Path) -> None:
     done = fsck(rooms, "weights", "config", "hf", "checkpoint", "engines")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("as its manifest says") == 4 and "the checksums in them" in done.stdout
+    assert done.stdout.count("checked against its manifest: no damage") == 4 and "the checksums in them" in done.stdout
 
 
 def test_a_flipped_bit_in_any_tensor_of_any_file_is_named(own: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_changed_value_in_a_manifest_ends_in_the_command_and_other_rooms_are_s
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     lines = [line for line in done.stdout.splitlines() if "made from" not in line]
     assert "config: DAMAGED manifest.json" in lines[0] and "checkpoint: DAMAGED manifest.json" in lines[1]
-    assert "as its manifest says" in lines[2] and "engines: DAMAGED config.json" in lines[3]
+    assert "checked against its manifest: no damage" in lines[2] and "engines: DAMAGED config.json" in lines[3]
     assert "3 parts are damaged" in " ".join(done.stderr.split())
     assert done.stderr.strip().splitlines()[-1].strip().endswith("make config")
 
@@ -162,7 +162,7 @@ def test_what_is_no_damage_is_mentioned(own: Path) -> None:
     build_config.build_config(build_config.Settings(own / "weights", own / "config", 64))
     done = fsck(own, "config", "checkpoint")
     assert done.returncode == 0, done.stderr
-    assert "checkpoint: in no manifest: rank7.safetensors" in done.stdout
+    assert "checkpoint: not in its manifest: rank7.safetensors" in done.stdout
     assert "checkpoint: made from another config than lies in" in done.stdout
 
 

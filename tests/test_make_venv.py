@@ -36,7 +36,7 @@ case "$1 ${2:-}" in
     ;;
 esac
 """
-ALL = ["pip run.txt", "pip cpu", "pip torch.txt"]
+ALL = ["pip run.txt", "pip cpu", "pip torch.txt", "pip openai.txt"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def project(tmp_path: Path) -> Path:
     for part in ("Makefile", "scripts", "docker", "models", "model_repo_template"):
         (tmp_path / "project" / part).symlink_to(ROOT / part)
     (tmp_path / "project/requirements").mkdir()
-    for name in ("run", "torch", "torch-cuda", "verify", "test", "dev"):
+    for name in ("run", "torch", "torch-cuda", "openai", "verify", "test", "dev"):
         (tmp_path / f"project/requirements/{name}.txt").write_text(f"{name}==1.0 --hash=sha256:00\n")
     (tmp_path / "bin").mkdir()
     for name in ("python3.12", "python3.11", "python3"):
@@ -103,6 +103,22 @@ def test_it_is_made_once(project: Path) -> None:
     assert (project / ".venv/locks/run.txt").read_text() == (project / "requirements/run.txt").read_text()
 
 
+def test_the_first_installation_says_its_size_and_has_the_endpoints_packages(project: Path) -> None:
+    """Nothing is left to download for `make serve` after the rooms are made."""
+    done = make(project)
+    assert re.search(r"about \d+ MB to download, [\d.]+ GB where", done.stdout), done.stdout
+    assert done.stdout.index("to download") < done.stdout.index("installing")
+    recorded(project)
+    assert make(project, ".venv/locks/openai.txt").returncode == 0
+    assert recorded(project) == []
+
+
+@pytest.mark.parametrize("name", ["run", "openai"])
+def test_each_list_is_installed_once(project: Path, name: str) -> None:
+    assert make(project, f".venv/locks/{name}.txt").returncode == 0
+    assert recorded(project) == ["venv by python3.12", *ALL]
+
+
 @pytest.mark.parametrize("lock", ["run.txt", "torch.txt"])
 def test_a_changed_lock_is_installed_into_it(project: Path, lock: str) -> None:
     made(project)
@@ -132,8 +148,8 @@ def test_many_jobs_install_one_list_at_a_time(project: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     calls = recorded(project)
-    assert calls[:4] == ["venv by python3.12", *ALL]
-    assert sorted(calls[4:]) == ["pip dev.txt", "pip test.txt", "pip verify.txt"]
+    assert calls[:5] == ["venv by python3.12", *ALL]
+    assert sorted(calls[5:]) == ["pip dev.txt", "pip test.txt", "pip verify.txt"]
 
 
 def test_a_given_interpreter_makes_none(project: Path) -> None:
@@ -149,7 +165,7 @@ def test_a_given_interpreter_makes_none(project: Path) -> None:
 def test_the_cpu_wheel_is_tried_first_and_the_cuda_one_brings_its_libraries(project: Path) -> None:
     (project / "requirements/torch.txt").write_text("sympy==1 --hash=sha256:00\ntorch==2.13.0 --hash=sha256:00\n")
     assert make(project, CUDA="1").returncode == 0
-    assert recorded(project) == ["venv by python3.12", *ALL, "pip torch-cuda.txt"]
+    assert recorded(project) == ["venv by python3.12", *ALL[:3], "pip torch-cuda.txt", ALL[3]]
     assert (project.parent / "record.stdin").read_text() == "torch==2.13.0+cpu --hash=sha256:00\n"
 
 
@@ -177,7 +193,9 @@ def test_a_killed_installation_repeats_that_list_alone(
     interrupt(project, target, hangs, number)
     assert make(project, f".venv/locks/{target}.txt").returncode == 0
     assert recorded(project) == (
-        ["pip test.txt over"] if target == "test" else ["pip run.txt", "pip cpu over", "pip torch.txt over"]
+        ["pip test.txt over"]
+        if target == "test"
+        else ["pip run.txt", "pip cpu over", "pip torch.txt over", "pip openai.txt"]
     )
     assert make(project, f".venv/locks/{target}.txt").returncode == 0
     assert recorded(project) == []

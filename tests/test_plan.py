@@ -239,7 +239,7 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
         ({"ASSUME_GPU": A100S, "QUANT": "fp4"}, "QUANT cannot be fp4", ["fp4", "int8_wo"]),
         ({"ASSUME_GPU": A100S, "MAX_SEQ_LEN": "5000"}, "MAX_SEQ_LEN is too large", ["5000", "4096"]),
         ({"ASSUME_GPU": "2x X100"}, "no such GPU", ["X100"]),
-        ({"ASSUME_GPU": V100S, "TP": "1"}, "llama-2-7b does not fit", ["16.9 GB", "13.5 GB", "2048 to 3968 tokens", "4096"]),
+        ({"ASSUME_GPU": V100S, "TP": "1"}, "llama-2-7b does not fit", ["15.8 GiB", "12.6 GiB", "2048 to 3968 tokens", "4096"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -331,7 +331,7 @@ def test_the_torch_engine_is_planned_for_gpus_and_for_none() -> None:
 def test_without_a_gpu_the_plan_says_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "here", list)
     page = plan.words(planned())
-    assert "(the GPU will decide)" in page and "weights: 6.9 GB" in page and "ASSUME_GPU=" in page
+    assert "(the GPU will decide)" in page and "weights: 6.4 GiB" in page and "ASSUME_GPU=" in page
 
 
 def test_several_kinds_of_gpus_are_judged_by_the_smallest_that_is_used() -> None:

@@ -8,6 +8,7 @@ import pytest
 from project import make
 
 from scripts import release, reports, room
+from scripts.images import signing
 from scripts.nvidia import contracts
 
 SOURCES = json.loads((contracts.DOCKER / "contracts/sources.json").read_text())
@@ -42,6 +43,43 @@ def test_a_release_is_asked_what_can_be_known_before_anything_is_made(own_tree: 
     report = refused(*tensorrt)
     assert "TOOLCHAIN 0.8.0 IS PARTLY INFERRED" in report and "contracts/runtime/v0.8.0.json" in report
     assert "INFERRED=accept" in report and "contracts/quantize" not in report
+
+
+def test_base_and_key_are_asked_for_before_anything_is_made(own_tree: Path, tmp_path: Path) -> None:
+    def refused(*words: str) -> str:
+        done = make(own_tree, "release", "VERSION=1.0.0", *words)
+        assert done.returncode != 0 and not (own_tree / "build" / "stories").exists(), done.stdout
+        return done.stderr
+
+    committed(own_tree)
+    assert "COULD NOT SIGN" in refused(f"KEY={tmp_path / 'none.pem'}")
+    (tmp_path / "rsa.pem").write_bytes(
+        subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True).stdout
+    )
+    assert "a private key of another kind" in refused(f"KEY={tmp_path / 'rsa.pem'}")
+    (own_tree / "docker/base.txt").write_text("")
+    committed(own_tree)
+    report = refused()
+    assert "THE BASE IS NOT PINNED" in report and "make lock-base" in report
+
+
+def test_a_base_that_was_made_is_held_to_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = release.BASE_LOCK.read_text()
+    room_of(tmp_path, "base", {}, {})
+    (tmp_path / "base/packages.txt").write_text(pinned)
+    release.check_base("torch", "", "", tmp_path / "base")
+    release.check_base("torch", "", "", tmp_path / "not made yet")
+    (tmp_path / "base/packages.txt").write_text(pinned.replace("base-files 12", "base-files 11"))
+    with pytest.raises(reports.Problem) as caught:
+        release.check_base("torch", "", "", tmp_path / "base")
+    assert "+ base-files 11" in caught.value.seen and "- base-files 12" in caught.value.seen
+    release.check_base("torch", "example.org/base@sha256:00", "", tmp_path / "base")
+
+
+def test_a_key_of_the_right_kind_passes(tmp_path: Path) -> None:
+    command = ["openssl", "ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", str(tmp_path / "key.pem")]
+    subprocess.run(command, check=True)
+    signing.check_key(tmp_path / "key.pem")
 
 
 def test_a_llama_is_passed_on_with_its_licence(own_tree: Path, tmp_path: Path) -> None:

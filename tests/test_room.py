@@ -4,10 +4,14 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
+from project import ROOT
 
 from scripts import reports, room
 
@@ -223,3 +227,63 @@ def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.Monke
     fill(tmp_path / "hf")
     assert written[-1] == room.MANIFEST
     assert json.loads((tmp_path / "hf" / room.MANIFEST).read_text())["room"] == "hf"
+
+
+def test_a_long_step_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(room, "SPEAK_SECONDS", 0.01)
+    spoken = threading.Event()
+    said: List[str] = []
+
+    def awaited() -> str:
+        if len(said) == 2:
+            spoken.set()
+        said.append("")
+        return "a friend"
+
+    with room.waiting("base", awaited):
+        assert spoken.wait(20)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) >= 2 and set(lines) == {"base        waiting for a friend: 0 s"}
+    with pytest.raises(ValueError, match="mine"), room.waiting("base", "a friend"):
+        raise ValueError("mine")
+
+
+def test_a_terminal_sees_the_seconds_in_place() -> None:
+    """In a terminal of its own: one line that is written over, and nothing is left of it."""
+    leader, follower = os.openpty()
+    code = "from scripts import room; over = room.threading.Event()\n"
+    code += "def awaited(): over.set(); return 'a friend'\n"
+    code += "with room.waiting('base', awaited): over.wait()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=follower, timeout=60, check=True)
+    seen = os.read(leader, 1000).decode()
+    os.close(leader)
+    os.close(follower)
+    assert seen.startswith("\rbase        waiting for a friend: 1 s") and seen.endswith("\r\033[K")
+    assert "\n" not in seen
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with room.progress(2_000_000, "hf") as bar:
+        bar.update(500_000)
+        assert capfd.readouterr().err == ""
+        monkeypatch.setattr(room, "SPEAK_SECONDS", 0)
+        bar.update(500_000)
+    assert capfd.readouterr().err == "hf          1.0 MB of 2.0 MB\n"
+    with room.progress(2_000_000, "weights", spoken=False) as bar:
+        bar.update(2_000_000)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "words"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (9491528, "9.5 MB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"),
+     (141 * 10**9, "141.0 GB"), (10**12 - 1, "1.0 TB")],
+)  # fmt: skip
+def test_sizes_are_rounded_to_the_unit_that_they_reach(size_bytes: int, words: str) -> None:
+    assert room.human_bytes(size_bytes) == words
+
+
+def test_the_memory_of_gpus_is_counted_as_nvidia_smi_does() -> None:
+    assert room.human_gpu_bytes(16160 << 20) == "15.8 GiB" and room.human_gpu_bytes(500 << 20) == "500 MiB"

@@ -206,6 +206,18 @@ def test_a_rank_that_stops_while_ending_is_no_success(server: Served) -> None:
     assert "RANK 1 FAILED WHILE ENDING" in "".join(server.lines)
 
 
+def test_a_rank_that_ended_before_the_end_was_asked_for_is_no_success(server: Served) -> None:
+    """`make demo` asks for the end as soon as its stream breaks, often before the supervisor has looked again."""
+    follower = process_of(server, 1)
+    os.kill(follower, signal.SIGKILL)
+    while _runs(follower):
+        pass
+    os.kill(server.supervisor, signal.SIGTERM)
+    assert server.process.wait(30) != 0
+    server.reader.join(5)
+    assert "RANK 1 FAILED WHILE SERVING" in "".join(server.lines)
+
+
 def test_a_second_server_of_the_same_rooms_has_a_log_of_its_own(tree: Path, served: Served) -> None:
     second = serve(tree)
     try:
@@ -251,11 +263,13 @@ def test_it_listens_on_loopback_only(served: Served) -> None:
 def test_a_start_that_takes_too_long_explains_itself(tree: Path, served: Served) -> None:
     [variant] = [path.parent for path in (tree / "build/stories").glob("torch-0.8.0-tp2-float16/model_repo")]
     http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "scripts.serve", "--root", str(variant), "--startup-seconds", "0.3", "--log", "-"]
+    code = "from scripts import reports, room, serve; room.SPEAK_SECONDS = 0.05; reports.run(serve.main)"
+    command = [sys.executable, "-c", code, "--root", str(variant), "--startup-seconds", "0.3", "--log", "-"]
     ports = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     done = subprocess.run([*command, *ports], cwd=tree, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "THE SERVER DID NOT BECOME READY" in done.stderr and "make doctor" in done.stderr
+    assert "serve       waiting for all ranks to load their engines and the text models" in done.stderr
 
 
 def test_a_room_that_was_changed_is_not_served(own_tree: Path) -> None:

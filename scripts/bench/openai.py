@@ -5,6 +5,7 @@ cpu   microseconds of all the endpoint's processes for each streamed token (thei
 """
 
 import argparse
+import functools
 import http.client
 import json
 import os
@@ -54,21 +55,40 @@ def over_grpc(settings: launch.Settings, ids: List[int], tokens: int) -> float:
             outputs=[triton.InferRequestedOutput(name) for name in ("output_ids", "sequence_length")],
             enable_empty_final_response=True,
         )
-        done.wait(600)
+        if not done.wait(600):
+            failures.append("no answer within 600 s")
         client.stop_stream()
     if failures:
         raise reports.serving.request_refused(str(failures[0]))
     return first[0]
 
 
-def over_openai(settings: launch.Settings, ids: List[int], tokens: int) -> float:
+def key_of(settings: launch.Settings) -> Dict[str, str]:
+    """The header with the first of the endpoint's keys, where it has some (API_KEY_FILE, BAKE_API_KEY)."""
+    file = settings.api_key_file
+    lines = Path(file).read_text(encoding="utf-8-sig") if file else os.environ.get("BAKE_API_KEY", "")
+    return {"Authorization": f"Bearer {lines.split()[0]}"} if lines.split() else {}
+
+
+def served_name(settings: launch.Settings) -> str:
+    """What the endpoint calls its model: a folder given as MODEL has another name than its rooms."""
+    connection = http.client.HTTPConnection(settings.reached_at, settings.openai_port, timeout=60)
+    connection.request("GET", "/v1/models", headers=key_of(settings))
+    answer = connection.getresponse()
+    said = answer.read()
+    if answer.status != 200:
+        raise reports.serving.request_refused(said[-300:].decode(errors="replace"))
+    return str(json.loads(said)["data"][0]["id"])
+
+
+def over_openai(settings: launch.Settings, ids: List[int], tokens: int, model: str) -> float:
     """The same answer through the endpoint; seconds until its first token."""
     # with a bias the end token is never chosen: every stream has all its tokens
-    asked = {"model": settings.root.parent.name, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
+    asked = {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
     connection = http.client.HTTPConnection(settings.reached_at, settings.openai_port, timeout=600)
     body = json.dumps({**asked, "logit_bias": {"2": -100}, "stream_options": {"include_usage": True}})
     began = time.monotonic()
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", **key_of(settings)})
     answer = connection.getresponse()
     first = answer.read1()
     seconds = time.monotonic() - began
@@ -81,14 +101,26 @@ def over_openai(settings: launch.Settings, ids: List[int], tokens: int) -> float
 def together(
     one: Callable[..., float], settings: launch.Settings, ids: List[int], tokens: int, count: int
 ) -> Dict[str, float]:
-    """Tokens a second of `count` answers at once, and the median time until a first token."""
+    """Tokens a second of `count` answers at once, and the median time until a first token. When one fails there are no numbers:
+    its Problem is raised."""
     firsts: List[float] = []
-    threads = [threading.Thread(target=lambda: firsts.append(one(settings, ids, tokens))) for _ in range(count)]
+    failures: List[BaseException] = []
+
+    def ask() -> None:
+        try:
+            firsts.append(one(settings, ids, tokens))
+        except (reports.Problem, OSError, http.client.HTTPException) as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
     began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failures:
+        failed = next((one for one in failures if isinstance(one, reports.Problem)), None)
+        raise failed or reports.serving.server_not_there("the OpenAI-compatible endpoint", str(failures[0]))
     seconds = time.monotonic() - began
     return {"tokens_per_second": count * tokens / seconds, "first_token_ms": 1000 * float(np.median(firsts))}
 
@@ -110,7 +142,10 @@ def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, A
             raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
         endpoint = serving.endpoint_pid
         ids = [1, 403, 407, 261, 378]
-        ways = {"grpc": over_grpc, "openai": over_openai}
+        ways: Dict[str, Callable[..., float]] = {
+            "grpc": over_grpc,
+            "openai": functools.partial(over_openai, model=served_name(settings)),
+        }
         for one in ways.values():
             together(one, settings, ids, tokens, streams)  # warm
         for count in (1, streams):

@@ -27,7 +27,6 @@ from scripts.images.sbom import bill_of_materials, packages_in
 from scripts.images.signing import sign
 
 PROJECT = Path(__file__).parents[2]
-BASE_LOCK = PROJECT / "docker" / "base.txt"
 SUMS = "SHA256SUMS"
 
 
@@ -120,9 +119,8 @@ def check_base(base: Path, about: Mapping[str, Any]) -> None:
         if not facts.get("digest") and "@sha256:" not in facts["image"]:
             raise reports.images.base_not_pinned([f"{facts['image']}: a name without a digest"])
         return
-    here = (base / "packages.txt").read_text().splitlines()
-    pinned = BASE_LOCK.read_text().splitlines() if BASE_LOCK.is_file() else []
-    differ = [f"+ {line}" for line in here if line not in pinned] + [f"- {line}" for line in pinned if line not in here]
+    pinned = release.BASE_LOCK.read_text().splitlines() if release.BASE_LOCK.is_file() else []
+    differ = release.unpinned((base / "packages.txt").read_text().splitlines(), pinned)
     if differ:
         raise reports.images.base_not_pinned(differ[:12])
 
@@ -208,14 +206,5 @@ def main() -> None:
     )
 
 
-"""Writes dist/<model>-<version>/: the image as an OCI archive, and what a company asks of it. `make release VERSION=x.y.z [KEY=file]`.
-
-Reads   the room image and the rooms before it; docker/base.txt; the image from docker or buildah; git
-Writes  image.oci.tar, passport.json, sbom.cdx.json, provenance.intoto.json, RELEASE.md, SHA256SUMS; with KEY their signatures
-Needs   cyclonedx-python-lib; openssl, to sign
-
-Nothing in it has the time of its making: the same commit and rooms give the same files (signatures apart: ECDSA's are new each time).
-Formats: OCI image layout; CycloneDX 1.6; in-toto Statement v1 with SLSA provenance v1; cosign's (specs/SIGNATURE_SPEC.md, sign-blob, DSSE).
-"""
 if __name__ == "__main__":
     reports.run(main)

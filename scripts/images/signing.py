@@ -34,6 +34,13 @@ def openssl(key: Path, *words: str, data: Optional[bytes] = None) -> bytes:
     return done.stdout
 
 
+def check_key(key: Path) -> None:
+    """A key that cosign's formats can be signed with: EC on P-256, and openssl can read it."""
+    said = openssl(key, "pkey", "-in", str(key), "-noout", "-text")
+    if b"P-256" not in said:
+        raise reports.images.not_signed(key, "a private key of another kind")
+
+
 def sign(key: Path, folder: Path, statement: bytes, image: image_archive.Image, name: str) -> None:
     """cosign's: a signature of the archive (sign-blob), of the image (simple signing), and of the provenance (DSSE)."""
     (folder / "cosign.pub").write_bytes(openssl(key, "pkey", "-in", str(key), "-pubout"))

@@ -1,7 +1,8 @@
 """What NVIDIA's GPUs of this machine are, as nvidia-smi tells it, or what ASSUME_GPU says they would be.
 
 docker/gpus.json holds what can be assumed. Its memory_mib is memory.total of nvidia-smi (Modal's table "Actual, MiB" at
-thundergolfer.com/blog/nvidia-gpu-memory-capacity for T4 to H200, outputs in public repositories for A30 and B200); of a V100 drivers have
+thundergolfer.com/blog/nvidia-gpu-memory-capacity for T4 to H200, outputs in public repositories, several for each and all the same, for
+A10, A30, A40, L40, B200 and the RTX cards, whose bridges are not assumed); of a V100 drivers have
 reported two values, the table has the smaller one, which CUDA also reports. compute_capability is NVIDIA's list,
 developer.nvidia.com/cuda-gpus. nvlink: four of them on one host are linked pairwise.
 """

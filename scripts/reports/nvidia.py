@@ -79,8 +79,9 @@ def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes
     return Problem(
         "engines do not fit this GPU",
         engines,
-        f"{gpu} has {gpu_bytes / 1e9:.1f} GB; the weights of one rank take {weights_bytes / 1e9:.1f} GB. Beside one step and CUDA "
-        f"itself, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so the engines would not start.",
+        f"{gpu} has {gpu_bytes / (1 << 30):.1f} GiB; the weights of one rank take {weights_bytes / (1 << 30):.1f} GiB. "
+        f"Beside one step and CUDA itself, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so the engines would "
+        "not start.",
         "See the numbers, and what would fit:",
         make("plan"),
     )

@@ -152,6 +152,18 @@ def server_not_there(address: str, reason: str) -> Problem:
     )
 
 
+def answer_cut_off(address: str, reason: str) -> Problem:
+    """reason: gRPC's words. A GOAWAY with error code 0 says that tritonserver was told to end, as mpirun does when a rank has ended."""
+    return Problem(
+        "the answer stopped in the middle",
+        address,
+        f"The server closed the connection before the answer was complete: {reason.splitlines()[0] if reason else 'no reason given'}\n\n"
+        "Usually a rank has failed or the server was ended. The terminal of `make serve` and serve.log say which.",
+        "If it does not serve any more, start it again:",
+        make("serve"),
+    )
+
+
 def request_refused(reason: str) -> Problem:
     return Problem(
         "the server refused the request",

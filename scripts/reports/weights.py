@@ -207,7 +207,7 @@ def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
         "weight files are missing",
         folder,
         f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, judging by the "
-        f"size of their tensors; {found} are here.",
+        f"size of their tensors; this folder has {found}.",
         "Fetch the others, and check again:",
         look(folder),
     )

@@ -131,6 +131,12 @@ class Ranks:
             return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 
+    def settled_failure(self) -> Optional[Tuple[int, str]]:
+        """As failure(), after the moment in which a process is gone and it is not yet known whose end was the first."""
+        while (failure := self.failure()) is None and self.gone_since is not None:
+            time.sleep(0.05)
+        return failure
+
     def drain(self, timeout_seconds: float) -> bool:
         """Let rank 0 finish its requests; True when none was cut off. A Problem when a rank fails meanwhile.
 

@@ -88,12 +88,16 @@ class Supervisor:
                 try:
                     if opens:
                         self.endpoint = Endpoint(self.settings, os.environ, Path(folder), log)
-                    self._wait_until_ready(ranks, started)
+                    with room.waiting("serve", self._awaited):
+                        self._wait_until_ready(ranks, started)
                     if not self.asked_to_end.is_set():
                         seconds = time.monotonic() - started
                         self._announce(world_size, seconds)
                         self._tell_ready(seconds)
                         self._watch(ranks)
+                        # A client that lost its stream (make demo) may have asked for the end before we saw why it was lost.
+                        if failure := ranks.settled_failure():
+                            raise reports.serving.rank_failed(*failure, "while serving", ranks.tail(failure[0]))
                     # clients may ask as soon as the models are loaded, a moment before the server calls itself ready
                     if self.loaded.is_set():
                         room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
@@ -128,6 +132,12 @@ class Supervisor:
                 time.sleep(0.05)
         finished = self.endpoint is None or self.endpoint.process.poll() == 0
         return ranks.drain(max(UNLOAD_SECONDS, deadline - time.monotonic())) and finished
+
+    def _awaited(self) -> str:
+        """What the start waits for, in words."""
+        if self.answered.is_set() or not self.loaded.is_set():
+            return "all ranks to load their engines and the text models"
+        return "the first token through all ranks"
 
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""

@@ -62,6 +62,9 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("2x H100", 2, "H100-80GB", "9.0"),
         ("8 x h200", 8, "H200-141GB", "9.0"),
         ("L4", 1, "L4", "8.9"),
+        ("A10", 1, "A10", "8.6"),
+        ("4x rtx-4090", 4, "RTX-4090", "8.9"),
+        ("2x RTX-PRO", 2, "RTX-PRO-6000", "12.0"),
     ],
 )
 def test_assumed_gpus_are_those_named(text: str, count: int, name: str, capability: str) -> None:

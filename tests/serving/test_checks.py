@@ -62,8 +62,8 @@ def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
 @pytest.mark.parametrize(
     "check, changed, seen, command",
     [
-        (checks.check_gpus, {"gpus": [GPU]}, ("2 ranks", "here is 1"), "make serve TP=1"),
-        (checks.check_gpus, {"gpus": []}, ("2 ranks", "here are 0"), "make doctor"),
+        (checks.check_gpus, {"gpus": [GPU]}, ("2 ranks", "this machine has 1: "), "make serve TP=1"),
+        (checks.check_gpus, {"gpus": []}, ("2 ranks", "this machine has 0."), "make doctor"),
         (
             checks.check_gpus,
             {"gpus": [GPU, gpus.Gpu("NVIDIA A100", 80 << 30, "8.0", "535.1")]},

@@ -13,6 +13,7 @@ PARTS = (
     "LICENSE",
     "README.md",
     "docker",
+    "docs",
     "models",
     "model_repo_template",
     "requirements",

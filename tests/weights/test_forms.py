@@ -232,9 +232,7 @@ def test_padding_is_asked_for_and_only_where_config_json_can_say_the_head_size(t
     assert "the number of key/value heads is 3" in caught.value.seen and "PAD_HEADS=on" in caught.value.seen
     with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room", 2, "0.8.0", pad_heads=True)
-    assert (
-        "8 heads of 16 are not the 96 of hidden_size" in caught.value.seen and "TOOLCHAIN=1.2.1" in caught.value.command
-    )
+    assert "8 heads of 16 do not make hidden_size 96" in caught.value.seen and "TOOLCHAIN=1.2.1" in caught.value.command
     assert why_impossible(LlamaShape(96, 121, 2, 6, 3, 312), 2, pad_heads=True) is not None
 
 
