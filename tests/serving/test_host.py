@@ -32,6 +32,11 @@ class Proxy:
     seen: List[str]
 
 
+def settings_on(ports: List[int]) -> Settings:
+    http, grpc, metrics = ports
+    return Settings(Path("."), "127.0.0.1", http, grpc, metrics)
+
+
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
     seen: List[str] = []
@@ -101,7 +106,7 @@ def test_one_of_two_servers_that_start_at_once_serves_and_the_other_names_the_po
 
 
 def test_a_claimed_port_is_a_report_and_is_free_again_after_the_server() -> None:
-    settings = Settings(Path("."), "127.0.0.1", *free_ports(3))
+    settings = settings_on(free_ports(3))
     claims = host.reserve_ports(settings)
     with pytest.raises(reports.Problem, match=f"port {settings.http_port} cannot be used"):
         host.reserve_ports(settings)

@@ -31,7 +31,7 @@ from ranks import Alone, MpiRanks  # noqa: E402
 from split_checkpoint import write_engine  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-NETWORK = {
+NETWORK: dict[str, Any] = {
     "dtype": "float32", "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
     "max_position_embeddings": 200,
@@ -107,7 +107,7 @@ def give_way() -> None:
         setattr(builder, name, patient(getattr(builder, name)))
 
 
-def random_hf() -> dict[str, np.ndarray]:
+def random_hf() -> dict[str, np.ndarray[Any, Any]]:
     chance = np.random.default_rng(3)
     head, hidden, inner, vocab = (
         NETWORK["head_dim"],
@@ -116,7 +116,7 @@ def random_hf() -> dict[str, np.ndarray]:
         NETWORK["vocab_size"],
     )
     rows = {"q": 8 * head, "k": 2 * head, "v": 2 * head}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "lm_head.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -143,7 +143,7 @@ def requests(few: bool) -> list[dict[str, Any]]:
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:
-        return chance.integers(3, NETWORK["vocab_size"], length).tolist()
+        return [int(token) for token in chance.integers(3, NETWORK["vocab_size"], length)]
 
     if few:
         return [{"prompt": prompt(5), "max_new_tokens": 3}, {"prompt": prompt(70), "max_new_tokens": 2}]

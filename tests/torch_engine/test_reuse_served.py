@@ -11,7 +11,7 @@ ENDINGS = ("One day", "Her mom", "One day", "The dog")
 
 
 @pytest.fixture(scope="module", params=["off", "on"])
-def served(request: pytest.FixtureRequest, tree: Path):
+def served(request: pytest.FixtureRequest, tree: Path) -> None:
     running = serve(tree, "TP=2", f"KV_REUSE={request.param}")
     yield request.param, running
     end_tree_of(running.process.pid)
@@ -24,7 +24,7 @@ def reused(running: Served) -> float:
 TEXTS: dict[str, list[str]] = {}
 
 
-def test_shared_beginnings_change_no_answer(served: tuple[str, Served]):
+def test_shared_beginnings_change_no_answer(served: tuple[str, Served]) -> None:
     how, running = served
     asked = [{"text_input": BEGINNING + ending, "max_tokens": 12} for ending in ENDINGS]
     TEXTS[how] = [running.post("ensemble", **body)["text_output"] for body in asked]
