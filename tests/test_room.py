@@ -220,7 +220,7 @@ def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.Monke
     written: List[str] = []
     write_synced = room.write_synced
 
-    def noted(path: Path, data: str) -> None:
+    def noted(path: Path, data: bytes) -> None:
         written.append(path.name)
         write_synced(path, data)
 

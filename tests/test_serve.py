@@ -27,7 +27,7 @@ from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
 
-LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
+LONG: Dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def two_sides(ours: float, theirs: float) -> Dict[str, Any]:
     return {**documented, "rows": rows}
 
 
-def test_the_page_says_what_was_reached_and_what_was_not():
+def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert bench_page.reached(two_sides(110.0, 100.0)) == ["Ahead of vLLM, through the same API, at 1 of 1 loads."]
     [said] = bench_page.reached(two_sides(50.0, 100.0))
     assert "at 0 of 1 loads; behind" in said and "8 x 128+128 (0.50)" in said
@@ -165,14 +165,14 @@ def test_the_page_says_what_was_reached_and_what_was_not():
     assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
 
 
-def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other():
+def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other() -> None:
     values = {13565.0: "13,600", 342.1: "342", 14.811: "14.8", 0.5064: "0.506", 1.0: "1.00"}
     assert {value: bench_page.significant(value) for value in values} == values
     placed = bench_page.spread([100.0, 100.0, 101.0, 300.0])
     assert placed == sorted(placed) and min(b - a for a, b in zip(placed, placed[1:])) >= bench_page.LABEL_HEIGHT - 1e-6
 
 
-def test_every_round_has_a_number():
+def test_every_round_has_a_number() -> None:
     def one(began: float, seconds: float) -> Dict[str, Any]:
         return {"began": began, "arrivals": [began + seconds / 2, began + seconds], "tokens": [1, 9]}
 
@@ -180,7 +180,7 @@ def test_every_round_has_a_number():
     assert bench.summary([one(0, 1), one(1, 1), one(2, 2)])["rounds_low"] == 5.0
 
 
-def test_an_answer_in_pieces_becomes_a_request():
+def test_an_answer_in_pieces_becomes_a_request() -> None:
     """A piece carries one token or, when the client is slow, some; the last line tells how many there were."""
     assert completions.times(1.0, [1.5, 2.0], 5) == {"began": 1.0, "arrivals": [1.5, 2.0], "tokens": [1, 4]}
     assert sum(completions.times(1.0, [1.5, 2.0, 2.5], 2)["tokens"]) == 2
@@ -188,7 +188,7 @@ def test_an_answer_in_pieces_becomes_a_request():
         completions.times(1.0, [], 0)
 
 
-def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Path):
+def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Path) -> None:
     config, weights = tmp_path / "config", tmp_path / "weights"
     config.mkdir()
     weights.mkdir()

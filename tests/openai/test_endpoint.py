@@ -192,7 +192,7 @@ def test_log_probabilities_are_the_engines_and_cover_the_text(served: Served) ->
 def test_sampling_follows_the_request(served: Served) -> None:
     def say(**more: Any) -> str:
         asked: Dict[str, Any] = {"model": "stories", "prompt": "One day", "max_tokens": 24, **more}
-        return client(served).completions.create(**asked).choices[0].text
+        return str(client(served).completions.create(**asked).choices[0].text)
 
     greedy = say(temperature=0)
     assert greedy == say(temperature=0, seed=5) == say(top_p=0) == say(extra_body={"top_k": 1})
@@ -291,7 +291,7 @@ def test_what_the_template_refuses_is_told(chatting: Served) -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-OK = {"model": "stories", "prompt": "Once", "max_tokens": 2}
+OK: Dict[str, Any] = {"model": "stories", "prompt": "Once", "max_tokens": 2}
 WRONG: List[Tuple[Dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 404, "model"),
     ({"temperature": 2.1}, 400, "temperature"),

@@ -366,11 +366,12 @@ def test_a_step_that_failed_leaves_nothing_to_share(
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     opened = open_engine(written, reuse=True)
     assert isinstance(opened, Engine)
-    prompt, step = some_tokens(50, 4), opened._model.step
+    model: Any = opened._model
+    prompt, step = some_tokens(50, 4), model.step
 
     def half_done(chunks: list[tuple[int, int]]) -> None:
         step(chunks)
-        for keys in opened._model.keys:
+        for keys in model.keys:
             keys.fill_(7)
         raise RuntimeError("half done")
 

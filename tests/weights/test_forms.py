@@ -46,7 +46,8 @@ def published(folder: Path, **changed: Any) -> Path:
         "num_key_value_heads": 3,
     }
     config = LlamaConfig(**{**sizes, "vocab_size": 312, "max_position_embeddings": 256, **changed})
-    LlamaForCausalLM(config).half().save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.float16).save_pretrained(folder)
     write_model(folder / "meta")
     (folder / "meta/tokenizer.model").rename(folder / "tokenizer.model")
     return folder
@@ -143,7 +144,7 @@ def joined(room: Path, source: Path) -> Any:
         config["head_size"],
         config["mapping"]["tp_size"],
     )
-    llama = AutoModelForCausalLM.from_pretrained(source).config
+    llama: Any = AutoModelForCausalLM.from_pretrained(source).config
     llama.num_attention_heads, llama.num_key_value_heads, llama.head_dim, llama.tie_word_embeddings = (
         heads,
         kv_heads,
