@@ -85,7 +85,7 @@ def without_gpu() -> None:
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment, misc]
     # up to 2 rows are pushed, more are read from the others; both happen
     gpu_llama.SPARE_BYTES, gpu_llama.PUSH_ROWS = 0, 2
     vars(gpu_llama)["PROMPT_SIZES"] = (16, 64)
