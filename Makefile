@@ -196,8 +196,10 @@ test-long: $(TESTED) ## property tests and fuzzers, fifty times as long (about h
 	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),$(LONG))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
-lint: $(call has,run openai test dev) ## ruff, mypy, shellcheck, mbake, hadolint
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests && $(PY) -m mypy
+lint: $(call has,run openai test dev) ## ruff, mypy, import-linter, shellcheck, mbake, hadolint
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests model_repo_template
+	@$(PY) -m mypy && for folder in model_repo_template/*/1; do $(PY) -m mypy $$folder/*.py; done
+	@$(dir $(PY))lint-imports --no-logo
 	@$(dir $(PY))shellcheck scripts/*.sh scripts/openai/vendored/*.sh .ci/run && $(dir $(PY))mbake validate Makefile \
 	  && $(dir $(PY))hadolint docker/Dockerfile docker/serving.Dockerfile
 lock-base: $(GROUND)/base/manifest.json ## pin the Debian packages of the image's base, in docker/base.txt

@@ -223,7 +223,7 @@ def model_config_type() -> Any:
         from tritonclient.grpc import model_config_pb2
 
         return model_config_pb2.ModelConfig
-    from google.protobuf import descriptor_pool, message_factory  # type: ignore[import-untyped]
+    from google.protobuf import descriptor_pool, message_factory
 
     pool = descriptor_pool.DescriptorPool()
     ingredients.note_path(MODEL_CONFIG)

@@ -22,6 +22,7 @@ from scripts.nvidia import contracts
 from scripts.room import read_manifest
 from scripts.weights import cast, split
 from scripts.weights import safetensors as safetensors_file
+from scripts.weights import shape as shapes
 from scripts.weights.shape import LlamaShape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hf_room(folder: Path, dims: Dims = GROUPED, dtype: str = "float16") -> Path:
-    build_hf.build_hf(build_hf.Settings(write_model(folder / "meta", dims, TYPES[dtype]), folder / "hf"))
+    build_hf.build_hf(build_config.Settings(write_model(folder / "meta", dims, TYPES[dtype]), folder / "hf"))
     return folder / "hf"
 
 
@@ -183,8 +184,8 @@ SHAPES = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(shape=SHAPES, tp_size=st.integers(1, 12))
 def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: int) -> None:
-    if build_checkpoint.why_impossible(shape, tp_size):
-        assert tp_size not in build_checkpoint.possible_tp_sizes(shape)
+    if shapes.why_impossible(shape, tp_size):
+        assert tp_size not in shapes.possible_tp_sizes(shape)
         return
     hf = {name: np.arange(math.prod(size)).reshape(size) + 1 for name, size in shape.hf_tensors().items()}
 
@@ -434,7 +435,7 @@ def test_weights_that_change_while_they_are_read_make_no_checkpoint(
     monkeypatch.setattr(safetensors_file, "SYNC_BYTES", 20_000)
     folder = write_model(tmp_path / "meta")
     if form == "hf":
-        build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+        build_hf.build_hf(build_config.Settings(folder, tmp_path / "hf"))
         folder = tmp_path / "hf"
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     asked = build_checkpoint.Settings(tmp_path / "config", tmp_path / "checkpoint", 2, "0.8.0", weights=folder)
@@ -542,7 +543,7 @@ def test_no_tensor_is_ever_whole_in_memory(tmp_path: Path, monkeypatch: pytest.M
         plain(fd, data)
 
     monkeypatch.setattr(safetensors_file, "_write_all", recorded)
-    build_hf.build_hf(build_hf.Settings(write_model(tmp_path / "meta", n_shards=4), tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(write_model(tmp_path / "meta", n_shards=4), tmp_path / "hf"))
     build(tmp_path / "hf", tmp_path / "checkpoint", 4, "float32")
     assert len(sizes) == 5
     for file, (_header, *blocks) in sizes.items():

@@ -11,7 +11,7 @@ import pytest
 import stand_ins
 from synthetic import GROUPED, write_model
 
-from scripts import build_checkpoint, build_engines, build_hf, reports, room
+from scripts import build_checkpoint, build_config, build_engines, build_hf, reports, room
 from scripts.nvidia import contracts, gpus
 
 VERSIONS = contracts.versions()
@@ -23,7 +23,7 @@ A100 = "NVIDIA A100-SXM4-80GB, 81920, 8.0, 550.54.15"
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model as a checkpoint of every version, TP=2; its dimensions all differ."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    build_hf.build_hf(build_hf.Settings(write_model(folder / "meta", GROUPED), folder / "hf"))
+    build_hf.build_hf(build_config.Settings(write_model(folder / "meta", GROUPED), folder / "hf"))
     for version in VERSIONS:
         build_checkpoint.build_checkpoint(build_checkpoint.Settings(folder / "hf", folder / version, 2, version))
     return folder
@@ -59,7 +59,7 @@ def after(words: List[str], flag: str) -> str:
 @pytest.mark.parametrize("engine, taken", [("tensorrt", False), ("torch", True)])
 def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, taken: bool) -> None:
     """enable_chunked_context is false in every model repository that we fill; the torch engine cuts prompts by itself."""
-    asked = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
+    asked: Dict[str, Any] = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
     settings = build_engines.Settings(Path(), Path(), engine, "0.14.0", **asked)
     if taken:
         assert build_engines.limits(settings, 64)["max_num_tokens"] == 23
@@ -263,7 +263,7 @@ def test_another_tensorrt_llm_than_asked_for_is_refused_before_building(
     checkpoints: Path, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"tensorrt_llm": "0.12.0.dev2024080600", "tensorrt": "10.3.0"}
-    monkeypatch.setattr(build_engines.importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
     stand_ins.nvidia_smi(programs, [V100])
     stand_ins.trtllm_build(programs, "0.14.0")
     problem = refused(checkpoints / "0.14.0", tmp_path / "engines", "0.14.0")

@@ -35,7 +35,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(weights: Path, room: Path, **settings: Any) -> Path:
-    build_hf.build_hf(build_hf.Settings(weights, room, **settings))
+    build_hf.build_hf(build_config.Settings(weights, room, **settings))
     return room
 
 
@@ -186,8 +186,8 @@ def test_a_large_model_goes_into_several_files_with_an_index(tmp_path: Path, mon
 
 def test_the_bundled_model_tells_its_story_and_its_tokenizer_reads_as_sentencepiece(tmp_path: Path) -> None:
     room = build(STORIES, tmp_path / "hf", max_position_embeddings=512)
-    tokenizer = AutoTokenizer.from_pretrained(room)
-    model = AutoModelForCausalLM.from_pretrained(room, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(room)
+    model: Any = AutoModelForCausalLM.from_pretrained(room, dtype=torch.float32)
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     assert sorted(tokenizer("Once upon a time")) == ["attention_mask", "input_ids"]
     text = tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
@@ -320,7 +320,7 @@ def edit_json(**changed: Any) -> Callable[[Path], None]:
     return edit
 
 
-def edit_shard(change: Callable[[Tensors], None], index: int = 0) -> Callable[[Path], None]:
+def edit_shard(change: Callable[[Tensors], object], index: int = 0) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / f"consolidated.{index:02d}.pth"
         tensors = torch.load(path, weights_only=True)

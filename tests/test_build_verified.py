@@ -357,14 +357,14 @@ def test_a_side_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_missing_package_is_a_report_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(reports.Problem) as caught:
         build_verified.check_packages("torch", "0.8.0")
     assert caught.value.command.endswith("-r requirements/verify.txt")
 
 
 def test_a_container_without_what_belongs_to_it_is_not_repaired_with_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_verified.importlib.util, "find_spec", lambda name: None if name == "tensorrt_llm" else 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorrt_llm" else 1)
     build_verified.check_packages("torch", "0.14.0")
     with pytest.raises(reports.Problem, match="tensorrt_llm") as caught:
         build_verified.check_packages("tensorrt", "0.14.0")

@@ -13,9 +13,9 @@ import sys
 import threading
 import urllib.parse
 from base64 import b64encode
-from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
@@ -39,7 +39,7 @@ class Web:
         self.files: Dict[str, bytes] = {}
         self.ranges = True
         self.tells_version = True  # by an ETag of the content
-        self.spoil: Callable[[str, int], Optional[Tuple[str, int]]] = lambda path, start: None
+        self.spoil: Callable[[str, int], Optional[Tuple[str, Any]]] = lambda path, start: None
         self.asked: List[Tuple[str, int, str]] = []  # path, first byte, query
         self.headers: List[Dict[str, str]] = []
         self.lock = threading.Lock()
@@ -63,8 +63,8 @@ class Web:
                 if data is None:
                     return self.answer(404, b"not here")
                 if spoilt and spoilt[0] == "flip":
-                    data = bytearray(data)
-                    data[spoilt[1]] ^= 1
+                    at = spoilt[1]
+                    data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
                 if spoilt and spoilt[0] == "packed":
                     return self.answer(200, gzip.compress(bytes(data)), spoilt)
                 if not web.ranges or found is None or self.headers.get("If-Range", self.etag(data)) != self.etag(data):
@@ -247,7 +247,7 @@ def test_after_kill_9_the_same_command_goes_on(meta: Web, model: Dict[str, bytes
             killed.wait(60)
 
     killed = threading.Event()
-    meta.spoil = slow  # type: ignore[assignment]
+    meta.spoil = slow
     code = "from scripts import reports, fetch_weights as f\nf.SEGMENT_BYTES = 10_000\nf.CONNECTIONS = 1\nreports.run(f.main)"
     command = [sys.executable, "-c", code, "--source=meta:llama-2-7b", "--output", str(tmp_path / "weights")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -265,7 +265,7 @@ def test_a_server_that_ignores_ranges_is_read_by_one_connection(
     meta: Web, model: Dict[str, bytes], tmp_path: Path
 ) -> None:
     meta.ranges = False
-    broken = []
+    broken: List[Any] = []
 
     def once(path: str, start: int) -> Optional[Tuple[str, int]]:
         if "00.pth" in path and len(broken) < 3:
@@ -311,7 +311,7 @@ def test_an_error_page_is_no_checklist(meta: Web, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_before_anything_is_fetched(
     meta: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(500_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
     assert "THE DISK IS TOO SMALL" in problem.report() and "Nothing was fetched" in problem.seen
     assert "798.0 kB must still be downloaded; 500.0 kB are free" in problem.seen
@@ -345,7 +345,7 @@ def test_what_a_full_disk_cut_off_is_not_counted_again(
     with pytest.raises(OSError, match="No space left"):  # the weights are there, and what tells so finds no place
         fetch(f"{web.url}/m", tmp_path / "weights")
     monkeypatch.setattr(room.Filling, "note", plain_note)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(5_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000))
     assert files_of(fetch(f"{web.url}/m", tmp_path / "weights")) == files
 
 
@@ -660,7 +660,7 @@ def test_a_whole_file_in_place_of_a_part_without_its_version_is_not_taken_for_th
         if start:
             web.ranges = web.tells_version = False
 
-    web.spoil = forgets  # type: ignore[assignment]
+    web.spoil = forgets
     assert "the source now has one without a version" in refused(changing.source, tmp_path / "weights").seen
 
 
@@ -771,7 +771,8 @@ def test_a_folder_without_weights_is_refused(names: List[str], web: Web, tmp_pat
 def test_another_make_that_fetched_it_meanwhile_is_enough(
     meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, asked = meta_source.Meta.files, []
+    plain = meta_source.Meta.files
+    asked: List[Any] = []
 
     def files(of: meta_source.Meta) -> List[source.Remote]:
         remotes = plain(of)

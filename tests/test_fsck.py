@@ -24,7 +24,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rooms")
     write_model(folder / "weights", n_shards=2)
     build_config.build_config(build_config.Settings(folder / "weights", folder / "config"))
-    build_hf.build_hf(build_hf.Settings(folder / "weights", folder / "hf"))
+    build_hf.build_hf(build_config.Settings(folder / "weights", folder / "hf"))
     settings = build_checkpoint.Settings(
         folder / "config", folder / "checkpoint", 2, "0.8.0", weights=folder / "weights"
     )

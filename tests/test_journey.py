@@ -5,6 +5,7 @@ import queue
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any, Dict
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_the_printed_curl_line_works(served: Served) -> None:
 
 
 def test_generate_and_generate_stream_and_grpc_say_the_same(served: Served) -> None:
-    request = {"text_input": "Once upon a time", "max_tokens": 32}
+    request: Dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 32}
     whole = served.post("ensemble", **request, bad_words="", stop_words="", pad_id=2, end_id=2)
     assert whole["text_output"].startswith(STORY)
     pieces = [event["text_output"] for event in served.stream("ensemble", **request, stream=True)]

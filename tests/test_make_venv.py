@@ -311,7 +311,7 @@ def test_the_pinned_lists_are_complete(tmp_path: Path) -> None:
     for name in re.findall(r"^([\w.-]+)==", locks, re.MULTILINE):
         for top in {file.parts[0] for file in metadata.distribution(name).files or [] if file.parts[0] != ".."}:
             if top != "__pycache__":
-                (packages / top).symlink_to(metadata.distribution(name).locate_file(top))
+                (packages / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
     tree = copy_of_project(tmp_path / "tree")
     python = f"{tmp_path}/venv/bin/python"
     done = subprocess.run(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 import pytest
 from project import copy_of_project, make
@@ -208,7 +208,7 @@ def test_there_and_back_again_costs_only_what_was_changed(made_tree: Path) -> No
 
 def test_the_environment_never_decides(made: Path, tmp_path: Path) -> None:
     (tmp_path / "models/stories").mkdir(parents=True)
-    environment = {
+    environment: Dict[str, Any] = {
         "MODEL": "nonsense", "TP": "4", "ENGINE": "x", "DTYPE": "float32", "TOOLCHAIN": "1.2.1", "WEIGHTS": "/nowhere", "CONTEXT": "1",
         "MAX_SEQ_LEN": "9", "ROOM_ARGS": "x", "ROOM_NEEDS": "x", "LOCK": "x", "CDPATH": str(tmp_path), "LC_ALL": "C", "PYTHONPATH": "/x",
         "PYTHONSAFEPATH": "1", "REFUSED": "MODEL", "NAME": "x", "HF": "x",
@@ -532,7 +532,7 @@ def test_two_makes_for_two_variants_share_config(own_tree: Path) -> None:
 @contextlib.contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder]
+    mount: List[Union[str, Path]] = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("needs root and the right to mount a small file system")
     try:

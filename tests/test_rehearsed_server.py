@@ -21,7 +21,7 @@ TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
 IDS = ints(1, 792, 670, 260, 568)
 # What a request that names no outputs gets beside what it asks for, by rule
-ZEROS = {
+ZEROS: Dict[str, Tuple[str, Dict[str, Tuple[int, ...]]]] = {
     "v0.8.0": ("response-dummies-0.8.0", {"cum_log_probs": (1, 1), "output_log_probs": (1, 1, 6), "context_logits": (1, 1, 1),
                "generation_logits": (1, 1, 1, 1)}),
     "r24.10": ("response-dummies-r24.10", {"cum_log_probs": (1, 1), "output_log_probs": (1, 1, 5), "context_logits": (1, 1, 1),

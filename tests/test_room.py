@@ -223,7 +223,12 @@ def test_a_room_that_was_never_finished_is_a_report(tmp_path: Path) -> None:
 def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: List[str] = []
     write_synced = room.write_synced
-    monkeypatch.setattr(room, "write_synced", lambda path, data: (written.append(path.name), write_synced(path, data)))
+
+    def noted(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        write_synced(path, data)
+
+    monkeypatch.setattr(room, "write_synced", noted)
     fill(tmp_path / "hf")
     assert written[-1] == room.MANIFEST
     assert json.loads((tmp_path / "hf" / room.MANIFEST).read_text())["room"] == "hf"

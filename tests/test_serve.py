@@ -27,7 +27,7 @@ from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
 
-LONG = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
+LONG: Dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_ports_must_differ_and_be_ports() -> None:
         " raise TP, or lower MAX_BATCH_SIZE",
     ],
 )
-def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line):
+def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line: str) -> None:
     """The lines are those of gpu_llama.py and engine.py."""
     found = OUT_OF_MEMORY.search(f"rank 0: error: {line}\n    At: ...")
     assert found
@@ -379,7 +379,7 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line):
 def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost; the next one is answered."""
     now, answers = [1000.0], [False, True, False, False, False]
-    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(pulse, "http_ok", lambda *_: answers.pop(0))
     listened = pulse.Pulse()
     now[0] += 3600

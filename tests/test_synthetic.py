@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from scripts.weights.shape import LlamaShape
 SHAPE = LlamaShape(16, 24, 5, 4, 2, 2100)
 
 
-def numbers(model: object, name: str) -> np.ndarray:
-    return np.concatenate([np.array(block) for block in model.blocks(name)])  # type: ignore[attr-defined]
+def numbers(model: Any, name: str) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.array(block) for block in model.blocks(name)])
 
 
-def test_layers_repeat_the_first_ones_in_turn(tmp_path: Path):
+def test_layers_repeat_the_first_ones_in_turn(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     synthetic.write(folder, SHAPE, seed=1, own_layers=2)
     model = read_hf_model(folder)
@@ -29,7 +30,7 @@ def test_layers_repeat_the_first_ones_in_turn(tmp_path: Path):
     assert not np.array_equal(own[0], own[1])
 
 
-def test_without_repeats_every_layer_has_numbers_of_its_own(tmp_path: Path):
+def test_without_repeats_every_layer_has_numbers_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     synthetic.write(folder, SHAPE, seed=1)
     assert not (folder / REPEATED).exists()
@@ -40,7 +41,7 @@ def test_without_repeats_every_layer_has_numbers_of_its_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ['["x"]', "{", '{"model.layers.1.mlp.up_proj.weight": "nowhere"}'])
-def test_a_damaged_list_of_repeats_is_named(tmp_path: Path, content: str):
+def test_a_damaged_list_of_repeats_is_named(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "model"
     synthetic.write(folder, SHAPE, seed=1, own_layers=2)
     (folder / REPEATED).write_text(content)
@@ -49,7 +50,7 @@ def test_a_damaged_list_of_repeats_is_named(tmp_path: Path, content: str):
     assert REPEATED in problem.value.report()
 
 
-def test_the_shapes_are_those_that_plan_knows():
+def test_the_shapes_are_those_that_plan_knows() -> None:
     from scripts import plan
 
     known = json.loads(plan.SHAPES.read_text())

@@ -44,7 +44,6 @@ ROUNDS = 3
 Note = Callable[[str, "Point", Mapping[str, float]], None]
 # A difference below it is noise: two runs of the same tree on the same machine differ by up to 4 % (docs/bench)
 NOISE = 0.05
-START_SECONDS = 600
 GENERATOR_SECONDS = 600
 # name, unit, whether more is better
 METRICS = {

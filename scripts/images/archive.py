@@ -392,20 +392,6 @@ def _header(name: str, size_bytes: int) -> bytes:
     return header
 
 
-def read_file(archive: Archive, path: str, limit_bytes: int = JSON_MAX_BYTES) -> Optional[bytes]:
-    """A file of the image as its user sees it: the last layer that has it counts. None where no layer has it."""
-    found = None
-    for number in range(len(archive.diff_ids)):
-        for tar, member in archive.entries(number):
-            if clean(member.name) == path and member.isreg():
-                if member.size > limit_bytes:
-                    raise reports.images.no_image_archive(archive.path, f"{path} has {member.size} bytes")
-                file = tar.extractfile(member)
-                assert file is not None
-                found = file.read()
-    return found
-
-
 def synced(file: IO[bytes]) -> None:
     """What was written is on the disk."""
     file.flush()

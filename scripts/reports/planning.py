@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Optional, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: str) -> Problem:
@@ -105,12 +105,11 @@ def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
 
 
 def ranks_do_not_add_up(world_size: int, status: Optional[int], seconds: float, lines: Sequence[str]) -> Problem:
-    shown_lines = "\n".join(f"    {line[:200]}" for line in lines) or "    (it wrote nothing)"
     event = f"did not finish within {seconds:.0f} s" if status is None else f"ended with status {status}"
     return Problem(
         "the ranks do not reach each other",
         "scripts/serving/all_reduce.py",
-        f"A sum over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{shown_lines}\n\n"
+        f"A sum over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{indented(lines)}\n\n"
         "GPUs that hang here often cannot read each other's memory although they report that they can (virtual machines, IOMMU, ACS), "
         "or /dev/shm is too small.",
         "See NCCL's messages; with NCCL_P2P_DISABLE=1 the GPUs do not read each other's memory:",

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable, NoReturn, Optional, Sequence, Union
+from typing import Callable, Iterable, NoReturn, Optional, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
@@ -161,3 +161,8 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
 def some(names: Sequence[str], most: int = 6) -> str:
     """The first of some names, and how many more there are."""
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def indented(lines: Iterable[str]) -> str:
+    """Lines of a log or a program as a paragraph of a report; of each, its first 300 characters."""
+    return "\n".join(f"    {line[:300]}" for line in lines) or "    (it wrote nothing)"

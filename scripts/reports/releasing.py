@@ -2,7 +2,7 @@
 
 from typing import Mapping, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make
+from scripts.reports.problem import PathLike, Problem, indented, make
 
 
 def tree_not_clean(lines: Sequence[str]) -> Problem:
@@ -27,7 +27,7 @@ def toolchain_not_pinned(version: str, image: str) -> Problem:
 
 
 def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
-    listed = "\n".join(f"    {cell}: {reason}"[:160] for cell, reason in cells.items())
+    listed = indented(f"{cell}: {reason}" for cell, reason in cells.items())
     return Problem(
         f"toolchain {version} is partly inferred",
         "docker/contracts/README.md",

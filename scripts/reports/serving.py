@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Mapping, Sequence
 
 from scripts.reports.packages import install
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def ports_equal(ports: Mapping[str, int]) -> Problem:
@@ -83,23 +83,21 @@ def no_temporary_folder(folder: str) -> Problem:
 
 
 def rank_failed(rank: int, event: str, when: str, last_lines: Sequence[str]) -> Problem:
-    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(
         f"rank {rank} failed {when}",
         f"rank {rank}",
         f"Rank {rank}: {event}. A split model needs all its ranks, so the server was ended.\n\n"
-        f"The last lines of rank {rank}:\n\n{lines}",
+        f"The last lines of rank {rank}:\n\n{indented(last_lines)}",
         "Correct the cause, then type:",
         make("serve"),
     )
 
 
 def endpoint_failed(event: str, when: str, last_lines: Sequence[str]) -> Problem:
-    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(
         f"the OpenAI endpoint failed {when}",
         "scripts/openai",
-        f"The OpenAI-compatible endpoint: {event}. The server was ended.\n\nIts last lines:\n\n{lines}",
+        f"The OpenAI-compatible endpoint: {event}. The server was ended.\n\nIts last lines:\n\n{indented(last_lines)}",
         "Correct the cause, then type:",
         make("serve"),
     )
@@ -171,14 +169,4 @@ def request_refused(reason: str) -> Problem:
         f"The server says: {reason}",
         "For instance:",
         make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
-    )
-
-
-def no_rehearsal_image(seen: str) -> Problem:
-    return Problem(
-        "no image for the rehearsal",
-        "docker/rehearsal",
-        f"A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's packages. {seen}",
-        "Install the package mmdebstrap, or rehearse without docker:",
-        f"REHEARSAL_DOCKER=no {make('demo')}",
     )

@@ -3,29 +3,27 @@
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
-from scripts.reports.problem import PathLike, Problem, make, shown
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def side_failed(side: str, status: int, last_lines: Sequence[str]) -> Problem:
     how = "status" if status > 0 else "signal"
     memory = " Usually the kernel killed it because memory ran out." if status in (-9, 137) else ""
-    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(
         f"{side} gave no answers",
         "verified",
-        f"It ended with {how} {abs(status)} before it had answered every prompt.{memory}\n\nIts last lines:\n\n{lines}",
+        f"It ended with {how} {abs(status)} before it had answered every prompt.{memory}\n\nIts last lines:\n\n{indented(last_lines)}",
         "Correct the cause, then type:",
         make("verified"),
     )
 
 
 def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem:
-    lines = "\n".join(f"    {line[:200]}" for line in last_lines) or "    (it wrote nothing)"
     return Problem(
         f"{side} does not answer",
         "verified",
         f"No answer came within {seconds:.0f} s, which is enough to load 140 GB from a slow disk. It was ended."
-        f"\n\nIts last lines:\n\n{lines}",
+        f"\n\nIts last lines:\n\n{indented(last_lines)}",
         "See what this machine lacks:",
         make("doctor"),
     )

@@ -24,18 +24,18 @@ SEVEN_B = {
 }  # fmt: skip
 
 
-def test_loads_beyond_the_engines_limits_are_left_out():
+def test_loads_beyond_the_engines_limits_are_left_out() -> None:
     found = bench.points_of("16:16:1 16:16:9 257:1:1 256:45:1 256:44:8", LIMITS)
     assert found == [bench.Point(16, 16, 1), bench.Point(256, 44, 8)]
 
 
 @pytest.mark.parametrize("text", ["16:16", "16:16:x", "0:1:1", "16:16:99"])
-def test_a_load_that_is_none_is_a_report(text):
+def test_a_load_that_is_none_is_a_report(text: str) -> None:
     with pytest.raises(reports.Problem, match="POINTS"):
         bench.points_of(text, LIMITS)
 
 
-def test_a_points_numbers_follow_from_its_requests():
+def test_a_points_numbers_follow_from_its_requests() -> None:
     """Two streams: tokens after 0.1, 0.2, 0.3 s and, the second, 0.2 s, then two at once after 0.6 s."""
     requests = [
         {"began": 10.0, "arrivals": [10.1, 10.2, 10.3], "tokens": [1, 1, 1]},
@@ -49,7 +49,7 @@ def test_a_points_numbers_follow_from_its_requests():
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_the_memory_ceiling_counts_every_weight_of_a_step_once(tp_size):
+def test_the_memory_ceiling_counts_every_weight_of_a_step_once(tp_size: int) -> None:
     """All parameters but the embedding and the norms, whose rows a step does not read or hardly."""
     shape = LlamaShape(4096, 11008, 32, 32, 32, 32000)
     matrices = [size for name, size in shape.hf_tensors().items() if len(size) == 2 and "embed" not in name]
@@ -73,7 +73,7 @@ def record(**metrics: float) -> Dict[str, Any]:
     }
 
 
-def test_aiperfs_records_become_requests():
+def test_aiperfs_records_become_requests() -> None:
     [request] = bench.aiperf_requests([record()], AIPERF)
     found = bench.summary([request])
     assert found["ttft_ms_p50"] == pytest.approx(86.5, abs=0.01)
@@ -82,12 +82,12 @@ def test_aiperfs_records_become_requests():
 
 
 @pytest.mark.parametrize("broken", [record(output_sequence_length=63), {**record(), "error": {"message": "429"}}])
-def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: Dict[str, Any]):
+def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: Dict[str, Any]) -> None:
     with pytest.raises(reports.Problem):
         bench.aiperf_requests([record(), broken], AIPERF)
 
 
-def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_run(tree: Path, tmp_path: Path):
+def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_run(tree: Path, tmp_path: Path) -> None:
     ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT"), free_ports(4)))
     words = ["bench", "POINTS=8:8:2", *(f"{name}={port}" for name, port in ports.items())]
     done = make(tree, *words)
@@ -126,18 +126,18 @@ def run(**changed: float) -> Dict[str, Any]:
         ({"ttft_ms_p50": 5.0}, []),
     ],
 )
-def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: List[str]):
+def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: List[str]) -> None:
     assert [line["what"][-1] for line in bench.compared(run(**changed), run()) if line["worse"]] == worse
 
 
-def test_a_file_that_is_no_run_is_a_report(tmp_path):
+def test_a_file_that_is_no_run_is_a_report(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("{}")
     for path in (tmp_path / "old.json", tmp_path / "missing.json"):
         with pytest.raises(reports.Problem, match="not a result of make bench"):
             bench_page.read_run(path)
 
 
-def test_the_documented_run_is_one_and_its_page_needs_nothing_else():
+def test_the_documented_run_is_one_and_its_page_needs_nothing_else() -> None:
     documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
     assert documented["host"]["gpus"] and not documented["failed"]
     page = (ROOT / "docs" / "bench" / "2x-h100-tp2.html").read_text()
@@ -157,7 +157,7 @@ def two_sides(ours: float, theirs: float) -> Dict[str, Any]:
     return {**documented, "rows": rows}
 
 
-def test_the_page_says_what_was_reached_and_what_was_not():
+def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert bench_page.reached(two_sides(110.0, 100.0)) == ["Ahead of vLLM, through the same API, at 1 of 1 loads."]
     [said] = bench_page.reached(two_sides(50.0, 100.0))
     assert "at 0 of 1 loads; behind" in said and "8 x 128+128 (0.50)" in said
@@ -165,14 +165,14 @@ def test_the_page_says_what_was_reached_and_what_was_not():
     assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
 
 
-def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other():
+def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other() -> None:
     values = {13565.0: "13,600", 342.1: "342", 14.811: "14.8", 0.5064: "0.506", 1.0: "1.00"}
     assert {value: bench_page.significant(value) for value in values} == values
     placed = bench_page.spread([100.0, 100.0, 101.0, 300.0])
     assert placed == sorted(placed) and min(b - a for a, b in zip(placed, placed[1:])) >= bench_page.LABEL_HEIGHT - 1e-6
 
 
-def test_every_round_has_a_number():
+def test_every_round_has_a_number() -> None:
     def one(began: float, seconds: float) -> Dict[str, Any]:
         return {"began": began, "arrivals": [began + seconds / 2, began + seconds], "tokens": [1, 9]}
 
@@ -180,7 +180,7 @@ def test_every_round_has_a_number():
     assert bench.summary([one(0, 1), one(1, 1), one(2, 2)])["rounds_low"] == 5.0
 
 
-def test_an_answer_in_pieces_becomes_a_request():
+def test_an_answer_in_pieces_becomes_a_request() -> None:
     """A piece carries one token or, when the client is slow, some; the last line tells how many there were."""
     assert completions.times(1.0, [1.5, 2.0], 5) == {"began": 1.0, "arrivals": [1.5, 2.0], "tokens": [1, 4]}
     assert sum(completions.times(1.0, [1.5, 2.0, 2.5], 2)["tokens"]) == 2
@@ -188,7 +188,7 @@ def test_an_answer_in_pieces_becomes_a_request():
         completions.times(1.0, [], 0)
 
 
-def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Path):
+def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Path) -> None:
     config, weights = tmp_path / "config", tmp_path / "weights"
     config.mkdir()
     weights.mkdir()
@@ -211,7 +211,7 @@ def test_vllm_gets_the_rooms_tokenizer_and_the_weights_of_the_model(tmp_path: Pa
         vllm.version(str(tmp_path / "python"))
 
 
-def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does():
+def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does() -> None:
     bundled = synthetic.TOKENIZER.read_bytes()
     made = sentencepiece.parse_model(synthetic.tokenizer_model(bundled, 32000))
     assert made.vocab_size == 32000 and len({piece.text for piece in made.pieces}) == 32000
@@ -223,7 +223,7 @@ def test_the_synthetic_tokenizer_reads_any_text_as_the_bundled_one_does():
         assert ours.encode(text) == theirs.encode(text)
 
 
-def test_the_synthetic_model_is_whole_or_not_there(tmp_path):
+def test_the_synthetic_model_is_whole_or_not_there(tmp_path: Path) -> None:
     shape = LlamaShape(16, 24, 2, 4, 2, 3000)
     synthetic.write(tmp_path / "model", shape, seed=1)
     from safetensors import safe_open

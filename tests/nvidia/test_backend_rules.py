@@ -68,7 +68,8 @@ def _(version: str) -> Texts:
 @breaks("inputs-undeclared-later")
 def _(version: str) -> None:
     names = [*RULES["inputs-undeclared-later"]["never_read"], "no_such_input"]
-    assert not set(served_as(version, **{name: [[1]] for name in names})) & set(names)
+    values: Dict[str, Any] = {name: [[1]] for name in names}
+    assert not set(served_as(version, **values)) & set(names)
 
 
 @breaks("inputs-ids-2d")
@@ -107,8 +108,9 @@ def _(version: str) -> Texts:
 @breaks("inputs-word-lists")
 def _(version: str) -> Texts:
     for name in ("stop_words_list", "bad_words_list"):
-        for good in ([[[0], [-1]]], [[[5, 6, 7], [1, 3, -1]]], [[[], []]]):
-            served_as(version, **{name: good})
+        goods: List[Any] = [[[[0], [-1]]], [[[5, 6, 7], [1, 3, -1]]], [[[], []]]]
+        for good in goods:
+            served_as(version, **dict[str, Any]({name: good}))
         yield refused(version, **{name: [[[5, 6], [-1, 2]]]})
         yield refused(version, **{name: [[[5, 6], [2, 1]]]})
         yield refused(version, **{name: [[[5, 6], [1, 3]]]})
@@ -173,7 +175,7 @@ def _(version: str) -> Texts:
     for name in ("context", "generation"):
         yield refused(version, **{f"return_{name}_logits": [[True]]})
         gathers = loaded(version, build={f"gather_{name}_logits": True})
-        served_as(version, gathers, **{f"return_{name}_logits": [[True]]})
+        served_as(version, gathers, **dict[str, Any]({f"return_{name}_logits": [[True]]}))
 
 
 @breaks("inputs-prompt-table-0.8.0")
@@ -321,7 +323,8 @@ def _(version: str) -> Texts:
 def _(version: str) -> None:
     default = RULES["load-kv-reuse"]["default"][version]
     fmha = {"use_paged_context_fmha": True}
-    for words in ({"without": "enable_kv_cache_reuse"}, {"enable_kv_cache_reuse": "on"}):
+    given: List[Dict[str, Any]] = [{"without": "enable_kv_cache_reuse"}, {"enable_kv_cache_reuse": "on"}]
+    for words in given:
         assert loaded(version, plugins=fmha, **words).kv_reuse is default
         if default:
             assert "use_paged_context_fmha" in fails(version, plugins={"use_paged_context_fmha": False}, **words)

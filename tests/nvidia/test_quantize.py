@@ -13,7 +13,7 @@ import pytest
 import stand_ins
 from synthetic import GROUPED, write_model
 
-from scripts import build_hf, reports, room
+from scripts import build_config, build_hf, reports, room
 from scripts.nvidia import contracts, quantize, trtllm_build
 
 VERSIONS = contracts.versions()
@@ -38,7 +38,7 @@ config = {{"dtype": asked["dtype"], "quantization": {{"quant_algo": {algo!r}}},
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize")
-    build_hf.build_hf(build_hf.Settings(write_model(folder / "meta", GROUPED), folder / "hf"))
+    build_hf.build_hf(build_config.Settings(write_model(folder / "meta", GROUPED), folder / "hf"))
     return folder / "hf"
 
 

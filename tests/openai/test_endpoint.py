@@ -35,7 +35,8 @@ KEY = "sk-test-7f3a"
 LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0}
 
 
-def client(server: Served, key: str = KEY) -> openai.OpenAI:
+def client(server: Served, key: str = KEY) -> Any:
+    """The official client (openai.OpenAI). Any, because the overloads of its `create` cannot be told apart by a dict."""
     return openai.OpenAI(base_url=f"{server.openai}/v1", api_key=key, max_retries=0, timeout=60)
 
 
@@ -90,7 +91,7 @@ def test_serve_prints_where_it_is(served: Served) -> None:
 
 
 def test_it_says_what_the_ensemble_says_whole_and_streamed(served: Served) -> None:
-    asked = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
+    asked: Dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
     expected = served.post("ensemble", text_input="Once upon a time", max_tokens=60)["text_output"]
     whole = client(served).completions.create(**asked)
     assert whole.choices[0].text == expected
@@ -120,7 +121,13 @@ def forced(tree: Path, text: str) -> Tuple[Dict[str, float], int]:
 @pytest.mark.parametrize("text", ["한글", "🦙", "é中", "ש한"])
 def test_characters_of_several_tokens_are_streamed_whole(served: Served, text: str) -> None:
     bias, count = forced(served.tree, text)
-    asked = {"model": "stories", "prompt": "Once", "max_tokens": count, "temperature": 0, "logit_bias": bias}
+    asked: Dict[str, Any] = {
+        "model": "stories",
+        "prompt": "Once",
+        "max_tokens": count,
+        "temperature": 0,
+        "logit_bias": bias,
+    }
     chunks = client(served).completions.create(**asked, extra_body={"repetition_penalty": 100}, stream=True)
     pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == text
@@ -145,7 +152,13 @@ def test_a_stop_string_is_cut_and_nothing_of_it_is_streamed(served: Served) -> N
     )
     at = story.index("med Lily")  # in the middle of a token
     for stop in ("med Lily", ["nothing like it", "med Lily", "Lily"]):
-        asked = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "stop": stop}
+        asked: Dict[str, Any] = {
+            "model": "stories",
+            "prompt": "Once upon a time",
+            "max_tokens": 40,
+            "temperature": 0,
+            "stop": stop,
+        }
         whole = client(served).completions.create(**asked).choices[0]
         assert (whole.text, whole.finish_reason) == (story[:at], "stop")
         chunks = list(client(served).completions.create(**asked, stream=True))
@@ -158,7 +171,7 @@ def test_log_probabilities_are_the_engines_and_cover_the_text(served: Served) ->
     whole = client(served).completions.create(
         model="stories", prompt="Once upon a time", max_tokens=12, temperature=0, logprobs=0
     )
-    told = whole.choices[0].logprobs
+    told: Any = whole.choices[0].logprobs
     assert "".join(told.tokens) == whole.choices[0].text
     assert [whole.choices[0].text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens)] == [
         True
@@ -178,8 +191,8 @@ def test_log_probabilities_are_the_engines_and_cover_the_text(served: Served) ->
 
 def test_sampling_follows_the_request(served: Served) -> None:
     def say(**more: Any) -> str:
-        asked = {"model": "stories", "prompt": "One day", "max_tokens": 24, **more}
-        return client(served).completions.create(**asked).choices[0].text
+        asked: Dict[str, Any] = {"model": "stories", "prompt": "One day", "max_tokens": 24, **more}
+        return str(client(served).completions.create(**asked).choices[0].text)
 
     greedy = say(temperature=0)
     assert greedy == say(temperature=0, seed=5) == say(top_p=0) == say(extra_body={"top_k": 1})
@@ -246,7 +259,7 @@ def test_chat_is_the_templates_tokens_answered(chatting: Served) -> None:
     first, second = (plain.encode(turn, add_special_tokens=False).ids for turn in turns)
     ids = [1, *first, 2, 1, *second]
     expected = client(chatting).completions.create(model="stories", prompt=ids, max_tokens=30, temperature=0)
-    asked = {"model": "stories", "messages": TURNS, "max_completion_tokens": 30, "temperature": 0}
+    asked: Dict[str, Any] = {"model": "stories", "messages": TURNS, "max_completion_tokens": 30, "temperature": 0}
     whole = client(chatting).chat.completions.create(**asked, logprobs=True)
     said = whole.choices[0].message
     assert said.role == "assistant"
@@ -278,7 +291,7 @@ def test_what_the_template_refuses_is_told(chatting: Served) -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-OK = {"model": "stories", "prompt": "Once", "max_tokens": 2}
+OK: Dict[str, Any] = {"model": "stories", "prompt": "Once", "max_tokens": 2}
 WRONG: List[Tuple[Dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 404, "model"),
     ({"temperature": 2.1}, 400, "temperature"),

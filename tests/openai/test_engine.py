@@ -1,44 +1,48 @@
 """What the endpoint makes of tensorrt_llm's responses and errors, without a server."""
 
-import asyncio
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any, List
 
 import numpy as np
 import pytest
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2
 
-from scripts.openai import engine
+from scripts.openai.engine import TOKENS, Engine, Limits, Stream
+
+
+class Link:
+    """A connection that keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: List[Any] = []
+
+    def call(self, path: str, message: bytes, heard: Any) -> Any:
+        self.asked.append(service_pb2.ModelInferRequest.FromString(message))
+        return SimpleNamespace(cancel=lambda: None)
 
 
 def stream(said: List[Any]) -> Any:
-    """A Stream that has read what a server said: responses (name -> array) or errors."""
-
-    async def responses() -> Any:
-        for one in said:
-            yield (None, one) if isinstance(one, Exception) else (result(one), None)
-
-    async def read() -> Any:
-        asked: Any = SimpleNamespace(
-            streams=True, end_id=2, types={}, last_token=0.0, limits=SimpleNamespace(vocab_size=9),
-            request=lambda values, request_id, outputs: {"request_id": request_id, "outputs": outputs},
-            client=lambda: SimpleNamespace(stream_infer=lambda request: responses()),
-        )  # fmt: skip
-        question = engine.Question(ids=[1, 2], max_tokens=4)
-        reading = engine.Stream(asked, question, lambda: None)
-        sent.update(reading._request)
-        await reading._task
-        return reading
-
-    sent: Dict[str, Any] = {}
-    found = asyncio.run(read())
-    found.sent = sent
+    """A Stream that has read what a server said: responses (name -> array) or the text of an error."""
+    link: Any = Link()
+    config = 'input [{name: "input_ids", data_type: TYPE_INT32}] model_transaction_policy {decoupled: true}'
+    asked = Engine("127.0.0.1:1", config, Limits(1, 8, 16, 9), end_id=2)
+    asked._link = link
+    found: Any = Stream(asked, asked.message_of({"input_ids": [1, 2]}, TOKENS), lambda: None, None)
+    found.start()
+    for one in said:
+        found.message(response(one).SerializeToString())
+    [found.sent] = link.asked
     return found
 
 
-def result(arrays: Dict[str, Any]) -> Any:
-    final = {"triton_final_response": SimpleNamespace(bool_param=False)}
-    return SimpleNamespace(as_numpy=arrays.get, get_response=lambda: SimpleNamespace(parameters=final))
+def response(said: Any) -> Any:
+    if isinstance(said, str):
+        return service_pb2.ModelStreamInferResponse(error_message=said)
+    whole = service_pb2.ModelStreamInferResponse()
+    for name, array in said.items():
+        whole.infer_response.outputs.add(name=name, datatype="INT32", shape=array.shape)
+        whole.infer_response.raw_output_contents.append(array.tobytes())
+    return whole
 
 
 def test_padding_behind_sequence_length_is_cut() -> None:
@@ -49,8 +53,8 @@ def test_padding_behind_sequence_length_is_cut() -> None:
 def test_both_outputs_are_named_and_the_id_begins_with_a_letter() -> None:
     """From TensorRT-LLM 0.10 on, and for 0.8.0 (docker/contracts/backend-rules)."""
     asked = stream([]).sent
-    assert set(asked["outputs"]) >= {"output_ids", "sequence_length"}
-    assert asked["request_id"][0].isalpha()
+    assert {output.name for output in asked.outputs} >= {"output_ids", "sequence_length"}
+    assert asked.id[0].isalpha()
 
 
 @pytest.mark.parametrize(
@@ -63,5 +67,5 @@ def test_both_outputs_are_named_and_the_id_begins_with_a_letter() -> None:
 def test_a_full_queue_is_told_apart_from_a_failure_and_neither_shows_the_engines_text(
     said: str, unavailable: bool
 ) -> None:
-    failure = stream([InferenceServerException(said)]).failure
+    failure = stream([said]).failure
     assert failure.unavailable is unavailable and str(failure) == "the engine could not serve the request"

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 import uvloop
 
-from scripts.openai import front
+from scripts.openai import front, shares
 from scripts.openai.front import Front, Fronts
 
 STRANGER = "127.0.0.2"
@@ -185,4 +185,4 @@ def test_ipv6_customers_are_networks() -> None:
         ("::ffff:10.0.0.1", "10.0.0.1"),
         ("10.0.0.1", "10.0.0.1"),
     ]
-    assert [front.client_of(address) for address, _ in pairs] == [client for _, client in pairs]
+    assert [shares.client_of(address) for address, _ in pairs] == [client for _, client in pairs]

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -187,6 +188,7 @@ def test_one_token_is_told_apart_from_all_else() -> None:
         found = one_token(message(first), first)
         assert found is not None
         assert [found.token(message(token)) for token in (5, 0, 1, 2047, 1 << 30)] == [5, 0, 1, 2047, 1 << 30]
+    assert found is not None
     assert found.token(message(5, final=True)) is None and found.token(message(5)[:-1]) is None
 
 
@@ -209,7 +211,7 @@ def test_the_log_is_bounded_for_each_client_and_never_raises() -> None:
     receiving, full = os.pipe()
     handler.descriptor = full
     os.set_blocking(full, False)
-    threads.append(threading.Thread(target=lambda: [own.error("x" * 3000) for _ in range(200)]))
+    threads.append(threading.Thread(target=lambda: deque(map(own.error, ["x" * 3000] * 200))))
     threads[0].start()
     threads[0].join(20)
     assert not threads[0].is_alive(), "a full pipe does not hold it"

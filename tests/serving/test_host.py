@@ -32,6 +32,11 @@ class Proxy:
     seen: List[str]
 
 
+def settings_on(ports: List[int], address: str = "127.0.0.1") -> Settings:
+    http, grpc, metrics = ports
+    return Settings(Path("."), address, http, grpc, metrics)
+
+
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
     seen: List[str] = []
@@ -101,7 +106,7 @@ def test_one_of_two_servers_that_start_at_once_serves_and_the_other_names_the_po
 
 
 def test_a_claimed_port_is_a_report_and_is_free_again_after_the_server() -> None:
-    settings = Settings(Path("."), "127.0.0.1", *free_ports(3))
+    settings = settings_on(free_ports(3))
     claims = host.reserve_ports(settings)
     with pytest.raises(reports.Problem, match=f"port {settings.http_port} cannot be used"):
         host.reserve_ports(settings)
@@ -168,7 +173,7 @@ def test_an_ipv6_address_is_written_as_each_server_reads_it() -> None:
 def test_a_claim_is_on_address_and_port() -> None:
     """Two servers on two addresses of this machine may have the same port."""
     ports = free_ports(3)
-    claims = [host.reserve_ports(Settings(Path("."), address, *ports)) for address in ("127.0.0.1", "127.0.0.2")]
+    claims = [host.reserve_ports(settings_on(ports, address)) for address in ("127.0.0.1", "127.0.0.2")]
     assert len({claim.getsockname() for one in claims for claim in one}) == 6
     for one in claims:
         for claim in one:

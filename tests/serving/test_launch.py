@@ -16,13 +16,15 @@ def environment(root: Path, tmp_path: Path) -> str:
     return launch.server_environment({}, tools, tmp_path, 1, 4, root).get("TRITON_CACHE_DIR", "")
 
 
-def test_compiled_kernels_stay_beside_the_rooms(tmp_path: Path):
+def test_compiled_kernels_stay_beside_the_rooms(tmp_path: Path) -> None:
     root = tmp_path / "variant"
     root.mkdir()
     assert environment(root, tmp_path) == str(root / "compiled")
 
 
-def test_where_nothing_may_be_written_a_copy_of_what_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_nothing_may_be_written_a_copy_of_what_is_there_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "srv"
     (root / "compiled" / "ABC").mkdir(parents=True)
     (root / "compiled" / "ABC" / "kernel.cubin").write_bytes(b"code")
@@ -33,12 +35,12 @@ def test_where_nothing_may_be_written_a_copy_of_what_is_there_is_used(tmp_path: 
 
 def test_where_nothing_may_be_written_and_nothing_is_there_the_compiler_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert environment(tmp_path, tmp_path) == ""
 
 
-def test_an_image_with_the_compiler_gets_whole_kernels_only(tmp_path: Path):
+def test_an_image_with_the_compiler_gets_whole_kernels_only(tmp_path: Path) -> None:
     folder = tmp_path / "variant" / "compiled" / "ABC"
     folder.mkdir(parents=True)
     for name in ("kernel.cubin", "kernel.json", "tmp.pid_7_kernel.cubin"):

@@ -27,11 +27,12 @@ import gpu_llama  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from drive_engine import Answer  # noqa: E402
+from llama import load_weights  # noqa: E402
 from ranks import Alone, MpiRanks  # noqa: E402
 from split_checkpoint import write_engine  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-NETWORK = {
+NETWORK: dict[str, Any] = {
     "dtype": "float32", "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
     "max_position_embeddings": 200,
@@ -78,14 +79,16 @@ class SharedFile(MpiRanks):
 def without_gpu() -> None:
     nothing = lambda *_: None  # noqa: E731
     event = lambda **_: SimpleNamespace(record=nothing, synchronize=nothing)  # noqa: E731
-    for name, value in {
+    replaced: dict[str, Any] = {
         "set_device": nothing, "synchronize": nothing, "Event": event, "Stream": nothing, "get_device_name": lambda *_: "none",
         "get_device_capability": lambda *_: (8, 0), "mem_get_info": lambda *_: (1 << 30, 2 << 30),
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, value in replaced.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment, misc]
     # up to 2 rows are pushed, more are read from the others; both happen
-    gpu_llama.SPARE_BYTES, gpu_llama.PROMPT_SIZES, gpu_llama.PUSH_ROWS = 0, (16, 64), 2
+    gpu_llama.SPARE_BYTES, gpu_llama.PUSH_ROWS = 0, 2
+    vars(gpu_llama)["PROMPT_SIZES"] = (16, 64)
     gpu_llama.BESIDE_STREAMS, gpu_llama.MANY_WAITING, gpu_llama.PROMPTS = 40, 60, 4
     gpu_llama.GpuLlama.most_prompts = 4
 
@@ -107,7 +110,7 @@ def give_way() -> None:
         setattr(builder, name, patient(getattr(builder, name)))
 
 
-def random_hf() -> dict[str, np.ndarray]:
+def random_hf() -> dict[str, np.ndarray[Any, Any]]:
     chance = np.random.default_rng(3)
     head, hidden, inner, vocab = (
         NETWORK["head_dim"],
@@ -116,7 +119,7 @@ def random_hf() -> dict[str, np.ndarray]:
         NETWORK["vocab_size"],
     )
     rows = {"q": 8 * head, "k": 2 * head, "v": 2 * head}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "lm_head.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -143,7 +146,7 @@ def requests(few: bool) -> list[dict[str, Any]]:
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:
-        return chance.integers(3, NETWORK["vocab_size"], length).tolist()
+        return [int(token) for token in chance.integers(3, NETWORK["vocab_size"], length)]
 
     if few:
         return [{"prompt": prompt(5), "max_new_tokens": 3}, {"prompt": prompt(70), "max_new_tokens": 2}]
@@ -172,7 +175,7 @@ def main(n_ranks: int) -> None:
     drive_engine.ANSWER_SECONDS = 280
     if n_ranks > 1:
         give_way()
-    engines.this_rank = lambda: ranks
+    vars(engines)["this_rank"] = lambda: ranks
     name = ranks.share(tempfile.mkdtemp() if ranks.rank == 0 else "")
     folder = Path(name) / "engine"
     if ranks.rank == 0:
@@ -189,7 +192,7 @@ def main(n_ranks: int) -> None:
     without_gpu()
 
     def on_gpu(path: Path, config: Any, ranks: Any, reuse: bool) -> Any:
-        return PlainCalls(config, engines.load_weights(path, config, ranks.device, torch.float32, together=True), ranks)
+        return PlainCalls(config, load_weights(path, config, ranks.device, torch.float32, together=True), ranks)
 
     engines.open_model = on_gpu
     for reuse in (False, True) if n_ranks < 4 else (True,):

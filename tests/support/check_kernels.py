@@ -118,8 +118,8 @@ def check_prompt_attention(group: int, kv_heads: int, size: int) -> None:
             keys[block, :, position % BLOCK], values[block, :, position % BLOCK] = k[position], v[position]
         q = qkv[begin : begin + tokens].view(tokens, -1, size)[:, :heads].transpose(0, 1)
         causal = torch.ones(tokens, start + tokens, dtype=torch.bool).tril(start)
-        seen = (part.transpose(0, 1).repeat_interleave(group, 0) for part in (k, v))
-        expected.append(F.scaled_dot_product_attention(q, *seen, attn_mask=causal).transpose(0, 1).flatten(1))
+        old_k, old_v = (part.transpose(0, 1).repeat_interleave(group, 0) for part in (k, v))
+        expected.append(F.scaled_dot_product_attention(q, old_k, old_v, attn_mask=causal).transpose(0, 1).flatten(1))
         work += [(begin + n, min(rows, tokens - n), slot, start + n) for n in range(0, tokens, rows)]
         begin += tokens
     work.insert(1, (0, 0, 0, 0))  # nothing to do

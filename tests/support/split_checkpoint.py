@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def rank_tensors(hf: Arrays, rank: int, tp_size: int, layers: int, heads: int, kv_heads: int) -> Arrays:
     """One rank's tensors under TensorRT-LLM's names, from Hugging Face's."""
 
-    def rows(array: np.ndarray) -> np.ndarray:
+    def rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.split(array, tp_size, axis=0)[rank]
 
-    def columns(array: np.ndarray) -> np.ndarray:
+    def columns(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.split(array, tp_size, axis=1)[rank]
 
-    def kv_rows(array: np.ndarray) -> np.ndarray:
+    def kv_rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if tp_size <= kv_heads:
             return rows(array)
         by_head = array.reshape(kv_heads, -1, array.shape[1])  # (kv_heads, head_size, hidden)
@@ -104,7 +104,7 @@ def write_engine(folder: Path, hf: Arrays, network: dict[str, Any], tp_size: int
 def meta_to_hf(meta: Arrays, heads: int, kv_heads: int) -> Arrays:
     """Meta's names and rotary layout (neighbouring pairs) -> Hugging Face's (halves)."""
 
-    def halves(array: np.ndarray, heads: int) -> np.ndarray:
+    def halves(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
         rows, columns = array.shape
         pairs = array.reshape(heads, rows // heads // 2, 2, columns)
         return pairs.transpose(0, 2, 1, 3).reshape(rows, columns)

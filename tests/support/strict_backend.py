@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Mapping
 
 import numpy as np
 import pytest
-from google.protobuf import json_format, text_format  # type: ignore[import-untyped]
+from google.protobuf import json_format, text_format
 from project import ROOT
 from tritonclient.grpc import model_config_pb2
 

@@ -45,7 +45,8 @@ def meta_tensors(dims: Dims = GROUPED, dtype: torch.dtype = torch.float16, seed:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return drawn.to(dtype)
 
     def norm() -> torch.Tensor:
         return (1 + 0.1 * torch.randn(dims.dim, generator=generator)).to(dtype)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # On a GPU the engine computes in the dtype of its files; what is compared to 1e-4 here is float32.
 DTYPE = "float32" if torch.cuda.is_available() else "float16"
 # All sizes differ; a head is not hidden/heads wide; 4 ranks share 2 KV heads and pad the vocabulary.
-TINY = {
+TINY: dict[str, Any] = {
     "dtype": DTYPE, "vocab_size": 101, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
     "max_position_embeddings": 96,

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 import grpc
 import numpy as np
@@ -20,7 +20,7 @@ MODELS = ["ensemble", "tensorrt_llm_bls", "preprocessing", "postprocessing", "te
 # 1,000 examples a test; `make test-long` has the profile "long" (conftest.py)
 FUZZ = settings(
     deadline=None,
-    max_examples=10 * settings.default.max_examples,
+    max_examples=10 * settings().max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 ANSWER_SECONDS = 60
@@ -303,7 +303,9 @@ def test_more_requests_than_are_taken_at_once_are_refused(served: Served) -> Non
     """And another client is answered meanwhile, be it that the server is busy."""
     request = {"model": "ensemble", "version": "", "inputs": [], "outputs": ["text_output"], "asked": True}
     messages = [message_of({**request, "id": str(n)}) for n in range(1400)]
-    answered, refused, others = set(), set(), []
+    answered: Set[str] = set()
+    refused: Set[str] = set()
+    others: List[Any] = []
     with grpc.insecure_channel(served.grpc) as channel:
         for answer in service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(messages), timeout=120):
             if not answered:

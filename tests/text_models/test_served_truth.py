@@ -22,9 +22,11 @@ NEW_TOKENS = 24
 TYPES = {"int32": "INT32", "bool": "BOOL"}
 
 
-def served_answer(client: Any, answers: "queue.Queue[Tuple[Any, Any]]", ids: List[int]) -> Tuple[List[int], np.ndarray]:
+def served_answer(
+    client: Any, answers: "queue.Queue[Tuple[Any, Any]]", ids: List[int]
+) -> Tuple[List[int], np.ndarray[Any, Any]]:
     """(generated token ids, their logits) of one greedy request to the model tensorrt_llm."""
-    values: Dict[str, np.ndarray] = {
+    values: Dict[str, np.ndarray[Any, Any]] = {
         "input_ids": np.array([ids], dtype=np.int32), "input_lengths": np.array([[len(ids)]], dtype=np.int32),
         "request_output_len": np.array([[NEW_TOKENS]], dtype=np.int32), "end_id": np.array([[2]], dtype=np.int32),
         "return_generation_logits": np.array([[True]]), "streaming": np.array([[False]]),
@@ -42,7 +44,7 @@ def served_answer(client: Any, answers: "queue.Queue[Tuple[Any, Any]]", ids: Lis
 def test_served_tokens_and_logits_are_those_of_transformers(served: Served) -> None:
     assert make(served.tree, "hf").returncode == 0
     hf = Path(served.tree) / "build/stories/hf"
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(hf)
     answers: queue.Queue[Tuple[Any, Any]] = queue.Queue()
     with triton.InferenceServerClient(served.grpc) as client:

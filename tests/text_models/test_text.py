@@ -31,7 +31,7 @@ FRAGMENTS = [
     REPLACEMENT,
 ]  # fmt: skip
 TEXTS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join))
-MANY = settings(max_examples=4 * settings.default.max_examples, deadline=None)
+MANY = settings(max_examples=4 * settings().max_examples, deadline=None)
 
 
 def write_tokenizer(folder: Path, description: Any, config: Any) -> Path:

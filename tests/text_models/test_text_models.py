@@ -224,7 +224,7 @@ def test_what_was_not_asked_for_is_zeros_of_the_smallest_shape(served: Served) -
 
 def test_seeds_by_either_name(served: Served) -> None:
     def told(**seed: int) -> str:
-        values = {name: np.array([[value]], dtype=np.uint64) for name, value in seed.items()}
+        values: Dict[str, Any] = {name: np.array([[value]], dtype=np.uint64) for name, value in seed.items()}
         return tell(served, top_k=ints(40), temperature=floats(1.5), **values)
 
     assert told(random_seed=3) == told(random_seed=3) == told(seed=3) != told(random_seed=4)

@@ -234,11 +234,16 @@ def test_a_request_is_stopped_by_its_id_and_still_answered(unary: Served) -> Non
     answers: List[Any] = []
     with abandoned(unary), triton.InferenceServerClient(unary.grpc) as client:
         ended = threading.Event()
+
+        def heard(result: Any, error: Any) -> None:
+            answers.extend([result, error])
+            ended.set()
+
         request = core_request(preprocessed(unary)["INPUT_ID"], 450, end_id=ints(-1))
         client.async_infer(
             "tensorrt_llm",
             inputs_of(request),
-            lambda result, error: (answers.extend([result, error]), ended.set()),
+            heard,
             request_id="7",
         )
         until(lambda: unary.active == 1, "the request has not begun")

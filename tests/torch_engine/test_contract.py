@@ -51,13 +51,13 @@ class Sender:
 
 
 class FakeTensor:
-    def __init__(self, name: str, array: np.ndarray) -> None:
+    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
         self._name, self._array = name, array
 
     def name(self) -> str:
         return self._name
 
-    def as_numpy(self) -> np.ndarray:
+    def as_numpy(self) -> np.ndarray[Any, Any]:
         return self._array
 
 
@@ -92,8 +92,8 @@ class FakeFamily:
 def backend() -> Iterator[ModuleType]:
     """model.py as Triton loads it."""
     fake = ModuleType("triton_python_backend_utils")
-    fake.using_decoupled_model_transaction_policy = lambda config: True
     vars(fake).update(
+        using_decoupled_model_transaction_policy=lambda config: True,
         Tensor=FakeTensor, InferenceResponse=fake_response, TritonError=FakeError, TritonModelException=FakeError,
         MetricFamily=FakeFamily, TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def model(backend: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iter
     model.finalize()
 
 
-def tensors(**values: Any) -> dict[str, np.ndarray]:
+def tensors(**values: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs in wire shape: a prompt of four tokens unless told otherwise."""
     ids = np.array([values.pop("prompt", [5, 6, 7, 8])], dtype=np.int32)
     inputs = {
@@ -163,7 +163,7 @@ def joined(responses: list[Any]) -> list[int]:
     return [token for response in responses for token in response.output_ids[0, 0].tolist()]
 
 
-def test_without_streaming_there_is_exactly_one_response_with_all_outputs(model):
+def test_without_streaming_there_is_exactly_one_response_with_all_outputs(model: Any) -> None:
     (response,) = ask(model, streaming=False).responses()
     assert {name for name in vars(response) if name != "error"} == set(OUTPUTS)
     shapes = {name: getattr(response, name).shape for name in OUTPUTS}
@@ -174,19 +174,19 @@ def test_without_streaming_there_is_exactly_one_response_with_all_outputs(model)
     assert response.output_ids.dtype == np.int32 and response.sequence_length.tolist() == [[6]]
 
 
-def test_only_outputs_that_are_wanted_are_made(model):
+def test_only_outputs_that_are_wanted_are_made(model: Any) -> None:
     (response,) = ask(model, wanted=["output_ids"]).responses()
     assert [name for name in vars(response) if name != "error"] == ["output_ids"]
 
 
-def test_streaming_gives_the_same_tokens_in_pieces(model):
+def test_streaming_gives_the_same_tokens_in_pieces(model: Any) -> None:
     (whole,) = ask(model).responses()
     pieces = ask(model, streaming=True).responses()
     assert joined(pieces) == joined([whole]) and len(pieces) > 1
     assert all(piece.sequence_length[0, 0] == piece.output_ids.shape[2] for piece in pieces)
 
 
-def test_a_slow_reader_gets_longer_pieces(model):
+def test_a_slow_reader_gets_longer_pieces(model: Any) -> None:
     """While one send is stuck, the engine goes on; what has gathered comes in one response, the last with FINAL."""
     sender = Sender()
     sender.gate.clear()
@@ -198,8 +198,8 @@ def test_a_slow_reader_gets_longer_pieces(model):
     assert len(pieces) == 2 and len(joined(pieces)) == 20
 
 
-def test_log_probs_and_logits_come_when_asked_for(model):
-    asked = {"return_log_probs": True, "return_context_logits": True, "return_generation_logits": True}
+def test_log_probs_and_logits_come_when_asked_for(model: Any) -> None:
+    asked: dict[str, Any] = {"return_log_probs": True, "return_context_logits": True, "return_generation_logits": True}
     (response,) = ask(model, **asked).responses()
     assert response.context_logits.shape == (1, 4, 101) and response.generation_logits.shape == (1, 1, 6, 101)
     assert response.cum_log_probs[0, 0] == pytest.approx(response.output_log_probs.sum(), rel=1e-5) and joined(
@@ -211,7 +211,9 @@ def test_log_probs_and_logits_come_when_asked_for(model):
     np.testing.assert_array_equal(np.concatenate([p.generation_logits for p in pieces], 2), response.generation_logits)
 
 
-def test_the_prompt_is_part_of_the_output_unless_excluded(model, backend, monkeypatch):
+def test_the_prompt_is_part_of_the_output_unless_excluded(
+    model: Any, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model, "_exclude_input", False)
     (response,) = ask(model).responses()
     assert joined([response])[:4] == [5, 6, 7, 8] and response.sequence_length.tolist() == [[10]]
@@ -219,14 +221,14 @@ def test_the_prompt_is_part_of_the_output_unless_excluded(model, backend, monkey
     assert joined(ask(model, streaming=True).responses()) == joined([response])[4:]
 
 
-def test_end_at_once_is_an_answer_without_tokens(model):
+def test_end_at_once_is_an_answer_without_tokens(model: Any) -> None:
     first = joined(ask(model).responses())[0]
     (response,) = ask(model, end_id=np.array([first], np.int32)).responses()
     assert response.output_ids.shape == (1, 1, 0) and response.sequence_length.tolist() == [[0]]
 
 
-def test_later_names_mean_the_same(model):
-    sampled = {"runtime_top_k": 40, "temperature": 3.0}
+def test_later_names_mean_the_same(model: Any) -> None:
+    sampled: dict[str, Any] = {"runtime_top_k": 40, "temperature": 3.0}
     old = joined(ask(model, random_seed=np.array([[9]], np.uint64), **sampled).responses())
     assert joined(ask(model, seed=np.array([[9]], np.uint64), **sampled).responses()) == old
     end_id = joined(ask(model).responses())[0]
@@ -234,7 +236,7 @@ def test_later_names_mean_the_same(model):
     assert joined(ask(model, end_id=end_id, min_tokens=3).responses()) == with_old and len(with_old) >= 3
 
 
-def test_every_input_of_the_contract_is_understood_or_refused_by_name(model):
+def test_every_input_of_the_contract_is_understood_or_refused_by_name(model: Any) -> None:
     kinds = {
         "TYPE_INT32": np.int32,
         "TYPE_FP32": np.float32,
@@ -246,10 +248,10 @@ def test_every_input_of_the_contract_is_understood_or_refused_by_name(model):
         name, shape = given["name"], [1, *(1 if size == -1 else size for size in given["dims"])]
         if name in ("input_ids", "input_lengths", "request_output_len", "stop"):
             continue
-        value = np.ones(shape, kinds[given["data_type"]])
+        value: Any = np.ones(shape, kinds[given["data_type"]])
         if name.endswith("_words_list"):
             value[0, 1] = -1
-        response = ask(model, **{name: value}).responses()[-1]
+        response = ask(model, **dict[str, Any]({name: value})).responses()[-1]
         refused = {
             "draft_input_ids",
             "prompt_embedding_table",
@@ -278,26 +280,26 @@ def test_every_input_of_the_contract_is_understood_or_refused_by_name(model):
         ({"stop": True}, "stop", "request id"),
     ],
 )
-def test_refusals_name_the_input_with_both_values(model, values, seen, limit):
+def test_refusals_name_the_input_with_both_values(model: Any, values: dict[str, Any], seen: str, limit: str) -> None:
     (response,) = ask(model, **values).responses()
     message = str(response.error)
     assert seen in message and limit in message and len(message) < 200 and "/" not in message
 
 
-def test_a_client_that_goes_away_frees_its_slot(model):
+def test_a_client_that_goes_away_frees_its_slot(model: Any) -> None:
     sender = ask(model, new=600, streaming=True)
     sender.cancelled = True
     assert len(joined(sender.responses())) < 600
     assert model._engine.running == 0
 
 
-def test_stop_ends_the_request_with_the_same_id(model):
+def test_stop_ends_the_request_with_the_same_id(model: Any) -> None:
     running, other = ask(model, "one", new=600, streaming=True), ask(model, "two", new=40)
     assert ask(model, "one", stop=True).responses() == [None]
     assert len(joined(running.responses())) < 600 and len(joined(other.responses())) == 40
 
 
-def test_metrics_carry_nvidias_names(model):
+def test_metrics_carry_nvidias_names(model: Any) -> None:
     joined(ask(model).responses())
     values = FakeFamily.values
     assert values["nv_trt_llm_request_metrics max"] == TINY_BUILD["max_batch_size"]
@@ -306,6 +308,6 @@ def test_metrics_carry_nvidias_names(model):
     )
 
 
-def test_an_engine_that_is_not_there_is_reported_without_a_traceback(backend):
+def test_an_engine_that_is_not_there_is_reported_without_a_traceback(backend: ModuleType) -> None:
     with pytest.raises(FakeError, match="no engine here: nowhere/config.json does not exist"):
         backend.TritonPythonModel().initialize(model_args("nowhere"))

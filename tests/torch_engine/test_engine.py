@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = ROOT / "models" / "stories"
-STORIES_NETWORK = {
+STORIES_NETWORK: dict[str, Any] = {
     "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
     "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "max_position_embeddings": 512,
@@ -42,7 +42,7 @@ STORY_PROMPTS = [
 
 def oracle(network: dict[str, Any], hf: Arrays) -> LlamaForCausalLM:
     """transformers' own model, float32 on the stored values."""
-    model = LlamaForCausalLM(LlamaConfig(**{**network, "dtype": "float32"})).float().eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**{**network, "dtype": "float32"})).float().eval()
     model.load_state_dict({name: torch.from_numpy(array).float() for name, array in hf.items()})
     return model
 
@@ -70,7 +70,8 @@ def run_ranks(engine_dir: Path, requests: list[dict[str, Any]], tp_size: int, fo
         command = mpirun(tp_size, sys.executable, drive_engine.__file__, engine_dir, asked, answered)
         done = subprocess.run(command, env=MPI_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-    return torch.load(answered)
+    answers: list[dict[str, Any]] = torch.load(answered)
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +143,13 @@ def varied(engine: Engine) -> Varied:
 
 
 def some_tokens(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, TINY["vocab_size"], length).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(3, TINY["vocab_size"], length)]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_logits_and_tokens_are_those_of_transformers(tiny, tiny_oracle, tp_size, tmp_path):
+def test_logits_and_tokens_are_those_of_transformers(
+    tiny: Arrays, tiny_oracle: LlamaForCausalLM, tp_size: int, tmp_path: Path
+) -> None:
     prompts = [some_tokens(length, seed=length) for length in (1, 5, 12, 23, 48)]
     requests = [{"prompt": prompt, "max_new_tokens": 9, "context_logits": True} for prompt in prompts]
     folder = write_engine(tmp_path / "engine", tiny, TINY, tp_size, **TINY_BUILD)
@@ -159,7 +162,9 @@ def test_logits_and_tokens_are_those_of_transformers(tiny, tiny_oracle, tp_size,
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_bundled_model_tells_transformers_stories(stories, story_answers, tp_size, tmp_path):
+def test_bundled_model_tells_transformers_stories(
+    stories: Arrays, story_answers: list[tuple[list[int], list[int]]], tp_size: int, tmp_path: Path
+) -> None:
     assert len(story_answers) >= 20
     folder = write_engine(tmp_path / "engine", stories, STORIES_NETWORK, tp_size, **STORIES_BUILD)
     requests = [
@@ -169,9 +174,9 @@ def test_bundled_model_tells_transformers_stories(stories, story_answers, tp_siz
     assert [answer["tokens"] for answer in answers] == [expected for _, expected in story_answers]
 
 
-def test_requests_join_and_leave_while_others_run(engine):
+def test_requests_join_and_leave_while_others_run(engine: Engine) -> None:
     """Each says what it says alone, and a step serves all that are running."""
-    wanted = [
+    wanted: list[dict[str, Any]] = [
         {"prompt": some_tokens(5, 1), "max_new_tokens": 9},
         {"prompt": some_tokens(4, 2), "max_new_tokens": 5},
         {"prompt": some_tokens(7, 3), "max_new_tokens": 7, "top_k": 20, "random_seed": 3, "temperature": 2.0},
@@ -190,12 +195,10 @@ def test_requests_join_and_leave_while_others_run(engine):
     assert engine.steps - before == 15
 
 
-def test_a_long_prompt_comes_in_pieces_between_others_tokens(engine):
+def test_a_long_prompt_comes_in_pieces_between_others_tokens(engine: Engine) -> None:
     """11 tokens a step: one for the request that generates, ten of the newcomer's prompt."""
-    short, long = (
-        {"prompt": some_tokens(5, 1), "max_new_tokens": 9},
-        {"prompt": some_tokens(48, 2), "max_new_tokens": 3},
-    )
+    short: dict[str, Any] = {"prompt": some_tokens(5, 1), "max_new_tokens": 9}
+    long: dict[str, Any] = {"prompt": some_tokens(48, 2), "max_new_tokens": 3}
     alone = [Answer(engine, **request).wait().tokens for request in (short, long)]
     before, joined = engine.steps, []
     first = Answer(engine, **short, on_piece={1: lambda: joined.append(Answer(engine, **long))}).wait()
@@ -203,9 +206,16 @@ def test_a_long_prompt_comes_in_pieces_between_others_tokens(engine):
     assert engine.steps - before == 9  # steps 2 to 6 take the prompt, and the last gives its first token
 
 
-def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt(engine, open_tiny):
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt(
+    engine: Engine, open_tiny: Callable[..., Engine]
+) -> None:
     whole = open_tiny(max_num_tokens=200)
-    request = {"prompt": some_tokens(45, 9), "max_new_tokens": 4, "context_logits": True, "generation_logits": True}
+    request: dict[str, Any] = {
+        "prompt": some_tokens(45, 9),
+        "max_new_tokens": 4,
+        "context_logits": True,
+        "generation_logits": True,
+    }
     answers = [Answer(one, **request).wait() for one in (engine, whole)]
     assert [len(answer.pieces) for answer in answers] == [5 + 3, 4]
     for kind in ("context_logits", "generation_logits"):
@@ -213,7 +223,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt(engine, open_ti
     assert answers[0].logits("generation_logits").argmax(-1).tolist() == answers[0].tokens == answers[1].tokens
 
 
-def test_more_requests_than_slots_wait_their_turn(engine, tiny_oracle):
+def test_more_requests_than_slots_wait_their_turn(engine: Engine, tiny_oracle: LlamaForCausalLM) -> None:
     prompts = [some_tokens(3 + index % 7, index) for index in range(13)]
     answers = [Answer(engine, prompt, 2 + index % 5) for index, prompt in enumerate(prompts)]
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -221,17 +231,22 @@ def test_more_requests_than_slots_wait_their_turn(engine, tiny_oracle):
     assert (engine.running, engine.waiting) == (0, 0)
 
 
-def test_cancelling_frees_the_slot_for_who_waits(open_tiny):
+def test_cancelling_frees_the_slot_for_who_waits(open_tiny: Callable[..., Engine]) -> None:
     one_slot = open_tiny(max_batch_size=1)
     waiting: list[Answer] = []
     before = one_slot.steps
+
+    def cancel_both() -> None:
+        waiting[0].cancel()
+        running.cancel()
+
     running = Answer(
         one_slot,
         some_tokens(4, 1),
         30,
         on_piece={
             2: lambda: waiting.extend(Answer(one_slot, some_tokens(5, seed), 3) for seed in (2, 3)),
-            4: lambda: (waiting[0].cancel(), running.cancel()),
+            4: cancel_both,
         },
     )
     assert running.wait().error is None and len(running.tokens) == 4
@@ -240,25 +255,25 @@ def test_cancelling_frees_the_slot_for_who_waits(open_tiny):
     assert one_slot.steps - before == 4 + 3
 
 
-def test_end_id_ends_and_is_not_part_of_the_output(varied):
+def test_end_id_ends_and_is_not_part_of_the_output(varied: Varied) -> None:
     end_id = varied.tokens[4]
     assert varied.again(end_id=end_id).tokens == varied.tokens[:4]
     longer = varied.again(end_id=end_id, min_length=7).tokens
     assert longer[:4] == varied.tokens[:4] and len(longer) >= 7 and end_id not in longer
 
 
-def test_stop_words_end_and_are_part_of_the_output(varied):
+def test_stop_words_end_and_are_part_of_the_output(varied: Varied) -> None:
     stopped = varied.again(stop_words=((100, 99), tuple(varied.tokens[3:5])))
     assert stopped.tokens == varied.tokens[:5] and stopped.error is None
 
 
-def test_bad_words_never_appear(varied):
+def test_bad_words_never_appear(varied: Varied) -> None:
     banned = varied.tokens[5], varied.tokens[:2]
     tokens = varied.again(bad_words=((banned[0],), tuple(banned[1]))).tokens
     assert tokens[0] == banned[1][0] and tokens[1] != banned[1][1] and banned[0] not in tokens
 
 
-def test_a_seed_gives_the_same_text_whoever_is_in_the_batch(engine):
+def test_a_seed_gives_the_same_text_whoever_is_in_the_batch(engine: Engine) -> None:
     def drawn(seed: int) -> Answer:
         return Answer(engine, some_tokens(6, 5), 12, top_k=50, temperature=3.0, random_seed=seed)
 
@@ -268,7 +283,7 @@ def test_a_seed_gives_the_same_text_whoever_is_in_the_batch(engine):
     assert Answer(engine, some_tokens(6, 5), 12, top_k=50, temperature=3.0).wait().tokens == alone[0]
 
 
-def test_log_probs_are_those_of_transformers(engine, tiny_oracle):
+def test_log_probs_are_those_of_transformers(engine: Engine, tiny_oracle: LlamaForCausalLM) -> None:
     prompt = some_tokens(6, 5)
     answer = Answer(engine, prompt, 8, log_probs=True, repetition_penalty=1.5).wait()
     with torch.inference_mode():
@@ -290,7 +305,9 @@ def test_log_probs_are_those_of_transformers(engine, tiny_oracle):
         ({"prompt": [5], "max_new_tokens": 3, "temperature": float("nan")}, "nan", "finite"),
     ],
 )
-def test_requests_that_cannot_be_served_are_refused_at_once(engine, request_, seen, limit):
+def test_requests_that_cannot_be_served_are_refused_at_once(
+    engine: Engine, request_: dict[str, Any], seen: str, limit: str
+) -> None:
     with pytest.raises(Refused) as refused:
         Answer(engine, **request_)
     assert seen in str(refused.value) and limit in str(refused.value)
@@ -299,7 +316,9 @@ def test_requests_that_cannot_be_served_are_refused_at_once(engine, request_, se
 REUSED = {**TINY_BUILD, "max_input_len": 60, "max_num_tokens": 37}
 
 
-def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(tiny, tiny_oracle, tmp_path):
+def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(
+    tiny: Arrays, tiny_oracle: LlamaForCausalLM, tmp_path: Path
+) -> None:
     """Long before short, together and one after the other, also when the cache is full and blocks go; whoever else is in the batch."""
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     shared = some_tokens(50, 1)
@@ -326,7 +345,9 @@ def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(tiny,
     opened.close()
 
 
-def test_an_answer_is_the_beginning_of_the_next_prompt(tiny, tiny_oracle, tmp_path):
+def test_an_answer_is_the_beginning_of_the_next_prompt(
+    tiny: Arrays, tiny_oracle: LlamaForCausalLM, tmp_path: Path
+) -> None:
     """As in a chat: what was generated is in the cache too."""
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     opened = open_engine(written, reuse=True)
@@ -339,15 +360,18 @@ def test_an_answer_is_the_beginning_of_the_next_prompt(tiny, tiny_oracle, tmp_pa
     opened.close()
 
 
-def test_a_step_that_failed_leaves_nothing_to_share(tiny, tiny_oracle, tmp_path, monkeypatch):
+def test_a_step_that_failed_leaves_nothing_to_share(
+    tiny: Arrays, tiny_oracle: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     opened = open_engine(written, reuse=True)
     assert isinstance(opened, Engine)
-    prompt, step = some_tokens(50, 4), opened._model.step
+    model: Any = opened._model
+    prompt, step = some_tokens(50, 4), model.step
 
-    def half_done(chunks):
+    def half_done(chunks: list[tuple[int, int]]) -> None:
         step(chunks)
-        for keys in opened._model.keys:
+        for keys in model.keys:
             keys.fill_(7)
         raise RuntimeError("half done")
 
@@ -359,7 +383,9 @@ def test_a_step_that_failed_leaves_nothing_to_share(tiny, tiny_oracle, tmp_path,
     opened.close()
 
 
-def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(engine, monkeypatch, caplog):
+def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("a secret path")
 
@@ -370,13 +396,13 @@ def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(engine
     assert len(Answer(engine, some_tokens(4, 1), 5).wait().tokens) == 5
 
 
-def test_a_request_with_no_token_left_is_told_and_the_others_go_on(engine):
+def test_a_request_with_no_token_left_is_told_and_the_others_go_on(engine: Engine) -> None:
     everything = tuple((token,) for token in range(TINY["vocab_size"]))
     answers = [Answer(engine, some_tokens(4, 1), 5), Answer(engine, some_tokens(4, 1), 5, bad_words=everything)]
     assert "no token is left" in str(answers[1].wait().error) and len(answers[0].wait().tokens) == 5
 
 
-def test_closing_ends_what_still_runs_with_an_error(open_tiny):
+def test_closing_ends_what_still_runs_with_an_error(open_tiny: Callable[..., Engine]) -> None:
     closing = open_tiny()
     answer = Answer(closing, some_tokens(4, 1), 20, on_piece={1: lambda: None})
     answer.next_piece()
@@ -390,13 +416,13 @@ def test_closing_ends_what_still_runs_with_an_error(open_tiny):
 @pytest.mark.parametrize(
     "how, seen", [("kill", "rank 1 of the engine has ended"), ("stop", "rank 1 of the engine is silent")]
 )
-def test_a_lost_rank_fails_every_request_and_is_named(tiny, tmp_path, how, seen):
+def test_a_lost_rank_fails_every_request_and_is_named(tiny: Arrays, tmp_path: Path, how: str, seen: str) -> None:
     done = lose_rank(tiny, tmp_path, how)
     assert json.loads((tmp_path / "said.json").read_text()) == [seen, seen], done.stderr
     assert f"rank 1 {seen.split('engine ')[1]}; every request fails from now on" in done.stderr
 
 
-def test_a_failed_step_of_rank_0_ends_the_other_ranks(tiny, tmp_path):
+def test_a_failed_step_of_rank_0_ends_the_other_ranks(tiny: Arrays, tmp_path: Path) -> None:
     """They wait inside that step for ever otherwise; their end is what the supervisor sees."""
     done = lose_rank(tiny, tmp_path, "break")
     seen = "the engine has failed; the server's log says why"
@@ -404,7 +430,7 @@ def test_a_failed_step_of_rank_0_ends_the_other_ranks(tiny, tmp_path):
     assert "TypeError" in done.stderr and "rank 1: rank 0 has ended; this rank ends" in done.stderr
 
 
-def test_a_rank_that_loses_rank_0_ends(tiny, tmp_path):
+def test_a_rank_that_loses_rank_0_ends(tiny: Arrays, tmp_path: Path) -> None:
     done = lose_rank(tiny, tmp_path, "leader")
     assert "rank 1: rank 0 has ended; this rank ends" in done.stderr
 
@@ -418,7 +444,7 @@ def lose_rank(tiny: Arrays, folder: Path, how: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=MPI_ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_plans_survive_the_way_between_ranks():
+def test_plans_survive_the_way_between_ranks() -> None:
     chunks = (Chunk(3, 17, (-1,), 1), Chunk(0, 0, (1, 2, 3), 0), Chunk(7, 40, (9, 8), 2))
     for step in (Step(chunks, ((7, (4, 9, 2)), (0, (1,))), with_logits=False), Step(chunks)):
         assert decode(encode(step)) == step
@@ -435,14 +461,14 @@ def test_plans_survive_the_way_between_ranks():
         ({"mapping": {"world_size": 3, "tp_size": 3, "pp_size": 1}}, "tp_size 3"),
     ],
 )
-def test_an_engine_that_cannot_be_served_is_refused_by_name(change, seen):
+def test_an_engine_that_cannot_be_served_is_refused_by_name(change: dict[str, Any], seen: str) -> None:
     config = engine_config(TINY, 1, **TINY_BUILD)
     config["pretrained_config"].update(change)
     with pytest.raises(ValueError, match=seen):
         parse_config(config)
 
 
-def test_limits_are_read_from_old_and_new_build_configs():
+def test_limits_are_read_from_old_and_new_build_configs() -> None:
     old = parse_config(
         engine_config(TINY, 1, max_batch_size=5, max_input_len=48, max_output_len=32, max_num_tokens=None)
     )
@@ -450,13 +476,13 @@ def test_limits_are_read_from_old_and_new_build_configs():
     assert (old.max_seq_len, old.max_num_tokens) == (80, 240) and (new.max_seq_len, new.max_num_tokens) == (70, 9)
 
 
-def test_ranks_that_do_not_match_the_engine_are_refused(tiny, tmp_path):
+def test_ranks_that_do_not_match_the_engine_are_refused(tiny: Arrays, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tp_size 2, but 1 rank"):
         open_engine(write_engine(tmp_path / "engine", tiny, TINY, 2, **TINY_BUILD))
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.layers.1.mlp.gate.weight"])
-def test_weights_that_contradict_the_config_are_named(tiny, tmp_path, name):
+def test_weights_that_contradict_the_config_are_named(tiny: Arrays, tmp_path: Path, name: str) -> None:
     folder = write_engine(tmp_path / "engine", tiny, TINY, 1, **TINY_BUILD)
     tensors = load_file(folder / "rank0.safetensors")
     save_file({**tensors, name: tensors[name][1:]}, folder / "rank0.safetensors")
@@ -476,13 +502,13 @@ def test_weights_that_contradict_the_config_are_named(tiny, tmp_path, name):
          "original_max_position_embeddings": 24},
     ],
 )  # fmt: skip
-def test_rotary_scaling_is_that_of_transformers(scaling):
+def test_rotary_scaling_is_that_of_transformers(scaling: dict[str, Any]) -> None:
     config = parse_config(engine_config({**TINY, "rope_scaling": scaling}, 1, **TINY_BUILD))
     hf = LlamaConfig(**{**TINY, "rope_scaling": {**scaling, "rope_theta": TINY["rope_theta"]}})
     torch.testing.assert_close(rotary_frequencies(config), LlamaRotaryEmbedding(hf).inv_freq)
 
 
-def test_unknown_rotary_scaling_is_refused_by_name():
+def test_unknown_rotary_scaling_is_refused_by_name() -> None:
     config = parse_config(engine_config({**TINY, "rope_scaling": {"type": "yarn", "factor": 2.0}}, 1, **TINY_BUILD))
     with pytest.raises(ValueError, match="yarn"):
         rotary_frequencies(config)
@@ -499,7 +525,9 @@ def test_unknown_rotary_scaling_is_refused_by_name():
         ((10, 3), ["sm_90", "sm_103a"], True),
     ],
 )
-def test_a_gpu_that_pytorch_has_no_code_for_is_known(capability, built_for, runs):
+def test_a_gpu_that_pytorch_has_no_code_for_is_known(
+    capability: tuple[int, int], built_for: list[str], runs: bool
+) -> None:
     assert has_code_for(capability, built_for) is runs
 
 

@@ -22,7 +22,7 @@ def served(blocks: Blocks, prompt: tuple[int, ...], new: int = 1) -> tuple[tuple
     return taken
 
 
-def test_the_same_beginning_is_shared_block_by_block_and_a_token_is_left_to_compute():
+def test_the_same_beginning_is_shared_block_by_block_and_a_token_is_left_to_compute() -> None:
     blocks = Blocks(20, SIZE, reuse=True)
     first, shared = served(blocks, numbers(10))
     assert shared == 0
@@ -33,7 +33,7 @@ def test_the_same_beginning_is_shared_block_by_block_and_a_token_is_left_to_comp
     assert blocks.available == 20 and blocks.numbers()["reused"] == 2 + 2 + 1 + 1
 
 
-def test_a_block_in_use_is_shared_too_and_is_free_when_the_last_one_has_ended():
+def test_a_block_in_use_is_shared_too_and_is_free_when_the_last_one_has_ended() -> None:
     blocks = Blocks(5, SIZE, reuse=True)
     first = blocks.take(3, numbers(10))
     assert first is not None
@@ -47,14 +47,14 @@ def test_a_block_in_use_is_shared_too_and_is_free_when_the_last_one_has_ended():
     assert blocks.used == 0 and blocks.available == 5
 
 
-def test_what_was_not_told_is_not_shared():
+def test_what_was_not_told_is_not_shared() -> None:
     blocks = Blocks(9, SIZE, reuse=True)
     first = blocks.take(3, numbers(10))
     assert first is not None
     assert served(blocks, numbers(10))[1] == 0  # the first one has not computed anything yet
 
 
-def test_the_least_recently_used_goes_first_and_of_a_sequence_its_end():
+def test_the_least_recently_used_goes_first_and_of_a_sequence_its_end() -> None:
     blocks = Blocks(4, SIZE, reuse=True)
     served(blocks, numbers(8), new=0)
     served(blocks, numbers(8, 100), new=0)
@@ -67,7 +67,7 @@ def test_the_least_recently_used_goes_first_and_of_a_sequence_its_end():
     assert served(blocks, numbers(9))[1] == 0
 
 
-def test_an_equal_digest_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_an_equal_digest_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if two beginnings had one digest: the tokens are compared."""
     monkeypatch.setattr(Blocks, "_digest", lambda self, tokens, before: b"the same for all")
     blocks = Blocks(9, SIZE, reuse=True)
@@ -77,13 +77,13 @@ def test_an_equal_digest_alone_shares_nothing(monkeypatch: pytest.MonkeyPatch):
     assert served(blocks, (*numbers(4), *numbers(6)))[1] == 4  # the same tokens after others are another block
 
 
-def test_without_reuse_nothing_is_shared():
+def test_without_reuse_nothing_is_shared() -> None:
     blocks = Blocks(9, SIZE, reuse=False)
     served(blocks, numbers(10))
     assert served(blocks, numbers(10))[1] == 0 and blocks.available == 9
 
 
-def test_many_requests_share_only_what_they_have_in_common():
+def test_many_requests_share_only_what_they_have_in_common() -> None:
     """Against a plain model: what each block holds, written when it is told."""
     chance = random.Random(4)
     blocks, holds = Blocks(12, SIZE, reuse=True), dict[int, tuple[int, ...]]()

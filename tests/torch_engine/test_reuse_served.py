@@ -1,6 +1,8 @@
 """KV_REUSE=on through a real tritonserver: the same answers, and what was shared is on the metrics page."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from server import Served, end_tree_of, serve
@@ -11,7 +13,7 @@ ENDINGS = ("One day", "Her mom", "One day", "The dog")
 
 
 @pytest.fixture(scope="module", params=["off", "on"])
-def served(request: pytest.FixtureRequest, tree: Path):
+def served(request: pytest.FixtureRequest, tree: Path) -> Iterator[tuple[str, Served]]:
     running = serve(tree, "TP=2", f"KV_REUSE={request.param}")
     yield request.param, running
     end_tree_of(running.process.pid)
@@ -24,9 +26,9 @@ def reused(running: Served) -> float:
 TEXTS: dict[str, list[str]] = {}
 
 
-def test_shared_beginnings_change_no_answer(served: tuple[str, Served]):
+def test_shared_beginnings_change_no_answer(served: tuple[str, Served]) -> None:
     how, running = served
-    asked = [{"text_input": BEGINNING + ending, "max_tokens": 12} for ending in ENDINGS]
+    asked: list[dict[str, Any]] = [{"text_input": BEGINNING + ending, "max_tokens": 12} for ending in ENDINGS]
     TEXTS[how] = [running.post("ensemble", **body)["text_output"] for body in asked]
     assert TEXTS[how][0] == TEXTS[how][2] and all(text == TEXTS["off"][n] for n, text in enumerate(TEXTS[how]))
     # the beginning has more than one block of 16 tokens, and three of the four found it

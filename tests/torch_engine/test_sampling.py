@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import drive_engine  # noqa: F401 (finds the engine's modules)
 import pytest
@@ -33,18 +34,19 @@ def after(sampling: Sampling, logits: torch.Tensor, tokens: list[int] = TOKENS) 
     return adjusted(logits, sampling, tokens, len(PROMPT))
 
 
-def by_transformers(logits: torch.Tensor, *processors: object) -> torch.Tensor:
-    return LogitsProcessorList(processors)(torch.tensor([TOKENS]), logits[None].clone())[0]
+def by_transformers(logits: torch.Tensor, *processors: Any) -> torch.Tensor:
+    processed: torch.Tensor = LogitsProcessorList(processors)(torch.LongTensor([TOKENS]), logits[None].clone())
+    return processed[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_repetition_penalty_and_temperature_are_hugging_faces(seed):
+def test_repetition_penalty_and_temperature_are_hugging_faces(seed: int) -> None:
     logits = some_logits(seed)
     expected = by_transformers(logits, RepetitionPenaltyLogitsProcessor(1.7), TemperatureLogitsWarper(0.6))
     torch.testing.assert_close(after(Sampling(repetition_penalty=1.7, temperature=0.6), logits), expected)
 
 
-def test_presence_and_frequency_penalties_count_the_prompt_too():
+def test_presence_and_frequency_penalties_count_the_prompt_too() -> None:
     logits = some_logits(0)
     expected = logits.clone()
     for token, times in {5: 2, 9: 2, 20: 1, 7: 1}.items():
@@ -52,26 +54,26 @@ def test_presence_and_frequency_penalties_count_the_prompt_too():
     torch.testing.assert_close(after(Sampling(presence_penalty=0.5, frequency_penalty=0.25), logits), expected)
 
 
-def test_embedding_bias_comes_before_the_temperature():
+def test_embedding_bias_comes_before_the_temperature() -> None:
     logits, bias = some_logits(0), some_logits(1)
     torch.testing.assert_close(after(Sampling(embedding_bias=bias, temperature=2.0), logits), (logits + bias) / 2)
 
 
 @pytest.mark.parametrize("min_length", [1, 2, 3, 9])
-def test_end_id_is_forbidden_until_min_length(min_length):
+def test_end_id_is_forbidden_until_min_length(min_length: int) -> None:
     logits = some_logits(0)
     expected = by_transformers(logits, MinNewTokensLengthLogitsProcessor(len(PROMPT), min_length, [11]))
     torch.testing.assert_close(after(Sampling(min_length=min_length, end_id=11), logits), expected)
 
 
-def test_bad_words_are_hugging_faces():
+def test_bad_words_are_hugging_faces() -> None:
     logits, words = some_logits(0), ((3,), (7, 5, 8), (5, 6), (9, 12), (20, 7, 5, 30))
     expected = by_transformers(logits, NoBadWordsLogitsProcessor([list(word) for word in words]))
     torch.testing.assert_close(after(Sampling(bad_words=words), logits), expected)
 
 
 @pytest.mark.parametrize("top_k, top_p", [(4, 0.0), (0, 0.7), (0, 1.0), (12, 0.5), (1000, 0.9), (3, 1e-6)])
-def test_sampled_distribution_is_hugging_faces(top_k, top_p):
+def test_sampled_distribution_is_hugging_faces(top_k: int, top_p: float) -> None:
     logits = some_logits(4)
     warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p else [])
     expected = by_transformers(logits, *warpers).softmax(dim=-1)
@@ -84,12 +86,12 @@ def test_sampled_distribution_is_hugging_faces(top_k, top_p):
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=5.0), Sampling(top_k=1, top_p=0.9), Sampling(random_seed=8)]
 )
-def test_without_top_k_and_top_p_the_best_token_wins(sampling):
+def test_without_top_k_and_top_p_the_best_token_wins(sampling: Sampling) -> None:
     logits = some_logits(2)
     assert choose(after(sampling, logits)[None], [sampling], []).tolist() == [int(logits.argmax())]
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution() -> None:
     """Evenly spaced draws give each token its share; a row that is greedy in between takes none."""
     logits, sampling, n = some_logits(2), Sampling(top_k=3, top_p=0.99), 3000
     draws = [(index + 0.5) / n for index in range(n)]
@@ -101,26 +103,26 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
-def test_the_smallest_and_the_largest_draw_give_a_token_that_may_be_drawn(draw):
+def test_the_smallest_and_the_largest_draw_give_a_token_that_may_be_drawn(draw: float) -> None:
     logits = some_logits(2)
     token = int(choose(logits[None], [Sampling(top_k=3)], [draw]))
     assert token in logits.topk(3).indices.tolist()
 
 
-def test_when_every_token_is_banned_the_row_has_none_and_the_others_have():
+def test_when_every_token_is_banned_the_row_has_none_and_the_others_have() -> None:
     everything = Sampling(bad_words=tuple((token,) for token in range(VOCAB)))
     rows = torch.stack([some_logits(0), after(everything, some_logits(0)), some_logits(1)])
     tokens = choose(rows, [Sampling(top_k=2), everything, Sampling()], [0.0]).tolist()
     assert tokens == [int(some_logits(0).argmax()), -1, int(some_logits(1).argmax())]
 
 
-def test_log_probs_are_the_models_own():
+def test_log_probs_are_the_models_own() -> None:
     rows = torch.stack([some_logits(3), some_logits(4)])
     expected = rows.log_softmax(-1)[[0, 1], [6, 30]]
     torch.testing.assert_close(log_probs(rows, torch.tensor([6, 30])), expected)
 
 
-def test_stop_words_match_at_the_end_and_across_the_prompts_border():
+def test_stop_words_match_at_the_end_and_across_the_prompts_border() -> None:
     assert ends_with(TOKENS, ((7, 5),)) and ends_with(TOKENS, ((1,), (20, 7, 5)))
     assert not ends_with(TOKENS, ((5, 7), (7,))) and not ends_with([5], ((7, 5),)) and not ends_with(TOKENS, ())
 
@@ -129,7 +131,7 @@ def test_stop_words_match_at_the_end_and_across_the_prompts_border():
 @given(
     st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple), max_size=5).map(tuple), st.integers(0, 3)
 )
-def test_word_lists_survive_upstreams_form(words, padding):
+def test_word_lists_survive_upstreams_form(words: tuple[tuple[int, ...], ...], padding: int) -> None:
     flat = [token for word in words for token in word]
     ends = [sum(map(len, words[: index + 1])) for index in range(len(words))]
     length = max(1, len(flat)) + padding
@@ -138,7 +140,7 @@ def test_word_lists_survive_upstreams_form(words, padding):
 
 
 @pytest.mark.parametrize("ends", [[2, 1, -1], [0, -1, -1], [4, -1, -1], [-2, -1, -1], [1, -1, 2], [2, 2, -1]])
-def test_malformed_word_lists_are_refused(ends):
+def test_malformed_word_lists_are_refused(ends: list[int]) -> None:
     with pytest.raises(ValueError, match=r"end offset"):
         word_list([1, 2, 3], ends)
 
@@ -164,11 +166,11 @@ def test_malformed_word_lists_are_refused(ends):
         (Sampling(stop_words=((-4,),)), "-4", "0 to 36"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_with_value_and_limit(sampling, seen, limit):
+def test_settings_that_mean_nothing_are_refused_with_value_and_limit(sampling: Sampling, seen: str, limit: str) -> None:
     refused = refusal(sampling, VOCAB)
     assert refused is not None and seen in refused and limit in refused
 
 
-def test_settings_at_their_limits_are_accepted():
+def test_settings_at_their_limits_are_accepted() -> None:
     edge = Sampling(temperature=1e-3, top_k=10_000, top_p=1.0, end_id=VOCAB - 1, random_seed=2**64 - 1)
     assert refusal(edge, VOCAB) is None and refusal(Sampling(), VOCAB) is None

@@ -9,7 +9,7 @@ import weight_file
 from safetensors.torch import load_file, save_file
 
 
-def test_the_readers_fill_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_readers_fill_what_safetensors_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_file, "PIECE_BYTES", 1000)  # many pieces, also at odd places
     torch.manual_seed(0)
     path = tmp_path / "rank0.safetensors"
@@ -27,7 +27,7 @@ def test_the_readers_fill_what_safetensors_reads(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(places[name], expected[name]) for name in tensors)
 
 
-def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path):
+def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rank0.safetensors"
     save_file({"x": torch.zeros(1000)}, path)
     _, shape, begin, _ = weight_file.tensors_of(path)["x"]

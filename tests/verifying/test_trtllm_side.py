@@ -23,11 +23,12 @@ PROMPTS = [[1, 17, 80, 4], [1, 5, 99, 42], [1, 17, 5, 5]]
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(3)
-    return LlamaForCausalLM(
+    made: LlamaForCausalLM = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2
         )
     ).eval()  # fmt: skip
+    return made
 
 
 class Runner:

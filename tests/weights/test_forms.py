@@ -46,7 +46,8 @@ def published(folder: Path, **changed: Any) -> Path:
         "num_key_value_heads": 3,
     }
     config = LlamaConfig(**{**sizes, "vocab_size": 312, "max_position_embeddings": 256, **changed})
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.float16).save_pretrained(folder)
     write_model(folder / "meta")
     (folder / "meta/tokenizer.model").rename(folder / "tokenizer.model")
     return folder
@@ -74,7 +75,7 @@ def same(one: Path, other: Path) -> bool:
 def test_metas_shards_go_straight_into_the_ranks(n_shards: int, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "meta", n_shards=n_shards)
     straight = checkpoint(weights, tmp_path / "straight", 4, "0.8.0")
-    build_hf.build_hf(build_hf.Settings(weights, tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(weights, tmp_path / "hf"))
     build_checkpoint.build_checkpoint(build_checkpoint.Settings(tmp_path / "hf", tmp_path / "detour", 4, "0.8.0"))
     assert same(straight, tmp_path / "detour")
 
@@ -94,7 +95,7 @@ def test_weights_in_bin_files_single_and_several(tmp_path: Path) -> None:
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert same(checkpoint(folder, tmp_path / "several", 3), expected)
-    build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(folder, tmp_path / "hf"))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in tensors.items())
 
@@ -130,7 +131,8 @@ def test_a_bin_file_that_wants_to_run_something_is_refused(tmp_path: Path) -> No
 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.float()(torch.arange(3, 40)[None]).logits[0]
+        logits: torch.Tensor = model.float()(torch.arange(3, 40)[None]).logits
+        return logits[0]
 
 
 def joined(room: Path, source: Path) -> Any:
@@ -142,7 +144,7 @@ def joined(room: Path, source: Path) -> Any:
         config["head_size"],
         config["mapping"]["tp_size"],
     )
-    llama = AutoModelForCausalLM.from_pretrained(source).config
+    llama: Any = AutoModelForCausalLM.from_pretrained(source).config
     llama.num_attention_heads, llama.num_key_value_heads, llama.head_dim, llama.tie_word_embeddings = (
         heads,
         kv_heads,
@@ -295,7 +297,7 @@ def test_of_two_rope_settings_the_one_that_transformers_takes_is_taken(tmp_path:
         "rope_scaling": {"type": "linear", "factor": 4.0},
     }
     folder = edit(published(tmp_path / "published"), **two)
-    theirs = LlamaConfig.from_pretrained(folder).rope_parameters
+    theirs: Any = LlamaConfig.from_pretrained(folder).rope_parameters
     config = json.loads((checkpoint(folder, tmp_path / "room", 3) / "config.json").read_text())
     assert (theirs["rope_type"], theirs["factor"]) == ("linear", 4.0)
     assert config["rotary_scaling"] == {"type": "linear", "factor": 4.0}

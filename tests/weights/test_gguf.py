@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import gguf
 import numpy as np
@@ -132,7 +132,7 @@ def write_gguf(
 @pytest.mark.parametrize(("tied", "quantization"), [(True, "Q4_1"), (False, "Q8_0"), (True, "F16")])
 def test_every_weight_is_the_one_that_transformers_dequantizes(tied: bool, quantization: str, tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "weights", tied, quantization)
-    build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(folder, tmp_path / "hf"))
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="small.gguf", dtype=torch.float32)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     expected, found = theirs.state_dict(), ours.state_dict()
@@ -148,7 +148,7 @@ def test_every_weight_is_the_one_that_transformers_dequantizes(tied: bool, quant
 
 def test_norms_may_be_quantized_too(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "weights", norms="Q8_0")
-    build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(folder, tmp_path / "hf"))
     ours = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / "small.gguf").tensors}["output_norm.weight"]
     assert np.array_equal(ours["model.norm.weight"].numpy(), gguf.dequantize(stored.data, stored.tensor_type))
@@ -157,7 +157,7 @@ def test_norms_may_be_quantized_too(tmp_path: Path) -> None:
 def test_the_checkpoint_needs_no_hugging_face_model(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "weights")
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
-    build_hf.build_hf(build_hf.Settings(folder, tmp_path / "hf"))
+    build_hf.build_hf(build_config.Settings(folder, tmp_path / "hf"))
     for name, model, weights in (("straight", "config", folder), ("detour", "hf", None)):
         settings = build_checkpoint.Settings(tmp_path / model, tmp_path / name, 2, "0.14.0", "float16", weights=weights)
         build_checkpoint.build_checkpoint(settings)
@@ -222,7 +222,7 @@ def test_a_special_token_that_is_no_token_is_a_report(name: str, tmp_path: Path)
     assert f"has no {name[:3]}_token" in caught.value.seen
 
 
-BAD = {
+BAD: Dict[str, Tuple[Any, str]] = {
     "another architecture": ({"general.architecture": None}, "general.architecture"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is 8"),
     "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "yarn"),
@@ -382,7 +382,7 @@ def parts_of(folder: Path, count: int, **changed: Any) -> Path:
 def test_parts_are_one_model(tmp_path: Path) -> None:
     parts = parts_of(tmp_path, 3)
     for name in ("whole", "parts"):
-        build_hf.build_hf(build_hf.Settings(tmp_path / name, tmp_path / f"hf-{name}"))
+        build_hf.build_hf(build_config.Settings(tmp_path / name, tmp_path / f"hf-{name}"))
     whole, joined = (
         safetensors.torch.load_file(tmp_path / f"hf-{name}/model.safetensors") for name in ("whole", "parts")
     )

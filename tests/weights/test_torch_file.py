@@ -1,5 +1,6 @@
 """A .pth is read as torch.load reads it, without torch; nothing in it is ever run."""
 
+import functools
 import os
 import pickle
 import random
@@ -36,7 +37,7 @@ def parts_of_one() -> Dict[str, torch.Tensor]:
 
 
 SAVED: Dict[str, Callable[[], Dict[str, torch.Tensor]]] = {
-    **{name: (lambda dtype=dtype: meta_tensors(GROUPED, dtype)) for name, dtype in TYPES.items()},
+    **{name: functools.partial(meta_tensors, GROUPED, dtype) for name, dtype in TYPES.items()},
     "module": module_state,
     "parameters": parameters,
     "parts of one": parts_of_one,

@@ -19,12 +19,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from engine_config import EngineConfig, read_config
 from kv_blocks import Blocks
 from llama import Llama, load_weights
-from ranks import FollowerLink, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
+from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
 from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal
 from step import ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
@@ -406,7 +407,7 @@ def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> M
     from gpu_llama import GpuLlama, OutOfMemory
 
     try:
-        return GpuLlama(config, load_weights(path, config, ranks.device, dtype, together=True), ranks)
+        return GpuLlama(config, load_weights(path, config, ranks.device, dtype, together=True), cast(GpuRanks, ranks))
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
         raise OutOfMemory(

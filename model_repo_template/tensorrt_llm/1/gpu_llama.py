@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import gpu_kernels as kernels
 import torch
@@ -60,7 +61,11 @@ class Started:
         self.logits = logits
         self._choice = None
         if choice is not None:
-            self._choice = Choice(*(None if part is None else part.to("cpu", non_blocking=True) for part in choice))
+            tokens, log_probs = choice
+            self._choice = Choice(
+                tokens.to("cpu", non_blocking=True),
+                None if log_probs is None else log_probs.to("cpu", non_blocking=True),
+            )
         self._done = torch.cuda.Event(blocking=True)
         self._done.record()
 
@@ -233,7 +238,8 @@ class GpuLlama:
         with torch.inference_mode():
             self.slots.fill_(self.idle_slot)
             self.slots_now = [self.idle_slot] * len(self.slots)
-            self.pool, self.capturing = None, torch.cuda.Stream(self.device)
+            self.pool: Any = None  # what graphs share
+            self.capturing = torch.cuda.Stream(self.device)
             sizes = sorted(
                 {size for size in PROMPT_SIZES if size < self.most_prompt_tokens} | {self.most_prompt_tokens}
             )

@@ -38,7 +38,9 @@ class Choice(NamedTuple):
 class Outcome(Protocol):
     """A step that has been launched. Waiting for it may raise what went wrong in it."""
 
-    logits: Tensor | None  # float32 (sum of n_logits, vocab_size) on rank 0, when asked for
+    @property
+    def logits(self) -> Tensor | None:
+        """float32 (sum of n_logits, vocab_size) on rank 0, when asked for."""
 
     def wait(self) -> Choice:
         """Returns when the step has ended, with tensors on the CPU."""

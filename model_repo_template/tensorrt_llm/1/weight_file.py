@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ def _pieces(places: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
 
 def _fill(file: int, offset: int, target: Tensor) -> None:
     """Reads exactly as many bytes as `target` has, on the CPU."""
-    view = memoryview(target.numpy())
+    array: Any = target.numpy()  # numpy 1.26 does not say that an array is a buffer
+    view = memoryview(array)
     while len(view):
         count = os.preadv(file, [view], offset)
         if not count:

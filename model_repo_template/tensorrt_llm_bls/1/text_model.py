@@ -39,7 +39,7 @@ class Call:
 
     def __init__(self, request: Any, has_sender: bool) -> None:
         self.request = request
-        self.sender = request.get_response_sender() if has_sender else None
+        self.sender: Any = request.get_response_sender() if has_sender else None
         self.inner_id = new_id()
         self.answer: Optional[Answer] = None
         self.streaming = False
