@@ -448,22 +448,26 @@ def attend_kernel(
 
 @triton.jit
 def choose_kernel(
-    logits, slots, tokens, positions, chosen, best, signals, epochs, width, vocab_size, idle_slot, advance,
+    logits, slots, tokens, positions, held, chosen, best, signals, epochs, width, vocab_size, idle_slot, advance,
     BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Greedy choice over all ranks' logits (rows, width): the first of the best. One program a row.
 
     chosen (rows) and tokens[slot] become the token; positions[slot] grows by `advance`, but for the idle slot, which fills up a batch.
+    held (slots, 2): a token, -1 for none, that may not be chosen while the sequence has fewer tokens than the second number.
     best: int64 addresses of each rank's float32 (rows, 2): its best logit and, as bits, that token.
     """
     _begin(PDL)
     row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    length = tl.load(positions + slot) + advance
+    banned = tl.where(length < tl.load(held + 2 * slot + 1), tl.load(held + 2 * slot), -1)
     column = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, width, BLOCK):
         at = begin + column
-        live = (at < width) & (RANK * width + at < vocab_size)
+        live = (at < width) & (RANK * width + at < vocab_size) & (RANK * width + at != banned)
         value = tl.load(logits + row.to(tl.int64) * width + at, mask=live, other=float("-inf"))
         where = tl.where(value > top, at, where)
         top = tl.maximum(top, value)
@@ -482,11 +486,10 @@ def choose_kernel(
             its_token = tl.load(theirs.to(tl.pointer_type(tl.int32)) + 1, volatile=True)
             token = tl.where(its > highest, its_token, token)
             highest = tl.maximum(highest, its)
-    slot = tl.load(slots + row)
     tl.store(chosen + row, token)
     tl.store(tokens + slot, token)
     if slot != idle_slot:
-        tl.store(positions + slot, tl.load(positions + slot) + advance)
+        tl.store(positions + slot, length)
 
 
 def power_of_2(number: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import gpu_kernels as kernels
 import torch
@@ -103,6 +103,8 @@ class GpuLlama:
         torch.cuda.set_device(self.device)  # a thread begins with the first GPU
         for slot, blocks in step.tables:
             self.tables[slot, : len(blocks)] = self._upload(blocks)
+        if step.held:
+            self.held[self._upload([slot for slot, *_ in step.held])] = self._upload([*chain(*step.held)]).view(-1, 3)[:, 1:]
         decode = [chunk for chunk in step.chunks if chunk.token_ids[0] == ON_DEVICE]
         prompts = [chunk for chunk in step.chunks if chunk.token_ids[0] != ON_DEVICE]
         logits, chosen = [], []
@@ -153,6 +155,8 @@ class GpuLlama:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.tables, self.tokens, self.positions = numbers(rows + 1, blocks), numbers(rows + 1), numbers(rows + 1)
+        # of each slot: its end token, and below which count of tokens that may not be chosen
+        self.held = torch.full((rows + 1, 2), -1, dtype=torch.int32, device=self.device)
         self.slots, self.chosen, self.chosen_ends = numbers(rows), numbers(rows), numbers(PROMPTS)
         self.slots_now: list[int] = []
         # rows of a tile of attention; float32 tiles are twice as large
@@ -352,7 +356,7 @@ class GpuLlama:
 
     def _choose(self, logits: Tensor, slots: Tensor, chosen: Tensor, advance: int) -> None:
         kernels.choose_kernel[(len(logits),)](
-            logits, slots, self.tokens, self.positions, chosen, self.all_best, self.choose_signals, self.choose_epochs,
+            logits, slots, self.tokens, self.positions, self.held, chosen, self.all_best, self.choose_signals, self.choose_epochs,
             self.vocab_rows, self.config.vocab_size, self.idle_slot, advance,
             BLOCK=2048, RANK=self.ranks.rank, WORLD=self.ranks.size, PDL=self.pdl, launch_pdl=self.pdl, num_warps=8,
         )  # fmt: skip

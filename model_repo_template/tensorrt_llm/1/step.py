@@ -21,10 +21,15 @@ class Chunk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Chunks to run together. tables: slots that were given blocks of the key/value cache, and which."""
+    """Chunks to run together.
+
+    tables: slots that were given blocks of the key/value cache, and which; held: slots whose end token, -1 for none, may not be chosen
+    while their sequence has fewer tokens than the third number.
+    """
 
     chunks: tuple[Chunk, ...]
     tables: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    held: tuple[tuple[int, int, int], ...] = ()
     with_logits: bool = True  # rank 0 gets all logits and chooses; else every rank chooses the best token by itself
 
 
@@ -64,10 +69,13 @@ class Model(Protocol):
 
 
 def encode(step: Step) -> list[int]:
-    """A step as plain integers: with_logits, n of tables, each (slot, length, blocks); chunks (slot, start, n_logits, length, tokens)."""
-    out = [int(step.with_logits), len(step.tables)]
+    """A step as plain integers: with_logits, n of tables, n of held; tables, each (slot, length, blocks); held; chunks, each
+    (slot, start, n_logits, length, tokens)."""
+    out = [int(step.with_logits), len(step.tables), len(step.held)]
     for slot, blocks in step.tables:
         out += [slot, len(blocks), *blocks]
+    for held in step.held:
+        out += held
     for c in step.chunks:
         out += [c.slot, c.start, c.n_logits, len(c.token_ids), *c.token_ids]
     return out
@@ -75,13 +83,17 @@ def encode(step: Step) -> list[int]:
 
 def decode(plan: Sequence[int]) -> Step:
     """The step that `encode` wrote."""
-    tables, chunks, at = [], [], 2
+    tables, held, chunks, at = [], [], [], 3
     for _ in range(plan[1]):
         slot, length = plan[at : at + 2]
         tables.append((slot, tuple(plan[at + 2 : at + 2 + length])))
         at += 2 + length
+    for _ in range(plan[2]):
+        slot, end_id, until = plan[at : at + 3]
+        held.append((slot, end_id, until))
+        at += 3
     while at < len(plan):
         slot, start, n_logits, length = plan[at : at + 4]
         at += 4 + length
         chunks.append(Chunk(slot, start, tuple(plan[at - length : at]), n_logits))
-    return Step(tuple(chunks), tuple(tables), bool(plan[0]))
+    return Step(tuple(chunks), tuple(tables), tuple(held), bool(plan[0]))
