@@ -170,10 +170,19 @@ def check_ends() -> None:
     logits[0, 7] = logits[0, 50] = logits[:, 99] = 9.0
     slots = torch.tensor([1, 0, 3]).int()
     tokens, positions, chosen = (torch.zeros(n, dtype=torch.int32) for n in (4, 4, 3))
+    held = torch.full((4, 5), -1, dtype=torch.int32)
     kernels.choose_kernel[(3,)](
-        logits, slots, tokens, positions, chosen, nowhere, nowhere, chosen, 101, 97, 3, 1, BLOCK=32, RANK=0, WORLD=1, PDL=False
+        logits, slots, tokens, positions, held, chosen, nowhere, nowhere, chosen, 101, 97, 3, 1, BLOCK=32, RANK=0, WORLD=1, PDL=False
     )  # fmt: skip
     assert chosen.tolist() == logits[:, :97].argmax(-1).tolist() and chosen[0] == 7
+    # an end token that may not be chosen yet: of slot 1 while it has fewer than 5 tokens, of slot 0 no longer
+    best = chosen.tolist()
+    held[1, :3], held[0, :2], again = torch.tensor([5, 3, best[0]]), torch.tensor([1, best[1]]), positions.clone()
+    kernels.choose_kernel[(3,)](
+        logits, slots, tokens.clone(), again, held, chosen, nowhere, nowhere, chosen, 101, 97, 3, 1, BLOCK=32, RANK=0, WORLD=1, PDL=False
+    )  # fmt: skip
+    assert chosen[0] == 50 and chosen.tolist()[1:] == best[1:]
+    chosen.copy_(torch.tensor(best))
     assert positions.tolist() == [1, 1, 0, 0] and tokens[slots.long()].tolist() == chosen.tolist()
     table, gain, x, normed = torch.randn(101, 50), torch.rand(50), torch.empty(3, 50), torch.empty(3, 50)
     kernels.embed_kernel[(3,)](tokens, slots, table, gain, x, normed, 50, 1e-5, BLOCK=64, PDL=False)

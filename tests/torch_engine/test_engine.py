@@ -439,14 +439,15 @@ def lose_rank(tiny: Arrays, folder: Path, how: str) -> subprocess.CompletedProce
     """A run of two ranks that loses one; the shell above each rank waits for a file, so that mpirun ends nothing."""
     engine_dir = write_engine(folder / "engine", tiny, TINY, 2, **{**TINY_BUILD, "max_output_len": 3950})
     command = mpirun(
-        2, "sh", "-c", '"$0" "$@" || true', sys.executable, ROOT / "tests" / "lose_rank.py", engine_dir, folder, how
+        2, "sh", "-c", '"$0" "$@" || true', sys.executable, ROOT / "tests/support/lose_rank.py", engine_dir, folder, how
     )
     return subprocess.run(command, env=MPI_ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_plans_survive_the_way_between_ranks() -> None:
     chunks = (Chunk(3, 17, (-1,), 1), Chunk(0, 0, (1, 2, 3), 0), Chunk(7, 40, (9, 8), 2))
-    for step in (Step(chunks, ((7, (4, 9, 2)), (0, (1,))), with_logits=False), Step(chunks)):
+    tables, held = ((7, (4, 9, 2)), (0, (1,))), ((7, 40, 2, -1, -1, -1), (0, 3, -1, -1, -1, -1))
+    for step in (Step(chunks, tables, held, with_logits=False), Step(chunks, tables), Step(chunks)):
         assert decode(encode(step)) == step
 
 

@@ -31,7 +31,7 @@ def some_logits(seed: int) -> torch.Tensor:
 
 
 def after(sampling: Sampling, logits: torch.Tensor, tokens: list[int] = TOKENS) -> torch.Tensor:
-    return adjusted(logits, sampling, tokens, len(PROMPT))
+    return adjusted(logits, sampling, tokens, len(tokens) - len(PROMPT))
 
 
 def by_transformers(logits: torch.Tensor, *processors: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
 from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal
-from step import ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
+from step import HELD_IDS, ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
 log = logging.getLogger("torch engine")
@@ -90,6 +90,7 @@ class Running:
         request = self.request
         return (
             not request.sampling.best_of_logits
+            or (request.sampling.held and not (self._on_device and len(request.sampling.end_ids) <= HELD_IDS))
             or request.log_probs
             or request.context_logits
             or request.generation_logits
@@ -103,6 +104,10 @@ class Running:
         token_ids = self.request.prompt[self.cached : self.cached + room]
         at_end = self.cached + len(token_ids) == len(self.request.prompt)
         return Chunk(self.slot, self.cached, token_ids, len(token_ids) if self.request.context_logits else int(at_end))
+
+    def generated(self, chunk: Chunk) -> int:
+        """How many tokens were generated before the choice after a chunk."""
+        return chunk.start + len(chunk.token_ids) - len(self.request.prompt)
 
     def ends_with(self, chunk: Chunk) -> bool:
         """Whether the chunk's last token is the sequence's last, so that a new one follows."""
@@ -142,8 +147,8 @@ def choice_of(batch: Batch, logits: Tensor) -> Choice:
     rows = logits[last.to(logits.device, non_blocking=True)]
     samplings = [one.request.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
     changed = [
-        rows[index] if sampling == Sampling() else adjusted(rows[index], sampling, one.tokens, len(one.request.prompt))
-        for index, (sampling, (one, _)) in enumerate(zip(samplings, choosing, strict=True))
+        rows[index] if sampling == Sampling() else adjusted(rows[index], sampling, one.tokens, one.generated(chunk))
+        for index, (sampling, (one, chunk)) in enumerate(zip(samplings, choosing, strict=True))
     ]
     draws = [one.draw() for sampling, (one, _) in zip(samplings, choosing, strict=True) if not sampling.greedy]
     tokens = choose(torch.stack(changed), samplings, draws)
@@ -166,6 +171,7 @@ class Engine:
         self._running: list[Running] = []
         self._free_slots = list(range(config.max_batch_size))  # a heap: low slots first keeps them adjacent
         self.blocks = Blocks(model.n_blocks, model.block_tokens, reuse)
+        self._held: list[tuple[int, ...]] = []  # of slots, likewise: what may not be chosen at first
         self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model has not been told of
         self._in_flight: deque[tuple[Batch, Outcome]] = deque()
         self._failure: str | None = None
@@ -268,6 +274,10 @@ class Engine:
             self._waiting.pop(0)
             self._running.append(Running(request, slot, blocks, shared, on_device=self._model.lookahead > 0))
             self._tables.append((slot, blocks))
+            sampling = request.sampling
+            ends = sampling.end_ids[:HELD_IDS] if sampling.held else ()
+            until = len(request.prompt) + sampling.min_length
+            self._held.append((slot, until, *ends, *(-1,) * (HELD_IDS - len(ends))))
 
     def _hold(self, one: Running, tokens: Sequence[int], told: int) -> None:
         """These tokens are in a request's blocks, for others that begin with them; `told` of them were known. Called with the lock held."""
@@ -328,7 +338,8 @@ class Engine:
 
     def _launch(self, batch: Batch) -> None:
         tables, self._tables = tuple(self._tables), []
-        step = Step(tuple(chunk for _, chunk in batch), tables, any(one.with_logits for one, _ in batch))
+        held, self._held = tuple(self._held), []
+        step = Step(tuple(chunk for _, chunk in batch), tables, held, any(one.with_logits for one, _ in batch))
         self._link.send(encode(step))
         self._in_flight.append((batch, self._model.launch(step, lambda logits: choice_of(batch, logits))))
         self.steps += 1

@@ -448,22 +448,30 @@ def attend_kernel(
 
 @triton.jit
 def choose_kernel(
-    logits, slots, tokens, positions, chosen, best, signals, epochs, width, vocab_size, idle_slot, advance,
+    logits, slots, tokens, positions, held, chosen, best, signals, epochs, width, vocab_size, idle_slot, advance,
     BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Greedy choice over all ranks' logits (rows, width): the first of the best. One program a row.
 
     chosen (rows) and tokens[slot] become the token; positions[slot] grows by `advance`, but for the idle slot, which fills up a batch.
+    held (slots, 5): four tokens, or -1, that may not be chosen while the sequence has fewer tokens than the first number.
     best: int64 addresses of each rank's float32 (rows, 2): its best logit and, as bits, that token.
     """
     _begin(PDL)
     row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    length = tl.load(positions + slot) + advance
+    early = length < tl.load(held + 5 * slot)
+    first, second = tl.load(held + 5 * slot + 1), tl.load(held + 5 * slot + 2)
+    third, fourth = tl.load(held + 5 * slot + 3), tl.load(held + 5 * slot + 4)
     column = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, width, BLOCK):
         at = begin + column
-        live = (at < width) & (RANK * width + at < vocab_size)
+        token_at = RANK * width + at
+        banned = early & ((token_at == first) | (token_at == second) | (token_at == third) | (token_at == fourth))
+        live = (at < width) & (token_at < vocab_size) & (banned == 0)
         value = tl.load(logits + row.to(tl.int64) * width + at, mask=live, other=float("-inf"))
         where = tl.where(value > top, at, where)
         top = tl.maximum(top, value)
@@ -482,11 +490,10 @@ def choose_kernel(
             its_token = tl.load(theirs.to(tl.pointer_type(tl.int32)) + 1, volatile=True)
             token = tl.where(its > highest, its_token, token)
             highest = tl.maximum(highest, its)
-    slot = tl.load(slots + row)
     tl.store(chosen + row, token)
     tl.store(tokens + slot, token)
     if slot != idle_slot:
-        tl.store(positions + slot, tl.load(positions + slot) + advance)
+        tl.store(positions + slot, length)
 
 
 def power_of_2(number: int) -> int:

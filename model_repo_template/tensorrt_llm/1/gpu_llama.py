@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import gpu_kernels as kernels
@@ -17,7 +17,7 @@ from engine_config import EngineConfig
 from gpu_kernels import BLOCK_TOKENS, power_of_2
 from llama import rotary_tables
 from ranks import GpuRanks
-from step import ON_DEVICE, Choice, Chooser, Chunk, Step
+from step import HELD_IDS, ON_DEVICE, Choice, Chooser, Chunk, Step
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,6 +106,9 @@ class GpuLlama:
         torch.cuda.set_device(self.device)  # a thread begins with the first GPU
         for slot, blocks in step.tables:
             self.tables[slot, : len(blocks)] = self._upload(blocks)
+        if step.held:
+            held = self._upload([*chain(*step.held)]).view(len(step.held), -1)  # (slots, 2 + HELD_IDS)
+            self.held[held[:, 0]] = held[:, 1:]
         decode = [chunk for chunk in step.chunks if chunk.token_ids[0] == ON_DEVICE]
         prompts = [chunk for chunk in step.chunks if chunk.token_ids[0] != ON_DEVICE]
         logits, chosen = [], []
@@ -156,6 +159,8 @@ class GpuLlama:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.tables, self.tokens, self.positions = numbers(rows + 1, blocks), numbers(rows + 1), numbers(rows + 1)
+        # of each slot: below which count of tokens these may not be chosen
+        self.held = torch.full((rows + 1, 1 + HELD_IDS), -1, dtype=torch.int32, device=self.device)
         self.slots, self.chosen, self.chosen_ends = numbers(rows), numbers(rows), numbers(PROMPTS)
         self.slots_now: list[int] = []
         # rows of a tile of attention; float32 tiles are twice as large
@@ -371,7 +376,7 @@ class GpuLlama:
 
     def _choose(self, logits: Tensor, slots: Tensor, chosen: Tensor, advance: int) -> None:
         kernels.choose_kernel[(len(logits),)](
-            logits, slots, self.tokens, self.positions, chosen, self.all_best, self.choose_signals, self.choose_epochs,
+            logits, slots, self.tokens, self.positions, self.held, chosen, self.all_best, self.choose_signals, self.choose_epochs,
             self.vocab_rows, self.config.vocab_size, self.idle_slot, advance,
             BLOCK=2048, RANK=self.ranks.rank, WORLD=self.ranks.size, PDL=self.pdl, launch_pdl=self.pdl, num_warps=8,
         )  # fmt: skip

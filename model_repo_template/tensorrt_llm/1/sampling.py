@@ -50,9 +50,14 @@ class Sampling:
 
     @property
     def from_history(self) -> bool:
-        """The choice depends on the tokens before it, or on how many there are."""
+        """The choice depends on the tokens before it."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or (self.end_id >= 0 and self.min_length > 0)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
+
+    @property
+    def held(self) -> bool:
+        """The end tokens may not be chosen at first. That depends on how many tokens there are alone, which is known ahead."""
+        return bool(self.end_ids) and self.min_length > 0
 
 
 def refusal(sampling: Sampling, vocab_size: int) -> str | None:
@@ -109,8 +114,9 @@ def ends_with(tokens: Sequence[int], words: Words) -> bool:
     return any(tuple(tokens[-len(word) :]) == word for word in words)
 
 
-def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt: int) -> Tensor:
-    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and what was generated.
+def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_generated: int) -> Tensor:
+    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and the generated tokens that are known,
+    n_generated counts all that were chosen.
 
     Order and rules of v0.8.0's batchApplyPenalty and ban_bad_words: bias, temperature, repetition penalty
     (multiplicative), presence, frequency, min_length, bad words. All three penalties count the prompt's tokens too.
@@ -125,7 +131,7 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_prompt
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         penalised -= sampling.presence_penalty + sampling.frequency_penalty * counts
         logits = torch.where(counts > 0, penalised, logits)
-    if sampling.end_ids and len(tokens) - n_prompt < sampling.min_length:
+    if sampling.held and n_generated < sampling.min_length:
         logits[list(sampling.end_ids)] = -math.inf
     for word in sampling.bad_words:
         if len(word) == 1 or ends_with(tokens, (word[:-1],)):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # A token that is known only to the device which chose it: the step before may still be running.
 ON_DEVICE = -1
+# How many end tokens a slot can hold back without rank 0's help.
+HELD_IDS = 4
 
 
 class Chunk(NamedTuple):
@@ -21,10 +23,15 @@ class Chunk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Chunks to run together. tables: slots that were given blocks of the key/value cache, and which."""
+    """Chunks to run together.
+
+    tables: slots that were given blocks of the key/value cache, and which; held: (slot, count, HELD_IDS tokens or -1): tokens that
+    may not be chosen while the slot's sequence has fewer tokens than the count.
+    """
 
     chunks: tuple[Chunk, ...]
     tables: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    held: tuple[tuple[int, ...], ...] = ()
     with_logits: bool = True  # rank 0 gets all logits and chooses; else every rank chooses the best token by itself
 
 
@@ -66,10 +73,13 @@ class Model(Protocol):
 
 
 def encode(step: Step) -> list[int]:
-    """A step as plain integers: with_logits, n of tables, each (slot, length, blocks); chunks (slot, start, n_logits, length, tokens)."""
-    out = [int(step.with_logits), len(step.tables)]
+    """A step as plain integers: with_logits, n of tables, n of held; tables, each (slot, length, blocks); held; chunks, each
+    (slot, start, n_logits, length, tokens)."""
+    out = [int(step.with_logits), len(step.tables), len(step.held)]
     for slot, blocks in step.tables:
         out += [slot, len(blocks), *blocks]
+    for held in step.held:
+        out += held
     for c in step.chunks:
         out += [c.slot, c.start, c.n_logits, len(c.token_ids), *c.token_ids]
     return out
@@ -77,13 +87,16 @@ def encode(step: Step) -> list[int]:
 
 def decode(plan: Sequence[int]) -> Step:
     """The step that `encode` wrote."""
-    tables, chunks, at = [], [], 2
+    tables, held, chunks, at = [], [], [], 3
     for _ in range(plan[1]):
         slot, length = plan[at : at + 2]
         tables.append((slot, tuple(plan[at + 2 : at + 2 + length])))
         at += 2 + length
+    for _ in range(plan[2]):
+        held.append(tuple(plan[at : at + 2 + HELD_IDS]))
+        at += 2 + HELD_IDS
     while at < len(plan):
         slot, start, n_logits, length = plan[at : at + 4]
         at += 4 + length
         chunks.append(Chunk(slot, start, tuple(plan[at - length : at]), n_logits))
-    return Step(tuple(chunks), tuple(tables), bool(plan[0]))
+    return Step(tuple(chunks), tuple(tables), tuple(held), bool(plan[0]))
