@@ -33,7 +33,7 @@ def choice_of(folder: Path, engine: str, version: str) -> plan.Choice:
 def test_all_refuse_the_same_model_in_the_same_words(case: str, tmp_path: Path) -> None:
     changed, engine, version, says, advice = CASES[case]
     folder = tmp_path / "model"
-    write_published(folder, **{"config.json": changed})
+    write_published(folder, **dict[str, Any]({"config.json": changed}))
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     settings = build_checkpoint.Settings(
         tmp_path / "config", tmp_path / "checkpoint", 1, version, weights=folder, engine=engine
@@ -54,7 +54,7 @@ def test_all_refuse_the_same_model_in_the_same_words(case: str, tmp_path: Path) 
 
 def test_the_advice_works(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    write_published(folder, **{"config.json": {"rope_scaling": LLAMA3}})
+    write_published(folder, **dict[str, Any]({"config.json": {"rope_scaling": LLAMA3}}))
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     with pytest.raises(reports.Problem) as caught:
         build_checkpoint.build_checkpoint(
@@ -71,7 +71,7 @@ def test_the_advice_works(tmp_path: Path) -> None:
 def test_engines_refuse_what_a_checkpoint_of_another_hand_needs(tmp_path: Path) -> None:
     """A checkpoint that was made for the torch engine, given to the other one."""
     folder = tmp_path / "model"
-    write_published(folder, **{"config.json": {"rope_scaling": YARN}})
+    write_published(folder, **dict[str, Any]({"config.json": {"rope_scaling": YARN}}))
     build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     build_checkpoint.build_checkpoint(
         build_checkpoint.Settings(tmp_path / "config", tmp_path / "checkpoint", 1, "0.14.0", weights=folder)
@@ -93,7 +93,7 @@ def test_heads_that_turn_in_part_are_refused_and_whole_ones_are_not(spelling: st
             else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **turned}}
         )
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        write_published(tmp_path / "model", **{"config.json": changed})
+        write_published(tmp_path / "model", **dict[str, Any]({"config.json": changed}))
         settings = build_config.Settings(tmp_path / "model", tmp_path / "config")
         if refused:
             with pytest.raises(reports.Problem) as caught:

@@ -25,7 +25,7 @@ def stream(said: List[Any]) -> Any:
     """A Stream that has read what a server said: responses (name -> array) or the text of an error."""
     link: Any = Link()
     config = 'input [{name: "input_ids", data_type: TYPE_INT32}] model_transaction_policy {decoupled: true}'
-    asked = Engine("127.0.0.1:1", config, Limits(1, 8, 16, 9), end_id=2)
+    asked = Engine("127.0.0.1:1", config, Limits(1, 8, 16, 9), end_ids=[2])
     asked._link = link
     found: Any = Stream(asked, asked.message_of({"input_ids": [1, 2]}, TOKENS), lambda: None, None)
     found.start()

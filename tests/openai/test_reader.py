@@ -72,7 +72,7 @@ def reader_of(folder: Path, streams: bool = True, template: str = "") -> Reader:
     config = (folder / "model_repo/tensorrt_llm/config.pbtxt").read_text()
     if not streams:
         config = config.replace("decoupled: true", "decoupled: false").replace("decoupled: True", "decoupled: False")
-    engine = Engine("127.0.0.1:1", config, Limits(8, 256, 512, 2048), 2)
+    engine = Engine("127.0.0.1:1", config, Limits(8, 256, 512, 2048), [2])
     assert engine.streams == streams
     chat = ChatTemplate(template, folder / TOKENIZER, text) if template else None
     return Reader("m", engine, text, chat, 72)

@@ -46,7 +46,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Served, An
     model = write_published(folder / "model")
     ends = names_of_ends(model)
     write_published(
-        folder / "model", **{"generation_config.json": {"eos_token_id": ends[0]}, "config.json": {"eos_token_id": ends}}
+        folder / "model",
+        **dict[str, Any]({"generation_config.json": {"eos_token_id": ends[0]}, "config.json": {"eos_token_id": ends}}),
     )
     running = serve(copy_of_project(folder / "tree"), f"MODEL={folder / 'model'}", "TP=1")
     yield running, model, ends
@@ -78,7 +79,11 @@ def test_finish_reasons_and_counts_are_those_of_generate(ended: Tuple[Served, An
         for name in ("ensemble", "tensorrt_llm_bls"):
             assert served.post(name, text_input=prompt, max_tokens=MOST)["text_output"] == said["choices"][0]["text"]
         assert said["choices"][0]["text"] == text.decode("utf-8", "replace")
-        core = {"input_ids": list(prompt.encode()), "input_lengths": len(prompt), "request_output_len": MOST}
+        core: Dict[str, Any] = {
+            "input_ids": list(prompt.encode()),
+            "input_lengths": len(prompt),
+            "request_output_len": MOST,
+        }
         out = served.post("tensorrt_llm", **core, end_id=ends[1], streaming=False)["output_ids"]
         assert (out if isinstance(out, list) else [out])[-max(len(expected) - reached, 1) :] == expected[
             : len(expected) - reached
@@ -109,7 +114,7 @@ def test_no_end_comes_before_the_least_length(ended: Tuple[Served, Any, List[int
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_published(tmp_path / "model", **{"generation_config.json": {"eos_token_id": [257, 98]}})
+    write_published(tmp_path / "model", **dict[str, Any]({"generation_config.json": {"eos_token_id": [257, 98]}}))
     return tmp_path / "model"
 
 

@@ -171,7 +171,7 @@ def test_a_model_that_says_nothing_more_is_what_it_was(tmp_path: Path) -> None:
     assert json.loads(files["tokenizer_config.json"]) == ours.tokenizer_config(pieces)
 
 
-BAD = {
+BAD: Dict[str, Any] = {
     "an id that is a word": ({**BASE, "added_tokens_decoder": {"x": {"content": "a"}}}, {}, "tokenizer_config.json"),
     "a token without content": ({**BASE, "added_tokens_decoder": {"312": {}}}, {}, "tokenizer_config.json"),
     "a list": ({**BASE, "added_tokens_decoder": []}, {}, "tokenizer_config.json"),

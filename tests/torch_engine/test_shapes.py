@@ -80,7 +80,8 @@ def answers(engine: Path, tp_size: int, folder: Path) -> list[dict[str, Any]]:
             list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, done.stderr
-    return torch.load(answered)
+    said: list[dict[str, Any]] = torch.load(answered)
+    return said
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def answers(engine: Path, tp_size: int, folder: Path) -> list[dict[str, Any]]:
 def test_logits_are_those_of_transformers(shape: str, tp_size: int, tmp_path: Path) -> None:
     """With 4 ranks two of them share a key/value head, and its bias."""
     published(tmp_path / "published", shape)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "published", dtype=torch.float32)
     version = "0.14.0" if "llama3" in shape else "0.8.0"
     engine = engine_of(tmp_path / "published", tmp_path, tp_size, version)
     for prompt, answer in zip(PROMPTS, answers(engine, tp_size, tmp_path), strict=True):

@@ -248,7 +248,9 @@ def test_files_that_say_one_thing_stay_as_they_are(folder: Path) -> None:
 
 def test_tokenizer_json_alone(tmp_path: Path) -> None:
     """The other files name begin and end by their ids."""
-    write_published(tmp_path / "model", **{"tokenizer_config.json": None, "generation_config.json": None})
+    write_published(
+        tmp_path / "model", **dict[str, Any]({"tokenizer_config.json": None, "generation_config.json": None})
+    )
     files = described(tmp_path / "model").files
     made = json.loads(files["tokenizer_config.json"])
     assert (made["bos_token"], made["eos_token"]) == ("<|begin|>", "<|end|>")
@@ -281,7 +283,7 @@ def test_an_added_token_beyond_the_embedding_is_plain_text(tmp_path: Path) -> No
         "pad_token": "<fill>",
         "added_tokens_decoder": {str(VOCABULARY): {"content": "<fill>"}, "257": {"content": "<|end|>"}},
     }
-    write_published(tmp_path / "model", **beyond(), **{"tokenizer_config.json": config})
+    write_published(tmp_path / "model", **beyond(), **dict[str, Any]({"tokenizer_config.json": config}))
     made = described(tmp_path / "model")
     assert b"<fill>" not in b"".join(data for name, data in made.files.items())
     assert made.notes == ("added token '<fill>' (260) is plain text: the embedding has 260 rows",)
@@ -290,7 +292,9 @@ def test_an_added_token_beyond_the_embedding_is_plain_text(tmp_path: Path) -> No
 
 
 def test_an_end_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
-    write_published(tmp_path / "model", **beyond(), **{"tokenizer_config.json": {"eos_token": "<fill>"}})
+    write_published(
+        tmp_path / "model", **beyond(), **dict[str, Any]({"tokenizer_config.json": {"eos_token": "<fill>"}})
+    )
     with pytest.raises(reports.Problem) as caught:
         described(tmp_path / "model")
     assert "'<fill>'" in caught.value.seen and "260 rows" in caught.value.seen
@@ -302,7 +306,7 @@ def test_added_tokens_keep_their_ids_when_special_ones_lie_between(tmp_path: Pat
     for text in SPECIAL:
         del described_tokens["model"]["vocab"][text]
     described_tokens["added_tokens"][3]["special"] = False
-    write_published(tmp_path / "model", **{"tokenizer.json": json.dumps(described_tokens)})
+    write_published(tmp_path / "model", **dict[str, Any]({"tokenizer.json": json.dumps(described_tokens)}))
     described(tmp_path / "model")
     text_model = Text(tmp_path / "model")
     assert text_model.encode(["a<|unused|>b<|end|>"])[0] == [97, 259, 98, *b"<|end|>"]

@@ -247,7 +247,7 @@ def test_what_cannot_be_read_is_refused_by_name(case: str, tmp_path: Path) -> No
         writer.write_tensors_to_file()
         writer.close()
     else:
-        folder = write_gguf(tmp_path / "weights", **changed)
+        folder = write_gguf(tmp_path / "weights", **dict[str, Any](changed))
     with pytest.raises(reports.Problem) as caught:
         build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
     assert says in caught.value.seen, caught.value.seen
@@ -348,7 +348,7 @@ ENDS = {
 @pytest.mark.parametrize("case", ENDS)
 def test_an_answer_ends_at_eos_eot_and_eom(case: str, tmp_path: Path) -> None:
     changed, listed = ENDS[case]
-    files = described(write_gguf(tmp_path / "weights", **changed))
+    files = described(write_gguf(tmp_path / "weights", **dict[str, Any](changed)))
     assert files["generation_config.json"]["eos_token_id"] == listed
 
 
@@ -460,13 +460,13 @@ def test_yarn_is_read(tmp_path: Path) -> None:
         "llama.rope.scaling.factor": 4,
         "llama.rope.scaling.original_context_length": 32,
     }
-    scaling = described(write_gguf(tmp_path / "weights", **more))["config.json"]["rope_scaling"]
+    scaling = described(write_gguf(tmp_path / "weights", **dict[str, Any](more)))["config.json"]["rope_scaling"]
     assert scaling == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def test_heads_that_turn_in_part_are_refused(tmp_path: Path) -> None:
     with pytest.raises(reports.Problem) as caught:
-        described(write_gguf(tmp_path / "weights", **{"llama.rope.dimension_count": HEAD_SIZE // 2}))
+        described(write_gguf(tmp_path / "weights", **dict[str, Any]({"llama.rope.dimension_count": HEAD_SIZE // 2})))
     assert "llama.rope.dimension_count is 16 of the 32 of a head" in caught.value.seen
 
 
