@@ -39,7 +39,7 @@ def write_published(folder: Path, vocab_size: int = VOCABULARY, seed: int = 0, *
         vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).float().eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder)
     ours: Dict[str, Any] = {
         "config.json": json.loads((folder / "config.json").read_text()),

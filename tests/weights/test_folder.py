@@ -222,10 +222,12 @@ def test_a_tensors_name_is_shortened_and_escaped(name: str, folder: Path) -> Non
 def test_every_end_that_a_file_names_is_in_the_list(tmp_path: Path) -> None:
     write_published(
         tmp_path / "model",
-        **{
-            "generation_config.json": {"eos_token_id": [258, 5]},
-            "config.json": {"eos_token_id": 259, "bos_token_id": 256},
-        },
+        **dict[str, Any](
+            {
+                "generation_config.json": {"eos_token_id": [258, 5]},
+                "config.json": {"eos_token_id": 259, "bos_token_id": 256},
+            }
+        ),
     )
     listed = json.loads(described(tmp_path / "model").files["generation_config.json"])
     assert listed["eos_token_id"] == [258, 5, 259, 257]  # the last is tokenizer_config.json's
@@ -234,7 +236,8 @@ def test_every_end_that_a_file_names_is_in_the_list(tmp_path: Path) -> None:
 
 def test_an_end_that_the_model_cannot_say_is_none(tmp_path: Path) -> None:
     write_published(
-        tmp_path / "model", **{"generation_config.json": {"eos_token_id": [257, 99_999, -1], "temperature": 0.6}}
+        tmp_path / "model",
+        **dict[str, Any]({"generation_config.json": {"eos_token_id": [257, 99_999, -1], "temperature": 0.6}}),
     )
     listed = json.loads(described(tmp_path / "model").files["generation_config.json"])
     assert (listed["eos_token_id"], listed["temperature"]) == (257, 0.6)
@@ -260,10 +263,12 @@ def test_tokenizer_json_alone(tmp_path: Path) -> None:
 def test_special_tokens_map_fills_what_tokenizer_config_lacks(tmp_path: Path) -> None:
     write_published(
         tmp_path / "model",
-        **{
-            "tokenizer_config.json": b'{"eos_token": "<|end|>"}',
-            "special_tokens_map.json": {"bos_token": {"content": "<|begin|>"}},
-        },
+        **dict[str, Any](
+            {
+                "tokenizer_config.json": b'{"eos_token": "<|end|>"}',
+                "special_tokens_map.json": {"bos_token": {"content": "<|begin|>"}},
+            }
+        ),
     )
     made = json.loads(described(tmp_path / "model").files["tokenizer_config.json"])
     assert made["bos_token"] == {"content": "<|begin|>"} and made["eos_token"] == "<|end|>"
