@@ -165,7 +165,7 @@ release: ## dist/: the image as an OCI archive, SBOM, provenance, checksums: mak
 	@$(if $(HAS),$(MAKE) $(HAS)release.txt)
 	@$(PY) -m scripts.images.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) \
 	  --builder=$(BUILDER)
-chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/chart for the baked image: make chart [VERSION=x.y.z]
+chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/chart for the image: make chart [VERSION=x.y.z]
 	@$(HOST_PY) -m scripts.chart --root $(VARIANT) --output $(VARIANT)/chart/values.yaml \
 	  $(if $(VERSION),--release dist/$(NAME)-$(VERSION))
 push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
@@ -221,7 +221,8 @@ bench-text: model_repo | $(call has,verify) ## text in and out against NVIDIA's 
 bench-openai: model_repo | $(call has,openai) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU
 	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(BENCH)
 soak: model_repo | $(call has,openai) ## strangers and honest clients for half an hour, every answer checked
-	@$(PY) -m scripts.bench.soak --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JSON),--json)
+	@$(PY) -m scripts.bench.soak --root $(VARIANT) $(ADDRESS) $(ENDPOINT) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JSON),--json)
 bench-convert: $(call has,run) ## conversion against cp and sync: ratios from one run
 	@$(PY) -m scripts.bench.convert $(BENCH)
 
