@@ -165,7 +165,7 @@ release: ## dist/: the image as an OCI archive, SBOM, provenance, checksums: mak
 	@$(if $(HAS),$(MAKE) $(HAS)release.txt)
 	@$(PY) -m scripts.images.dist --image-room $(VARIANT)/image --base $(GROUND)/base --version $(VERSION) \
 	  --builder=$(BUILDER)
-chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/chart for the image: make chart [VERSION=x.y.z]
+chart: $(if $(VERSION),,$(VARIANT)/image/manifest.json) ## values of docker/chart for the image [VERSION=x.y.z]
 	@$(HOST_PY) -m scripts.chart --root $(VARIANT) --output $(VARIANT)/chart/values.yaml \
 	  $(if $(VERSION),--release dist/$(NAME)-$(VERSION))
 push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=registry.example/llama:x.y.z
