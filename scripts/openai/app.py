@@ -103,6 +103,7 @@ class Request:
         # of LOG=json
         self.told: dict[str, Any] = {}
         self.more: list[tuple[bytes, bytes]] = []
+        self.is_last = False
         self.held = 0  # bytes of its body that count in its client's share
         self.began, self.status = time.monotonic(), 499
         if self.front is not None and not self.has_body:
@@ -121,7 +122,7 @@ class Request:
         self.status = status
         own = [*headers, *self.more, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
         # what is left of a body without end would be read for ever
-        own += [(b"connection", b"close")] if self.unread else []
+        own += [(b"connection", b"close")] if self.unread or self.is_last else []
         await self._send({"type": "http.response.start", "status": status, "headers": own})
 
     async def write(self, data: bytes, more: bool = False) -> None:
@@ -214,9 +215,8 @@ class Endpoint:
             if origin in self.options.origins or (origin and "any" in self.options.origins):
                 request.more.append((b"access-control-allow-origin", origin.encode("latin-1")))
                 request.more.append((b"access-control-expose-headers", b"x-request-id, retry-after"))
-        if self.shares.ending and not request.unread:
-            # the next request of this connection goes to another server
-            request.more.append((b"connection", b"close"))
+        # the next request of this connection goes to another server
+        request.is_last = self.shares.ending
 
     @staticmethod
     def _log(request: Request) -> None:
