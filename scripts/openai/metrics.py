@@ -160,7 +160,7 @@ class Page:
     ) -> None:
         self.counts, self.model, self.load, self.slots, self.triton = counts, model, load, slots, triton
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
         self.made, self.text = -math.inf, b""
 
     async def page(self) -> bytes:

@@ -61,6 +61,7 @@ class Shares:
         """A key has a bucket of its own, in all workers, as long as there are any: what it may use is told exactly."""
         owner = int.from_bytes(digest[:8], "little") or 1
         first = owner % BUCKETS
+        bucket: int
         for bucket in (*range(first, BUCKETS), *range(first)):
             if self.owners[bucket] == owner:
                 return bucket

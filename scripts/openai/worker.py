@@ -23,7 +23,7 @@ KEPT_BACK = 128
 MAX_CONNECTIONS = 8192
 BEAT_SECONDS = 1.0
 # What is cut off is told so; this is for it to go out
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 1
 
 
 def most_connections() -> int:
