@@ -78,9 +78,10 @@ def test_a_lame_duck_says_so_and_serves_on(small: Path) -> None:
 
 def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
     """Answers in one piece and streamed, which take much longer than the second that they have."""
-    server = begin(small, "DRAIN_SECONDS=1")
+    server = begin(small, "DRAIN_SECONDS=1", "METRICS=off")
     statuses: List[Tuple[int, bytes]] = []
     try:
+        assert health(server, "/metrics")[0] == 404
         streamed = asked(server.openai_port, 400, stream=True, n=16)
         first = streamed.readline()
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
@@ -16,6 +17,7 @@ from project import ROOT, copy_of_project
 from prometheus_client.parser import text_string_to_metric_families
 from server import Served, end_tree_of, processes_below, serve
 
+from scripts.openai.engine import Stream
 from scripts.openai.keys import Key, Keys, parsed
 from scripts.openai.metrics import PAGE_SECONDS, Counts, Page, route_of, said_by
 
@@ -274,6 +276,13 @@ def test_a_request_has_one_line_and_nothing_of_its_prompt(operated: Served) -> N
     log = next(operated.tree.glob("build/*/*/serve.log")).read_text()
     assert "Zorblax" not in log and "key-of-ana" not in log
     assert not [line for line in lines_of(operated) if line["route"] in ("/health", "/metrics")]
+
+
+def test_tritons_id_ends_in_the_requests() -> None:
+    """It begins as 0.8.0 wants it: not with a digit, and no two alike, whatever a client says."""
+    asked: Any = SimpleNamespace(shares=None)
+    ids = {Stream(asked, b"", lambda: None, None, 1.0, "7").id for _ in range(3)}
+    assert len(ids) == 3 and all(re.fullmatch(r"r[0-9a-f]{32}-7", one) for one in ids)
 
 
 def test_an_id_that_is_not_clean_is_another(operated: Served) -> None:
