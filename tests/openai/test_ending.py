@@ -166,7 +166,7 @@ def two(small: Path) -> Iterator[List[Served]]:
 
 def again(server: Served) -> Served:
     """The same server on the same ports."""
-    command = list(server.process.args)  # type: ignore[arg-type]
+    command: Any = server.process.args
     process = subprocess.Popen(
         command, cwd=server.tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
