@@ -10,9 +10,10 @@ running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 
 import argparse
 from pathlib import Path
+from typing import Any, Dict
 
-from scripts import reports
-from scripts.serving.launch import PORTS, STARTUP_SECONDS, Settings
+from scripts import reports, settings
+from scripts.serving.launch import PORTS, STARTUP_SECONDS, Operating, Settings
 from scripts.serving.supervisor import Supervisor
 
 
@@ -33,8 +34,29 @@ def settings_parser() -> argparse.ArgumentParser:
         "--log", type=Path, help="file for the servers' output (default: ROOT/serve.log; - is standard output)"
     )
     parser.add_argument("--ready-file", type=Path, help="written as JSON when the server is ready (default: none is)")
+    for name in settings.OPERATING:
+        parser.add_argument(
+            settings.flag(name), default=settings.BY_NAME[name].default, help=settings.BY_NAME[name].text
+        )
     parser.add_argument("--startup-seconds", type=float, default=STARTUP_SECONDS)
     return parser
+
+
+def operating_from(args: argparse.Namespace) -> Operating:
+    """What the options of settings.OPERATING say. A value that cannot be is a report."""
+    found: Dict[str, Any] = {}
+    for name in settings.OPERATING:
+        value = getattr(args, settings.flag(name)[2:].replace("-", "_"), "") or settings.BY_NAME[name].default
+        if not settings.fits(settings.BY_NAME[name], value):
+            setting = settings.BY_NAME[name]
+            raise reports.settings.bad_setting(
+                name,
+                value,
+                setting.says,
+                reports.make("serve", **settings.repair(name, {name: value, "ENGINE": "", "QUANT": ""})),
+            )
+        found[name.lower()] = int(value) if name.endswith("_SECONDS") else value
+    return Operating(**found)
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -58,7 +80,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         args.root, args.host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
         shown_host, ports.get("openai_port"), getattr(args, "api_key_file", ""),
         getattr(args, "ready_file", None),
-        getattr(args, "openai_workers", ""),
+        getattr(args, "openai_workers", ""), operating_from(args),
     )  # fmt: skip
 
 
@@ -66,14 +88,5 @@ def main() -> int:
     return Supervisor(settings_from(settings_parser().parse_args())).run()
 
 
-"""Supervisor: serves a model repository in leader mode, one tritonserver per rank under one mpirun, and the OpenAI-compatible endpoint
-(scripts/openai) beside them; ends them all together.
-
-Reads   engines/ and model_repo/ under --root
-Needs   mpirun; tritonserver, from NVIDIA's container or from the wheel nvidia-pytriton
-
-Ready means that a token went through all ranks. When a rank dies or stops, all end and the status is not 0. SIGTERM and Ctrl-C let
-running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
-"""
 if __name__ == "__main__":
     reports.run(main)

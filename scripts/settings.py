@@ -16,6 +16,7 @@ QUANTS = ("int8_wo", "int4_awq", "fp8", "sq")
 SECRETS = ("META_URL", "MIRROR_URL", "HF_TOKEN")
 NUMBER, NUMBER_OR_EMPTY = r"[1-9][0-9]{0,8}", r"(?:[1-9][0-9]{0,8})?"
 A_NUMBER = "a whole number of at least 1"
+ORIGIN = r"https?://[\w.-]+(?::[0-9]+)?"
 
 
 class Setting(NamedTuple):
@@ -102,10 +103,21 @@ TABLE: Tuple[Setting, ...] = (
     _number("OPENAI_PORT", "9000", "the OpenAI-compatible endpoint", goals=SERVING),
     Setting("OPENAI_WORKERS", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "2", "processes that answer on it (docs/endpoint.md)",
             SERVING, shown="one for every four cores, at most eight"),
+    Setting("OPENAI_HOST", "", r"[\w.:-]*", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1, or empty",
+            "127.0.0.1", "where the endpoint listens, apart from Triton", SERVING, holds=":", shown="`HOST`"),
+    Setting("MODEL_ALIASES", "", r"(?:[\w./:-]+(?:,[\w./:-]+)*)?", "names with commas between them, or empty", "llama-2,gpt-3.5-turbo",
+            "more names of the model for the endpoint's clients", SERVING, holds=":", shown="none"),
+    Setting("CORS_ORIGINS", "", rf"(?:any|{ORIGIN}(?:,{ORIGIN})*)?", "origins with commas between them, or any, or empty",
+            "https://chat.example", "origins whose pages may ask the endpoint, or `any`", SERVING, holds=":", shown="none"),
+    Setting("DRAIN_SECONDS", "20", NUMBER, A_NUMBER, "20", "how long running requests may take when the server ends", SERVING),
+    Setting("LAME_DUCK_SECONDS", "0", r"0|[1-9][0-9]{0,3}", "a whole number, or 0", "5",
+            "before that: how long new ones are still served while `/health` says 503", SERVING),
+    _one_of("METRICS", "on", ("on", "off"), "Prometheus' page `/metrics` on the endpoint's port", goals=SERVING),
+    _one_of("LOG", "text", ("text", "json"), "`json`: also a line for each request to the endpoint", goals=SERVING),
     Setting("CHAT_TEMPLATE", "", ".*", "a Jinja file that is there, or empty for the model's own template", "",
             "a Jinja file", shown="the model's own, or the preset's"),
     Setting("API_KEY_FILE", "", ".*", "a file that is there, with one API key a line, or empty", "",
-            "keys of the endpoint's clients, one a line; or the variable `BAKE_API_KEY`", SERVING,
+            "keys of its clients, one a line (scripts/openai/README.md); or `BAKE_API_KEY`", SERVING,
             shown="no key is asked for"),
     _free("PROMPT", "Once upon a time", "what `ask` asks", "ask"),
     _number("MAX_TOKENS", "48", "how long the answer may be", goals=("ask", "demo")),
@@ -146,6 +158,17 @@ TABLE: Tuple[Setting, ...] = (
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
 BY_NAME: Dict[str, Setting] = {setting.name: setting for setting in TABLE}
+# Settings that are options too, under their names; LOG's is not --log, which names a file
+OPERATING = (
+    "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",
+)  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return "--log-form" if name == "LOG" else "--" + name.lower().replace("_", "-")
+
+
 # Paths have a report of their own if make could not take their characters.
 PATHS = ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE", "ROOM")
 MODELS_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")

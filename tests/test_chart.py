@@ -177,14 +177,11 @@ def test_a_pod_has_time_for_all_that_ending_takes(render: Render) -> None:
     assert pod["terminationGracePeriodSeconds"] == 5 + 10 + 60 + 20
 
 
-def test_triton_stays_on_loopback_as_soon_as_the_image_can(render: Render) -> None:
-    """HOST and OPENAI_HOST apart: until the image reads the second, the first has to be the pod's address too."""
-    knows = "OPENAI_HOST" in (ROOT / "scripts/images/entry.py").read_text()
+def test_triton_stays_on_loopback(render: Render) -> None:
+    """HOST and OPENAI_HOST apart."""
     [server] = pod_of(render(case("cpu")))["containers"]
     environment = {each["name"]: each["value"] for each in server["env"]}
-    assert environment["HOST"] == ("127.0.0.1" if knows else "0.0.0.0"), (
-        "set triton.host in docker/chart/values.yaml to 127.0.0.1"
-    )
+    assert environment["HOST"] == "127.0.0.1"
     assert environment["OPENAI_HOST"] == "0.0.0.0"
 
 

@@ -1,7 +1,7 @@
 """What the image runs: `serve` (its default), `health`, `doctor`, `passport`. Process 1 is the supervisor of scripts/serve.py itself.
 
 Reads   /srv: the rooms engines and model_repo, passport.json; from the environment HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, OPENAI_PORT,
-        API_KEY_FILE
+        OPENAI_WORKERS, API_KEY_FILE, and those of settings.OPERATING
 Needs   nothing that the image does not have; writes to /dev/shm alone
 """
 
@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple, cast
 
-from scripts import reports, room, serve
+from scripts import reports, room, serve, settings
 from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
 
 SRV = Path("/srv")
@@ -37,7 +37,15 @@ def settings_of(srv: Path) -> launch.Settings:
     words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
     for name, port in PORTS.items():
         words += [f"--{name.lower().replace('_', '-')}", os.environ.get(name, port)]
-    words += ["--api-key-file", os.environ.get("API_KEY_FILE", "")]
+    words += [
+        "--api-key-file",
+        os.environ.get("API_KEY_FILE", ""),
+        "--openai-workers",
+        os.environ.get("OPENAI_WORKERS", ""),
+    ]
+    for name in settings.OPERATING:
+        if os.environ.get(name):
+            words += [f"{settings.flag(name)}={os.environ[name]}"]
     return serve.settings_from(parser.parse_args(words))
 
 

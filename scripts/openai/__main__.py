@@ -1,4 +1,6 @@
-"""`python -m scripts.openai`: the endpoint, started and watched by scripts/serve.py. SIGTERM lets running requests finish.
+"""`python -m scripts.openai`: the endpoint, started and watched by scripts/serve.py.
+
+SIGUSR1: it says that it is ending, and goes on serving. SIGTERM: running requests finish, and no others begin.
 
 This process reads and checks everything, opens the port, and forks: workers, which answer (worker.py), and readers, which do the work that
 clients set the price of (reader.py). It talks to no client itself, so that it always has time to say that it lives, and to put another in
@@ -27,12 +29,14 @@ from typing import Any, Callable
 
 from scripts import reports
 from scripts.openai import reader, worker
-from scripts.openai.app import Endpoint, capacity_of
+from scripts.openai.app import Endpoint, Options, capacity_of
 from scripts.openai.chat_template import ChatTemplate, template_of
 from scripts.openai.description import description
 from scripts.openai.desk import Desk
 from scripts.openai.engine import Engine, read_limits
+from scripts.openai.keys import Keys
 from scripts.openai.log import open_log
+from scripts.openai.metrics import Counts, Page
 from scripts.openai.reader import Reader
 from scripts.openai.shares import Shares
 
@@ -64,12 +68,9 @@ def text_code(root: Path) -> Any:
     return module
 
 
-def keys_of(path: str) -> list[str]:
-    """API keys: one a line of a file, and the variable BAKE_API_KEY. Never from the command line, where every user sees them."""
-    keys = [os.environ.pop("BAKE_API_KEY", "")]
-    if path:
-        keys += Path(path).read_text(encoding="utf-8-sig").split("\n")
-    return [key.strip() for key in keys if key.strip()]
+def names_of(listed: str) -> tuple[str, ...]:
+    """Of a list with commas."""
+    return tuple(filter(None, listed.split(",")))
 
 
 def workers_of(asked: str) -> int:
@@ -166,6 +167,8 @@ class Parent:
         while not self.ending or any(not child.is_reader for child in self.children.values()):
             say_alive()
             told = signal.sigtimedwait(WATCHED, BEAT_SECONDS)
+            if told is not None and told.si_signo == signal.SIGUSR1:
+                self.endpoint.shares.end()
             if told is not None and told.si_signo in (signal.SIGTERM, signal.SIGINT):
                 self._end()
             self._reap()
@@ -178,6 +181,7 @@ class Parent:
     def _end(self) -> None:
         """No new connections; workers finish what they have."""
         self.ending = True
+        self.endpoint.shares.end()
         for listener in self.listening:
             listener.close()
         for pid, child in self.children.items():
@@ -221,7 +225,7 @@ class Parent:
 
 
 # what the parent waits for
-WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def end_with_parent(parent: int) -> None:
@@ -243,11 +247,18 @@ def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
     engine = Engine(args.grpc, config, read_limits(args.root / "engines"), text.end_ids, shares)
     chat = None if template is None else ChatTemplate(template, tokenizer, text)
     described = json.dumps(description()).encode()
+    options = Options(names_of(args.model_aliases), names_of(args.cors_origins))
+    slots = engine.limits.max_batch_size
+    metrics = None
+    if args.metrics == "on":
+        metrics = Page(Counts(workers), args.name, lambda: shares.load, slots, args.triton_metrics)
+    # never from the command line, where every user sees it
+    keys = Keys(args.api_key_file, os.environ.pop("BAKE_API_KEY", ""))
     endpoint = Endpoint(
-        args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), text.end_ids,
-        keys_of(args.api_key_file), described,
+        args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), text.end_ids, keys, described, options,
+        metrics,
     )  # fmt: skip
-    reads = Reader(args.name, engine, text, chat, capacity_of(engine.limits.max_batch_size))
+    reads = Reader(args.name, engine, text, chat, capacity_of(slots), options.aliases)
     return Parent(endpoint, reads, listeners(args.host, args.port, workers), folder, args.drain_seconds)
 
 
@@ -262,7 +273,20 @@ def main() -> int:
     parser.add_argument(
         "--workers", default="", help="worker processes (default: one for every four cores, at most eight)"
     )
-    parser.add_argument("--drain-seconds", type=int, default=20)
+    parser.add_argument(
+        "--drain-seconds", type=int, default=20, help="how long running requests may take after SIGTERM"
+    )
+    parser.add_argument("--metrics", default="on", choices=("on", "off"), help="whether there is a page /metrics")
+    parser.add_argument(
+        "--triton-metrics", default="", help="the address of Triton's metrics, host:port (default: not asked)"
+    )
+    parser.add_argument(
+        "--log-form", default="text", choices=("text", "json"), help="json: also a line for each request"
+    )
+    parser.add_argument("--model-aliases", default="", help="more names of the model, with commas between them")
+    parser.add_argument(
+        "--cors-origins", default="", help="origins whose pages may ask, with commas; any: all (default: none)"
+    )
     parser.add_argument("--parent", type=int, help="end when this process ends")
     parser.add_argument("--folder", type=Path, help="where workers and readers meet (default: a temporary one)")
     parser.add_argument("--alive", type=int, help="a descriptor that a byte is written to every second")
@@ -272,7 +296,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     # whoever forks must have no threads: the tokenizer would start some
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    open_log()
+    open_log(args.log_form == "json")
     if args.alive is not None:
         os.set_blocking(args.alive, False)
 

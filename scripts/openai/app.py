@@ -4,12 +4,13 @@ import asyncio
 import base64
 import copy
 import hashlib
-import hmac
 import json
 import logging
 import re
 import time
 import uuid
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Mapping, MutableMapping, Sequence
 
@@ -18,9 +19,11 @@ from scripts.openai.answers import Choice, Job, Part
 from scripts.openai.desk import Desk
 from scripts.openai.engine import TOKENS, Engine, EngineFailed, Question, inputs_of
 from scripts.openai.front import Front
-from scripts.openai.log import client_of_request
+from scripts.openai.keys import Key, Keys
+from scripts.openai.log import client_of_request, requests
+from scripts.openai.metrics import Page, route_of
 from scripts.openai.reader import Asked
-from scripts.openai.shares import BODIES, PLACES, Shares
+from scripts.openai.shares import BODIES, PLACES, REQUESTS, Shares
 from scripts.openai.wrong import ApiError, busy
 
 log = logging.getLogger("openai")
@@ -41,7 +44,22 @@ BODY_SECONDS = 30
 WAITING_PER_SLOT, CLIENTS = 8, 4
 # /health: a token younger than this, or one that comes within this
 HEALTH_SECONDS = 5.0
+# How often it is looked whether the file of keys has changed
+REFRESH_SECONDS = 1.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Routes whose good answers have no line in LOG=json: probes and scrapes
+UNLOGGED = ("/health", "/health/live", "/metrics")
+# what a page of another origin may send, where it may ask at all
+ASKED_HEADERS = re.compile(r"[A-Za-z0-9, -]{1,1024}")
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all)."""
+
+    aliases: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 def capacity_of(max_batch_size: int) -> int:
@@ -58,6 +76,12 @@ def failed(error: EngineFailed) -> ApiError:
     return ApiError(500, "the engine could not serve the request; the server's log says more", code="engine_error")
 
 
+def ending() -> ApiError:
+    return ApiError(
+        503, "the server is ending and cut this answer off; ask again", code="server_ending", Retry_After="2"
+    )
+
+
 class Request:
     """One request on its way: what the application needs of its scope, and its connection's bounds."""
 
@@ -70,8 +94,16 @@ class Request:
         peer = scope.get("client") or ("", 0)
         self.front: Front | None = Front.fronts.by_name.get((peer[0], peer[1]))
         self.client = self.front.client if self.front else str(peer[0])
+        # of its key, where keys are asked for
+        self.bucket: int | None = None
         self.has_body = self.headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.headers
         self.unread = self.has_body
+        self.route = route_of(self.path)
+        self.key = Key("")
+        # of LOG=json
+        self.told: dict[str, Any] = {}
+        self.more: list[tuple[bytes, bytes]] = []
+        self.is_last = False
         self.held = 0  # bytes of its body that count in its client's share
         self.began, self.status = time.monotonic(), 499
         if self.front is not None and not self.has_body:
@@ -88,9 +120,9 @@ class Request:
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
-        own = [*headers, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
+        own = [*headers, *self.more, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
         # what is left of a body without end would be read for ever
-        own += [(b"connection", b"close")] if self.unread else []
+        own += [(b"connection", b"close")] if self.unread or self.is_last else []
         await self._send({"type": "http.response.start", "status": status, "headers": own})
 
     async def write(self, data: bytes, more: bool = False) -> None:
@@ -123,10 +155,12 @@ class Endpoint:
 
     def __init__(
         self, name: str, engine: Engine, text: Any, stops: Callable[[Sequence[str]], Any], has_template: bool,
-        shares: Shares, desk: Desk, end_ids: Sequence[int] = (), keys: Sequence[str] = (), description: bytes = b"{}",
+        shares: Shares, desk: Desk, end_ids: Sequence[int] = (), keys: Keys | None = None, description: bytes = b"{}",
+        options: Options = Options(), metrics: Page | None = None,
     ) -> None:  # fmt: skip
         self.name, self.engine, self.text, self.stops, self.shares, self.desk = name, engine, text, stops, shares, desk
-        self.end_ids, self.keys = list(end_ids), [key.encode() for key in keys]
+        self.end_ids, self.keys = list(end_ids), keys or Keys()
+        self.options, self.metrics = options, metrics
         self.limits = engine.limits
         self.capacity = capacity_of(self.limits.max_batch_size)
         longest = 8 * self.limits.max_input_len * max(text.longest_piece_bytes, 12)
@@ -135,14 +169,19 @@ class Endpoint:
             "id": name, "object": "model", "created": int(time.time()), "owned_by": "trtllm-bake",
             "max_model_len": self.limits.max_seq_len, "has_chat_template": has_template,
         }  # fmt: skip
-        self.model = json.dumps(model).encode()
-        self.models = json.dumps({"object": "list", "data": [model]}).encode()
+        # by each name that it has
+        self.model = {one: json.dumps({**model, "id": one}).encode() for one in (name, *options.aliases)}
+        self.models = b'{"object": "list", "data": [' + b", ".join(self.model.values()) + b"]}"
+        # what runs, so that it can be told when it must be cut off
+        self.jobs: dict[str, Job] = {}
+        self.cut_off = False
         self.description = description
         page = PAGE.read_text("utf-8").replace(f"@{MARKDOWN.name}@", MARKDOWN.read_text("utf-8"))
         self.page = page.encode()
         self.page_policy = content_security_policy(page)
         self.probe: asyncio.Task[bool] | None = None
         self.watching: asyncio.Task[None] | None = None
+        self.refreshing: asyncio.Task[None] | None = None
 
     # --- ASGI ---
 
@@ -152,7 +191,7 @@ class Endpoint:
             return
         request = Request(scope, receive, send)
         client_of_request.set(request.client)
-        passing.here.request(request.path)
+        self._greet(request)
         try:
             await self._route(request)
         except ApiError as error:
@@ -165,7 +204,31 @@ class Endpoint:
                 raise
             await request.refuse(ApiError(500, "The server had an error; its log says more", code="internal_error"))
         finally:
-            passing.here.answered(request.path, request.status, time.monotonic() - request.began)
+            passing.here.answered(request.route, request.status)
+            self._log(request)
+
+    def _greet(self, request: Request) -> None:
+        """Headers that every answer has."""
+        origin = request.headers.get(b"origin", b"").decode("latin-1")
+        if self.options.origins and request.path.startswith("/v1"):
+            request.more.append((b"vary", b"origin"))
+            if origin in self.options.origins or (origin and "any" in self.options.origins):
+                request.more.append((b"access-control-allow-origin", origin.encode("latin-1")))
+                request.more.append((b"access-control-expose-headers", b"x-request-id, retry-after"))
+        # the next request of this connection goes to another server
+        request.is_last = self.shares.ending
+
+    @staticmethod
+    def _log(request: Request) -> None:
+        """The line of LOG=json. Nothing of the prompt, nor of the answer, nor what else a client typed but its id for the request."""
+        if requests.disabled or (request.route in UNLOGGED and request.status == 200):
+            return
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": request.id, "key": request.key.name,
+            "method": request.method[:16], "route": request.route, "status": request.status, **request.told,
+            "seconds": round(time.monotonic() - request.began, 4),
+        }  # fmt: skip
+        requests.info(json.dumps(line))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -173,19 +236,38 @@ class Endpoint:
             if message["type"] == "lifespan.startup":
                 await self.desk.open()
                 self.watching = asyncio.ensure_future(Front.fronts.watch())
+                self.refreshing = asyncio.ensure_future(self._refresh())
             else:
-                if self.watching is not None:
-                    self.watching.cancel()
+                for task in (self.watching, self.refreshing):
+                    if task is not None:
+                        task.cancel()
                 self.desk.close()
                 await self.engine.close()
             await send({"type": message["type"] + ".complete"})
             if message["type"] == "lifespan.shutdown":
                 return
 
+    async def _refresh(self) -> None:
+        """Read the keys again when their file has changed. A disk that hangs costs a thread."""
+        while True:
+            said = await asyncio.to_thread(self.keys.refresh)
+            if said and not self.shares.worker:
+                log.warning("%s", said)
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    def cut(self) -> None:
+        """What still runs is told that it ends here."""
+        self.cut_off = True
+        for job in self.jobs.values():
+            job.changed.set()
+
     async def _route(self, request: Request) -> None:
         path = request.path
-        if path.startswith("/v1") and self.keys:
-            request.client = self._known(request.headers.get(b"authorization", b""))
+        if request.method == "OPTIONS" and self.options.origins and path.startswith("/v1"):
+            await self._preflight(request)
+            return
+        if path.startswith("/v1") and self.keys.asked_for:
+            request.bucket = self._known(request)
         length = request.headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.max_body_bytes:
             raise ApiError(413, f"the body is larger than {self.max_body_bytes} bytes")
@@ -197,14 +279,14 @@ class Endpoint:
             await request.answer(200, self.models)
         elif path.startswith("/v1/models/"):
             self._only(request, "GET", "HEAD")
-            if (name := path[len("/v1/models/") :]) != self.name:
+            if (name := path[len("/v1/models/") :]) not in self.model:
                 raise ApiError(
                     404,
                     f"The model `{name[:64]}` does not exist; this server has `{self.name}`",
                     "model",
                     "model_not_found",
                 )
-            await request.answer(200, self.model)
+            await request.answer(200, self.model[name])
         elif path == "/health":
             self._only(request, "GET", "HEAD")
             await self._health()
@@ -213,6 +295,9 @@ class Endpoint:
         elif path == "/health/live":
             self._only(request, "GET", "HEAD")
             await request.answer(200, b'{"status":"ok"}')
+        elif path == "/metrics" and self.metrics is not None:
+            self._only(request, "GET", "HEAD")
+            await request.answer(200, await self.metrics.page(), b"text/plain; version=0.0.4; charset=utf-8")
         elif path == "/openapi.json":
             self._only(request, "GET", "HEAD")
             await request.answer(200, self.description)
@@ -235,14 +320,24 @@ class Endpoint:
                 Allow=", ".join(methods),
             )  # fmt: skip
 
-    def _known(self, authorization: bytes) -> str:
-        """The client that a key stands for."""
-        kind, _, given = authorization.partition(b" ")
-        # every key is compared, each in constant time
-        found = [key for key in self.keys if hmac.compare_digest(given.strip(), key)]
-        if kind.lower() != b"bearer" or not found:
+    async def _preflight(self, request: Request) -> None:
+        """A browser asks whether a page of another origin may ask."""
+        if not any(name == b"access-control-allow-origin" for name, _ in request.more):
+            raise ApiError(403, "pages of this origin may not ask here (CORS_ORIGINS)")
+        asked = request.headers.get(b"access-control-request-headers", b"").decode("latin-1")
+        more = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+        if ASKED_HEADERS.fullmatch(asked):
+            more["Access-Control-Allow-Headers"] = asked
+        await request.answer(204, b"", more=more)
+
+    def _known(self, request: Request) -> int:
+        """The bucket of the key that a client shows."""
+        kind, _, given = request.headers.get(b"authorization", b"").partition(b" ")
+        known = self.keys.known(given.strip()) if kind.lower() == b"bearer" else None
+        if known is None:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", WWW_Authenticate="Bearer")
-        return "key " + found[0].decode()
+        request.key = known.key
+        return self.shares.bucket_of_key(known.digest)
 
     # --- bodies ---
 
@@ -287,7 +382,17 @@ class Endpoint:
     # --- questions ---
 
     async def _question(self, request: Request, chat: bool) -> None:
-        bucket = self.shares.bucket(request.client)
+        bucket = self.shares.bucket(request.client) if request.bucket is None else request.bucket
+        key = request.key
+        if key.requests and not self.shares.take(REQUESTS, bucket, 1, key.requests, NO_LIMIT):
+            raise busy(f"this key may have {key.requests} requests at once; try again")
+        try:
+            await self._read_and_answer(request, bucket, chat)
+        finally:
+            if key.requests:
+                self.shares.give(REQUESTS, bucket, 1)
+
+    async def _read_and_answer(self, request: Request, bucket: int, chat: bool) -> None:
         try:
             data = await self._body(request, bucket)
             if request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
@@ -296,6 +401,14 @@ class Endpoint:
             asked = await self.desk.read(bucket, chat, data)
         finally:
             self.shares.give(BODIES, bucket, request.held)
+        if request.key.tokens:
+            spent, seconds = self.shares.spend(bucket, 0)
+            if spent >= request.key.tokens:
+                raise ApiError(
+                    429, f"this key may use {request.key.tokens} tokens a minute; try again in {seconds} s",
+                    code="rate_limit_exceeded", Retry_After=str(seconds),
+                )  # fmt: skip
+            self.shares.spend(bucket, asked.prompt_tokens)
         if not self.shares.take(PLACES, bucket, asked.count, self.capacity, CLIENTS * self.capacity):
             raise busy(f"{self.shares.has(PLACES, bucket)} answers of yours are in progress or waiting; try again")
         try:
@@ -307,31 +420,55 @@ class Endpoint:
         """Run a request to its end, or until its client has left: then nothing of it goes on running."""
         job = Job(self.name, asked.chat, [], asked.prompt_tokens, asked.logprobs, asked.include_usage)
         watching = None
+        self.jobs[job.id] = job
+        request.told = {"model": self.name, "prompt_tokens": asked.prompt_tokens}
         try:
-            self._start(job, asked, bucket)
+            if self.cut_off:
+                raise ending()
+            passing.here.asked(asked.prompt_tokens)
+            self._start(job, asked, bucket, request)
             watching = asyncio.ensure_future(self._left(request, job))
             await (self._streamed(request, job) if asked.stream else self._whole(request, job))
         finally:
             if watching is not None:
                 watching.cancel()
+            self.jobs.pop(job.id, None)
             job.cancel()
-            passing.here.tokens(job.prompt_tokens, sum(choice.n_tokens for choice in job.choices))
+            self._ended(request, job, bucket)
 
-    def _start(self, job: Job, asked: Asked, bucket: int) -> None:
+    def _ended(self, request: Request, job: Job, bucket: int) -> None:
+        """Count what was made, and what the log says of it."""
+        made = sum(choice.n_tokens for choice in job.choices)
+        if request.key.tokens:
+            self.shares.spend(bucket, made)
+        reasons = [choice.finish_reason for choice in job.choices if choice.finish_reason is not None]
+        if job.choices and len(reasons) == len(job.choices) and not job.left:
+            passing.here.whole(time.monotonic() - request.began)
+            for reason in reasons:
+                passing.here.finished(reason)
+        why = "left" if job.left else ",".join(sorted(set(reasons))) if len(reasons) == len(job.choices) else "error"
+        request.told.update(completion_tokens=made, finish_reason=why)
+        for name, times in (
+            ("queue_seconds", [choice.stream.placed for choice in job.choices]),
+            ("first_token_seconds", [choice.stream.first_token for choice in job.choices]),
+        ):
+            if came := [at for at in times if at]:
+                request.told[name] = round(min(came) - request.began, 4)
+
+    def _start(self, job: Job, asked: Asked, bucket: int, request: Request) -> None:
         """Hand every prompt to the engine, n times."""
         stops = self.stops(asked.stops)
         for number in range(asked.count):
             message = asked.shared + asked.own[number // asked.n]
             if asked.seed is not None:
                 message += self.engine.message_of({"random_seed": [(asked.seed + number) % (1 << 64)]})
-            stream = self.engine.ask(message, job.changed.set, bucket)
+            stream = self.engine.ask(message, job.changed.set, bucket, request.began, request.id)
             own = copy.copy(stops)  # the tables of a stop string are made once
             own.begun = list(stops.begun)
             choice = Choice(number, stream, self.text, own, asked.max_tokens, self.end_ids)
             choice.prefix = asked.shown[number // asked.n] if asked.shown else ""
             choice.starts_with_space = asked.starts_with_space
             job.choices.append(choice)
-        passing.here.queued(self.engine.waiting)
 
     @staticmethod
     async def _left(request: Request, job: Job) -> None:
@@ -340,13 +477,14 @@ class Endpoint:
         job.left = True
         job.changed.set()
 
-    @staticmethod
-    async def _news(job: Job) -> bool:
-        """Wait for some; False when the client has left. Raises ApiError when the engine fails."""
+    async def _news(self, job: Job) -> bool:
+        """Wait for some; False when the client has left. Raises ApiError when the engine fails, or the server ends."""
         await job.changed.wait()
         job.changed.clear()
         if (failure := job.failure) is not None:
             raise failed(failure)
+        if self.cut_off and not all(choice.stream.ended for choice in job.choices):
+            raise ending()
         return not job.left
 
     async def _whole(self, request: Request, job: Job) -> None:
@@ -389,6 +527,8 @@ class Endpoint:
 
     async def _health(self) -> None:
         """Healthy: a token came out of all ranks a moment ago, or comes now. One question is asked however many ask us."""
+        if self.shares.ending:
+            raise ApiError(503, "the server is ending; it still answers, but send what is new elsewhere", code="ending")
         if time.monotonic() - self.engine.last_token > HEALTH_SECONDS:
             if self.probe is None or self.probe.done():
                 self.probe = asyncio.ensure_future(self._answers())

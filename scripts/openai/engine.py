@@ -168,12 +168,21 @@ class Engine:
             self._link = grpc_link.Link(self.address)
         return self._link
 
-    def ask(self, message: bytes, changed: Callable[[], None], bucket: Optional[int] = None) -> "Stream":
+    def ask(
+        self,
+        message: bytes,
+        changed: Callable[[], None],
+        bucket: Optional[int] = None,
+        arrived: float = 0.0,
+        name: str = "",
+    ) -> "Stream":
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
         bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
+        arrived: when its request came, by time.monotonic(), for measurements; 0: it is a question of our own and not measured.
+        name: the id of its request, which then stands in Triton's lines and the engine's too.
         """
-        stream = Stream(self, message, changed, bucket if self.shares is not None else None)
+        stream = Stream(self, message, changed, bucket if self.shares is not None else None, arrived, name)
         if stream.bucket is None:
             stream.start()
         else:
@@ -261,15 +270,24 @@ class Stream:
     It takes what comes at once, so that a client who reads slowly never keeps a slot of the engine; at most max_tokens ids pile up.
     """
 
-    def __init__(self, engine: Engine, message: bytes, changed: Callable[[], None], bucket: Optional[int]) -> None:
-        self.engine, self.changed, self.bucket = engine, changed, bucket
-        # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on
-        self.id = f"r{uuid.uuid4().hex}"
+    def __init__(
+        self,
+        engine: Engine,
+        message: bytes,
+        changed: Callable[[], None],
+        bucket: Optional[int],
+        arrived: float = 0.0,
+        name: str = "",
+    ) -> None:
+        self.engine, self.changed, self.bucket, self.arrived = engine, changed, bucket, arrived
+        # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on. So what a client
+        # calls its request comes last, and no two are alike whatever it is.
+        self.id = f"r{uuid.uuid4().hex}" + (f"-{name}" if name else "")
         self.ids: List[int] = []
         self.log_probs: List[float] = []
         self.ended, self.cancelled = False, False
         self.failure: Optional[EngineFailed] = None
-        self.asked, self.last_token = time.monotonic(), 0.0
+        self.placed, self.first_token, self.last_token = 0.0, 0.0, 0.0
         # its turn is given back
         self.over = False
         self._message = message
@@ -281,6 +299,9 @@ class Stream:
     def start(self) -> None:
         if self.bucket is not None and self.engine.shares is not None:
             self.engine.shares.give(RUNNING, self.bucket, -1)
+        if self.arrived:
+            self.placed = time.monotonic()
+            passing.here.placed(self.placed - self.arrived)
         message, self._message = self.engine.named(self._message, self.id), b""
         self._call = self.engine.link().call(STREAM_INFER, message, self)
 
@@ -352,10 +373,13 @@ class Stream:
         self.ids += ids
         self.log_probs += log_probs
         now = time.monotonic()
-        if self.last_token:
-            passing.here.token(now - self.last_token)
+        if not self.arrived:
+            pass
+        elif self.last_token:
+            passing.here.token(now - self.last_token, len(ids))
         else:
-            passing.here.first_token(now - self.asked)
+            self.first_token = now
+            passing.here.first_token(now - self.arrived, len(ids))
         self.last_token = now
         self.engine.last_token = now
         self.changed()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from scripts.openai import passing
 from scripts.openai.shares import client_of
 from scripts.openai.wrong import ApiError
 
@@ -48,6 +49,7 @@ class Parser(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is None or self.cycle.response_complete:
+            passing.here.answered("other", 400)
             self.transport.write(plain_answer(ApiError(400, msg)))
         self.transport.close()
 
@@ -190,5 +192,6 @@ class Front(asyncio.Protocol):
 
     def refuse(self, error: ApiError) -> None:
         if self.inner.cycle is None or self.inner.cycle.response_complete:
+            passing.here.answered("other", error.status)
             self.transport.write(plain_answer(error))
         self.transport.close()

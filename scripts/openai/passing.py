@@ -1,30 +1,33 @@
 """What passes by: every count and time that a measurement of the endpoint may want, at one place.
 
 Each worker has one Passing. Its methods are called on the loop, some once for each token, so they must cost about nothing and never wait.
-Here they do nothing; whoever exports metrics replaces `here` with an object of the same methods.
+Here they do nothing (METRICS=off); metrics.py has an object of the same methods that counts, and a worker puts it in the place of `here`.
 """
 
 
 class Passing:
     """Times are seconds."""
 
-    def request(self, path: str) -> None:
-        """A request's head has come."""
+    def answered(self, route: str, status: int) -> None:
+        """An answer is written. route: the template of its path; status 499: its client left."""
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """Its answer is written; status 499: its client left."""
+    def asked(self, tokens: int) -> None:
+        """A question with so many tokens goes to the engine."""
 
-    def queued(self, answers: int) -> None:
-        """So many answers of this worker wait for their turn in the engine now."""
+    def placed(self, seconds: float) -> None:
+        """From the arrival of a request to its place in the engine."""
 
-    def first_token(self, seconds: float) -> None:
-        """From the question to its first token, waiting included."""
+    def first_token(self, seconds: float, tokens: int) -> None:
+        """From the arrival of a request to its first token, or to the first tokens if several come at once."""
 
-    def token(self, seconds: float) -> None:
-        """From the token before to this one, of the same answer."""
+    def token(self, seconds: float, tokens: int) -> None:
+        """From the token before to this one, or these, of the same answer."""
 
-    def tokens(self, prompt: int, completion: int) -> None:
-        """What a request has cost, at its end."""
+    def finished(self, reason: str) -> None:
+        """An answer came to its end. reason: OpenAI's word for it."""
+
+    def whole(self, seconds: float) -> None:
+        """From the arrival of a request to the end of its answer."""
 
 
 here = Passing()

@@ -95,10 +95,19 @@ def refused(error: ApiError) -> bytes:
 class Reader:
     """Everything that a request is checked against.
 
-    name: the model's id; text: Text of the room's tokenizer; template: None for a base model.
+    name: the model's id; text: Text of the room's tokenizer; template: None for a base model; aliases: more names of it.
     """
 
-    def __init__(self, name: str, engine: Engine, text: Any, template: ChatTemplate | None, capacity: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        text: Any,
+        template: ChatTemplate | None,
+        capacity: int,
+        aliases: Sequence[str] = (),
+    ) -> None:
+        self.names = (name, *aliases)
         self.name, self.engine, self.text, self.template, self.capacity = name, engine, text, template, capacity
         self.limits = engine.limits
         self.max_prompt_bytes = self.limits.max_input_len * text.longest_piece_bytes
@@ -234,7 +243,7 @@ class Reader:
         )  # fmt: skip
 
     def _check_model(self, name: str) -> None:
-        if name != self.name:
+        if name not in self.names:
             raise ApiError(
                 404,
                 f"The model `{name[:64]}` does not exist; this server has `{self.name}`",

@@ -10,15 +10,19 @@ import hashlib
 import ipaddress
 import mmap
 import os
+import time
 from contextlib import contextmanager
 from typing import Iterator
 
 BUCKETS = 1024
-# what one worker has: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in the engine
-BODIES, PLACES, TURNS, RUNNING = range(4)
-KINDS = 4
-# rows of all workers together: turns that were given out, and those that are over
-TAKEN, OVER = 0, 1
+# what one worker has: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in the engine, and
+# requests of keys that may have so many at once
+BODIES, PLACES, TURNS, RUNNING, REQUESTS = range(5)
+KINDS = 5
+# rows of all workers together: turns that were given out, and those that are over; when a key's minute began, and its tokens since
+TAKEN, OVER, SINCE, SPENT = range(4)
+ROWS = 4
+MINUTE = 60
 
 
 def client_of(address: str) -> str:
@@ -38,16 +42,56 @@ class Shares:
     def __init__(self, workers: int) -> None:
         self.workers, self.worker = workers, 0
         columns = BUCKETS + 1  # the last one: of all clients
-        self.cells = memoryview(mmap.mmap(-1, 8 * columns * (2 + workers * KINDS))).cast("q")
+        self.cells = memoryview(mmap.mmap(-1, 8 * columns * (ROWS + workers * KINDS))).cast("q")
         self.columns = columns
         # how often each worker's loop has run
         self.beats = memoryview(mmap.mmap(-1, 8 * workers)).cast("q")
+        # 1: the server is ending
+        self.flags = memoryview(mmap.mmap(-1, 8)).cast("q")
+        # which key has which bucket
+        self.owners = memoryview(mmap.mmap(-1, 8 * BUCKETS)).cast("Q")
         self.lock_file = os.memfd_create("turns")
         self.secret = os.urandom(16)
 
     def bucket(self, client: str) -> int:
         digest = hashlib.blake2b(client.encode("utf-8", "replace"), digest_size=4, key=self.secret).digest()
         return int.from_bytes(digest, "big") % BUCKETS
+
+    def bucket_of_key(self, digest: bytes) -> int:
+        """A key has a bucket of its own, in all workers, as long as there are any: what it may use is told exactly."""
+        owner = int.from_bytes(digest[:8], "little") or 1
+        first = owner % BUCKETS
+        bucket: int
+        for bucket in (*range(first, BUCKETS), *range(first)):
+            if self.owners[bucket] == owner:
+                return bucket
+            if not self.owners[bucket]:
+                with self._locked():
+                    if self.owners[bucket] in (0, owner):
+                        self.owners[bucket] = owner
+                        return bucket
+        return first
+
+    @property
+    def ending(self) -> bool:
+        return bool(self.flags[0])
+
+    def end(self) -> None:
+        """From now on the server says that it is ending."""
+        self.flags[0] = 1
+
+    # --- tokens of a minute ---
+
+    def spend(self, bucket: int, tokens: int) -> tuple[int, int]:
+        """Count tokens of a key's minute, which begins with its first ones. Returns how many there were before, and the seconds to its
+        end."""
+        with self._locked():
+            now, since, spent = int(time.monotonic()), SINCE * self.columns + bucket, SPENT * self.columns + bucket
+            if now - self.cells[since] >= MINUTE or not self.cells[spent]:
+                self.cells[since], self.cells[spent] = now, 0
+            before = self.cells[spent]
+            self.cells[spent] = before + tokens
+            return before, max(1, self.cells[since] + MINUTE - now)
 
     def has(self, kind: int, bucket: int) -> int:
         """What a client has of this kind, in all workers."""
@@ -77,7 +121,7 @@ class Shares:
         with self._locked():
             taken = self.cells[TAKEN * self.columns + bucket]
             self.cells[TAKEN * self.columns + bucket] = taken + 1
-            self.cells[self._cell(self.worker, TURNS, bucket)] += 1
+            self.give(TURNS, bucket, -1)
         return taken
 
     def may_start(self, bucket: int, turn: int, most: int) -> bool:
@@ -88,7 +132,13 @@ class Shares:
         """A turn has ended, started or not."""
         with self._locked():
             self.cells[OVER * self.columns + bucket] += 1
-            self.cells[self._cell(self.worker, TURNS, bucket)] -= 1
+            self.give(TURNS, bucket, 1)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many answers of all workers wait for their turn, and how many are in the engine."""
+        given = self.all(RUNNING)
+        return max(0, self.all(TURNS) - given), given
 
     def forget(self, worker: int) -> None:
         """A worker has died: nothing of it counts any more."""
@@ -108,4 +158,4 @@ class Shares:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def _cell(self, worker: int, kind: int, bucket: int) -> int:
-        return (2 + worker * KINDS + kind) * self.columns + bucket
+        return (ROWS + worker * KINDS + kind) * self.columns + bucket

@@ -6,10 +6,12 @@ import resource
 import signal
 import socket
 import sys
+from typing import Any
 
 import uvicorn
 import uvloop
 
+from scripts.openai import passing
 from scripts.openai.app import Endpoint
 from scripts.openai.front import Front, Fronts
 from scripts.openai.shares import Shares
@@ -20,6 +22,8 @@ log = logging.getLogger("openai")
 KEPT_BACK = 128
 MAX_CONNECTIONS = 8192
 BEAT_SECONDS = 1.0
+# What is cut off is told so; this is for it to go out
+FLUSH_SECONDS = 1
 
 
 def most_connections() -> int:
@@ -36,6 +40,18 @@ async def beat(shares: Shares) -> None:
         await asyncio.sleep(BEAT_SECONDS)
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which tells what must be cut off before it cuts it off."""
+
+    def __init__(self, endpoint: Endpoint, drain_seconds: int, **config: Any) -> None:
+        super().__init__(uvicorn.Config(endpoint, timeout_graceful_shutdown=drain_seconds + FLUSH_SECONDS, **config))
+        self.endpoint, self.drain_seconds = endpoint, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self.drain_seconds, self.endpoint.cut)
+        await super().shutdown(sockets)
+
+
 async def run(server: uvicorn.Server, shares: Shares, listener: socket.socket) -> None:
     beating = asyncio.ensure_future(beat(shares))
     try:
@@ -48,11 +64,14 @@ def serve(endpoint: Endpoint, number: int, listener: socket.socket, drain_second
     """The life of a worker, until SIGTERM: then running requests finish. Returns the exit status."""
     endpoint.shares.worker = number
     Front.fronts = Fronts(most_connections())
-    config = uvicorn.Config(
-        endpoint, http=Front, loop="uvloop", ws="none", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, date_header=False, backlog=1024, timeout_graceful_shutdown=drain_seconds,
+    endpoint.keys.adopt()
+    if endpoint.metrics is not None:
+        endpoint.metrics.counts.worker = number
+        passing.here = endpoint.metrics.counts
+    server = Server(
+        endpoint, drain_seconds, http=Front, loop="uvloop", ws="none", log_config=None, access_log=False, proxy_headers=False,
+        server_header=False, date_header=False, backlog=1024,
     )  # fmt: skip
-    server = uvicorn.Server(config)
     # uvicorn drains on SIGTERM and then raises it again, for whoever was there before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Deque, List, Mapping, Optional
 
 from scripts import room
 from scripts.serving import processes
-from scripts.serving.launch import DRAIN_SECONDS, Settings
+from scripts.serving.launch import Settings
 from scripts.serving.output import Output
 from scripts.serving.pulse import SILENT_SECONDS, Pulse
 from scripts.serving.ranks import LOG_LINES, PROJECT
@@ -27,6 +28,7 @@ OPENAI_MODULES = (
     "hpack",
     "tritonclient.grpc",
     "tokenizers",
+    "prometheus_client",
 )
 
 
@@ -38,12 +40,15 @@ class Endpoint:
 
     def __init__(self, settings: Settings, environment: Mapping[str, str], run_dir: Path, log: Output) -> None:
         name = room.read_manifest(settings.root / "model_repo")["arguments"]["name"]
+        operating = settings.operating
         command = [
-            sys.executable, "-m", "scripts.openai", "--root", str(settings.root.resolve()), "--host", settings.host,
+            sys.executable, "-m", "scripts.openai", "--root", str(settings.root.resolve()), "--host", settings.host_of("OPENAI_PORT"),
             "--port", str(settings.openai_port), "--grpc", settings.grpc_address, "--name", name,
             "--api-key-file", settings.api_key_file and os.path.abspath(settings.api_key_file),
-            "--drain-seconds", str(DRAIN_SECONDS), "--parent", str(os.getpid()), "--workers", settings.openai_workers,
-            "--folder", str(run_dir),
+            "--drain-seconds", str(operating.drain_seconds), "--parent", str(os.getpid()), "--workers", settings.openai_workers,
+            "--folder", str(run_dir), "--metrics", operating.metrics, "--log-form", operating.log,
+            "--triton-metrics", f"{settings.reached_at}:{settings.metrics_port}",
+            "--model-aliases", operating.model_aliases, "--cors-origins", operating.cors_origins,
         ]  # fmt: skip
         self.alive, saying = os.pipe()
         self.process = subprocess.Popen(
@@ -75,7 +80,12 @@ class Endpoint:
         for line in self.process.stdout:
             if line.strip():
                 self.last_lines.append(line.rstrip("\n"))
-                log.line("openai: " + line.rstrip("\n"))
+                # a line of LOG=json stays one
+                log.line(("" if line.startswith("{") else "openai: ") + line.rstrip("\n"))
+
+    def tell_ending(self) -> None:
+        """It says 503 at /health from now on, and goes on serving."""
+        self.process.send_signal(signal.SIGUSR1)
 
     def failure(self) -> Optional[str]:
         """What happened to it, as soon as it has ended or no longer answers."""

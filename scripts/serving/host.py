@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import List
 
 from scripts import reports, room
+from scripts.openai import keys
 from scripts.serving.launch import Settings
 
 # Every Python model takes 1 MB of shared memory at start and grows; MPI takes some more per rank.
@@ -21,15 +22,16 @@ def check_ports(settings: Settings) -> None:
     """Every port must be free on the address that is asked for, before anything is loaded."""
     for name, port in settings.ports.items():
         try:
-            family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
+            host = settings.host_of(name)
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((settings.host, port))
+                probe.bind((host, port))
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise reports.serving.host_not_here(settings.host, error.strerror or str(error)) from None
+                raise reports.serving.host_not_here(host, error.strerror or str(error)) from None
             raise reports.serving.port_not_free(
-                name, port, settings.host, error.strerror or str(error), _free_port(settings.host)
+                name, port, host, error.strerror or str(error), _free_port(host)
             ) from None
 
 
@@ -43,7 +45,7 @@ def reserve_ports(settings: Settings) -> List[socket.socket]:
     for name, port in settings.ports.items():
         claims.append(socket.socket(socket.AF_UNIX))
         try:
-            claims[-1].bind(f"\0trtllm-bake-{settings.host}-{port}")
+            claims[-1].bind(f"\0trtllm-bake-{settings.host_of(name)}-{port}")
         except OSError:
             raise reports.serving.port_not_free(
                 name, port, settings.host, "another server is starting with it", _free_port(settings.host)
@@ -55,10 +57,10 @@ def check_api_keys(settings: Settings) -> None:
     """A file for API keys that has none would leave the endpoint open, or shut."""
     path = settings.api_key_file
     try:
-        if path and not Path(path).read_text(encoding="utf-8-sig").strip():
-            raise reports.serving.no_api_key(path, "it has no line with a key")
+        if path:
+            keys.checked(path)
     except (OSError, ValueError) as error:
-        raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or "it is no text") from None
+        raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _free_port(host: str) -> int:

@@ -15,6 +15,8 @@ from scripts.serving.toolbox import Toolbox
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
 STARTUP_SECONDS = 900
 DRAIN_SECONDS = 20
+# Beyond it: what is cut off is told so (openai/worker.py)
+CUT_SECONDS = 3
 # A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
 # More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
@@ -30,6 +32,19 @@ def reached_at(host: str) -> str:
     """The address under which this machine reaches a server that listens on HOST, as a URL has it: `[::1]` with brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
+
+
+@dataclass(frozen=True)
+class Operating:
+    """How the server is operated: settings (scripts/settings.py) by their names in small letters."""
+
+    openai_host: str = ""
+    drain_seconds: int = DRAIN_SECONDS
+    lame_duck_seconds: int = 0
+    metrics: str = "on"
+    log: str = "text"
+    model_aliases: str = ""
+    cors_origins: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class Settings:
     ready_file: Optional[Path] = None
     # how many worker processes it has; empty: by this machine's cores
     openai_workers: str = ""
+    operating: Operating = Operating()
 
     def __post_init__(self) -> None:
         ports = self.ports
@@ -69,6 +85,10 @@ class Settings:
         ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
         return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
 
+    def host_of(self, name: str) -> str:
+        """Where the port of that name is opened."""
+        return self.operating.openai_host or self.host if name == "OPENAI_PORT" else self.host
+
     @property
     def reached_at(self) -> str:
         """The address under which this machine reaches its own ports, as a URL has it."""
@@ -80,7 +100,7 @@ class Settings:
 
     @property
     def openai_url(self) -> str:
-        return f"http://{self.reached_at}:{self.openai_port}"
+        return f"http://{reached_at(self.host_of('OPENAI_PORT'))}:{self.openai_port}"
 
     @property
     def grpc_address(self) -> str:
@@ -117,7 +137,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
         f"--http-address={evhtp}", f"--http-port={settings.http_port}",
         f"--grpc-address={bracketed}", f"--grpc-port={settings.grpc_port}",
         f"--metrics-address={evhtp}", f"--metrics-port={settings.metrics_port}",
-        f"--exit-timeout-secs={DRAIN_SECONDS}",
+        f"--exit-timeout-secs={settings.operating.drain_seconds}",
     ]  # fmt: skip
     follower = [
         "--model-control-mode=explicit", "--load-model=tensorrt_llm",

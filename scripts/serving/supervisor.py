@@ -24,7 +24,7 @@ from scripts.serving.host import (
     raise_stack_limit,
     reserve_ports,
 )
-from scripts.serving.launch import DRAIN_SECONDS, Settings, mpirun_command, server_environment
+from scripts.serving.launch import CUT_SECONDS, Settings, mpirun_command, server_environment
 from scripts.serving.output import never_fail_to_print, open_log
 from scripts.serving.pulse import SILENT_SECONDS, Pulse, http_ok
 from scripts.serving.ranks import UNLOAD_SECONDS, Ranks
@@ -98,11 +98,13 @@ class Supervisor:
                         # A client that lost its stream (make demo) may have asked for the end before we saw why it was lost.
                         if failure := ranks.settled_failure():
                             raise reports.serving.rank_failed(*failure, "while serving", ranks.tail(failure[0]))
+                        self._be_lame(ranks)
                     # clients may ask as soon as the models are loaded, a moment before the server calls itself ready
                     if self.loaded.is_set():
-                        room.say("serve", f"ending: running requests have {DRAIN_SECONDS} s to finish")
+                        drain_seconds = self.settings.operating.drain_seconds
+                        room.say("serve", f"ending: running requests have {drain_seconds} s to finish")
                         if not self._drain(ranks):
-                            room.say("serve", f"requests that needed more than {DRAIN_SECONDS} s were cut off")
+                            room.say("serve", f"requests that needed more than {drain_seconds} s were cut off")
                 finally:
                     if self.endpoint is not None:
                         self.endpoint.end()
@@ -121,9 +123,27 @@ class Supervisor:
             room.say("serve", f"no OpenAI endpoint: this image's Python lacks {', '.join(missing)} (docker/README.md)")
         return self.settings.openai_port is not None and not missing
 
+    def _be_lame(self, ranks: Ranks) -> None:
+        """Say that this server is ending, and serve on until load balancers have heard it.
+
+        Triton cannot say so: it is ready until SIGTERM, which makes it refuse requests at once, those of the endpoint too.
+        """
+        seconds = self.settings.operating.lame_duck_seconds
+        if self.endpoint is not None:
+            self.endpoint.tell_ending()
+        if seconds:
+            room.say("serve", f"/health says 503; new requests are still served for {seconds} s")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if failure := ranks.failure():
+                raise reports.serving.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
+            if self.endpoint is not None and (event := self.endpoint.failure()):
+                raise reports.serving.endpoint_failed(event, "while ending", list(self.endpoint.last_lines))
+            time.sleep(0.1)
+
     def _drain(self, ranks: Ranks) -> bool:
         """Let running requests finish, the endpoint's first; True when none was cut off."""
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + self.settings.operating.drain_seconds + CUT_SECONDS
         if self.endpoint is not None:
             self.endpoint.process.terminate()  # it takes no new requests and ends with the last that it has
             while self.endpoint.process.poll() is None and time.monotonic() < deadline:

@@ -1,0 +1,251 @@
+"""How a server ends: it says so first, serves on, lets answers finish, tells those that it cuts off; and two of them behind HAProxy."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import pytest
+from project import ROOT, copy_of_project
+from server import Served, end_tree_of, free_ports, serve
+
+HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin")
+needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed: apt-get install haproxy")
+CONFIG = ROOT / "docker" / "haproxy.cfg"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree whose rooms are made once: one rank, two slots."""
+    tree = copy_of_project(tmp_path_factory.mktemp("ending") / "tree")
+    first = begin(tree)
+    assert first.end() == 0, "".join(first.lines)
+    return tree
+
+
+def begin(tree: Path, *words: str) -> Served:
+    return serve(tree, "TP=1", "MAX_BATCH_SIZE=4", *words)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.05)
+
+
+def health(server: Served, path: str = "/health") -> Tuple[int, Dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(server.openai + path, timeout=20) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def asked(port: int, tokens: int, stream: bool, n: int = 1) -> http.client.HTTPResponse:
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {
+        "model": "stories", "prompt": "Once upon a time", "max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "stream": stream,
+        "n": n,
+    }  # fmt: skip
+    link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return link.getresponse()
+
+
+def test_a_lame_duck_says_so_and_serves_on(small: Path) -> None:
+    server = begin(small, "LAME_DUCK_SECONDS=600")
+    try:
+        assert health(server)[0] == 200
+        os.kill(server.supervisor, signal.SIGTERM)
+        until(lambda: health(server)[0] == 503)
+        assert health(server)[1]["error"]["code"] == "ending" and health(server, "/health/live")[0] == 200
+        answer = asked(server.openai_port, 8, stream=False)
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert json.loads(answer.read())["usage"]["completion_tokens"] == 8
+        assert server.post("ensemble", text_input="Once", max_tokens=1)["status"] == 200, "Triton serves on too"
+    finally:
+        end_tree_of(server.process.pid)
+
+
+def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
+    """Answers in one piece and streamed, which take much longer than the second that they have."""
+    server = begin(small, "DRAIN_SECONDS=1", "METRICS=off")
+    statuses: List[Tuple[int, bytes]] = []
+    try:
+        assert health(server, "/metrics")[0] == 404
+        streamed = asked(server.openai_port, 400, stream=True, n=16)
+        first = streamed.readline()
+
+        def whole() -> None:
+            answer = asked(server.openai_port, 400, stream=False, n=16)
+            statuses.append((answer.status, answer.read()))
+
+        thread = threading.Thread(target=whole)
+        thread.start()
+        until(lambda: health(server)[1].get("requests") == 32)
+        os.kill(server.supervisor, signal.SIGTERM)
+        said = first + streamed.read()
+        thread.join(20)
+        events = [json.loads(line[6:]) for line in said.decode().splitlines() if line.startswith("data: {")]
+        assert "choices" in events[0] and events[-1]["error"]["code"] == "server_ending"
+        assert b"[DONE]" not in said
+        [(status, body)] = statuses
+        assert (status, json.loads(body)["error"]["code"]) == (503, "server_ending")
+        assert server.process.wait(40) == 0
+    finally:
+        end_tree_of(server.process.pid)
+
+
+# --- behind HAProxy ---
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for localhost, with its key in one file, as HAProxy reads it."""
+    key, own = tmp_path / "key.pem", tmp_path / "own.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", key, "-out", own,
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True,
+    )  # fmt: skip
+    both = tmp_path / "certificate.pem"
+    both.write_bytes(own.read_bytes() + key.read_bytes())
+    return both
+
+
+class Proxy:
+    """HAProxy with the configuration of docker/, its addresses replaced."""
+
+    def __init__(self, folder: Path, certificate: Path, ports: List[int]) -> None:
+        assert HAPROXY is not None
+        self.port, self.state = free_ports(2)
+        text = CONFIG.read_text().replace("/etc/haproxy/certificate.pem", str(certificate))
+        for before, after in (
+            ("bind :443", f"bind 127.0.0.1:{self.port}"), ("bind 127.0.0.1:8404", f"bind 127.0.0.1:{self.state}"),
+            ("10.0.0.1:9000", f"127.0.0.1:{ports[0]}"), ("10.0.0.2:9000", f"127.0.0.1:{ports[1]}"),
+        ):  # fmt: skip
+            assert before in text, before
+            text = text.replace(before, after)
+        file = folder / "haproxy.cfg"
+        file.write_text(text)
+        checked = subprocess.run([HAPROXY, "-c", "-f", file], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0 and "WARNING" not in checked.stderr, checked.stderr
+        self.process = subprocess.Popen(
+            [HAPROXY, "-db", "-f", file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.tls = ssl.create_default_context(cafile=str(certificate))
+
+    def state_of(self, server: str) -> str:
+        """UP, DOWN, ..."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.state}/;csv", timeout=10) as answer:
+                rows = [row.split(",") for row in answer.read().decode().splitlines()]
+        except OSError:
+            return ""
+        return next((row[rows[0].index("status")] for row in rows if row[:2] == ["bake", server]), "")
+
+    def link(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("localhost", self.port, timeout=60, context=self.tls)
+
+
+@pytest.fixture
+def two(small: Path) -> Iterator[List[Served]]:
+    servers = [begin(small, "LAME_DUCK_SECONDS=5") for _ in range(2)]
+    yield servers
+    for server in servers:
+        end_tree_of(server.process.pid)
+
+
+def again(server: Served) -> Served:
+    """The same server on the same ports."""
+    command: Any = server.process.args
+    process = subprocess.Popen(
+        command, cwd=server.tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    fresh = Served(server.tree, process, server.http_port, server.grpc_port, server.metrics_port, server.openai_port)
+    fresh.reader = threading.Thread(target=fresh._read, daemon=True)
+    fresh.reader.start()
+    assert fresh.ready.wait(120)
+    return fresh
+
+
+@needs_haproxy
+def test_a_rolling_restart_under_load_loses_nothing(two: List[Served], tmp_path: Path, certificate: Path) -> None:
+    """Every answer over TLS is whole, streamed or not, while both servers are replaced, one after the other."""
+    proxy = Proxy(tmp_path, certificate, [server.openai_port for server in two])
+    over, wrong, right = threading.Event(), [], [0, 0, 0, 0]  # type: threading.Event, List[str], List[int]
+
+    def load(number: int) -> None:
+        link, stream = proxy.link(), number % 2 == 0
+        while not over.is_set():
+            body = {
+                "model": "stories",
+                "prompt": "Once",
+                "max_tokens": 24,
+                "min_tokens": 24,
+                "temperature": 0,
+                "stream": stream,
+            }
+            try:
+                link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+                answer = link.getresponse()
+                said = answer.read()
+                whole = said.endswith(b"data: [DONE]\n\n") if stream else b'"completion_tokens": 24' in said
+                if answer.status == 200 and whole:
+                    right[number] += 1
+                else:
+                    wrong.append(f"{answer.status} {said[-300:]!r}")
+            except (OSError, http.client.HTTPException) as error:
+                wrong.append(repr(error))
+                link.close()
+        link.close()
+
+    try:
+        until(lambda: proxy.state_of("one") == proxy.state_of("two") == "UP")
+        clients = [threading.Thread(target=load, args=(number,)) for number in range(4)]
+        for client in clients:
+            client.start()
+        for index, name in enumerate(("one", "two")):
+            before = sum(right)
+            until(lambda before=before: sum(right) > before + 4)  # type: ignore[misc]
+            os.kill(two[index].supervisor, signal.SIGTERM)
+            until(lambda name=name: proxy.state_of(name) != "UP")  # type: ignore[misc]
+            assert two[index].process.wait(60) == 0
+            two[index] = again(two[index])
+            until(lambda name=name: proxy.state_of(name) == "UP")  # type: ignore[misc]
+        before = sum(right)
+        until(lambda: sum(right) > before + 4)
+    finally:
+        over.set()
+        for client in clients:
+            client.join(60)
+        proxy.process.terminate()
+        proxy.process.wait(20)
+    assert wrong == [] and min(right) > 3
+
+
+@needs_haproxy
+def test_a_stream_through_the_proxy_comes_as_it_is_made(two: List[Served], tmp_path: Path, certificate: Path) -> None:
+    proxy = Proxy(tmp_path, certificate, [server.openai_port for server in two])
+    try:
+        until(lambda: proxy.state_of("one") == "UP")
+        link = proxy.link()
+        body = {"model": "stories", "prompt": "Once", "max_tokens": 400, "min_tokens": 400, "stream": True}
+        link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = link.getresponse()
+        assert answer.readline().startswith(b"data: {")
+        assert sum(server.active for server in two) == 1, "the first token is here and the answer is still being made"
+        answer.read()
+        link.request("GET", "/metrics")
+        assert link.getresponse().status == 404, "metrics are not for clients"
+    finally:
+        proxy.process.terminate()
+        proxy.process.wait(20)
