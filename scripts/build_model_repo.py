@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
 )
 # Names that later versions gave to the same inputs; the torch engine takes both.
 ALSO_CALLED = {"min_length": "min_tokens", "random_seed": "seed", "min_tokens": "min_length", "seed": "random_seed"}
+# What the torch engine takes as parameters of a request (contract.py beside it): no version has an input for all of it
+REQUEST_PARAMETERS = ("guided_decoding_guide", "guided_decoding_guide_type", "min_p", "top_logprobs")
 # Parameters that are left out on purpose: the backend's own default holds (each is read in a try block, tensorrtllm_backend's
 # model_instance_state.cc), or they are for what Llama does not have: images, encoders, LoRA, draft models, more nodes.
 LEFT_OUT = {
@@ -345,6 +347,7 @@ def render(
         holes = config_holes(tables[model], values, engine_kind["model_code"], where)
         if model == "tensorrt_llm" and engine_kind["model_code"]:
             holes["parameters"] += "\n" + parameter_line("sent_without_value", values["sent_without_value"])
+            holes["parameters"] += "\n" + parameter_line("request_parameters", ",".join(REQUEST_PARAMETERS))
         # What the table says of this model must find its hole; of the values for the whole repository a template uses its own.
         common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}

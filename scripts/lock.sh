@@ -17,6 +17,7 @@ lock bench.in -o bench.txt
 "$python" -m uv pip compile --quiet --generate-hashes --no-annotate --no-header --no-deps \
     --python-version 3.11 --python-platform x86_64-manylinux_2_40 perf.in -o perf.txt
 lock aiperf.in -o aiperf.txt
+lock clients.in -o clients.txt
 lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt

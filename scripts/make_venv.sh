@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
-# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. NAME aiperf, a program whose
-# needs are not ours, goes into a virtual environment of its own: VENV/aiperf.
+# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. aiperf and clients, programs whose
+# needs are not ours, go into virtual environments of their own: VENV/aiperf, VENV/clients.
 # make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
 venv=$1 name=${2:-}
@@ -123,7 +123,7 @@ install() {
 
 # What a first installation downloads, about.
 declare -A sizes=([run]="300 MB" [torch]="200 MB for CPUs, 900 MB for CUDA" [torch-cuda]="2.5 GB" [verify]="30 MB" [openai]="20 MB"
-    [test]="40 MB" [dev]="80 MB" [aiperf]="300 MB")
+    [test]="40 MB" [dev]="80 MB" [aiperf]="300 MB" [clients]="150 MB")
 
 # PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
 # wheel, gigabytes, when only that one's link names its hash.
@@ -163,7 +163,7 @@ mkdir -p "$venv/locks"
 case "$interrupted" in
 run | torch | torch-cuda) rm -f "$venv/locks/run.txt" ;; # below
 "$name" | "") ;;
-aiperf) rm -rf "$venv/aiperf" "$venv/locks/aiperf.txt" ;;
+aiperf | clients) rm -rf "${venv:?}/$interrupted" "$venv/locks/$interrupted.txt" ;;
 *)
     rm -f "$venv/locks/$interrupted.txt"
     again=$interrupted # it is set back by its installation
@@ -185,8 +185,8 @@ if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
     install openai
     installed openai
 fi
-if [ "$name" = aiperf ]; then
-    into=$venv/aiperf
+if [ "$name" = aiperf ] || [ "$name" = clients ]; then
+    into=$venv/$name
     "$into/bin/python" -c 'import pip' 2>/dev/null || { rm -rf "$into"; "$venv/bin/python" -m venv "$into"; }
 fi
 # openai.txt may have come with run.txt, after make had decided to ask for it

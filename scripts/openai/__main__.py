@@ -44,6 +44,7 @@ log = logging.getLogger("openai")
 
 TOKENIZER = "model_repo/preprocessing/1/tokenizer"
 TEXT = "model_repo/tensorrt_llm_bls/1/text.py"
+GUIDES = "model_repo/tensorrt_llm/1/guides.py"
 # prctl(2)
 PR_SET_PDEATHSIG = 1
 # A token takes a worker 30 to 47 microseconds (docs/endpoint.md); the engine needs cores too
@@ -71,6 +72,20 @@ def text_code(root: Path) -> Any:
 def names_of(listed: str) -> tuple[str, ...]:
     """Of a list with commas."""
     return tuple(filter(None, listed.split(",")))
+
+
+def guide_check(root: Path) -> Callable[[str, str], str | None] | None:
+    """The torch engine's own check of a guide; None where the room has another engine, which checks for itself."""
+    file = root / GUIDES
+    if not file.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("guides", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["guides"] = module  # dataclasses and the like look there
+    spec.loader.exec_module(module)
+    check: Callable[[str, str], str | None] = module.why_not
+    return check
 
 
 def workers_of(asked: str) -> int:
@@ -258,7 +273,7 @@ def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
         args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), text.end_ids, keys, described, options,
         metrics,
     )  # fmt: skip
-    reads = Reader(args.name, engine, text, chat, capacity_of(slots), options.aliases)
+    reads = Reader(args.name, engine, text, chat, capacity_of(slots), options.aliases, guide_check(args.root))
     return Parent(endpoint, reads, listeners(args.host, args.port, workers), folder, args.drain_seconds)
 
 

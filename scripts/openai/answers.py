@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
+from scripts.openai.tools import Calls, joined
+
 Entry = Dict[str, Any]
 
 
@@ -26,6 +28,10 @@ class Choice:
         self.finish_reason: Optional[str] = None
         self.starts_with_space = False
         self.prefix = ""
+        # where the answer may call tools
+        self.calls: Optional[Calls] = None
+        # the sum of its tokens' log probabilities, where they are asked for
+        self.log_prob = 0.0
         # tokens whose text is not shown yet: (where it begins in the answer, token id, log probability)
         self.untold: List[Any] = []
         self.decoded = 0
@@ -45,6 +51,7 @@ class Choice:
         end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
         ids, log_probs, reached_end = ids[:end], log_probs[:end], end is not None
         self.n_tokens += len(ids)
+        self.log_prob += sum(log_probs)
         shown, stopped = self.stops.push(self._decoded(ids, log_probs))
         if stopped:
             self.finish_reason = "stop"
@@ -61,7 +68,21 @@ class Choice:
             # of the spaces that SentencePiece's decoder takes off again
             shown, self.starts_with_space = shown[1:] if shown[0] == " " else shown, False
         prefix, self.prefix = self.prefix, ""
+        if self.calls is not None:
+            return Part(shown, told, self._called(self.calls, shown))
         return Part(prefix + shown, told)
+
+    def _called(self, calls: Calls, shown: str) -> List[Entry]:
+        """The deltas of what is new; the answer is over with the last call that it may have."""
+        deltas = calls.push(shown)
+        if calls.over and self.finish_reason is None:
+            self.finish_reason = "stop"
+            self.stream.cancel()
+        if self.finish_reason is not None:
+            deltas += calls.finish()
+            if calls.count and self.finish_reason == "stop":
+                self.finish_reason = calls.reason
+        return deltas
 
     def _decoded(self, ids: Sequence[int], log_probs: Sequence[float]) -> str:
         if not log_probs:
@@ -80,6 +101,8 @@ class Part:
 
     text: str
     tokens: List[Any]
+    # text and calls apart, where there may be calls
+    deltas: Optional[List[Entry]] = None
 
 
 @dataclass
@@ -92,6 +115,9 @@ class Job:
     prompt_tokens: int
     logprobs: bool = False
     include_usage: bool = False
+    # of so many answers a prompt, the likeliest so many are told; 0: all (best_of)
+    n: int = 1
+    keep: int = 0
     # set when there is something to take, or when the client has left
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     left: bool = False
@@ -156,7 +182,7 @@ class Job:
     def _plain(self, choice: Choice, out: List[bytes]) -> None:
         """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
         stream = choice.stream
-        if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops:
+        if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops or choice.calls:
             return
         ids, stream.ids = stream.ids, []
         if stream.ended and ids:
@@ -171,7 +197,12 @@ class Job:
 
     def _told_of(self, choice: Choice, part: "Part", out: List[bytes]) -> None:
         """The events of what was taken of one alternative."""
-        if part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
+        if part.deltas is not None:
+            tokens = part.tokens
+            for delta in part.deltas or ([{"content": ""}] if tokens else []):
+                out.append(self._event(self._delta(choice, delta, tokens, None)))
+                tokens = []
+        elif part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
             # nearly every token's
             text = _text(part.text).encode()
             out.append(b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, text, self._after))
@@ -202,11 +233,17 @@ class Job:
     def whole(self, parts: Sequence[List[Part]]) -> Dict[str, Any]:
         """The answer in one; parts: for each choice all its parts in order."""
         choices: List[Dict[str, Any]] = []
-        for choice, own in zip(self.choices, parts):
+        told = self._best(list(zip(self.choices, parts))) if self.keep else zip(self.choices, parts)
+        for choice, own in told:
             shown, tokens = "".join(part.text for part in own), [token for part in own for token in part.tokens]
             if self.chat:
                 logprobs = self._told(choice, tokens) if self.logprobs else None
-                message = {"role": "assistant", "content": shown, "refusal": None}
+                message: Dict[str, Any] = {"role": "assistant", "content": shown, "refusal": None}
+                if choice.calls is not None:
+                    shown, calls = joined([delta for part in own for delta in part.deltas or []])
+                    message["content"] = shown if shown or not calls else None
+                    if calls:
+                        message["tool_calls"] = calls
                 choices.append({"index": choice.index, "message": message, "logprobs": logprobs})
             else:
                 legacy = self._legacy(choice, tokens) if self.logprobs else None
@@ -215,6 +252,16 @@ class Job:
         kind = "chat.completion" if self.chat else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "choices": choices, "usage": self.usage()}
+
+    def _best(self, answers: List[Any]) -> List[Any]:
+        """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of), the best first."""
+        best = []
+        for first in range(0, len(answers), self.n):
+            own = sorted(answers[first : first + self.n], key=lambda one: -one[0].log_prob / max(1, one[0].n_tokens))
+            best += own[: self.keep]
+        for index, (choice, _) in enumerate(best):
+            choice.index = index
+        return best
 
     def _told(self, choice: Choice, tokens: Sequence[Any]) -> Dict[str, Any]:
         content = []
@@ -225,7 +272,10 @@ class Job:
                     "token": spelt.decode("utf-8", "replace"),
                     "bytes": list(spelt),
                     "logprob": log_prob,
-                    "top_logprobs": [],
+                    "top_logprobs": [
+                        {"token": one.decode("utf-8", "replace"), "bytes": list(one), "logprob": value}
+                        for one, value in ((spelling(choice.text, t), v) for t, v in getattr(log_prob, "top", ()))
+                    ],
                 }
             )
         return {"content": content, "refusal": None}
@@ -234,7 +284,12 @@ class Job:
         return {
             "tokens": [spelling(choice.text, token).decode("utf-8", "replace") for _, token, _ in tokens],
             "token_logprobs": [log_prob for _, _, log_prob in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [
+                {spelling(choice.text, t).decode("utf-8", "replace"): value for t, value in log_prob.top}
+                for _, _, log_prob in tokens
+            ]
+            if tokens and getattr(tokens[0][2], "top", None)
+            else None,
             "text_offset": [offset for offset, _, _ in tokens],
         }
 

@@ -24,6 +24,7 @@ from scripts.openai.log import client_of_request, requests
 from scripts.openai.metrics import Page, route_of
 from scripts.openai.reader import Asked
 from scripts.openai.shares import BODIES, PLACES, REQUESTS, Shares
+from scripts.openai.tools import Calls
 from scripts.openai.wrong import ApiError, busy
 
 log = logging.getLogger("openai")
@@ -419,6 +420,7 @@ class Endpoint:
     async def _answer(self, request: Request, asked: Asked, bucket: int) -> None:
         """Run a request to its end, or until its client has left: then nothing of it goes on running."""
         job = Job(self.name, asked.chat, [], asked.prompt_tokens, asked.logprobs, asked.include_usage)
+        job.n, job.keep = asked.n, asked.keep
         watching = None
         self.jobs[job.id] = job
         request.told = {"model": self.name, "prompt_tokens": asked.prompt_tokens}
@@ -462,10 +464,12 @@ class Endpoint:
             message = asked.shared + asked.own[number // asked.n]
             if asked.seed is not None:
                 message += self.engine.message_of({"random_seed": [(asked.seed + number) % (1 << 64)]})
-            stream = self.engine.ask(message, job.changed.set, bucket, request.began, request.id)
+            stream = self.engine.ask(message, job.changed.set, bucket, request.began, request.id, asked.likeliest)
             own = copy.copy(stops)  # the tables of a stop string are made once
             own.begun = list(stops.begun)
-            choice = Choice(number, stream, self.text, own, asked.max_tokens, self.end_ids)
+            ends = () if asked.ignore_eos else self.end_ids
+            choice = Choice(number, stream, self.text, own, asked.max_tokens, ends)
+            choice.calls = None if asked.calls is None else Calls(**asked.calls)
             choice.prefix = asked.shown[number // asked.n] if asked.shown else ""
             choice.starts_with_space = asked.starts_with_space
             job.choices.append(choice)

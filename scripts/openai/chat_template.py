@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -23,6 +23,24 @@ from tokenizers import Tokenizer
 MAX_OUTPUT_CHARACTERS = 32 << 20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_SECONDS = 2.0
+
+
+# what templates call the parts of tools and calls
+NAMES = frozenset(
+    [
+        "arguments",
+        "description",
+        "enum",
+        "function",
+        "id",
+        "items",
+        "name",
+        "parameters",
+        "properties",
+        "required",
+        "type",
+    ]
+)
 
 
 class Refused(ValueError):
@@ -94,6 +112,20 @@ class ChatTemplate:
         """Compiled when it is first used, where its work is bounded: Jinja computes what is constant while it compiles."""
         return environment().from_string(self.source)
 
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template writes what tools there are."""
+        try:
+            with deadline(MAX_SECONDS):
+                return "tools" in meta.find_undeclared_variables(environment().parse(self.source))
+        except (TemplateError, Refused, RecursionError):
+            return False
+
+    @property
+    def knows_results(self) -> bool:
+        """Whether it writes what came of a call: a turn of the role tool."""
+        return any(word in self.source for word in ("'tool'", '"tool"', "'tool_response'", '"tool_response"'))
+
     def _space_only_at_the_start(self, described: Mapping[str, Any]) -> bool:
         """Whether text behind a special token is tokenized without the space that SentencePiece writes before a text.
 
@@ -108,13 +140,13 @@ class ChatTemplate:
         [alone] = self.text.encode(["x"], add_special_tokens=False)
         return bool(ids != [token_id, *alone])
 
-    def render(self, messages: Sequence[Mapping[str, str]], **more: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}) -> str:
         """The conversation as text, special tokens spelt out. Raises Refused where the template says so or fails."""
         try:
             pieces, size = [], 0
             with deadline(MAX_SECONDS):
                 for piece in self.template.generate(
-                    messages=list(messages), add_generation_prompt=True, **self.names, **more
+                    {"add_generation_prompt": True, **self.names, **more, "messages": list(messages)}
                 ):
                     size += len(piece)
                     if size > MAX_OUTPUT_CHARACTERS:
@@ -135,15 +167,22 @@ class ChatTemplate:
         ) as error:
             raise Refused(f"the model's chat template does not take these messages: {error}") from None
 
-    def token_ids(self, messages: Sequence[Mapping[str, str]], **more: Any) -> List[int]:
-        """The conversation as token ids, up to where the answer begins."""
-        mark = _unused(
-            [self.source, *self.names.values(), *(value for message in messages for value in message.values())]
-        )
+    def token_ids(
+        self, messages: Sequence[Mapping[str, Any]], begun: str = "", more: Mapping[str, Any] = {}
+    ) -> List[int]:
+        """The conversation as token ids, up to where the answer begins, and what it begins with.
+
+        messages: turns as templates read them: texts, tool_calls; begun: the answer's first text, ours; more: what else the template
+        may name (tools, a client's chat_template_kwargs).
+        """
+        mark = _unused([self.source, *self.names.values(), *texts_of(list(messages)), *texts_of(dict(more))])
+        # a template that writes JSON may escape the mark, as json.dumps does by default
+        escaped = json.dumps(mark)[1:-1]
         masked = [
-            {key: value if key == "role" else self._masked(value, mark) for key, value in m.items()} for m in messages
+            {key: value if key == "role" else self._masked_all(value, mark) for key, value in m.items()}
+            for m in messages
         ]
-        rendered = self.render(masked, **more)
+        rendered = self.render(masked, {name: self._masked_all(value, mark) for name, value in more.items()}) + begun
         stretches, specials, at = [], [], 0
         for match in self.spelling.finditer(rendered):
             before = rendered[at : match.start()]
@@ -152,7 +191,7 @@ class ChatTemplate:
             at = match.end()
             while match[0] in self.swallows_behind and rendered[at : at + 1].isspace():
                 at += 1
-        stretches = [stretch.replace(mark, "") for stretch in (*stretches, rendered[at:])]
+        stretches = [stretch.replace(mark, "").replace(escaped, "") for stretch in (*stretches, rendered[at:])]
         encoded = iter(self._encoded([stretch for stretch in stretches if stretch], starts=bool(stretches[0])))
         ids: List[int] = []
         for n, stretch in enumerate(stretches):
@@ -170,6 +209,17 @@ class ChatTemplate:
         later = self.text.encode(["\n" + stretch for stretch in stretches[len(first) :]], add_special_tokens=False)
         return [*self.text.encode(first, add_special_tokens=False), *(ids[len(line) :] for ids in later)]
 
+    def _masked_all(self, value: Any, mark: str) -> Any:
+        """The same of every text in a value of JSON. Names that templates look for stay as they are."""
+        if isinstance(value, str):
+            return self._masked(value, mark)
+        if isinstance(value, dict):
+            return {
+                key if key in NAMES else self._masked(key, mark): self._masked_all(one, mark)
+                for key, one in value.items()
+            }
+        return [self._masked_all(one, mark) for one in value] if isinstance(value, list) else value
+
     def _masked(self, value: str, mark: str) -> str:
         """A message's text with a mark inside whatever spells a special token, or would together with text before or behind it.
 
@@ -186,6 +236,19 @@ class ChatTemplate:
         if head:
             value = value[: start + head - 1] + mark + value[start + head - 1 :]
         return value
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, names of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield key
+            yield from texts_of(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from texts_of(one)
 
 
 def _content(token: object) -> str:

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import logging
+import struct
 import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from google.protobuf import text_format
@@ -29,6 +30,8 @@ MIN_TEMPERATURE = 1e-5
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
 # From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
 TOKENS = ("output_ids", "sequence_length")
+# What guides an answer (since 0.17)
+GUIDE = ("guided_decoding_guide_type", "guided_decoding_guide")
 # What TensorRT-LLM says, with the code INTERNAL, when its queue is full
 BUSY = "Maximum queue size of"
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -85,6 +88,11 @@ class Question:
     min_tokens: int = 0
     logprobs: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_p: float = 0.0
+    # of so many tokens besides the chosen one
+    top_logprobs: int = 0
+    # what guides the answer: its type and text, as TensorRT-LLM names them
+    guide: Optional[Tuple[str, str]] = None
     # what ends an answer where the engine can see it only as tokens: int32 (1, 2, n)
     stop_words: Optional[Any] = None
 
@@ -128,6 +136,13 @@ def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab
         for token, value in question.logit_bias.items():
             bias[token] = value
         values["embedding_bias"] = bias
+    if question.min_p:
+        values["min_p"] = question.min_p
+    if question.top_logprobs:
+        values["top_logprobs"] = question.top_logprobs
+    if question.guide is not None:
+        for name, text in zip(GUIDE, question.guide):
+            values[name] = [text.encode()]
     sequences, ends = question.stop_words[0] if question.stop_words is not None else np.zeros((2, 0), np.int32)
     if others := list(end_ids[1:]):
         moved = [end + len(others) for end in ends if end >= 0]
@@ -154,6 +169,16 @@ class Engine:
         # "TYPE_INT32" is "INT32" in a request
         self.types = {tensor.name: model_config_pb2.DataType.Name(tensor.data_type)[5:] for tensor in parsed.input}
         self.types = {name: "BYTES" if kind == "STRING" else kind for name, kind in self.types.items()}
+        # what the model takes as parameters of a request, because its version has no input for it (contract.py of the torch engine)
+        named = (
+            parsed.parameters["request_parameters"].string_value if "request_parameters" in parsed.parameters else ""
+        )
+        self.parameters = frozenset(filter(None, named.split(",")))
+        backend = "guided_decoding_backend"
+        # NVIDIA's has the inputs since 0.17, and refuses them unless this names what makes the masks
+        self.guides = GUIDE[1] in self.parameters or (
+            GUIDE[1] in self.types and backend in parsed.parameters and bool(parsed.parameters[backend].string_value)
+        )
         self.most_of_one = limits.max_batch_size + max(1, int(AHEAD_SHARE * limits.max_batch_size))
         self._link: Optional[grpc_link.Link] = None
         # what waits for its turn, by the bucket of its client
@@ -168,6 +193,10 @@ class Engine:
             self._link = grpc_link.Link(self.address)
         return self._link
 
+    def takes(self, name: str) -> bool:
+        """Whether the model can be asked for this, by an input or a parameter."""
+        return name in self.types or name in self.parameters
+
     def ask(
         self,
         message: bytes,
@@ -175,14 +204,17 @@ class Engine:
         bucket: Optional[int] = None,
         arrived: float = 0.0,
         name: str = "",
+        likeliest: int = 0,
     ) -> "Stream":
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
         bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
         arrived: when its request came, by time.monotonic(), for measurements; 0: it is a question of our own and not measured.
         name: the id of its request, which then stands in Triton's lines and the engine's too.
+        likeliest: as many tokens as it asks for beside each one (top_logprobs).
         """
         stream = Stream(self, message, changed, bucket if self.shares is not None else None, arrived, name)
+        stream.likeliest = likeliest
         if stream.bucket is None:
             stream.start()
         else:
@@ -220,12 +252,20 @@ class Engine:
         """Named values as a ModelInferRequest; an empty id is left out."""
         message = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
         for name, value in values.items():
+            if name in self.parameters and name not in self.types:
+                value = value[0].decode() if isinstance(value, list) else value
+                kind = {str: "string_param", int: "int64_param", float: "double_param"}[type(value)]
+                setattr(message.parameters[name], kind, value)
+                continue
             for other in (SEED, MIN_TOKENS):
                 if name in other and name not in self.types:
                     name = next(one for one in other if one in self.types)
             array = np.asarray(value, dtype=triton_to_np_dtype(self.types[name]))[None]
             message.inputs.add(name=name, datatype=self.types[name], shape=array.shape)
-            message.raw_input_contents.append(array.tobytes())
+            if self.types[name] == "BYTES":  # one text: its length, then it
+                message.raw_input_contents.append(struct.pack("<I", len(value[0])) + value[0])
+            else:
+                message.raw_input_contents.append(array.tobytes())
         for name in outputs:
             message.outputs.add(name=name)
         return message
@@ -252,6 +292,23 @@ class Engine:
     async def close(self) -> None:
         if self._link is not None:
             self._link.close()
+
+
+class Chance(float):
+    """A token's log probability; top: the likeliest tokens at its place, (token id, log probability) each."""
+
+    top: List[Tuple[int, float]] = []
+
+
+def apart(values: Sequence[float], most: int) -> List[float]:
+    """Chances, from what the torch engine gives: for each token its own, then ids and log probabilities of the likeliest in turn."""
+    chances = []
+    for first in range(0, len(values), 1 + 2 * most):
+        chance = Chance(values[first])
+        own = values[first + 1 : first + 1 + 2 * most]
+        chance.top = [(int(token), value) for token, value in zip(own[::2], own[1::2])]
+        chances.append(chance)
+    return list(chances)
 
 
 class Unheard:
@@ -285,6 +342,7 @@ class Stream:
         self.id = f"r{uuid.uuid4().hex}" + (f"-{name}" if name else "")
         self.ids: List[int] = []
         self.log_probs: List[float] = []
+        self.likeliest = 0
         self.ended, self.cancelled = False, False
         self.failure: Optional[EngineFailed] = None
         self.placed, self.first_token, self.last_token = 0.0, 0.0, 0.0
@@ -354,7 +412,8 @@ class Stream:
         if final:
             self.ended = True
         if ids:
-            log_probs = np.frombuffer(outputs.get("output_log_probs", b""), dtype="<f4").tolist()[: len(ids)]
+            log_probs = np.frombuffer(outputs.get("output_log_probs", b""), dtype="<f4").tolist()
+            log_probs = log_probs[: len(ids)] if not self.likeliest else apart(log_probs, self.likeliest)
             if not self._sought and not final and len(ids) == 1 and not log_probs:
                 self._fast, self._sought = one_token(data, ids[0]), True
             self._took(ids, log_probs)

@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, Dict, List, Literal, Optional, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 
 # OpenAI's own limit of alternatives; how many fit is the engine's concern
 MAX_CHOICES = 128
@@ -16,6 +16,10 @@ MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_BYTES = 16, 512
 # Lists end at these lengths and at their first mistake: a body of 4 MB once made four million reports, and 38 seconds of work
 MAX_PROMPTS, MAX_TOKENS, MAX_TURNS, MAX_BIASES = 1024, 1 << 17, 4096, 1024
+# OpenAI's own limit of tools, and of their names
+MAX_TOOLS, TOOL_NAME = 128, r"^[a-zA-Z0-9_-]{1,64}$"
+# Answers of guided_choice
+MAX_CHOICES_OF = 1024
 # what a name in an error's place looks like; pydantic's own alternatives (str, list[str]) are no names of the API
 NAME = re.compile(r"(?!str$)[a-z_]+")
 
@@ -25,6 +29,27 @@ Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 ]
 TokenId = Annotated[int, Field(ge=0)]
+
+
+class NotSupported:
+    """For an argument that is known, and that this server cannot do: null and OpenAI's defaults ask for nothing and pass.
+
+    In an annotation: `Annotated[Any, NotSupported("medium")]`.
+    """
+
+    def __init__(self, *defaults: Any) -> None:
+        self.defaults = defaults
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        def check(value: Any, info: core_schema.ValidationInfo) -> None:
+            # 1 is not True
+            if value is not None and not any(type(value) is type(one) and value == one for one in self.defaults):
+                raise PydanticCustomError("not_supported", "not supported")
+
+        return core_schema.with_info_plain_validator_function(check)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Dict[str, Any]:
+        return {"enum": [None, *self.defaults], "description": "Not supported: this asks for nothing"}
 
 
 TokenIds = Annotated[List[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
@@ -43,7 +68,7 @@ class Strict(BaseModel):
         """The first unknown key ends it: pydantic would report each, and a body of 2.5 MB has a quarter of a million."""
         if isinstance(data, dict):
             for name in data:
-                if name not in cls.model_fields:
+                if name not in cls.model_fields and name != "schema" or name == "schema_":
                     raise PydanticCustomError("extra_forbidden", "{name}", {"name": str(name)[:64]})
         return data
 
@@ -100,13 +125,33 @@ class Sampling(Strict):
     service_tier: Optional[str] = None
     safety_identifier: Optional[str] = None
     prompt_cache_key: Optional[str] = None
-    # OpenAI's, not supported: null says that it is not asked for
-    modalities: None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    web_search_options: None = None
+    prompt_cache_retention: Optional[str] = None
+    # vLLM's
+    min_p: Optional[float] = Field(None, ge=0, le=1, description="Torch engine only")
+    ignore_eos: Optional[bool] = Field(None, description="The answer has max_tokens, whatever the model says")
+    request_id: Optional[str] = None
+    priority: Optional[Whole] = None
+    # known and not supported: OpenAI's, then vLLM's
+    modalities: Annotated[Any, NotSupported(["text"])] = None
+    audio: Annotated[Any, NotSupported()] = None
+    prediction: Annotated[Any, NotSupported()] = None
+    reasoning_effort: Annotated[Any, NotSupported("medium")] = None
+    verbosity: Annotated[Any, NotSupported("medium")] = None
+    web_search_options: Annotated[Any, NotSupported()] = None
+    guided_json: Union[str, Dict[str, Any], None] = Field(None, description="A JSON schema that the answer follows")
+    guided_regex: Optional[str] = Field(None, min_length=1)
+    guided_choice: Optional[Annotated[List[str], Field(min_length=1, max_length=MAX_CHOICES_OF, fail_fast=True)]] = None
+    guided_grammar: Annotated[Any, NotSupported()] = None
+    structured_outputs: Annotated[Any, NotSupported()] = None
+    use_beam_search: Annotated[Any, NotSupported(False)] = None
+    length_penalty: Annotated[Any, NotSupported(1, 1.0)] = None
+    stop_token_ids: Annotated[Any, NotSupported([])] = None
+    include_stop_str_in_output: Annotated[Any, NotSupported(False)] = None
+    skip_special_tokens: Annotated[Any, NotSupported(True)] = None
+    spaces_between_special_tokens: Annotated[Any, NotSupported(True)] = None
+    prompt_logprobs: Annotated[Any, NotSupported()] = None
+    truncate_prompt_tokens: Annotated[Any, NotSupported()] = None
+    logits_processors: Annotated[Any, NotSupported([])] = None
 
     @field_validator("stop")
     @classmethod
@@ -129,36 +174,116 @@ class CompletionRequest(Sampling):
     ]
     max_tokens: Optional[Whole] = Field(None, ge=1, lt=1 << 31, description="16 where nothing is said")
     echo: Optional[bool] = None
-    logprobs: Optional[Whole] = Field(None, ge=0, le=5, description="0: of the chosen tokens; more is not supported")
-    best_of: Optional[Whole] = Field(None, ge=1, le=MAX_CHOICES)
-    suffix: Optional[str] = None
+    logprobs: Optional[Whole] = Field(None, ge=0, le=5, description="0: of the chosen tokens; more: torch engine only")
+    best_of: Optional[Whole] = Field(
+        None, ge=1, le=MAX_CHOICES, description="So many are made, the likeliest n are the answer"
+    )
+    suffix: Annotated[Any, NotSupported("")] = None
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    # Anthropic's, which some clients send to every server: it changes no answer
+    cache_control: Any = None
+
+
+class CalledFunction(Strict):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str = Field(description="JSON, of an object")
+
+
+class ToolCall(Strict):
+    """A call that the model made in an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    # what a streamed call carries
+    index: Optional[Whole] = None
 
 
 class Message(Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Union[str, Annotated[List[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Union[str, Annotated[List[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)], None] = None
     name: Optional[str] = None
+    tool_calls: Optional[Annotated[List[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]] = None
+    tool_call_id: Optional[str] = None
+    cache_control: Any = None
     # what an assistant's turn carries when it comes back as it was sent
-    refusal: None = None
-    annotations: Optional[List[Any]] = Field(None, max_length=0)
-    audio: None = None
-    function_call: None = None
-    tool_calls: Optional[List[Any]] = Field(None, max_length=0)
+    refusal: Annotated[Any, NotSupported()] = None
+    annotations: Annotated[Any, NotSupported([])] = None
+    audio: Annotated[Any, NotSupported()] = None
+    function_call: Annotated[Any, NotSupported()] = None
+    reasoning_content: Annotated[Any, NotSupported("")] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing; only an assistant's turn with tool_calls has none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to turns of the role assistant")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("tool_call_id is missing; a turn of the role tool says which call it answers")
+        return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class Function(Strict):
+    name: str = Field(pattern=TOOL_NAME)
+    description: Optional[str] = None
+    parameters: Optional[Dict[str, Any]] = Field(None, description="A JSON schema; it goes to the model as it is")
+    strict: Optional[bool] = Field(
+        None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
+    )
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+    cache_control: Any = None
+
+
+class NamedFunction(Strict):
+    name: str = Field(pattern=TOOL_NAME)
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Strict):
+    name: str = Field(pattern=TOOL_NAME)
+    description: Optional[str] = None
+    # pydantic's own models have a `schema`
+    schema_: Optional[Dict[str, Any]] = Field(None, alias="schema")
+    # an answer follows its schema in any case
+    strict: Optional[bool] = None
 
 
 class ResponseFormat(Strict):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Optional[JsonSchema] = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, which needs it")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type") in ("grammar", "structural_tag"):
+            raise PydanticCustomError("not_supported", "{kind}", {"kind": data["type"]})
+        return data
 
 
 class ChatRequest(Sampling):
@@ -170,13 +295,22 @@ class ChatRequest(Sampling):
         None, ge=1, lt=1 << 31, description="As many as fit where nothing is said"
     )
     logprobs: Optional[bool] = None
-    top_logprobs: Optional[Whole] = Field(None, ge=0, le=20, description="0; more is not supported")
+    top_logprobs: Optional[Whole] = Field(None, ge=0, le=20, description="More than 0: torch engine only")
     response_format: Optional[ResponseFormat] = None
-    tools: Optional[List[Any]] = Field(None, max_length=0, description="Not supported")
-    tool_choice: Optional[Literal["none", "auto"]] = None
-    parallel_tool_calls: Optional[bool] = None
-    functions: Optional[List[Any]] = Field(None, max_length=0, description="Not supported")
-    function_call: Optional[Literal["none", "auto"]] = None
+    tools: Optional[Annotated[List[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]] = None
+    tool_choice: Optional[Union[Literal["none", "auto", "required"], NamedTool]] = None
+    parallel_tool_calls: Optional[bool] = Field(None, description="false: the answer ends after its first call")
+    chat_template_kwargs: Optional[Dict[str, Any]] = Field(None, description="More names for the model's template")
+    # known and not supported: OpenAI's (tools have taken the place of functions), then vLLM's
+    functions: Annotated[Any, NotSupported([])] = None
+    function_call: Annotated[Any, NotSupported("none", "auto")] = None
+    add_generation_prompt: Annotated[Any, NotSupported(True)] = None
+    continue_final_message: Annotated[Any, NotSupported(False)] = None
+    add_special_tokens: Annotated[Any, NotSupported(False)] = None
+    chat_template: Annotated[Any, NotSupported()] = None
+    documents: Annotated[Any, NotSupported([])] = None
+    echo: Annotated[Any, NotSupported(False)] = None
+    best_of: Annotated[Any, NotSupported(1)] = None
 
 
 # --- what clients get ------------------------------------------------------------------------------------------------
@@ -191,7 +325,7 @@ class Usage(BaseModel):
 class CompletionLogprobs(BaseModel):
     tokens: List[str]
     token_logprobs: List[float]
-    top_logprobs: None
+    top_logprobs: Optional[List[Dict[str, float]]]
     text_offset: List[int]
 
 
@@ -223,17 +357,25 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class AnswerCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Answer(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: Optional[str]
     refusal: None
+    # only where the model called some
+    tool_calls: List[AnswerCall] = []
 
 
 class ChatChoice(BaseModel):
     index: int
     message: Answer
     logprobs: Optional[ChatLogprobs]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

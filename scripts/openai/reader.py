@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -21,8 +22,8 @@ from typing import Any, Callable, NoReturn, Sequence, TypeVar
 
 from pydantic import ValidationError
 
-from scripts.openai import messages
-from scripts.openai.chat_template import ChatTemplate, Refused
+from scripts.openai import messages, tools
+from scripts.openai.chat_template import ChatTemplate, Refused, texts_of
 from scripts.openai.engine import TOKENS, Engine, Question, inputs_of, is_greedy
 from scripts.openai.wrong import ApiError
 
@@ -32,6 +33,8 @@ CPU_SECONDS, MEMORY_BYTES = 3, 1 << 30
 MAX_STOP_WORK = 16 << 10
 # Characters that echo repeats, in all answers together
 MAX_ECHO_CHARACTERS = 4 << 20
+# A schema, a regular expression; what llguidance may spend on one is in guides.py
+MAX_GUIDE_BYTES = 64 << 10
 # a message to or from a reader: its length, then it
 LENGTH = struct.Struct(">I")
 # prctl(2)
@@ -59,6 +62,14 @@ class Asked:
     # of the first answer, the next ones count on; None: nothing is left to chance
     seed: int | None = None
     starts_with_space: bool = False
+    # whether the end of the model's answer counts
+    ignore_eos: bool = False
+    # tokens that are told beside each (top_logprobs)
+    likeliest: int = 0
+    # so many of the n are told, the likeliest (best_of); 0: all
+    keep: int = 0
+    # how calls are read (tools.Calls); None: the answer is text
+    calls: dict[str, Any] | None = None
     shared: bytes = b""
     own: list[bytes] = field(default_factory=list)
 
@@ -95,7 +106,8 @@ def refused(error: ApiError) -> bytes:
 class Reader:
     """Everything that a request is checked against.
 
-    name: the model's id; text: Text of the room's tokenizer; template: None for a base model; aliases: more names of it.
+    name: the model's id; text: Text of the room's tokenizer; template: None for a base model; aliases: more names of it;
+    why_not: guides.py's of the torch engine, which says why a guide cannot be used; None: the engine alone knows.
     """
 
     def __init__(
@@ -106,8 +118,9 @@ class Reader:
         template: ChatTemplate | None,
         capacity: int,
         aliases: Sequence[str] = (),
+        why_not: Callable[[str, str], str | None] | None = None,
     ) -> None:
-        self.names = (name, *aliases)
+        self.names, self.why_not = (name, *aliases), why_not
         self.name, self.engine, self.text, self.template, self.capacity = name, engine, text, template, capacity
         self.limits = engine.limits
         self.max_prompt_bytes = self.limits.max_input_len * text.longest_piece_bytes
@@ -119,20 +132,28 @@ class Reader:
     def _completions(self, data: bytes) -> Asked:
         body = checked(messages.CompletionRequest, data)
         self._check_model(body.model)
-        for name in ("suffix", "best_of"):
-            if getattr(body, name) not in (None, "", body.n or 1):
-                raise ApiError(400, f"{name} is not supported", name)
-        if body.logprobs:
-            raise ApiError(
-                400, "logprobs: this server knows the log probability of the chosen tokens only; ask for 0", "logprobs"
-            )
+        keep, best_of = body.n or 1, body.best_of or body.n or 1
+        if best_of < keep:
+            raise ApiError(400, f"best_of is {best_of} and n is {keep}; best_of must not be less", "best_of")
+        if best_of > keep and body.stream:
+            raise ApiError(400, "best_of is not supported with stream: which is best is known at the end", "best_of")
+        body.n = best_of
         if body.echo and body.logprobs is not None:
             raise ApiError(
                 400, "echo with logprobs is not supported: the prompt's log probabilities are not known", "logprobs"
             )
         prompts, shown = self._prompts(body)
-        asked = self._asked(body, prompts, body.max_tokens or 16, chat=False, logprobs=body.logprobs is not None)
-        asked.shown = shown
+        asked = self._asked(
+            body,
+            prompts,
+            body.max_tokens or 16,
+            chat=False,
+            logprobs=body.logprobs is not None,
+            compared=best_of > keep,
+            likeliest=body.logprobs or 0,
+            guide=self._guide(body, None),
+        )
+        asked.shown, asked.keep = shown, keep if best_of > keep else 0
         return asked
 
     def _chat(self, data: bytes) -> Asked:
@@ -143,26 +164,143 @@ class Reader:
                 400, "this model has no chat template: it is a base model. Use /v1/completions, or serve it with CHAT_TEMPLATE=",
                 "messages", "no_chat_template",
             )  # fmt: skip
-        if body.top_logprobs:
-            raise ApiError(
-                400,
-                "top_logprobs: this server knows the log probability of the chosen tokens only; ask for 0",
-                "top_logprobs",
-            )
-        turns = []
-        for message in body.messages:
-            role = "system" if message.role == "developer" else message.role
-            turns.append({"role": role, "content": message.text, **({"name": message.name} if message.name else {})})
-        self._check_bytes(sum(len(turn[key].encode()) for turn in turns for key in turn if key != "role"), "messages")
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs is only allowed with logprobs", "top_logprobs")
+        turns, more = self._turns(body, self.template), dict(body.chat_template_kwargs or {})
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in more:
+                raise ApiError(400, f"chat_template_kwargs.{name} is not supported", "chat_template_kwargs")
+        calls = self._tools(body, self.template)
+        if calls is not None:
+            more["tools"] = [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in body.tools or []]
+        self._check_bytes(sum(len(text.encode()) for text in texts_of([*turns, more])), "messages")
         try:
-            ids = self.template.token_ids(turns)
+            ids = self.template.token_ids(turns, begun="" if calls is None else calls["begun"], more=more)
         except Refused as refusal:
             raise ApiError(400, str(refusal)[:500], "messages") from None
         self._check_ids(ids, "messages")
         most = body.max_completion_tokens or body.max_tokens or self.limits.max_seq_len - len(ids)
-        asked = self._asked(body, [ids], most, chat=True, logprobs=bool(body.logprobs))
-        asked.starts_with_space = self.text.adds_space
+        guide = self._guide(body, calls)
+        likeliest = body.top_logprobs or 0
+        asked = self._asked(
+            body, [ids], most, chat=True, logprobs=bool(body.logprobs), likeliest=likeliest, guide=guide
+        )
+        asked.starts_with_space, asked.calls = self.text.adds_space, calls
+        if calls is not None:
+            del calls["arguments"]
         return asked
+
+    @staticmethod
+    def _turns(body: messages.ChatRequest, template: ChatTemplate) -> list[dict[str, Any]]:
+        """A conversation as templates read it (transformers, chat_templating: arguments are an object, not its text). Raises ApiError."""
+        turns: list[dict[str, Any]] = []
+        called: dict[str, str] = {}
+        for number, message in enumerate(body.messages):
+            place = f"messages[{number}]"
+            turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+            turn["content"] = message.text
+            if message.name:
+                turn["name"] = message.name
+            if (message.tool_calls or message.role == "tool") and not template.knows_results:
+                raise ApiError(
+                    400, "this model's chat template knows no tools: it cannot write their calls and results", place, "no_tools"
+                )  # fmt: skip
+            for index, call in enumerate(message.tool_calls or []):
+                called[call.id] = call.function.name
+                at = f"{place}.tool_calls[{index}].function.arguments"
+                try:
+                    given = json.loads(call.function.arguments or "{}")
+                except ValueError:
+                    raise ApiError(400, f"Invalid '{at}': it is not valid JSON", at, "invalid_value") from None
+                if not isinstance(given, dict):
+                    raise ApiError(400, f"Invalid '{at}': it is not a JSON object", at, "invalid_value")
+                told = {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": given}}
+                turn.setdefault("tool_calls", []).append(told)
+            if message.role == "tool":
+                if message.tool_call_id not in called:
+                    raise ApiError(
+                        400, f"Invalid '{place}.tool_call_id': no turn before it has a tool call with this id",
+                        f"{place}.tool_call_id", "invalid_value",
+                    )  # fmt: skip
+                turn["tool_call_id"] = message.tool_call_id
+                turn.setdefault("name", called[message.tool_call_id])
+            turns.append(turn)
+        return turns
+
+    @staticmethod
+    def _tools(body: messages.ChatRequest, template: ChatTemplate) -> dict[str, Any] | None:
+        """How the answer's calls are read; None where there are no tools, or none is to be called. Raises ApiError."""
+        choice = body.tool_choice
+        if not body.tools:
+            if choice not in (None, "none", "auto"):
+                raise ApiError(400, "tool_choice is only allowed when tools are given", "tool_choice")
+            return None
+        if choice == "none":
+            return None
+        if not template.knows_tools:
+            raise ApiError(400, "tools: this model's chat template knows no tools", "tools", "no_tools")
+        form = tools.form_of(template.source)
+        if form is None:
+            raise ApiError(
+                400, f"tools is not supported with this model: how it writes a call is none of {', '.join(tools.FORMS)}", "tools",
+                "unsupported_parameter",
+            )  # fmt: skip
+        names = [tool.function.name for tool in body.tools]
+        arguments = None
+        most, begun, reason = int(body.parallel_tool_calls is False), "", "tool_calls"
+        if isinstance(choice, messages.NamedTool):
+            if choice.function.name not in names:
+                raise ApiError(400, f"tool_choice: {choice.function.name} is not among the tools", "tool_choice")
+            # OpenAI: a call that the client chose ends with "stop"
+            most, begun, reason = 1, tools.beginning(form, choice.function.name), "stop"
+        elif choice == "required":
+            begun = tools.beginning(form, names[0] if len(names) == 1 else None)
+            most = 1 if len(names) == 1 else most
+        if begun and most == 1 and (len(names) == 1 or isinstance(choice, messages.NamedTool)):
+            name = choice.function.name if isinstance(choice, messages.NamedTool) else names[0]
+            # the answer is this tool's arguments and nothing else
+            tool = next(tool for tool in body.tools if tool.function.name == name)
+            arguments = {**(tool.function.parameters or {}), "type": "object"}
+        return {"form": form, "begun": begun, "most": most, "reason": reason, "arguments": arguments}
+
+    def _guide(self, body: messages.Sampling, calls: dict[str, Any] | None) -> tuple[str, str] | None:
+        """What the answer must follow: a guide's type and text (TensorRT-LLM's guided_decoding_guide_type). Raises ApiError."""
+        found: dict[str, tuple[str, str]] = {}
+        given = getattr(body, "response_format", None)
+        if given is not None and given.type == "json_object":
+            found["response_format"] = ("json", "")
+        elif given is not None and given.type == "json_schema":
+            found["response_format"] = ("json_schema", json.dumps(given.json_schema.schema_ or {"type": "object"}))
+        if body.guided_json is not None:
+            schema = body.guided_json
+            found["guided_json"] = ("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        if body.guided_regex is not None:
+            found["guided_regex"] = ("regex", body.guided_regex)
+        if body.guided_choice is not None:
+            found["guided_choice"] = ("regex", "|".join(map(escaped, body.guided_choice)))
+        strict = [tool for tool in getattr(body, "tools", None) or [] if tool.function.strict] if calls else []
+        if calls and calls["arguments"] is not None and (strict or self.engine.guides):
+            found["tools"] = ("json_schema", json.dumps(calls["arguments"]))
+        elif strict:
+            raise ApiError(
+                400, "tools: strict is not supported with this tool_choice; name the tool, or require it and give no other", "tools",
+                "unsupported_parameter",
+            )  # fmt: skip
+        if len(found) > 1:
+            raise ApiError(400, f"only one of {' and '.join(found)} can guide an answer", next(iter(found)))
+        for name, (kind, text) in found.items():
+            if not self.engine.guides:
+                raise ApiError(
+                    400, f"{name} is not supported by this engine: its backend has no guided decoding, or it is off", name,
+                    "unsupported_parameter",
+                )  # fmt: skip
+            if body.ignore_eos:
+                raise ApiError(400, f"ignore_eos is not supported with {name}", "ignore_eos", "unsupported_parameter")
+            if len(text.encode()) > MAX_GUIDE_BYTES:
+                raise ApiError(400, f"{name} is larger than {MAX_GUIDE_BYTES} bytes", name)
+            if self.why_not is not None and (why := self.why_not(kind, text)) is not None:
+                raise ApiError(400, f"Invalid '{name}': {why}", name, "invalid_value")
+        return next(iter(found.values()), None)
 
     def _prompts(self, body: messages.CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """Token ids of every prompt, and its text for echo."""
@@ -193,9 +331,18 @@ class Reader:
         return prompts, shown
 
     def _asked(
-        self, body: messages.Sampling, prompts: Sequence[list[int]], max_tokens: int, chat: bool, logprobs: bool
-    ) -> Asked:
-        """The engine's requests: what all of them share, and what each prompt adds."""
+        self, body: messages.Sampling, prompts: Sequence[list[int]], max_tokens: int, chat: bool, logprobs: bool,
+        compared: bool = False, likeliest: int = 0, guide: tuple[str, str] | None = None,
+    ) -> Asked:  # fmt: skip
+        """The engine's requests: what all of them share, and what each prompt adds. compared: answers are, by their likelihood."""
+        named = "top_logprobs" if chat else "logprobs"
+        for name, asked, value in (("min_p", "min_p", body.min_p), (named, "top_logprobs", likeliest)):
+            if value and not self.engine.takes(asked):
+                raise ApiError(
+                    400, f"{name} is not supported by this engine" + (": ask for 0" if likeliest else ""), name, "unsupported_parameter"
+                )  # fmt: skip
+        if likeliest > self.limits.vocab_size:
+            raise ApiError(400, f"{named}: the model has {self.limits.vocab_size} tokens", named)
         n = body.n or 1
         if body.stream_options and not body.stream:
             raise ApiError(400, "stream_options is only allowed with stream", "stream_options")
@@ -223,12 +370,14 @@ class Reader:
             )  # fmt: skip
         question = Question(
             [], max_tokens, _or(body.temperature, 1.0), _or(body.top_p, 1.0), body.top_k or 0, body.presence_penalty or 0.0,
-            body.frequency_penalty or 0.0, _or(body.repetition_penalty, 1.0), 0, body.min_tokens or 0, logprobs, bias,
+            body.frequency_penalty or 0.0, _or(body.repetition_penalty, 1.0), 0, body.min_tokens or 0,
+            logprobs or compared, bias, float(body.min_p or 0), likeliest, guide,
         )  # fmt: skip
-        values = inputs_of(question, self.engine.end_ids, self.engine.streams, self.limits.vocab_size)
+        ends = () if body.ignore_eos else self.engine.end_ids
+        values = inputs_of(question, ends, self.engine.streams, self.limits.vocab_size)
         for name in ("input_ids", "input_lengths", "random_seed"):
             values.pop(name, None)
-        outputs = [*TOKENS, *(["output_log_probs"] if logprobs else [])]
+        outputs = [*TOKENS, *(["output_log_probs"] if logprobs or compared else [])]
         own = []
         for ids in prompts:
             alone: dict[str, Any] = {"input_ids": ids, "input_lengths": [len(ids)]}
@@ -236,10 +385,11 @@ class Reader:
                 alone["stop_words_list"] = self.text.word_list(stops, ids)[0]
             own.append(self.engine.message_of(alone))
         seed = None if is_greedy(question) else body.seed if body.seed is not None else uuid.uuid4().int
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return Asked(
-            chat=chat, stream=bool(body.stream), include_usage=bool(body.stream_options and body.stream_options.include_usage), n=n,
-            max_tokens=max_tokens, prompt_tokens=sum(map(len, prompts)), logprobs=logprobs, stops=stops,
-            seed=None if seed is None else seed % (1 << 64), shared=self.engine.message_of(values, outputs), own=own,
+            chat=chat, stream=bool(body.stream), include_usage=include_usage, n=n, max_tokens=max_tokens,
+            prompt_tokens=sum(map(len, prompts)), logprobs=logprobs, stops=stops, seed=None if seed is None else seed % (1 << 64),
+            ignore_eos=bool(body.ignore_eos), likeliest=likeliest, shared=self.engine.message_of(values, outputs), own=own,
         )  # fmt: skip
 
     def _check_model(self, name: str) -> None:
@@ -275,6 +425,11 @@ class Reader:
             )
 
 
+def escaped(text: str) -> str:
+    """A text as a regular expression that is nothing else (of llguidance's and XGrammar's kind, both RE2's or like it)."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$/]", lambda found: "\\" + found[0], text)
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -289,23 +444,84 @@ def checked(kind: type[Body], data: bytes) -> Body:
 
 def invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words that never repeat what was sent at length."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False)
     # Of several forms that a value may have, the one that it has is told of: not "it is no text" of a list with a mistake in it.
     same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
-    first = next((one for one in same if not one["type"].endswith("_type")), found[0])
+    told = [one for one in same if not one["type"].endswith("_type")] or same
+    # the deepest mistake is in the form that was sent
+    first = max(
+        told, key=lambda one: (not isinstance(one["input"], dict) or one["type"] != "literal_error", len(one["loc"]))
+    )
     # the names of pydantic's own alternatives (str, list[str]) are no names of the API
     names = [part for part in first["loc"] if not isinstance(part, str) or messages.NAME.fullmatch(part)]
-    if first["type"] == "extra_forbidden":
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
         name = first["msg"][:64]
-        return ApiError(400, f"Unrecognized request argument supplied: {name}", ".".join(map(str, [*names, name])))
-    param = ".".join(map(str, names)) or None
-    if first["type"] == "json_invalid":
+        return ApiError(400, f"Unrecognized request argument supplied: {name}", _place([*names, name]))
+    if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2] or first['msg']}")
-    if first["type"] == "none_required" or first["msg"].startswith("List should have at most 0 items"):
-        return ApiError(400, f"{param} is not supported", param)
     if not first["loc"]:
         return ApiError(400, "the body must be a JSON object")
-    return ApiError(400, f"{param}: {first['msg']}", param)
+    param = _place(names)
+    if kind == "not_supported":
+        what = "" if first["msg"] == "not supported" else f" {first['msg']}"
+        return ApiError(400, f"{param}{what} is not supported", param, "unsupported_parameter")
+    if kind == "missing":
+        return ApiError(400, f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+    given, forms = first["input"], [one for one in same if one["loc"][: len(names)] == tuple(names)]
+    if kind == "literal_error":
+        kinds = str(context["expected"]).replace(" or ", " and ")
+        return ApiError(400, f"Invalid value: {_shown(given)}. Supported values are: {kinds}.", param, "invalid_value")
+    if kind.endswith("_type"):
+        kinds = " or ".join(dict.fromkeys(_KINDS.get(one["type"], "another type") for one in forms or [first]))
+        return ApiError(
+            400, f"Invalid type for '{param}': expected {kinds}, but got {_kind(given)} instead.", param, "invalid_type"
+        )
+    bound = next((word for word in _BOUNDS if word in context), None)
+    if kind in ("too_short", "too_long") and bound is not None:
+        return ApiError(
+            400, f"Invalid '{param}': array too {kind[4:]}. Expected {_BOUNDS[bound]} {context[bound]} items, but got "
+            f"{context['actual_length']}.", param, f"array_{'above_max' if kind == 'too_long' else 'below_min'}_length",
+        )  # fmt: skip
+    if bound is not None and isinstance(given, (int, float)):
+        side = "below minimum" if bound in ("ge", "gt") else "above maximum"
+        number = "integer" if isinstance(given, int) else "decimal"
+        code = f"{number}_{'below_min' if bound in ('ge', 'gt') else 'above_max'}_value"
+        return ApiError(
+            400, f"Invalid '{param}': {number} {side} value. Expected a value {_BOUNDS[bound]} {context[bound]}, but got "
+            f"{_shown(given)} instead.", param, code,
+        )  # fmt: skip
+    said = first["msg"].partition("Value error, ")[2] or first["msg"].replace("String should", "it should")
+    return ApiError(400, f"Invalid '{param}': {said}", param, "invalid_value")
+
+
+# what pydantic expects and finds, in OpenAI's words
+_KINDS = {
+    "string_type": "a string", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a decimal",
+    "bool_type": "a boolean", "list_type": "an array", "dict_type": "an object", "model_type": "an object",
+    "model_attributes_type": "an object",
+}  # fmt: skip
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "max_length": "at most"}
+
+
+def _kind(value: Any) -> str:
+    """A value's kind in JSON's words."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string", list: "an array"}
+    return kinds.get(type(value), "an object")
+
+
+def _shown(value: Any) -> str:
+    """A value, short enough to repeat."""
+    text = repr(value) if isinstance(value, (str, int, float)) else _kind(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _place(names: Sequence[str | int]) -> str | None:
+    """Where a mistake is, as OpenAI writes it: messages[0].content."""
+    place = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)
+    return place.lstrip(".") or None
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -309,10 +309,14 @@ WRONG: List[Tuple[Dict[str, Any], int, str]] = [
     ({"prompt": [10**30]}, 400, "prompt"),
     ({"prompt": ["x"] * 1000}, 400, "prompt"),
     ({"prompt": None}, 400, "prompt"),
-    ({"logprobs": 1}, 400, "logprobs"),
+    ({"logprobs": 6}, 400, "logprobs"),
     ({"echo": True, "logprobs": 0}, 400, "logprobs"),
     ({"suffix": "end"}, 400, "suffix"),
-    ({"best_of": 3}, 400, "best_of"),
+    ({"best_of": 1, "n": 2}, 400, "best_of"),
+    ({"best_of": 3, "stream": True}, 400, "best_of"),
+    ({"guided_json": 5}, 400, "guided_json"),
+    ({"min_p": 1.1}, 400, "min_p"),
+    ({"use_beam_search": True}, 400, "use_beam_search"),
     ({"stop": ["x"] * 17}, 400, "stop"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"2048": 1}}, 400, "logit_bias"),
@@ -332,7 +336,7 @@ def test_a_wrong_request_is_refused_by_name(served: Served, wrong: Dict[str, Any
     got, headers, body = raw(served, "/v1/completions", {**OK, **wrong})
     error = json.loads(body)["error"]
     assert (got, error["type"]) == (status, "invalid_request_error"), error
-    assert (error["param"] or "").split(".")[0] == param
+    assert re.split(r"[.\[]", error["param"] or "")[0] == param
     assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 300
 
 
@@ -572,11 +576,21 @@ def test_health_is_bad_when_no_token_comes(served: Served, there: bool) -> None:
 @pytest.mark.parametrize(
     ("path", "wrong", "said"),
     [
-        ("chat/completions", {"tools": [{}]}, "tools is not supported"),
+        ("chat/completions", {"functions": [{}]}, "functions is not supported"),
+        ("chat/completions", {"tools": [{}]}, "Missing required parameter: 'tools[0].type'"),
+        ("chat/completions", {"messages": [{"role": "bot"}]}, "Supported values are: 'system', 'developer'"),
+        ("chat/completions", {"response_format": {"type": "grammar"}}, "response_format grammar is not supported"),
+        (
+            "chat/completions",
+            {"response_format": {"type": "json_schema"}},
+            "json_schema belongs to the type json_schema",
+        ),
+        ("completions", {"stop": [1]}, "Invalid type for 'stop[0]': expected a string, but got an integer instead."),
+        ("completions", {"temperature": 3}, "Expected a value <= 2.0, but got 3 instead."),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text'"),
         ("completions", {"stop": ["x"] * 17}, "at most 16"),
         ("completions", {"stop": "a" * 65_000}, "a stop string has 65000 bytes; one may have 512"),
-        ("completions", {"prompt": [-1]}, "greater than or equal to 0"),
+        ("completions", {"prompt": [-1]}, "Expected a value >= 0"),
     ],
 )
 def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wrong: Dict[str, Any], said: str) -> None:
@@ -584,6 +598,31 @@ def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wr
     status, _, body = raw(served, f"/v1/{path}", {**asked, **wrong})
     message = json.loads(body)["error"]["message"]
     assert status == 400 and said in message and ".str" not in message, message
+
+
+def test_best_of_tells_the_likeliest(served: Served) -> None:
+    """Of the same draws the ones that n would all have told."""
+    asked = {"model": "stories", "prompt": "One day", "max_tokens": 6, "seed": 3}
+    all_of_them = client(served).completions.create(**asked, n=4, logprobs=0).choices
+    mean = {one.text: sum(one.logprobs.token_logprobs) / len(one.logprobs.token_logprobs) for one in all_of_them}
+    likeliest = sorted(mean, key=lambda text: -mean[text])
+    assert len(likeliest) > 2
+    best = client(served).completions.create(**asked, n=2, best_of=4)
+    assert [(one.index, one.text) for one in best.choices] == list(enumerate(likeliest[:2]))
+    assert best.choices[0].logprobs is None and best.usage.completion_tokens == 24
+
+
+def test_the_end_of_the_model_is_ignored_on_request(served: Served) -> None:
+    asked = {
+        "model": "stories",
+        "prompt": "Once upon a time",
+        "max_tokens": 5,
+        "temperature": 0,
+        "logit_bias": {"2": 100},
+    }
+    assert client(served).completions.create(**asked).choices[0].finish_reason == "stop"
+    on = client(served).completions.create(**asked, extra_body={"ignore_eos": True})
+    assert (on.choices[0].finish_reason, on.usage.completion_tokens) == ("length", 5)
 
 
 def everything(connection: socket.socket) -> bytes:

@@ -52,6 +52,7 @@ ARGUMENTS = [
     "functions", "function_call", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "audio", "modalities",
     "prediction", "web_search_options", "verbosity", "response_format", "logit_bias", "seed", "service_tier", "store", "metadata",
     "stop", "stream_options", "top_logprobs", "user", "max_completion_tokens", "frequency_penalty", "presence_penalty",
+    "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "n", "logprobs", "max_tokens", "temperature", "top_p",
 ]  # fmt: skip
 
 
@@ -59,6 +60,28 @@ def test_null_means_not_given() -> None:
     messages.ChatRequest.model_validate_json(json.dumps({**CHAT, **dict.fromkeys(ARGUMENTS)}))
     with pytest.raises(ApiError, match="audio is not supported"):
         reader.checked(messages.ChatRequest, json.dumps({**CHAT, "audio": {"voice": "x"}}).encode())
+
+
+# what OpenAI's reference gives as the default, and what its clients send that ask for nothing
+DEFAULTS = {
+    "n": 1, "temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "stream": False,
+    "store": False, "service_tier": "auto", "modalities": ["text"], "reasoning_effort": "medium", "verbosity": "medium",
+    "parallel_tool_calls": True, "tool_choice": "none", "tools": [], "functions": [], "function_call": "none",
+    "response_format": {"type": "text"}, "logit_bias": {}, "top_logprobs": 0, "skip_special_tokens": True,
+}  # fmt: skip
+ASKING = {
+    "modalities": ["text", "audio"], "audio": {}, "prediction": {}, "reasoning_effort": "high", "verbosity": "low",
+    "web_search_options": {}, "functions": [{"name": "f"}], "function_call": {"name": "f"}, "guided_grammar": "x",
+    "use_beam_search": True, "length_penalty": 2, "chat_template": "x", "stop_token_ids": [1],
+}  # fmt: skip
+
+
+def test_defaults_ask_for_nothing_and_what_is_not_supported_is_called_that() -> None:
+    reader.checked(messages.ChatRequest, json.dumps({**CHAT, **DEFAULTS}).encode())
+    for name, value in ASKING.items():
+        with pytest.raises(ApiError, match=f"^{name} is not supported$") as refused:
+            reader.checked(messages.ChatRequest, json.dumps({**CHAT, name: value}).encode())
+        assert (refused.value.status, refused.value.param) == (400, name)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +99,21 @@ def reader_of(folder: Path, streams: bool = True, template: str = "") -> Reader:
     assert engine.streams == streams
     chat = ChatTemplate(template, folder / TOKENIZER, text) if template else None
     return Reader("m", engine, text, chat, 72)
+
+
+def test_an_engine_without_guides_refuses_them_by_name(folder: Path) -> None:
+    """NVIDIA's backend before 0.17, or one whose guided_decoding_backend is empty; the torch engine declares what it takes."""
+    without = reader_of(folder)
+    without.engine.guides, without.engine.parameters = False, frozenset()
+    for body, name in (
+        ({"guided_json": {}}, "guided_json"), ({"guided_choice": ["a"]}, "guided_choice"), ({"min_p": 0.5}, "min_p"),
+        ({"logprobs": 2}, "logprobs"),
+    ):  # fmt: skip
+        asked = json.dumps({**PLAIN, **body}).encode()
+        reader_of(folder).read(False, asked)
+        with pytest.raises(ApiError, match=f"^{name} is not supported by this engine") as refused:
+            without.read(False, asked)
+        assert refused.value.param == name
 
 
 def test_stop_words_times_prompts_are_counted_first(folder: Path) -> None:

@@ -115,7 +115,12 @@ def model_args(engine_dir: str, exclude_input: str = "true") -> dict[str, str]:
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         "output": [{"name": name} for name in OUTPUTS],
     }
-    return {"model_config": json.dumps(config), "model_name": "tensorrt_llm", "model_version": "1"}
+    return {
+        "model_config": json.dumps(config),
+        "model_name": "tensorrt_llm",
+        "model_version": "1",
+        "model_repository": "/there/is/none/tensorrt_llm",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,7 @@ def ask(
         get_response_sender=lambda: sender,
         request_id=lambda: request_id,
         inputs=lambda: inputs,
+        parameters=lambda: "",
         requested_output_names=lambda: wanted,
     )
     model.execute([request])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine import Piece, Refused
+from guides import Guide, Guides, why_not
 from numpy.typing import NDArray
 from sampling import Sampling, Words, word_list
 
@@ -48,7 +49,12 @@ READ_APART = {
     "bad_words_list",
     "embedding_bias",
     "stop",
+    "guided_decoding_guide_type",  # these two since 0.17
+    "guided_decoding_guide",
 }
+# What a request may say in its parameters, because no version, or not every one, has an input for it. config.pbtxt names them
+# (build_model_repo.REQUEST_PARAMETERS), and the endpoint asks by that.
+MAX_LIKELIEST = 20
 # They steer padding and beams, and there are none here; a model without encoder does not read what a decoder begins with, and
 # NVIDIA's end_to_end_test.py sends it to every model (preprocessing's DECODER_INPUT_ID).
 MEANINGLESS = {"pad_id", "len_penalty", "early_stopping", "decoder_input_ids", "decoder_input_lengths"}
@@ -77,12 +83,20 @@ class Asked:
     exclude_input: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
+    likeliest: int = 0
 
 
-def understood(inputs: Mapping[str, Array], exclude_input: bool, end_ids: Sequence[int] = ()) -> Asked:
+def understood(
+    inputs: Mapping[str, Array],
+    exclude_input: bool,
+    end_ids: Sequence[int] = (),
+    parameters: Mapping[str, Any] = {},
+    guides: Guides | None = None,
+) -> Asked:
     """What these inputs ask for; `exclude_input` holds where they do not say. Raises Refused, naming the input.
 
     end_ids: the model's ends. Upstream's contract has room for one end_id: whoever asks with one of them means them all.
+    parameters: the request's own; guides: makes what guides an answer, None: nothing can.
     """
     for name, array in inputs.items():
         if name in ONLY:
@@ -106,6 +120,11 @@ def understood(inputs: Mapping[str, Array], exclude_input: bool, end_ids: Sequen
         sampling["embedding_bias"] = torch.from_numpy(bias.reshape(-1).astype(np.float32))
     if sampling.get("end_id") in end_ids:
         sampling["other_end_ids"] = tuple(token for token in end_ids if token != sampling["end_id"])
+    sampling["guide"] = guide_of(
+        inputs, parameters, guides, (sampling.get("end_id", -1), *sampling.get("other_end_ids", ()))
+    )
+    sampling["min_p"] = number("min_p", parameters, 0.0, 1.0)
+    likeliest = int(number("top_logprobs", parameters, 0, MAX_LIKELIEST))
     flags = {ours: bool(scalar(name, inputs[name])) for name, ours in FLAGS.items() if name in inputs}
     return Asked(
         prompt=tuple(ids[0, :length].tolist()),
@@ -115,15 +134,45 @@ def understood(inputs: Mapping[str, Array], exclude_input: bool, end_ids: Sequen
             bad_words=words("bad_words_list", inputs),
             stop_words=words("stop_words_list", inputs),
         ),
+        likeliest=likeliest,
         **{"exclude_input": exclude_input, **flags},
     )
+
+
+def number(name: str, parameters: Mapping[str, Any], least: float, most: float) -> float:
+    """A number among a request's parameters; the least where there is none. Raises Refused."""
+    value = parameters.get(name, least)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise Refused(f"{name} is {str(value)[:40]}; it must be between {least} and {most}")
+    return value
+
+
+def guide_of(
+    inputs: Mapping[str, Array], parameters: Mapping[str, Any], guides: Guides | None, end_ids: Sequence[int]
+) -> Guide | None:
+    """What guides the answer, from inputs or parameters. Raises Refused."""
+    kind, text = (
+        parameters.get(name) if name not in inputs else scalar(name, inputs[name])
+        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+    )
+    if kind is None and text is None:
+        return None
+    kind, text = (
+        value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "") for value in (kind, text)
+    )
+    if guides is None:
+        raise Refused("guided_decoding_guide is not supported: this engine was started without the model's tokenizer")
+    if (why := why_not(kind, text)) is not None:
+        raise Refused(f"guided_decoding_guide: {why}")
+    return guides.guide(kind, text, end_ids)
 
 
 def scalar(name: str, array: Array) -> Any:
     """The one value of an input. Raises Refused."""
     if array.size != 1:
         raise Refused(f"{name} has shape {list(array.shape)}; it must hold one value")
-    return array.reshape(-1)[0].item()
+    value = array.reshape(-1)[0]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def words(name: str, inputs: Mapping[str, Array]) -> Words:

@@ -26,7 +26,7 @@ from engine_config import EngineConfig, read_config
 from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
-from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal
+from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal, with_likeliest
 from step import HELD_IDS, ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
@@ -44,7 +44,9 @@ class Piece:
     """What one step gave a request. The last piece is final; after an error nothing else comes."""
 
     tokens: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()  # one per token, when asked for
+    log_probs: tuple[
+        float, ...
+    ] = ()  # one per token, when asked for; with its likeliest tokens (sampling.with_likeliest)
     context_logits: Tensor | None = None  # (prompt tokens of this step, vocab_size), when asked for
     generation_logits: Tensor | None = None  # (tokens, vocab_size), when asked for
     final: bool = False
@@ -62,6 +64,7 @@ class Request:
     log_probs: bool = False
     context_logits: bool = False
     generation_logits: bool = False
+    likeliest: int = 0  # with log_probs: of so many tokens besides
 
 
 class Running:
@@ -113,24 +116,31 @@ class Running:
         """Whether the chunk's last token is the sequence's last, so that a new one follows."""
         return chunk.start + len(chunk.token_ids) >= len(self.request.prompt)
 
+    def look_ahead(self, chunk: Chunk) -> None:
+        """What may follow is computed while the step runs."""
+        if (guide := self.request.sampling.guide) is not None and self.ends_with(chunk):
+            guide.ahead(self.tokens[len(self.request.prompt) :])
+
     def draw(self) -> float:
         return float(torch.rand((), generator=self._generator))
 
-    def take(self, chunk: Chunk, token: int, log_prob: float | None, logits: Tensor | None) -> Piece:
+    def take(self, chunk: Chunk, token: int, log_prob: list[float] | None, logits: Tensor | None) -> Piece:
         """What a step that has ended gave. token: the choice after the chunk; logits: the chunk's, (n_logits, vocab_size)."""
         request, sampling = self.request, self.request.sampling
         context = logits if request.context_logits and chunk.start < len(request.prompt) else None
         if not self.ends_with(chunk):
             return Piece(context_logits=context)
         if token < 0:
-            return Piece(final=True, error="no token is left to choose: bad_words_list and min_length ban every one")
+            return Piece(
+                final=True, error="no token is left to choose: bad_words_list, min_length or the guide ban every one"
+            )
         if token in sampling.end_ids:  # not part of the output
             return Piece(context_logits=context, final=True)
         self.tokens.append(token)
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return Piece(
             tokens=(token,),
-            log_probs=(log_prob,) if log_prob is not None else (),
+            log_probs=tuple(log_prob[: 1 + 2 * request.likeliest]) if log_prob is not None else (),
             context_logits=context,
             generation_logits=logits[-1:] if logits is not None and request.generation_logits else None,
             final=full or ends_with(self.tokens, sampling.stop_words),
@@ -153,7 +163,10 @@ def choice_of(batch: Batch, logits: Tensor) -> Choice:
     draws = [one.draw() for sampling, (one, _) in zip(samplings, choosing, strict=True) if not sampling.greedy]
     tokens = choose(torch.stack(changed), samplings, draws)
     asked = any(one.request.log_probs for one, _ in choosing)
-    return Choice(tokens, log_probs(rows, tokens) if asked else None)
+    if not asked:
+        return Choice(tokens, None)
+    most = max(one.request.likeliest for one, _ in choosing)
+    return Choice(tokens, with_likeliest(rows, log_probs(rows, tokens), most))
 
 
 class Engine:
@@ -337,6 +350,8 @@ class Engine:
                     self._end([one.request for one, _ in lost], failed)
 
     def _launch(self, batch: Batch) -> None:
+        for one, chunk in batch:
+            one.look_ahead(chunk)
         tables, self._tables = tuple(self._tables), []
         held, self._held = tuple(self._held), []
         step = Step(tuple(chunk for _, chunk in batch), tables, held, any(one.with_logits for one, _ in batch))

@@ -20,6 +20,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from contract import Asked, outputs, understood
 from engine import Engine, Follower, Piece, Refused, Request, open_engine
+from guides import Guides
 from ranks import RankLost
 
 log = logging.getLogger("torch engine")
@@ -51,6 +52,7 @@ class Reply:
             log_probs=asked.log_probs,
             context_logits=asked.context_logits,
             generation_logits=asked.generation_logits,
+            likeliest=asked.likeliest,
         )
 
     def receive(self, piece: Piece) -> None:
@@ -87,6 +89,10 @@ class TritonPythonModel:
         except (ValueError, RankLost) as problem:
             raise pb_utils.TritonModelException(str(problem)) from None
         self._engine = engine
+        self._guides = None
+        if isinstance(engine, Engine):
+            tokenizer = Path(args["model_repository"]).parent / "preprocessing/1/tokenizer"
+            self._guides = Guides(tokenizer, engine.config.vocab_size)
         self._live: list[Reply] = []
         self._ready = threading.Condition()
         self._closing = False
@@ -152,7 +158,8 @@ class TritonPythonModel:
 
     def _understood(self, request: Any, inputs: dict[str, Any]) -> Asked:
         """Raises Refused."""
-        return understood(inputs, self._exclude_input, self._end_ids)
+        parameters = json.loads(request.parameters() or "{}")
+        return understood(inputs, self._exclude_input, self._end_ids, parameters, self._guides)
 
     def _stop(self, request_id: str, engine: Engine) -> None:
         """The contract's way to end a running request: a second one with its id and stop=true."""
@@ -199,7 +206,7 @@ class TritonPythonModel:
 
     def _arrays(self, reply: Reply, pieces: list[Piece]) -> dict[str, Any]:
         """The tensors of a response, those that the request names."""
-        reply.cum_log_prob += sum(value for piece in pieces for value in piece.log_probs)
+        reply.cum_log_prob += sum(piece.log_probs[0] for piece in pieces if piece.log_probs)
         return outputs(reply.asked, pieces, reply.cum_log_prob, self._without_value, reply.wanted)
 
 

@@ -32,6 +32,8 @@ class Sampling:
     embedding_bias: Tensor | None = None  # (vocab_size,), added to the logits
     bad_words: Words = ()
     stop_words: Words = ()
+    min_p: float = 0.0  # tokens less likely than the likeliest times this are left out; not upstream's
+    guide: Any = None  # guides.Guide: what may come next
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -52,7 +54,7 @@ class Sampling:
     def from_history(self) -> bool:
         """The choice depends on the tokens before it."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or self.guide is not None
 
     @property
     def held(self) -> bool:
@@ -73,6 +75,8 @@ def refusal(sampling: Sampling, vocab_size: int) -> str | None:
             return f"{name} is {getattr(sampling, name):g}; it must be greater than 0"
     if not 0 <= sampling.top_p <= 1:
         return f"top_p is {sampling.top_p:g}; it must be between 0 and 1"
+    if not 0 <= sampling.min_p <= 1:
+        return f"min_p is {sampling.min_p:g}; it must be between 0 and 1"
     for name in ("top_k", "min_length", "random_seed"):
         if getattr(sampling, name) < 0:
             return f"{name} is {getattr(sampling, name)}; it must not be negative"
@@ -136,6 +140,10 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
     for word in sampling.bad_words:
         if len(word) == 1 or ends_with(tokens, (word[:-1],)):
             logits[word[-1]] = -math.inf
+    if sampling.guide is not None:
+        logits[~torch.from_numpy(sampling.guide.allowed()).to(logits.device)] = -math.inf
+    if sampling.min_p > 0:
+        logits[logits < logits.max() + math.log(sampling.min_p)] = -math.inf
     return logits
 
 
@@ -182,3 +190,11 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log probabilities of the tokens (rows,) under the model itself: log_softmax of its logits (rows, vocab_size), unadjusted."""
     return logits.gather(1, tokens[:, None].long().clamp(min=0)).flatten() - logits.logsumexp(dim=-1)
+
+
+def with_likeliest(logits: Tensor, chances: Tensor, most: int) -> Tensor:
+    """The tokens' log probabilities (rows,) and beside each the `most` likeliest tokens: (rows, 1 + 2 * most), ids and log probabilities
+    in turn, the likeliest first. An id is exact in float32 up to 2^24."""
+    best, ids = logits.topk(most, dim=-1)
+    best = best - logits.logsumexp(dim=-1, keepdim=True)
+    return torch.cat((chances[:, None], torch.stack((ids.float(), best), dim=-1).flatten(1)), dim=1)

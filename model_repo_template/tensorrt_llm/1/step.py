@@ -39,7 +39,7 @@ class Choice(NamedTuple):
     """What was chosen for the chunks whose last token is the last of its sequence, in their order."""
 
     tokens: Tensor  # (choices,); -1 where no token was left
-    log_probs: Tensor | None = None  # float32 (choices,)
+    log_probs: Tensor | None = None  # float32 (choices, 1 + 2 * likeliest), sampling.with_likeliest
 
 
 class Outcome(Protocol):
