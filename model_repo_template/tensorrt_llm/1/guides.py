@@ -26,7 +26,7 @@ MAX_GUIDE_BYTES = 64 << 10
 THREADS = 2
 TRIED_BYTES = 64
 # About a tenth of llguidance's own: what one grammar may cost at its start, and one token of it
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,
