@@ -5,6 +5,7 @@ Nothing is installed: every program that the script asks is a stand-in that note
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from project import ROOT, copy_of_project
 PYTHON = r"""#!/usr/bin/env bash
 name=${0##*/}
 case "$1 ${2:-}" in
+"-ESB -m") exec @real@ "$@" ;; # make decides with it, as with any python3
 "-c import platform"*) [[ " ${SHIMS:-} " != *" $name "* ]] || { echo "pyenv: $name: command not found" >&2; exit 127; } ;;
 "-c import pip"*) [ -z "${GLOBAL:-}" ] || [ -e "$RECORD.remade" ] || { touch "$RECORD.remade"; exit 1; } ;;
 "-c import sys"*) echo 3.12 ;;
@@ -35,7 +37,7 @@ case "$1 ${2:-}" in
     [ "$list" != "${HANGS:-}" ] || { echo hangs; exec sleep 60; }
     ;;
 esac
-"""
+""".replace("@real@", shlex.quote(sys.executable))
 ALL = ["pip run.txt", "pip cpu", "pip torch.txt", "pip openai.txt"]
 
 
