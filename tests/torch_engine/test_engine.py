@@ -510,8 +510,8 @@ def test_rotary_scaling_is_that_of_transformers(scaling: dict[str, Any]) -> None
 
 
 def test_unknown_rotary_scaling_is_refused_by_name() -> None:
-    config = parse_config(engine_config({**TINY, "rope_scaling": {"type": "yarn", "factor": 2.0}}, 1, **TINY_BUILD))
-    with pytest.raises(ValueError, match="yarn"):
+    config = parse_config(engine_config({**TINY, "rope_scaling": {"type": "longrope", "factor": 2.0}}, 1, **TINY_BUILD))
+    with pytest.raises(ValueError, match="longrope"):
         rotary_frequencies(config)
 
 
