@@ -170,3 +170,13 @@ def request_refused(reason: str) -> Problem:
         "For instance:",
         make("ask", PROMPT="Once upon a time", MAX_TOKENS=48),
     )
+
+
+def no_rehearsal_image(seen: str) -> Problem:
+    return Problem(
+        "no image for the rehearsal",
+        "docker/rehearsal",
+        f"A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's packages. {seen}",
+        "Install the package mmdebstrap, or rehearse without docker:",
+        f"REHEARSAL_DOCKER=no {make('demo')}",
+    )

@@ -38,7 +38,7 @@ PROGRAMS = (
 
 # Keeps each call as one line of NUL-separated words. A room becomes whole as the script in the container would make it.
 DOCKER = r"""
-{ for word in "$@"; do printf '%s\0' "$word"; done; echo; } >>"$LOG"
+{ for word in "$@"; do printf '%s\0' "$word"; done; echo; } >>"$DOCKER_LOG"
 case "$1 ${2:-}" in
     "info "*) [ -z "${NO_DAEMON:-}" ] || { echo "Cannot connect to the Docker daemon." >&2; exit 1; }; echo "${RUNTIMES:-runc nvidia }" ;;
     "image inspect") [[ " ${IMAGES:-all} " == *" all "* || " $IMAGES " == *" ${*: -1} "* ]] || exit 1; echo "${*: -1}" ;;
@@ -51,7 +51,7 @@ case "$1 ${2:-}" in
                 mkdir -p "$room" && printf %s "$ROOM_ARGS" >"$room/args" && echo '{}' | tee "$room/made_from.json" >"$room/manifest.json" ;;
             *scripts.serve*)
                 [ -n "${FIFO:-}" ] || exit 0
-                trap 'kill $!; echo ended >>"$LOG"; exit 0' TERM
+                trap 'kill $!; echo ended >>"$DOCKER_LOG"; exit 0' TERM
                 echo up >"$FIFO"
                 sleep 60 & wait ;;
         esac ;;
@@ -78,7 +78,7 @@ class Host:
             nvidia_smi(folder, gpus)
 
     def environment(self, **variables: str) -> Dict[str, str]:
-        return {"PATH": str(self.folder), "HOME": "/", "LOG": str(self.log), "DIGEST": DIGEST, **variables}
+        return {"PATH": str(self.folder), "HOME": "/", "DOCKER_LOG": str(self.log), "DIGEST": DIGEST, **variables}
 
     def make(self, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         environment = self.environment(**variables)

@@ -234,7 +234,9 @@ def test_padding_is_asked_for_and_only_where_config_json_can_say_the_head_size(t
     assert "the number of key/value heads is 3" in caught.value.seen and "PAD_HEADS=on" in caught.value.seen
     with pytest.raises(reports.Problem) as caught:
         checkpoint(folder, tmp_path / "room", 2, "0.8.0", pad_heads=True)
-    assert "8 heads of 16 do not make hidden_size 96" in caught.value.seen and "TOOLCHAIN=1.2.1" in caught.value.command
+    assert (
+        "8 heads of 16 do not make hidden_size 96" in caught.value.seen and "TOOLCHAIN=0.14.0" in caught.value.command
+    )
     assert why_impossible(LlamaShape(96, 121, 2, 6, 3, 312), 2, pad_heads=True) is not None
 
 
@@ -320,7 +322,7 @@ def test_a_mistral_without_its_window_is_a_llama_and_with_it_is_refused(tmp_path
         checkpoint(folder, tmp_path / "refused", 3)
 
 
-@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "MixtralForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GemmaForCausalLM", "Phi3ForCausalLM"])
 def test_what_is_no_llama_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(reports.Problem) as caught:
         checkpoint(edit(published(tmp_path / "published"), architectures=[name]), tmp_path / "room", 3)
