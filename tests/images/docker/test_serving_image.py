@@ -35,7 +35,7 @@ SEEN = """import importlib.metadata as m, json, sys
 def found(name):
     try: return getattr(__import__(name), "__file__", "") or ""
     except ImportError: return None
-names = ("numpy", "tensorrt_llm", "tokenizers", "tritonclient", "grpc", "starlette", "uvicorn", "httptools", "uvloop", "jinja2")
+names = ("numpy", "tensorrt_llm", "tokenizers", "tritonclient", "grpc", "hpack", "uvicorn", "httptools", "uvloop", "jinja2")
 print(json.dumps({"files": {n: found(n) for n in names}, "tokenizers": m.version("tokenizers"), "trtllm": m.version("tensorrt_llm")}))"""
 
 
