@@ -1,12 +1,13 @@
 """The scripts that make runs. A package that an interpreter lacks is a report for every script, also while it is imported."""
 
+from __future__ import annotations
+
 import os
 import sys
 from types import TracebackType
-from typing import Optional, Type
 
 
-def _report_missing_package(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+def _report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """sys.excepthook: ModuleNotFoundError of a package of others becomes a report; the status stays 1."""
     if not isinstance(error, ModuleNotFoundError) or (error.name or "scripts").partition(".")[0] == "scripts":
         sys.__excepthook__(kind, error, trace)

@@ -1,5 +1,7 @@
 """Asks a running server and streams the answer to the terminal, as it comes and unwrapped; the prompt is in the variable PROMPT."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import json

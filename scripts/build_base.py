@@ -7,6 +7,8 @@ Needs   mmdebstrap; or docker or buildah
 The same packages give the same base.tar, bit for bit (SOURCE_DATE_EPOCH). docker/base.txt pins them for releases: `make lock-base`.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import re
@@ -15,7 +17,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Mapping
 
 from scripts import reports, room
 from scripts.images import archive as image_archive
@@ -51,7 +53,7 @@ class Settings:
     by_table: bool
 
 
-def debian_command(output: Path) -> List[str]:
+def debian_command(output: Path) -> list[str]:
     """mmdebstrap for base.tar, without root where the kernel lets it."""
     return [
         "mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(INCLUDE)}",
@@ -59,7 +61,7 @@ def debian_command(output: Path) -> List[str]:
     ]  # fmt: skip
 
 
-def packages_of(status: str) -> List[str]:
+def packages_of(status: str) -> list[str]:
     """dpkg's status file -> 'name version architecture' of what is installed, sorted."""
     found = []
     for paragraph in status.split("\n\n"):
@@ -75,7 +77,7 @@ def base_tag(manifest: Mapping[str, Any]) -> str:
 
 
 def build_base(settings: Settings) -> None:
-    reads: Dict[str, Path] = {}
+    reads: dict[str, Path] = {}
     arguments = {"base_image": settings.base_image, "suite": SUITE, "include": list(INCLUDE)}
     with room.filling(settings.output, reads, arguments) as filling:
         if settings.base_image:

@@ -6,11 +6,14 @@ Writes: config.json, rank0.safetensors ... rankN-1.safetensors
 Needs:  numpy; for a GGUF file the package gguf
 """
 
+from __future__ import annotations
+
 import argparse
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +42,9 @@ class Settings:
     output: Path
     tp_size: int
     trtllm_version: str
-    dtype: Optional[str] = None
+    dtype: str | None = None
     pp_size: int = 1
-    weights: Optional[Path] = None
+    weights: Path | None = None
     pad_heads: bool = False
     engine: str = "torch"
 
@@ -61,7 +64,7 @@ class Settings:
 
 def checkpoint_config(
     golden: Mapping[str, Any], model: HfConfig, dtype: str, tp_size: int, pp_size: int = 1
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """config.json: the keys of the chosen version's golden file in their order, with this model's values."""
     shape = model.shape
     n_heads, n_kv_heads = padded_heads(shape, tp_size)

@@ -7,13 +7,16 @@ Writes: config.json, generation_config.json, tokenizer.json and its side files
 Needs:  numpy; for a GGUF file the package gguf
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +38,7 @@ class Settings:
 
     weights: Path
     output: Path
-    max_position_embeddings: Optional[int] = None
+    max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
@@ -57,10 +60,10 @@ class Described:
     positions: int
     positions_from: str
     # what was read otherwise than a file says, for the user to know
-    notes: Tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
-    def facts(self) -> Dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What the manifest keeps of it."""
         return {
             "form": self.form,
@@ -93,13 +96,13 @@ def hf_config(
     shape: LlamaShape,
     dtype: str,
     positions: int,
-    bos_id: Optional[int],
-    eos_id: Optional[int],
+    bos_id: int | None,
+    eos_id: int | None,
     norm_eps: float,
     rope_theta: float,
-    rope_scaling: Optional[Mapping[str, Any]] = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     tied: bool = False,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """config.json, with the keys of transformers 4.36; transformers 5 reads them too (torch_dtype, rope_theta)."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -141,7 +144,7 @@ def describe(settings: Settings) -> Described:
 
 
 # What a form's reader gives: the model, and the foreign file that each file of the room was made from (the rest: tokenizer.json's).
-Read = Tuple[Described, Mapping[str, Path]]
+Read = tuple[Described, Mapping[str, Path]]
 
 
 def _from_meta(settings: Settings) -> Read:
@@ -156,7 +159,7 @@ def _from_meta(settings: Settings) -> Read:
         if tiktoken
         else sentencepiece.read_tokenizer_model
     )
-    pieces: Union[byte_bpe.Tiktoken, sentencepiece.SentencePieceModel] = read(tokenizer_path)
+    pieces: byte_bpe.Tiktoken | sentencepiece.SentencePieceModel = read(tokenizer_path)
     if params.vocab_size not in (None, pieces.vocab_size):
         raise reports.weights.vocabulary_differs(tokenizer_path, pieces.vocab_size, params.vocab_size or 0)
     model = open_meta(folder, pieces.vocab_size, tokenizer_path)
@@ -214,7 +217,7 @@ def _same_positions(settings: Settings, positions: int, says: str) -> None:
         )
 
 
-def _sentencepiece_files(path: Path, pieces: sentencepiece.SentencePieceModel) -> Dict[str, bytes]:
+def _sentencepiece_files(path: Path, pieces: sentencepiece.SentencePieceModel) -> dict[str, bytes]:
     return {
         "tokenizer.json": json_bytes(sentencepiece.tokenizer_json(pieces)),
         "tokenizer_config.json": json_bytes(sentencepiece.tokenizer_config(pieces)),

@@ -6,6 +6,8 @@ Writes  config.json in TensorRT-LLM's engine schema; rank0..N-1.engine (tensorrt
 Needs   tensorrt: trtllm-build and one GPU, in the toolchain's container; torch: nothing
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.metadata
 import json
@@ -13,9 +15,10 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any
 
 from scripts import reports, room
 from scripts.nvidia import abilities, contracts, gpus, memory, trtllm_build
@@ -35,18 +38,18 @@ class Settings:
     engine: str
     trtllm_version: str
     max_batch_size: int
-    max_input_len: Optional[int] = None
-    max_seq_len: Optional[int] = None
-    max_num_tokens: Optional[int] = None
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
+    max_num_tokens: int | None = None
     # a folder that keeps TensorRT's measured kernel times from one build to the next; None: none are kept
-    timing_cache: Optional[Path] = None
+    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in BUILDERS:
             raise reports.engines.engine_kind_missing(self.engine)
 
 
-def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
+def limits(settings: Settings, context_tokens: int) -> dict[str, int]:
     """The four limits of an engine, every one explicit.
 
     max_seq_len: the model's context (its max_position_embeddings); max_input_len: half of max_seq_len, so that an answer may be
@@ -93,7 +96,7 @@ def limits(settings: Settings, context_tokens: int) -> Dict[str, int]:
 
 def engine_config(
     golden: Mapping[str, Any], version: str, checkpoint: Mapping[str, Any], sizes: Mapping[str, int]
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """config.json of an engine: the version's golden file, key for key, with this model's values.
 
     golden: docker/contracts/engine-config; checkpoint: the checkpoint's config.json. Up to 0.10 the schema has max_output_len
@@ -123,9 +126,9 @@ def engine_config(
     return {"version": version, "pretrained_config": pretrained, "build_config": build}
 
 
-def _with_values(golden: Mapping[str, Any], values: Mapping[str, Any]) -> Dict[str, Any]:
+def _with_values(golden: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The golden mapping with the values that it has a key for; nested mappings keep the golden keys they do not share."""
-    filled: Dict[str, Any] = {}
+    filled: dict[str, Any] = {}
     for key, value in golden.items():
         new = values.get(key, value)
         filled[key] = {**value, **new} if isinstance(value, dict) and isinstance(new, dict) else new
@@ -135,10 +138,10 @@ def _with_values(golden: Mapping[str, Any], values: Mapping[str, Any]) -> Dict[s
 def intent_of(
     checkpoint: Mapping[str, Any],
     sizes: Mapping[str, int],
-    host: List[gpus.Gpu],
+    host: list[gpus.Gpu],
     links: gpus.Links,
     workers: int,
-    timing_cache: Optional[str],
+    timing_cache: str | None,
 ) -> trtllm_build.Intent:
     """What trtllm-build is asked for, from the checkpoint's config.json, the limits and this host's GPUs.
 
@@ -163,7 +166,7 @@ def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_by
     """What a rank of these engines takes of a GPU: its weights as the checkpoint has them, the rest by the memory model."""
     shape = shape_of_checkpoint(checkpoint)
     mapping = checkpoint["mapping"]
-    asked: Dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
+    asked: dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
     engine = memory.Engine(shape, checkpoint["dtype"], mapping["tp_size"], **asked)
     fit = memory.fit(engine, gpu.memory_bytes, trtllm_build.TOKENS_PER_BLOCK)
     return replace(fit, weights_bytes=rank_file_bytes)
@@ -171,7 +174,7 @@ def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_by
 
 def passport(
     intent: trtllm_build.Intent, flags: contracts.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What must be true of a host that serves these engines, and how they were made; no path of this machine.
 
     custom_all_reduce: None where the version decides at run time.
@@ -215,7 +218,7 @@ def build_engines(settings: Settings) -> None:
     BUILDERS[settings.engine](settings, config, manifest, sizes)
 
 
-def filling(settings: Settings, sizes: Mapping[str, int], tools: Optional[Mapping[str, str]] = None) -> Any:
+def filling(settings: Settings, sizes: Mapping[str, int], tools: Mapping[str, str] | None = None) -> Any:
     """The room, being filled; its first line says what goes in."""
     arguments = {"engine": settings.engine, "trtllm_version": settings.trtllm_version, **sizes}
     return room.filling(settings.output, reads={"checkpoint": settings.checkpoint}, arguments=arguments, tools=tools)
@@ -298,7 +301,7 @@ def build_tensorrt(
         shutil.rmtree(work)
 
 
-BUILDERS: Dict[str, Callable[[Settings, Mapping[str, Any], Mapping[str, Any], Mapping[str, int]], None]] = {
+BUILDERS: dict[str, Callable[[Settings, Mapping[str, Any], Mapping[str, Any], Mapping[str, int]], None]] = {
     "torch": build_torch,
     "tensorrt": build_tensorrt,
 }
@@ -307,7 +310,7 @@ RANK_WRITTEN = re.compile(r"Serializing engine to \S*rank(\d+)\.engine")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_host(settings: Settings, config: Mapping[str, Any], host: List[gpus.Gpu]) -> Dict[str, str]:
+def check_host(settings: Settings, config: Mapping[str, Any], host: list[gpus.Gpu]) -> dict[str, str]:
     """A GPU that this version can build for, the program, and no other version in its place. Returns the versions of the tools."""
     version = settings.trtllm_version
     if not host:
@@ -346,7 +349,7 @@ def free_memory_bytes() -> int:
     return free
 
 
-def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Optional[Path]:
+def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Path | None:
     """Kernel times are true of one TensorRT and one kind of GPU."""
     if settings.timing_cache is None:
         return None
@@ -354,7 +357,7 @@ def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Optional[Path]:
     return settings.timing_cache / f"{settings.trtllm_version}-sm{gpu.compute_capability}-{kind}.cache"
 
 
-def run_trtllm_build(command: List[str], work: Path, intent: trtllm_build.Intent) -> None:
+def run_trtllm_build(command: list[str], work: Path, intent: trtllm_build.Intent) -> None:
     """Run it to its end in the folder `work`, its output in a log there; a Problem when it fails."""
     started = time.monotonic()
 
@@ -379,7 +382,7 @@ def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None
         raise reports.nvidia.engine_not_as_asked(folder / "config.json", *different)
 
 
-def tokens(name: str, value: str) -> Optional[int]:
+def tokens(name: str, value: str) -> int | None:
     """A limit from the command line: a whole number of at least 1, or nothing (None)."""
     if not value.strip():
         return None

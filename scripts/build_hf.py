@@ -7,11 +7,13 @@ Writes: what the room config holds, and model.safetensors (several with an index
 Needs:  numpy; for a GGUF file the package gguf
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
@@ -32,10 +34,10 @@ FILE_MAX_BYTES = 5_000_000_000
 # --- core: values in, values out ---------------------------------------------------------------------------------------
 
 
-def file_plan(tensors: Mapping[str, Tuple[str, Shape]], max_bytes: int) -> Dict[str, List[str]]:
+def file_plan(tensors: Mapping[str, tuple[str, Shape]], max_bytes: int) -> dict[str, list[str]]:
     """File name -> its tensors: one file if all fit, else files of at most max_bytes, filled in stored order (one tensor at least)."""
     sizes = {name: math.prod(shape) * safetensors.ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
-    groups: List[List[str]] = [[]]
+    groups: list[list[str]] = [[]]
     filled = 0
     for name in safetensors.stored_order(tensors):
         if groups[-1] and filled + sizes[name] > max_bytes:

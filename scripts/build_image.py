@@ -7,6 +7,8 @@ Needs   docker or buildah, and the standard library
 The build's context is a folder made for it, of links to what the rooms' manifests list: it cannot hold weights, nor anything else.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -16,7 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from scripts import build_base, release, reports, room
 from scripts.images import archive, builders, launcher, passport
@@ -62,7 +64,7 @@ def dockerfile_for(world_size: int) -> str:
     return archive.for_ranks(DOCKERFILE.read_text(), world_size)
 
 
-def rank_of(file: str, world_size: int) -> Optional[int]:
+def rank_of(file: str, world_size: int) -> int | None:
     """'rank1.engine' -> 1; None for what belongs to all ranks."""
     match = re.fullmatch(r"rank(\d+)\.\w+", file)
     return int(match[1]) if match and int(match[1]) < world_size else None
@@ -173,7 +175,7 @@ def build_image(settings: Settings) -> None:
 
 def assemble(
     settings: Settings, rooms: Mapping[str, Mapping[str, Any]], context: Path, rooms_bytes: int
-) -> "tuple[str, Dict[str, Any]]":
+) -> tuple[str, dict[str, Any]]:
     """The build's context; returns the Dockerfile that is in it, and the passport."""
     root = settings.root
     engines, model_repo = (rooms[name]["manifest"] for name in ("engines", "model_repo"))
@@ -289,7 +291,7 @@ def bake(
             leftover.unlink(missing_ok=True)
 
 
-def arguments_of(words: Optional[Sequence[str]] = None) -> Settings:
+def arguments_of(words: Sequence[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--output", "--root", "--base", "--wheels", "--weights"):
         parser.add_argument(flag, type=Path, required=True)

@@ -7,13 +7,16 @@ Needs   Triton's ModelConfig protobuf: every config is parsed before the room is
 All paths in the configs are relative to the folder that holds engines/ and model_repo/, which is the server's working directory.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any
 
 from scripts import reports, room
 from scripts.limits import limits_of
@@ -70,7 +73,7 @@ class Settings:
     # what clients of the OpenAI-compatible endpoint call the model
     name: str = "model"
     # instead of the model's own
-    chat_template: Optional[Path] = None
+    chat_template: Path | None = None
 
 
 def hole_values(
@@ -80,7 +83,7 @@ def hole_values(
     unary_response_sender: bool,
     kv_reuse: bool = False,
     without_value: Sequence[str] = (),
-) -> Dict[str, str]:
+) -> dict[str, str]:
     """A value for every hole that any version's templates have.
 
     engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
@@ -136,7 +139,7 @@ def hole_values(
     }
 
 
-def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool, where: str) -> Dict[str, str]:
+def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool, where: str) -> dict[str, str]:
     """What a version's contract table says about one model, as text for the template's holes.
 
     ours: for the torch engine. Inputs that versions call differently are declared by all their names (ALSO_CALLED); none is reshaped to
@@ -319,7 +322,7 @@ def render(
     streaming: bool,
     kv_reuse: bool = False,
     end_ids: Sequence[int] = (),
-) -> Dict[str, str]:
+) -> dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together.
 
     end_ids: the tokens that end an answer. The torch engine is told them where there are several; TensorRT-LLM takes one for each request,
@@ -410,14 +413,14 @@ def build_model_repo(settings: Settings) -> None:
         filling.facts = {"models": sorted(configs)}
 
 
-def ends_of(config: Path) -> List[int]:
+def ends_of(config: Path) -> list[int]:
     """Every token that ends an answer, as the room config lists them."""
     listed = config / "generation_config.json"
     named = json.loads(listed.read_bytes()).get("eos_token_id") if listed.is_file() else None
     return [named] if isinstance(named, int) else list(named or [])
 
 
-def read_chat_template(path: Optional[Path]) -> Optional[bytes]:
+def read_chat_template(path: Path | None) -> bytes | None:
     """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is no template."""
     if path is None:
         return None
@@ -442,7 +445,7 @@ def try_chat_template(config: Path, path: Path, template: bytes) -> None:
     proof.open_as_served(files, lambda name: path if name == CHAT_TEMPLATE else config / name)
 
 
-def _code_of(model: str) -> List[Path]:
+def _code_of(model: str) -> list[Path]:
     ingredients.note(f"{TEMPLATES.name}/{model}/1/*.py")
     return sorted((TEMPLATES / model / "1").glob("*.py"))
 

@@ -8,6 +8,8 @@ Needs   torch, transformers, accelerate; mpirun; for TensorRT engines their Tens
 An engine that fails is not published: there is no manifest, the report stays in the .partial folder, and the status is 1.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -19,10 +21,11 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Any
 
 from scripts import limits, reports, room
 from scripts.making import ingredients
@@ -54,25 +57,25 @@ class Settings:
 # --- core ---
 
 
-def prompts_of(text: str) -> List[str]:
+def prompts_of(text: str) -> list[str]:
     """The prompts of prompts.txt: one a line, comments and empty lines left out."""
     return [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
 
 
-def questions(prompts: Sequence[Sequence[int]], max_input_len: int, max_seq_len: int) -> Dict[str, Any]:
+def questions(prompts: Sequence[Sequence[int]], max_input_len: int, max_seq_len: int) -> dict[str, Any]:
     """What both sides are asked: token ids, cut to what the engine takes (limits in tokens, as its config.json has them)."""
     answer_tokens = min(ANSWER_TOKENS, max_seq_len - 1)
     longest = min(max_input_len, max_seq_len - answer_tokens)
     return {"prompts": [list(ids[:longest]) for ids in prompts], "answer_tokens": answer_tokens, "top_k": TOP_K}
 
 
-def hf_command(hf: Path, folder: Path) -> List[str]:
+def hf_command(hf: Path, folder: Path) -> list[str]:
     """Hugging Face's side: questions.json -> references.json, in `folder`."""
     ask = [sys.executable, "-m", "scripts.verifying.sides", "hf"]
     return [*ask, str(hf.absolute()), str(folder / "questions.json"), str(folder / "references.json")]
 
 
-def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> List[str]:
+def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> list[str]:
     """The engine's side: references.json -> answers.json."""
     ask = [sys.executable, "-m", *ENGINE_SIDES[kind]]
     mpirun = [*launch.MPIRUN, "-n", str(world_size)]
@@ -81,7 +84,7 @@ def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> L
 
 def environment_of_sides(
     inherited: Mapping[str, str], toolbox: toolbox.Toolbox, folder: Path, world_size: int, cores: int, root: Path
-) -> Dict[str, str]:
+) -> dict[str, str]:
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
     Nobody waits for a single answer here, and on a busy machine spinning is what takes the time. Measured on two cores beside other
@@ -99,7 +102,7 @@ def judged(
     references: Sequence[Mapping[str, Any]],
     answers: Sequence[Mapping[str, Any]],
     tokenizer: Any,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """report.json from what both sides wrote (scripts/verifying/sides.py, scripts/verifying/trtllm_side.py); `about` says who they are."""
     engine = about["engine"]
     precision = compare.coarsest(
@@ -146,10 +149,10 @@ def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folde
     )  # fmt: skip
     guard = [sys.executable, "-m", "scripts.serving.processes", str(child.pid), str(folder)]
     guarding = subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
-    lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
-    last_lines: Deque[str] = deque(maxlen=LAST_LINES)
-    status: Optional[int] = None
+    last_lines: deque[str] = deque(maxlen=LAST_LINES)
+    status: int | None = None
     try:
         while (line := lines.get(timeout=SILENT_SECONDS)) is not None:
             if line.startswith("asked "):
@@ -168,7 +171,7 @@ def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folde
         raise reports.verifying.side_failed(side, status, last_lines)
 
 
-def _read(child: "subprocess.Popen[str]", lines: "queue.SimpleQueue[Optional[str]]") -> None:
+def _read(child: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
     assert child.stdout is not None
     for line in child.stdout:
         lines.put(line)

@@ -7,13 +7,15 @@ Needs   pip of the interpreter that runs it
 With --target cpu PyTorch has to be its CPU build: a serving image for CPUs has no use for gigabytes of CUDA.
 """
 
+from __future__ import annotations
+
 import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence
 
 from scripts import reports, room
 from scripts.making import ingredients
@@ -48,7 +50,7 @@ def for_target(lock: str, target: str) -> str:
     return re.sub(r"^(torch==[0-9.]+)", r"\1+cpu", lock, flags=re.MULTILINE) if target == "cpu" else lock
 
 
-def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> List[str]:
+def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> list[str]:
     """pip, for the base's interpreter instead of its own."""
     words = [
         sys.executable,

@@ -7,6 +7,8 @@ Needs   nothing but the standard library
 NODE names one host of the cluster, NODE="8x H100-80GB". A model that such a host cannot hold is refused.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -15,7 +17,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Mapping, Sequence
 
 from scripts import limits, plan, reports, room
 from scripts.nvidia import gpus, trtllm_build
@@ -50,7 +52,7 @@ class Settings:
 
     root: Path
     output: Path
-    release: Optional[Path]
+    release: Path | None
     image: str
     node: str
 
@@ -99,7 +101,7 @@ def fit_on(passport: Mapping[str, Any], engine: memory_model.Engine, memory_byte
     return memory_model.torch_fit(engine, memory_bytes)
 
 
-def host_of(node: str) -> List[gpus.Gpu]:
+def host_of(node: str) -> list[gpus.Gpu]:
     """'8x H100-80GB' -> eight of them; [] where nobody said. A Problem for a GPU that is not known."""
     try:
         return gpus.assumed(node) if node else []
@@ -145,7 +147,7 @@ def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: s
 
 def values(
     passport: Mapping[str, Any], engine: memory_model.Engine, repository: str, digest: str, per_host: int
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What of docker/chart/values.yaml follows from the image. Sizes are whole GiB, as Kubernetes writes them."""
     ranks, gpu = engine.world_size, on_gpus(passport)
     shared_bytes = SHARED_BYTES_PER_GPU * (ranks if passport["engine"]["kind"] == "tensorrt" else 1)
@@ -175,7 +177,7 @@ def values(
 def as_yaml(found: Mapping[str, Any], head: Sequence[str]) -> str:
     """YAML of mappings; a list or a word is written as JSON, which is YAML too."""
 
-    def lines(value: Mapping[str, Any], indent: str) -> List[str]:
+    def lines(value: Mapping[str, Any], indent: str) -> list[str]:
         written = []
         for key, item in value.items():
             if isinstance(item, dict):
@@ -187,7 +189,7 @@ def as_yaml(found: Mapping[str, Any], head: Sequence[str]) -> str:
     return "\n".join([*(f"# {line}" for line in head), *lines(found, "")]) + "\n"
 
 
-def named(image: str, digest: str) -> Tuple[str, str]:
+def named(image: str, digest: str) -> tuple[str, str]:
     """(repository, digest) of an image's name: its own digest where it has one, else `digest`; a tag is left out."""
     match = IMAGE_NAME.fullmatch(image)
     if not match:
@@ -203,7 +205,7 @@ def release_name(model: str) -> str:
 # --- shell ---
 
 
-def which_image(settings: Settings) -> Tuple[Dict[str, Any], str, str]:
+def which_image(settings: Settings) -> tuple[dict[str, Any], str, str]:
     """(passport, repository, digest) of the room image, or of a release as it lies in a registry."""
     if settings.release is None:
         folder = settings.root / "image"
@@ -219,7 +221,7 @@ def which_image(settings: Settings) -> Tuple[Dict[str, Any], str, str]:
     return (passport, *named(settings.image or pushed["image"], pushed["digest"]))
 
 
-def engines_config(root: Path, passport: Mapping[str, Any]) -> Dict[str, Any]:
+def engines_config(root: Path, passport: Mapping[str, Any]) -> dict[str, Any]:
     """The engines' config.json; a Problem where the room is not the one that the image has."""
     folder, described = root / "engines", passport["rooms"]["engines"]
     room.read_manifest(folder)

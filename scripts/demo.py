@@ -1,5 +1,7 @@
 """Serve, ask, stop in one command; the status is 0 only when all three went well."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess

@@ -4,6 +4,8 @@ Cheap checks first. [✓] fine, [!] worth knowing, [✗] the journey will stop t
 or exits 1. Needs nothing but the standard library, so that it runs before anything is installed; fetches and changes nothing.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -17,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Sequence
 
 from scripts import build_engines, plan, reports, serve
 from scripts.making import container
@@ -44,7 +46,7 @@ class Finding:
     name: str
     mark: str
     text: str
-    problem: Optional[str] = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,18 @@ class Case:
 
     choice: plan.Choice
     host: Sequence[gpus.Gpu] = ()
-    unseen: Optional[reports.Problem] = None
+    unseen: reports.Problem | None = None
 
     @property
     def python(self) -> Path:
         return Path(self.choice["INTERPRETER"] or ".venv/bin/python")
 
     @property
-    def toolchain(self) -> Optional[str]:
+    def toolchain(self) -> str | None:
         """The TensorRT-LLM that is asked for, else the one that the GPU decides; None where neither says."""
         return self.choice["TOOLCHAIN"] or (plan.toolchain_for(self.host[0]) if self.host else None)
 
-    def rows(self) -> Dict[str, plan.Row]:
+    def rows(self) -> dict[str, plan.Row]:
         """What each room takes, whether it fits on the GPUs or not."""
         journey = plan.journey_of(self.choice, plan.model_of(self.choice), [])
         return {row.room: row for row in plan.rows(journey)}
@@ -351,7 +353,7 @@ def check_driver(case: Case) -> str:
     return f"fine driver {driver}, {needed} or later is needed"
 
 
-def numbers(version: str) -> Tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """'535.183.06' -> (535, 183, 6), for comparisons."""
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
@@ -402,7 +404,7 @@ def looked_up(image: str) -> str:
     return f"the registry says: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}"
 
 
-CHECKS: Dict[str, Dict[str, Check]] = {
+CHECKS: dict[str, dict[str, Check]] = {
     "torch": {
         "settings": check_settings,
         "make": check_make,
@@ -446,7 +448,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per finding")
     as_json = parser.parse_args().json
     case = case_of(plan.chosen(os.environ))
-    findings: List[Finding] = []
+    findings: list[Finding] = []
     for name, check in CHECKS["tensorrt" if case.choice.tensorrt else "torch"].items():
         findings.append(checked(name, check, case))
         if as_json:

@@ -7,6 +7,8 @@ Needs:  urllib3; for the Hugging Face hub and object stores requirements/fetch.t
 The folder is filled as a room is (scripts/room.py): until it is whole it is called .partial, and the same command goes on with it.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import os
@@ -14,10 +16,11 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any
 
 from scripts import reports, room
 from scripts.fetching import source, sources, wheel
@@ -65,12 +68,12 @@ class Arriving:
             self.digests["git-sha1"] = hashlib.sha1(b"blob %d\0" % self.remote.size_bytes)
         self.hashed_bytes = 0
 
-    def segments(self) -> Iterator[Tuple[int, int]]:
+    def segments(self) -> Iterator[tuple[int, int]]:
         """[start, end) of each."""
         for start in range(0, self.remote.size_bytes, SEGMENT_BYTES):
             yield start, min(start + SEGMENT_BYTES, self.remote.size_bytes)
 
-    def missing(self) -> List[Tuple[int, int]]:
+    def missing(self) -> list[tuple[int, int]]:
         """The segments that are not whole."""
         return [(start, end) for start, end in self.segments() if start + self.arrived[start] < end]
 
@@ -106,12 +109,12 @@ class Fetch:
 
     def __init__(self, filling: room.Filling, origin: source.Source, bar: Any) -> None:
         self.filling, self.source, self.bar = filling, origin, bar
-        self.files: Dict[str, Arriving] = {}
+        self.files: dict[str, Arriving] = {}
         self.noting = threading.Lock()
         self.stopped = threading.Event()
         self.fetched_bytes = 0
 
-    def run(self, remotes: List[source.Remote]) -> None:
+    def run(self, remotes: list[source.Remote]) -> None:
         """Everything that is missing; a Problem for the first file that cannot be had. What arrived is kept in either case."""
         for remote in remotes:
             begun = self.filling.begun.get(remote.name + PART, {})
@@ -278,7 +281,7 @@ def _check_not_there(output: Path, name: str) -> None:
         raise reports.fetching.weights_not_fetched(output)
 
 
-def _still_to_come(filling: room.Filling, remotes: List[source.Remote]) -> List[source.Remote]:
+def _still_to_come(filling: room.Filling, remotes: list[source.Remote]) -> list[source.Remote]:
     """What is not whole yet. Of an earlier try only that is kept of which the source says the same as then."""
     same = {remote.name for remote in remotes if remote.is_promised(filling.promised.get(remote.name))}
     for name in (*filling.kept, *filling.begun):
@@ -297,7 +300,7 @@ def _still_to_come(filling: room.Filling, remotes: List[source.Remote]) -> List[
 class _told:
     """Where no terminal watches, says every SAY_SECONDS how far it is, how fast, and how long it will take."""
 
-    def __init__(self, fetch: Fetch, missing: List[source.Remote]) -> None:
+    def __init__(self, fetch: Fetch, missing: list[source.Remote]) -> None:
         self.fetch, self.ended = fetch, threading.Event()
         self.total_bytes = sum(remote.size_bytes for remote in missing)
         self.thread = threading.Thread(target=self._tell, daemon=True)
@@ -323,7 +326,7 @@ class _told:
             )
 
 
-def _check_disk(filling: room.Filling, missing: List[source.Remote]) -> None:
+def _check_disk(filling: room.Filling, missing: list[source.Remote]) -> None:
     needed_bytes = 0
     for remote in missing:
         part = filling.path / (remote.name + PART)

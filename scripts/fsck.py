@@ -6,15 +6,18 @@ Weights that were not fetched by make have no manifest; of Meta's the files them
 CRC-32 of each tensor in a .pth), of .bin files the latter.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from scripts import reports, room
 from scripts.making import ingredients
@@ -47,14 +50,14 @@ class Checked:
     files: int
     size_bytes: int
     held_to: str
-    damages: Tuple[Damage, ...] = ()
-    notes: Tuple[str, ...] = ()
+    damages: tuple[Damage, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # --- core --------------------------------------------------------------------------------------------------------------
 
 
-def differences(expected: room.FileRecord, found: room.FileRecord) -> List[Tuple[str, str, str]]:
+def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple[str, str, str]]:
     """(part, expected, actual) for everything in which a file is not what its record says; nothing where it is."""
     if expected.size_bytes != found.size_bytes:
         return [("", f"{expected.size_bytes} bytes", f"{found.size_bytes} bytes")]
@@ -70,7 +73,7 @@ def differences(expected: room.FileRecord, found: room.FileRecord) -> List[Tuple
     return parts or [(where, f"sha256 {expected.sha256[:16]}...", f"sha256 {found.sha256[:16]}...")]
 
 
-def manifest_damage(data: bytes) -> Optional[Tuple[str, str]]:
+def manifest_damage(data: bytes) -> tuple[str, str] | None:
     """(expected, actual) where a manifest is not as it was written; None where it is, or where it is too old to say."""
     manifest = json.loads(data)
     said, actual = manifest.get(room.OWN_SHA256), room.own_sha256(manifest)
@@ -87,7 +90,7 @@ def manifest_damage(data: bytes) -> Optional[Tuple[str, str]]:
 
 
 def check_room(
-    folder: Path, advance: Any, seen: Dict[Tuple[int, int], room.FileRecord], others: Sequence[Path] = ()
+    folder: Path, advance: Any, seen: dict[tuple[int, int], room.FileRecord], others: Sequence[Path] = ()
 ) -> Checked:
     """Every file of a room against its manifest, and this against itself. seen: files that were read before, by device and inode
     (engines are links); others: rooms among which are those that it was made from."""
@@ -100,7 +103,7 @@ def check_room(
         return Checked(str(folder), 1, 0, "itself", (Damage(str(folder), room.MANIFEST, "", *damage),))
     records = {name: room.record_of(manifest, name) for name in manifest["files"]}
 
-    def check(name: str) -> List[Damage]:
+    def check(name: str) -> list[Damage]:
         path, record = folder / name, records[name]
         try:
             stat = path.stat()
@@ -121,7 +124,7 @@ def check_room(
     return Checked(str(folder), len(records), size_bytes, "its manifest", (*damages, *more), tuple(notes))
 
 
-def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Path]) -> Tuple[List[Damage], List[str]]:
+def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Path]) -> tuple[list[Damage], list[str]]:
     """What is damaged and what is worth a word besides a room's files: its question, the rooms that it was made from, files too many."""
     damages, notes = [], []
     has_sums = room.OWN_SHA256 in manifest
@@ -189,8 +192,8 @@ def check_weights(folder: Path, advance: Any) -> Checked:
             lists.update({match[2]: match[1] for match in matches if match and (folder / match[2]).is_file()})
     torch_files = sorted([*folder.glob("*.pth"), *folder.glob("*.bin")])
 
-    def check(path: Path) -> List[Damage]:
-        parts: List[Damage] = []
+    def check(path: Path) -> list[Damage]:
+        parts: list[Damage] = []
         size_bytes = path.stat().st_size
         if path in torch_files:
             try:
@@ -239,15 +242,15 @@ def total_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".pth", ".bin"))
 
 
-def main() -> Optional[int]:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object for each room")
     parser.add_argument("rooms", type=Path, nargs="*", metavar="ROOM")
     args = parser.parse_args()
     if not args.rooms:
         raise reports.rooms.nothing_made()
-    checked: List[Checked] = []
-    seen: Dict[Tuple[int, int], room.FileRecord] = {}
+    checked: list[Checked] = []
+    seen: dict[tuple[int, int], room.FileRecord] = {}
     for folder in args.rooms:
         if not folder.is_dir():
             raise reports.rooms.room_missing(folder)

@@ -1,5 +1,7 @@
 """What engines were built for, read from their config.json. Standard library only: the image's endpoint asks it too."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, Mapping
 
@@ -11,7 +13,7 @@ class Limits:
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
-    max_num_tokens: "int | None"
+    max_num_tokens: int | None
 
 
 def limits_of(config: Mapping[str, Any]) -> Limits:

@@ -4,6 +4,8 @@ Needs nothing but the standard library, and neither GPU, docker nor weights: the
 ASSUME_GPU names the GPUs. A choice that cannot work ends with the report of its refusal, and status 1.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import importlib.metadata
@@ -14,7 +16,7 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Mapping, Sequence
 
 from scripts import build_engines, reports, settings
 from scripts.making import toolchain
@@ -62,7 +64,7 @@ class Choice:
     def __getitem__(self, name: str) -> str:
         return self.settings.get(name, "")
 
-    def number(self, name: str) -> Optional[int]:
+    def number(self, name: str) -> int | None:
         return build_engines.tokens(name, self[name])
 
     @property
@@ -83,7 +85,7 @@ class Model:
     dtype: str
     context: int
     form: str  # meta, hf, or table: from models/shapes.json
-    stored_bytes: Optional[int]
+    stored_bytes: int | None
     rope: str = "default"  # the kind of rope scaling
 
 
@@ -96,7 +98,7 @@ class Journey:
     engine: memory_model.Engine
     toolchain: str
     gpus: Sequence[gpus.Gpu]
-    fit: Optional[memory_model.Fit]  # None without GPUs, and for the torch engine
+    fit: memory_model.Fit | None  # None without GPUs, and for the torch engine
 
     @property
     def seen(self) -> str:
@@ -109,8 +111,8 @@ class Row:
     """One line of the table. None: not known."""
 
     room: str
-    disk_bytes: Optional[int]
-    host_memory_bytes: Optional[int]
+    disk_bytes: int | None
+    host_memory_bytes: int | None
     time: str
     command: str
 
@@ -139,7 +141,7 @@ def described(found: Sequence[gpus.Gpu]) -> str:
     return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
 
 
-def toolchain_for(gpu: gpus.Gpu) -> Optional[str]:
+def toolchain_for(gpu: gpus.Gpu) -> str | None:
     """The newest TensorRT-LLM with kernels for a GPU: what TOOLCHAIN is if it is not named."""
     return toolchain.newest_for(gpu.compute_capability, toolchain.rows())
 
@@ -298,7 +300,7 @@ def too_many_ranks(engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> rep
     )
 
 
-def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> Tuple[str, str]:
+def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> tuple[str, str]:
     """(advice, command) for engines that do not fit: what helps of more ranks, shorter texts, fewer bytes a weight, other GPUs."""
 
     def fits(on: Sequence[gpus.Gpu], **changed: Any) -> bool:
@@ -341,7 +343,7 @@ def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
 def shares(fit: memory_model.Fit) -> str:
     """What a rank takes of its GPU, as indented lines."""
 
-    def between(pair: Tuple[int, int]) -> str:
+    def between(pair: tuple[int, int]) -> str:
         return (
             human_gpu_bytes(pair[0])
             if pair[0] == pair[1]
@@ -361,7 +363,7 @@ def shares(fit: memory_model.Fit) -> str:
     return "\n".join(f"    {name:<12} {value:<24} {why}".rstrip() for name, value, why in lines)
 
 
-def rows(journey: Journey) -> List[Row]:
+def rows(journey: Journey) -> list[Row]:
     """The table: what each room takes. Times are left out where nobody has measured them for such a model."""
     engine, model, choice = journey.engine, journey.model, journey.choice
     hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
@@ -369,7 +371,7 @@ def rows(journey: Journey) -> List[Row]:
     copying = "up to 2x a copy"  # what make bench-convert is there to show
     # NVIDIA's tools for QUANT hold the whole model and the rank that they write (read from the code of 0.8.0)
     checkpoint_memory = hf_bytes + rank_bytes if engine.quant else memory_model.CONVERSION_BYTES
-    build_bytes: Optional[int] = None
+    build_bytes: int | None = None
     if choice.tensorrt:
         build_bytes = trtllm_build.BUILDER_COPIES * rank_bytes + trtllm_build.BUILDER_BYTES
     # beside GPUs Hugging Face's model lies in the stored type on them and on the host, on a CPU in float32
@@ -404,7 +406,7 @@ def serve_bytes(journey: Journey) -> int:
     return memory_model.serve_bytes(journey.engine, on_gpus=journey.choice.tensorrt or bool(journey.gpus))
 
 
-def programs(journey: Journey) -> Dict[str, List[str]]:
+def programs(journey: Journey) -> dict[str, list[str]]:
     """The command lines of NVIDIA's programs that the rooms will run in the container."""
     if not journey.choice.tensorrt or not journey.gpus:
         return {}
@@ -468,7 +470,7 @@ def words(journey: Journey) -> str:
     return "\n".join(lines)
 
 
-def verdict(journey: Journey, fit: memory_model.Fit) -> List[str]:
+def verdict(journey: Journey, fit: memory_model.Fit) -> list[str]:
     """What the numbers mean: a sentence or two, and a command where one is of use."""
     least, most = fit.kv_tokens
     if fit.verdict == "tight":
@@ -485,7 +487,7 @@ def verdict(journey: Journey, fit: memory_model.Fit) -> List[str]:
     ]
 
 
-def as_json(journey: Journey) -> Dict[str, Any]:
+def as_json(journey: Journey) -> dict[str, Any]:
     """The same for scripts."""
     return {
         "model": journey.model.name,
@@ -502,14 +504,14 @@ def as_json(journey: Journey) -> Dict[str, Any]:
     }
 
 
-def _bytes(value: Optional[int]) -> str:
+def _bytes(value: int | None) -> str:
     return "-" if not value else human_bytes(value)
 
 
 # --- shell ---
 
 
-def gpus_of(choice: Choice) -> List[gpus.Gpu]:
+def gpus_of(choice: Choice) -> list[gpus.Gpu]:
     """The GPUs that ASSUME_GPU names, else those of this machine; none for the torch engine when torch's CPU wheel is installed."""
     if choice["ASSUME_GPU"]:
         return gpus.assumed(choice["ASSUME_GPU"])

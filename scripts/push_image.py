@@ -4,6 +4,8 @@ Reads   dist/<model>-<version>/image.oci.tar, IMAGE from the environment; docker
 Needs   docker or buildah, logged in
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -4,13 +4,15 @@ Reads   git, docker/toolchains.json, docker/contracts/sources.json, the weights'
 Needs   nothing but the standard library
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from scripts import reports, room
 from scripts.images import builders, signing
@@ -26,7 +28,7 @@ NOTICES = {
 ONLY_WITH = {"quantize": "QUANT", "convert": "QUANT", "rank-tensors": "tests"}
 
 
-def inferred_cells(row: Mapping[str, Any], sources: Mapping[str, Any], quant: str) -> Dict[str, str]:
+def inferred_cells(row: Mapping[str, Any], sources: Mapping[str, Any], quant: str) -> dict[str, str]:
     """What of a toolchain has no primary source: cell or table -> the reason. row: of toolchains.json; sources: contracts/sources.json."""
     cells = {f"toolchains.json {cell}": reason for cell, reason in row.get("inferred", {}).items()}
     for kind, name in row["contract"].items():
@@ -73,7 +75,7 @@ def check_license(license: str, weights: Path) -> None:
             raise reports.images.license_files_missing(license, weights, missing)
 
 
-def unpinned(packages: Sequence[str], pinned: Sequence[str]) -> List[str]:
+def unpinned(packages: Sequence[str], pinned: Sequence[str]) -> list[str]:
     """'+ package' for what a base has and docker/base.txt does not, '- package' for the opposite."""
     return [f"+ {line}" for line in packages if line not in pinned] + [
         f"- {line}" for line in pinned if line not in packages

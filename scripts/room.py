@@ -1,5 +1,7 @@
 """How a room is filled: all or nothing, manifest last. A room is a directory under build/; see docs/design.md."""
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json
@@ -12,7 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, Mapping
 
 from scripts import reports
 from scripts.making import ingredients
@@ -41,9 +43,9 @@ class FileRecord:
 
     size_bytes: int
     sha256: str
-    tensors: Optional[Mapping[str, str]] = None
+    tensors: Mapping[str, str] | None = None
 
-    def as_json(self) -> Dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As the manifest holds it."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -58,13 +60,13 @@ class Filling:
 
     room: Path
     path: Path
-    question: Dict[str, Any]
-    kept: Dict[str, FileRecord] = field(default_factory=dict)
-    begun: Dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    question: dict[str, Any]
+    kept: dict[str, FileRecord] = field(default_factory=dict)
+    begun: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     # what the source of each file says of it: the next try keeps a file only where the source says the same again (fetch_weights.py)
-    promised: Dict[str, Any] = field(default_factory=dict)
-    files: Dict[str, FileRecord] = field(default_factory=dict)
-    facts: Dict[str, Any] = field(default_factory=dict)
+    promised: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, record: FileRecord) -> None:
         """Take a finished file into the room. It must lie whole and synced at `path / name`; its hash comes from writing it."""
@@ -179,7 +181,7 @@ def args_sum(args: bytes) -> bytes:
     return f"{hashlib.sha256(args).hexdigest()}  {ARGS}\n".encode()
 
 
-def read_manifest_only(room: Path) -> Dict[str, Any]:
+def read_manifest_only(room: Path) -> dict[str, Any]:
     """A finished room's manifest, whatever became of its files; a Problem if it is missing or no manifest."""
     try:
         manifest = json.loads(manifest_bytes(room))
@@ -200,7 +202,7 @@ def is_room(folder: Path) -> bool:
         return False
 
 
-def read_manifest(room: Path) -> Dict[str, Any]:
+def read_manifest(room: Path) -> dict[str, Any]:
     """A finished room's manifest; a Problem if the room is missing, damaged, or a file has not the size that was written."""
     manifest = read_manifest_only(room)
     for name in manifest["files"]:
@@ -224,11 +226,11 @@ def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:
 @contextmanager
 def filling(
     room: Path,
-    reads: Optional[Mapping[str, Path]] = None,
-    arguments: Optional[Mapping[str, Any]] = None,
-    tools: Optional[Mapping[str, str]] = None,
-    name: Optional[str] = None,
-    asked: Optional[str] = None,
+    reads: Mapping[str, Path] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    tools: Mapping[str, str] | None = None,
+    name: str | None = None,
+    asked: str | None = None,
 ) -> Iterator[Filling]:
     """Fill `room` from the rooms it `reads`.
 
@@ -356,7 +358,7 @@ def _newer_than_needs(path: Path) -> bool:
     return bool(needs) and all(os.stat(need).st_mtime_ns <= made_ns for need in needs if need != "none")
 
 
-def interrupted_arguments(room: Path) -> Dict[str, Any]:
+def interrupted_arguments(room: Path) -> dict[str, Any]:
     """What an interrupted try to fill a room was made with; nothing where there is none."""
     try:
         return dict(
@@ -368,7 +370,7 @@ def interrupted_arguments(room: Path) -> Dict[str, Any]:
 
 def _keep_finished(
     partial: Path, question: Mapping[str, Any], made_from_files: bool
-) -> Tuple[Dict[str, FileRecord], Dict[str, Mapping[str, Any]], Dict[str, Any]]:
+) -> tuple[dict[str, FileRecord], dict[str, Mapping[str, Any]], dict[str, Any]]:
     """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished, or began."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
@@ -433,7 +435,7 @@ class Spoken:
     def close(self) -> None:
         pass
 
-    def __enter__(self) -> "Spoken":
+    def __enter__(self) -> Spoken:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -453,7 +455,7 @@ def progress(total_bytes: int, room: str, spoken: bool = True) -> Any:
 
 
 @contextmanager
-def waiting(room: str, awaited: Union[str, Callable[[], str]]) -> Iterator[None]:
+def waiting(room: str, awaited: str | Callable[[], str]) -> Iterator[None]:
     """Says what is waited for while a step without a measure runs: every SPEAK_SECONDS a line, on a terminal the seconds in place."""
     over, watched, began = threading.Event(), sys.stderr.isatty(), time.monotonic()
 

@@ -8,9 +8,11 @@ Ready means that a token went through all ranks. When a rank dies or stops, all 
 running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from scripts import reports, settings
 from scripts.serving.launch import PORTS, STARTUP_SECONDS, Operating, Settings
@@ -44,7 +46,7 @@ def settings_parser() -> argparse.ArgumentParser:
 
 def operating_from(args: argparse.Namespace) -> Operating:
     """What the options of settings.OPERATING say. A value that cannot be is a report."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in settings.OPERATING:
         value = getattr(args, settings.flag(name)[2:].replace("-", "_"), "") or settings.BY_NAME[name].default
         if not settings.fits(settings.BY_NAME[name], value):

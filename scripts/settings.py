@@ -3,8 +3,10 @@
 Run by any Python from 3.8 on that a machine has, before anything is installed: the standard library only, here and in scripts/reports.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Mapping, NamedTuple, Sequence
 
 from scripts import reports
 
@@ -34,12 +36,12 @@ class Setting(NamedTuple):
     says: str
     example: str
     text: str
-    goals: Tuple[str, ...] = ()
-    words: Tuple[str, ...] = ()
+    goals: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     shown: str = ""
     holds: str = ""
     free: bool = False
-    with_torch: Optional[str] = None
+    with_torch: str | None = None
 
 
 def _one_of(name: str, default: str, words: Sequence[str], text: str, **more: object) -> Setting:
@@ -67,7 +69,7 @@ SERVING = ("serve", "demo", "ask", "bench", *PLANNING)
 IMAGES = ("image", "size", "release", "chart")
 ROOMS = ("weights", "config", "hf", "checkpoint", "engines", "verified", "model_repo", "image")
 
-TABLE: Tuple[Setting, ...] = (
+TABLE: tuple[Setting, ...] = (
     Setting("MODEL", "stories", ".+", "a preset of models/, or a folder (with a slash in it)", "stories",
             "a preset of `models/`, or a folder (with a slash in it)"),
     Setting("WEIGHTS", "", ".*", "a folder", "weights/llama-2-7b", "where the weights are", shown="the preset's"),
@@ -157,7 +159,7 @@ TABLE: Tuple[Setting, ...] = (
     _one_of("FORM", "", ("", "gguf"), "of a preset: `gguf` if that is the form of its weights", shown="found in the folder"),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
-BY_NAME: Dict[str, Setting] = {setting.name: setting for setting in TABLE}
+BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
 # Settings that are options too, under their names; LOG's is not --log, which names a file
 OPERATING = (
     "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",
@@ -181,7 +183,7 @@ def fits(setting: Setting, value: str) -> bool:
     return not characters(setting, value) and re.fullmatch(setting.pattern, value) is not None
 
 
-def characters(setting: Setting, value: str) -> List[str]:
+def characters(setting: Setting, value: str) -> list[str]:
     """What in a value make and the shell would not take as part of a word."""
     return [] if setting.free else sorted(set(value) & (set(NOT_IN_WORDS) - set(setting.holds)))
 
@@ -196,7 +198,7 @@ def clash(name: str, values: Mapping[str, str]) -> str:
     return ""
 
 
-def wrong(values: Mapping[str, str]) -> List[str]:
+def wrong(values: Mapping[str, str]) -> list[str]:
     """The settings whose values cannot be, in the order of the table. Files and folders are not looked at."""
     return [name for name in NAMES if not fits(BY_NAME[name], values[name]) or clash(name, values)]
 
@@ -208,7 +210,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return (difflib.get_close_matches(word, known, 1, 0) or [known[0]])[0]
 
 
-def repair(name: str, values: Mapping[str, str]) -> Dict[str, str]:
+def repair(name: str, values: Mapping[str, str]) -> dict[str, str]:
     """The settings to type instead: what the user wished, as near as it can be."""
     setting, value = BY_NAME[name], values[name]
     fixed = value
@@ -236,7 +238,7 @@ def problem(
     ]
     if alone or len(problems) == 1:  # their advice is more than another value
         return problems[alone[0] if alone else 0]
-    fixed: Dict[str, object] = {}
+    fixed: dict[str, object] = {}
     for name in names:
         if name not in BY_NAME:
             fixed[name] = None
@@ -315,6 +317,6 @@ SLIPS = (
 )  # fmt: skip
 
 
-def wrong_values(setting: Setting) -> List[str]:
+def wrong_values(setting: Setting) -> list[str]:
     """Values that a setting cannot have, made from what the table says it can."""
     return [value for value in SLIPS if not fits(setting, value)]

@@ -3,10 +3,12 @@
 Reads   the room image; with --root also engines and model_repo, to say what the image adds to them
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 from scripts import reports, room
 from scripts.images import builders
@@ -15,7 +17,7 @@ from scripts.images import builders
 RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 --publish 127.0.0.1:9000:9000 {tag}"
 
 
-def run_command(tag: str, passport: Dict[str, Any]) -> str:
+def run_command(tag: str, passport: dict[str, Any]) -> str:
     """How to serve it. --stop-timeout: running requests get 20 s, docker's own patience is 10 s."""
     gpus = passport["engine"]["kind"] == "tensorrt"
     return RUN.format(
@@ -23,7 +25,7 @@ def run_command(tag: str, passport: Dict[str, Any]) -> str:
     )
 
 
-def table(described: Dict[str, Any]) -> List[str]:
+def table(described: dict[str, Any]) -> list[str]:
     """A line for each layer, and one for the sum."""
     lines = [
         f"{room.human_bytes(layer['size_bytes']):>10}  {layer['instruction'] or '(base)':<46} {layer['why']}"
@@ -33,7 +35,7 @@ def table(described: Dict[str, Any]) -> List[str]:
     return [*lines, f"{room.human_bytes(total_bytes):>10}  {described['tag']}"]
 
 
-def beyond(described: Dict[str, Any], root: Path) -> Dict[str, int]:
+def beyond(described: dict[str, Any], root: Path) -> dict[str, int]:
     """Bytes of the image, of its base, of engines with tokenizer, and what is on top of these."""
     total = sum(layer["size_bytes"] for layer in described["layers"])
     base = sum(layer["size_bytes"] for layer in described["layers"] if not layer["instruction"])
@@ -52,7 +54,7 @@ def beyond(described: Dict[str, Any], root: Path) -> Dict[str, int]:
     }
 
 
-def summary(sums: Dict[str, int]) -> str:
+def summary(sums: dict[str, int]) -> str:
     """What `beyond` counts, as a sentence."""
     image, base, rooms, added = (
         room.human_bytes(sums[f"{name}_bytes"]) for name in ("image", "base", "engines_and_tokenizer", "added")

@@ -7,12 +7,15 @@ Needs   PyTorch; a GPU, where there is one, makes the numbers in seconds, a proc
 It says nothing of sense. Its tokenizer is the bundled model's with words made up to 32000, so that every token has a text.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any
 
 from scripts import reports
 from scripts.room import human_bytes, progress, say
@@ -33,7 +36,7 @@ LAYERS_PER_FILE = 8
 TOKENIZER = Path(__file__).parent.parent / "models" / "stories" / "tokenizer.model"
 
 
-def hf_config(shape: LlamaShape) -> Dict[str, Any]:
+def hf_config(shape: LlamaShape) -> dict[str, Any]:
     """config.json as transformers has it."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "torch_dtype": "bfloat16",
@@ -60,7 +63,7 @@ def tokenizer_model(bundled: bytes, size: int) -> bytes:
     return out
 
 
-def repeats(shape: LlamaShape, own_layers: int) -> Dict[str, str]:
+def repeats(shape: LlamaShape, own_layers: int) -> dict[str, str]:
     """Tensors of the layers after the first `own_layers` -> whose numbers they have."""
     names = {}
     for name in shape.hf_tensors():
@@ -71,16 +74,16 @@ def repeats(shape: LlamaShape, own_layers: int) -> Dict[str, str]:
     return names
 
 
-def files(names: Iterable[str]) -> Dict[str, List[str]]:
+def files(names: Iterable[str]) -> dict[str, list[str]]:
     """File name -> tensors: some layers each, the rest in the first."""
-    groups: Dict[int, List[str]] = {}
+    groups: dict[int, list[str]] = {}
     for name in names:
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
         groups.setdefault(layer // LAYERS_PER_FILE, []).append(name)
     return {f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors": names for n, names in sorted(groups.items())}
 
 
-def write(output: Path, shape: LlamaShape, seed: int, own_layers: Optional[int] = None) -> None:
+def write(output: Path, shape: LlamaShape, seed: int, own_layers: int | None = None) -> None:
     """All or nothing: the folder appears when it is whole."""
     import torch
     from safetensors.torch import save_file

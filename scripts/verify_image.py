@@ -6,6 +6,8 @@ Needs   the standard library
 What cannot be recomputed from an image: that the weights are Meta's, and that the accuracy report was not made up. It is said at the end.
 """
 
+from __future__ import annotations
+
 import argparse
 import email.parser
 import hashlib
@@ -15,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Iterator, List, Mapping, Tuple
 
 from scripts import reports, room
 from scripts.images import archive as image_archive
@@ -32,9 +34,9 @@ class Content:
     """The image's files as its user sees them, from one walk over its layers: sizes and hashes, and the few that are read."""
 
     def __init__(self, archive: Archive, base_layers: int) -> None:
-        self.files: Dict[str, room.FileRecord] = {}
-        self.texts: Dict[str, bytes] = {}
-        self.digests: List[str] = []
+        self.files: dict[str, room.FileRecord] = {}
+        self.texts: dict[str, bytes] = {}
+        self.digests: list[str] = []
         for number in range(len(archive.diff_ids)):
             self.digests.append(_digest_of(archive, number))
             if number < base_layers:
@@ -54,7 +56,7 @@ def _digest_of(archive: Archive, number: int) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _record_of(tar: Any, member: Any) -> Tuple[room.FileRecord, Optional[bytes]]:
+def _record_of(tar: Any, member: Any) -> tuple[room.FileRecord, bytes | None]:
     digest, file, kept = hashlib.sha256(), tar.extractfile(member), []
     keep = member.size <= image_archive.JSON_MAX_BYTES and not image_archive.clean(member.name).endswith(".py")
     while block := file.read(1 << 20):
@@ -137,18 +139,18 @@ def _chain(rooms: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name}: made from another {before}, {read[:12]}"
 
 
-def wheel_name(file: str) -> Tuple[str, str]:
+def wheel_name(file: str) -> tuple[str, str]:
     """'torch-2.13.0+cpu-cp311-....whl' -> ('torch', '2.13.0+cpu'), the name as PEP 503 writes it."""
     name, version = file.split("-")[:2]
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def package(metadata: bytes) -> Tuple[str, str]:
+def package(metadata: bytes) -> tuple[str, str]:
     message = email.parser.BytesParser().parsebytes(metadata[:METADATA_MAX_BYTES], headersonly=True)
     return re.sub(r"[-_.]+", "-", message["Name"]).lower(), message["Version"]
 
 
-def _git(*words: str) -> Optional[bytes]:
+def _git(*words: str) -> bytes | None:
     try:
         done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, timeout=60, check=False)
     except OSError:
@@ -158,7 +160,7 @@ def _git(*words: str) -> Optional[bytes]:
 
 def verify(archive: Archive, image: str) -> None:
     print(f"{image}\n{archive.iid}\n", flush=True)
-    failed: List[str] = []
+    failed: list[str] = []
     for text, differ in findings(archive):
         print(f"[{'✗' if differ else '✓'}] {text}", flush=True)
         failed += differ

@@ -1,9 +1,11 @@
 """Fixtures that tests share: a copy of the project, and one served model. Helpers are in tests/support."""
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
 
 import pytest
 from hypothesis import settings
@@ -41,11 +43,11 @@ def served(tree: Path) -> Iterator[Served]:
     below = processes_below(running.process.pid)
     yield running
     status = running.end()
-    left: Optional[Dict[int, str]] = {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()}
+    left: dict[int, str] | None = {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()}
     assert (status, left) == (0, {}), "".join(running.lines)
 
 
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With xdist: a module stays on one worker, and all that asks the shared server is one group, which begins first."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))

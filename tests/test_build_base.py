@@ -1,5 +1,7 @@
 """The base of the image, with a stand-in for mmdebstrap."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

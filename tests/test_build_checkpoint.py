@@ -1,5 +1,7 @@
 """The room checkpoint: rank files byte for byte as TensorRT-LLM v0.8.0's converter writes them, for any split that can be."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -7,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,10 +191,10 @@ def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: in
         return
     hf = {name: np.arange(math.prod(size)).reshape(size) + 1 for name, size in shape.hf_tensors().items()}
 
-    def made(rank: int) -> Dict[str, Any]:
+    def made(rank: int) -> dict[str, Any]:
         tensors = {}
         for name, tensor in split.rank_tensors(shape, tp_size, rank).items():
-            parts: List[Any] = []
+            parts: list[Any] = []
             for cut in tensor.cuts:
                 part = hf[cut.source][slice(*cut.rows)][..., slice(*(cut.columns or (None, None)))]
                 below_and_right = [(0, cut.zero_rows), (0, cut.zero_columns)][: part.ndim]
@@ -232,7 +234,7 @@ RANK_TENSORS = json.loads((contracts.DOCKER / "contracts" / "rank-tensors" / "v0
 
 
 @pytest.mark.parametrize("expected", RANK_TENSORS, ids=lambda table: str(table["model"]))
-def test_the_plan_for_the_real_models_is_upstreams_table(expected: Dict[str, Any]) -> None:
+def test_the_plan_for_the_real_models_is_upstreams_table(expected: dict[str, Any]) -> None:
     shape = LlamaShape(
         expected["hidden"],
         expected["intermediate"],
@@ -378,7 +380,7 @@ def test_nan_and_infinity_in_the_source_are_counted_and_named(value: float, dtyp
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", [0x7FFFFFFF, -1]), ("float16", [0x7FFF, -1])])
-def test_a_nan_whose_bits_are_all_set_does_not_become_zero(dtype: str, bits: List[int], tmp_path: Path) -> None:
+def test_a_nan_whose_bits_are_all_set_does_not_become_zero(dtype: str, bits: list[int], tmp_path: Path) -> None:
     """Rounding it to bfloat16 carries through the whole exponent."""
     hf = hf_room(tmp_path, dtype=dtype)
     tensors = safetensors.torch.load_file(hf / "model.safetensors")
@@ -418,7 +420,7 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
 # --- faults ------------------------------------------------------------------------------------------------------------------
 
 
-def run(code: str, hf: Path, room: Path) -> "subprocess.CompletedProcess[str]":
+def run(code: str, hf: Path, room: Path) -> subprocess.CompletedProcess[str]:
     """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
     imports = "import os, sys, errno\nfrom scripts import build_checkpoint, reports\n"
     imports += "from scripts.weights import safetensors as s\ns.SYNC_BYTES = 200_000"
@@ -535,7 +537,7 @@ def test_what_was_kept_is_not_trusted_unread(tmp_path: Path) -> None:
 
 def test_no_tensor_is_ever_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written at once is a block (here 3 kB at most), in both rooms, whatever is done to the rows on the way."""
-    sizes: Dict[str, List[int]] = {}
+    sizes: dict[str, list[int]] = {}
     plain = safetensors_file._write_all
 
     def recorded(fd: int, data: Any) -> None:

@@ -1,11 +1,13 @@
 """The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt what trtllm-build is asked,
 what counts as done, and how each failure reads. trtllm-build and nvidia-smi are stand-ins (tests/support/stand_ins.py)."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import stand_ins
@@ -39,17 +41,17 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "programs"
 
 
-def build(checkpoint: Path, output: Path, version: str, engine: str = "tensorrt", **changed: Any) -> Dict[str, Any]:
+def build(checkpoint: Path, output: Path, version: str, engine: str = "tensorrt", **changed: Any) -> dict[str, Any]:
     asked = {"max_batch_size": 3, "max_input_len": 24, "max_seq_len": 56, **changed}
     build_engines.build_engines(build_engines.Settings(checkpoint, output, engine, version, **asked))
     return room.read_manifest(output)
 
 
-def argv(programs: Path) -> List[str]:
+def argv(programs: Path) -> list[str]:
     return (programs / "argv").read_text().splitlines()
 
 
-def after(words: List[str], flag: str) -> str:
+def after(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
@@ -59,7 +61,7 @@ def after(words: List[str], flag: str) -> str:
 @pytest.mark.parametrize("engine, taken", [("tensorrt", False), ("torch", True)])
 def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, taken: bool) -> None:
     """enable_chunked_context is false in every model repository that we fill; the torch engine cuts prompts by itself."""
-    asked: Dict[str, Any] = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
+    asked: dict[str, Any] = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
     settings = build_engines.Settings(Path(), Path(), engine, "0.14.0", **asked)
     if taken:
         assert build_engines.limits(settings, 64)["max_num_tokens"] == 23
@@ -73,7 +75,7 @@ def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, t
 # --- torch ---
 
 
-def keys(value: Any, path: str = "") -> List[str]:
+def keys(value: Any, path: str = "") -> list[str]:
     """Every key of nested mappings, in order, by its path."""
     if not isinstance(value, dict):
         return [path]

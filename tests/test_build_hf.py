@@ -1,13 +1,16 @@
 """The room hf: Meta's weights become a model that Hugging Face's code loads and that says the same; bad input gets a report."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,7 +164,7 @@ def test_params_reach_the_config(tmp_path: Path) -> None:
     [(7, {"max_seq_len": 9}, 7), (None, {"max_seq_len": 9}, 9), (None, {}, 4096), (None, {"rope_theta": 1e6}, 16384)],
 )
 def test_the_number_of_positions_and_its_source_are_told(
-    asked: Any, params: Dict[str, Any], expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: Any, params: dict[str, Any], expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = write_model(tmp_path / "meta")
     (weights / "params.json").write_text(json.dumps(GROUPED.params(**params)))
@@ -373,7 +376,7 @@ def drop(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-BAD_META: Dict[str, Any] = {
+BAD_META: dict[str, Any] = {
     # name: (shards, what goes wrong, what the report says)
     "no params.json": (1, drop("params.json"), "params.json is missing"),
     "no tokenizer": (1, drop("tokenizer.model"), "tokenizer.model is missing"),
@@ -508,7 +511,7 @@ def test_any_flipped_bit_of_a_weight_is_found_and_its_tensor_named(tmp_path: Pat
     build(weights, tmp_path / "hf")
 
 
-def edit_header(change: Callable[[Dict[str, Any]], Any]) -> Callable[[Path], None]:
+def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """change: the header -> what is written instead, as text where it is text."""
 
     def edit(folder: Path) -> None:
@@ -522,18 +525,18 @@ def edit_header(change: Callable[[Dict[str, Any]], Any]) -> Callable[[Path], Non
     return edit
 
 
-def as_floats(header: Dict[str, Any]) -> Dict[str, Any]:
+def as_floats(header: dict[str, Any]) -> dict[str, Any]:
     for name in header.keys() - {"__metadata__"}:
         header[name]["data_offsets"] = [float(at) for at in header[name]["data_offsets"]]
     return header
 
 
-def named_twice(header: Dict[str, Any]) -> str:
+def named_twice(header: dict[str, Any]) -> str:
     name = next(name for name in header if name != "__metadata__")
     return json.dumps(header)[:-1] + "," + json.dumps({name: header[name]})[1:]
 
 
-BAD_HF: Dict[str, Any] = {
+BAD_HF: dict[str, Any] = {
     "offsets with a point": (edit_header(as_floats), "which are no whole numbers"),
     "a name twice": (edit_header(named_twice), "twice"),
     "far too many layers": (
@@ -607,7 +610,7 @@ def test_a_folder_that_is_not_there_gets_a_report(tmp_path: Path) -> None:
 # --- faults ------------------------------------------------------------------------------------------------------------
 
 
-def run(code: str, *words: object) -> "subprocess.CompletedProcess[str]":
+def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:
     """Run build_hf in a process of its own, after `code`."""
     script = "from scripts import build_hf, reports\nfrom scripts.weights import safetensors as s\n"
     script += f"import os, errno\n{code}\nreports.run(build_hf.main)"

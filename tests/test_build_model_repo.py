@@ -1,11 +1,14 @@
 """Every config of every version parses as Triton does it, has the tensors of NVIDIA's table, no hole, no limit above the engines'."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -46,9 +49,9 @@ NOT_FOR_LLAMA = {
 }  # fmt: skip
 
 
-def engine_config(version: str, **build: Any) -> Dict[str, Any]:
+def engine_config(version: str, **build: Any) -> dict[str, Any]:
     """An engines' config.json as that version writes it, with limits that all differ."""
-    config: Dict[str, Any] = contracts.table("engine-config", version)
+    config: dict[str, Any] = contracts.table("engine-config", version)
     config["build_config"].update({"max_batch_size": 6, "max_input_len": 700, "max_beam_width": 3, **build})
     config["pretrained_config"]["vocab_size"] = 32011
     return config
@@ -57,22 +60,22 @@ def engine_config(version: str, **build: Any) -> Dict[str, Any]:
 def render(
     version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, kv_reuse: bool = False,
     plugins: Any = (), **build: Any,
-) -> Dict[str, str]:  # fmt: skip
+) -> dict[str, str]:  # fmt: skip
     tables, engine = contracts.table("backend", version), engine_config(version, **build)
     engine["build_config"]["plugin_config"].update(plugins)
     return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming, kv_reuse)
 
 
-def parsed(texts: Dict[str, str]) -> Dict[str, Any]:
+def parsed(texts: dict[str, str]) -> dict[str, Any]:
     return {model: text_format.Parse(text, model_config_pb2.ModelConfig()) for model, text in texts.items()}
 
 
-def changed(model: str, old: str, new: str) -> Dict[str, str]:
+def changed(model: str, old: str, new: str) -> dict[str, str]:
     assert old in TEMPLATES[model]
     return {**TEMPLATES, model: TEMPLATES[model].replace(old, new)}
 
 
-def refused(templates: Dict[str, str], **build: Any) -> str:
+def refused(templates: dict[str, str], **build: Any) -> str:
     with pytest.raises(reports.Problem) as problem:
         render(templates=templates, **build)
     return problem.value.report()
@@ -83,7 +86,7 @@ every_repository = pytest.mark.parametrize(
 )
 
 
-def described(tensor: Any) -> Dict[str, Any]:
+def described(tensor: Any) -> dict[str, Any]:
     """A tensor of a parsed config in the form of the tables."""
     return {
         "data_type": model_config_pb2.DataType.Name(tensor.data_type),
@@ -94,7 +97,7 @@ def described(tensor: Any) -> Dict[str, Any]:
     }
 
 
-def tabled(tensor: Any, kind: str) -> Dict[str, Any]:
+def tabled(tensor: Any, kind: str) -> dict[str, Any]:
     types = {
         "${logits_datatype}": "TYPE_FP32",
         "${encoder_input_features_data_type}": "TYPE_FP16",
@@ -320,7 +323,7 @@ def test_no_file_of_the_room_names_a_path_of_this_machine(tmp_path: Path, kind: 
 def test_every_filled_file_names_its_template(tmp_path: Path) -> None:
     settings = rooms(tmp_path, {})
     build_model_repo.build_model_repo(settings)
-    first: List[str] = [path.read_text().split("\n")[0] for path in settings.output.glob("*/config.pbtxt")]
+    first: list[str] = [path.read_text().split("\n")[0] for path in settings.output.glob("*/config.pbtxt")]
     assert len(first) == 5
     assert all(line.startswith("# Filled from model_repo_template/") for line in first)
 

@@ -1,12 +1,15 @@
 """docker/chart: it lints, fits the strict schemas of Kubernetes and of two operators, and refuses what contradicts itself. make chart."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 import pytest
 import yaml
@@ -33,11 +36,11 @@ def test_helm_lint_has_nothing_to_say(helm: Helm, values: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def strict(model: Any) -> Dict[str, Any]:
+def strict(model: Any) -> dict[str, Any]:
     """The JSON schema of a custom resource's model, made to refuse what it does not name."""
     # Go's regular expressions take a flag anywhere, Python's at the start
     text = json.dumps(model.model_json_schema(by_alias=True)).replace('"^(?i)', '"(?i)^')
-    schema: Dict[str, Any] = json.loads(text)
+    schema: dict[str, Any] = json.loads(text)
     for part in (schema, *schema.get("$defs", {}).values()):
         if "properties" in part:
             part.setdefault("additionalProperties", False)
@@ -45,7 +48,7 @@ def strict(model: Any) -> Dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def check() -> Callable[[Dict[str, Any], str], None]:
+def check() -> Callable[[dict[str, Any], str], None]:
     """Raises where a resource is not one, for Kubernetes by its own strict schema, for operators by their models'."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="requirements/chart.txt is not installed")
     import jsonschema
@@ -57,7 +60,7 @@ def check() -> Callable[[Dict[str, Any], str], None]:
         for model in (keda.ScaledObject, prometheus.ServiceMonitor, prometheus.PrometheusRule)
     }
 
-    def run(resource: Dict[str, Any], version: str) -> None:
+    def run(resource: dict[str, Any], version: str) -> None:
         if resource["kind"] in custom:
             jsonschema.validate(resource, custom[resource["kind"]])
         else:
@@ -277,7 +280,7 @@ def test_values_that_cannot_be_are_refused_with_the_reason(helm: Helm, change: s
 # --- make chart: from a passport to values ---
 
 
-def config_of(tp_size: int = 2, **changes: Any) -> Dict[str, Any]:
+def config_of(tp_size: int = 2, **changes: Any) -> dict[str, Any]:
     """The engines' config.json of Llama 2 70B, as TensorRT-LLM writes the parts that count."""
     model = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -288,7 +291,7 @@ def config_of(tp_size: int = 2, **changes: Any) -> Dict[str, Any]:
     return {"pretrained_config": model, "build_config": built}
 
 
-def passport_of(kind: str = "tensorrt", target: str = "", gpu: str = "NVIDIA H100 80GB HBM3") -> Dict[str, Any]:
+def passport_of(kind: str = "tensorrt", target: str = "", gpu: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
     built = {"name": gpu, "memory_bytes": 81559 << 20, "compute_capability": "9.0", "driver": "580.1"}
     return {
         "model": "Llama-2-70B Chat",
@@ -298,7 +301,7 @@ def passport_of(kind: str = "tensorrt", target: str = "", gpu: str = "NVIDIA H10
     }
 
 
-def found(passport: Dict[str, Any], config: Dict[str, Any]) -> Dict[str, Any]:
+def found(passport: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return chart.values(passport, chart.engine_of(config), "registry.example/llama", DIGEST, 8)
 
 
@@ -404,7 +407,7 @@ def test_release_names_are_such_that_helm_takes_them(model: str, name: str) -> N
     assert chart.release_name(model) == name
 
 
-def run_chart(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_chart(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "scripts.chart", *words]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}

@@ -1,5 +1,7 @@
 """Dashboard and alerts: they read metrics that there are, promtool's unit tests pass, and a real Prometheus answers every panel."""
 
+from __future__ import annotations
+
 import http.server
 import json
 import re
@@ -9,9 +11,10 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 import yaml
@@ -32,15 +35,15 @@ VARIABLES = {"$__rate_interval": "1m", "$model": ".*", "$instance": ".*"}
 SECONDS = 60
 
 
-def rules() -> List[Dict[str, Any]]:
+def rules() -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 
 
-def panels() -> List[Dict[str, Any]]:
+def panels() -> list[dict[str, Any]]:
     return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 
-def expressions() -> List[Tuple[str, str]]:
+def expressions() -> list[tuple[str, str]]:
     """(where, PromQL) of every alert and of every panel's queries."""
     found = [(rule["alert"], rule["expr"]) for rule in rules()]
     for panel in panels():
@@ -52,13 +55,13 @@ def expressions() -> List[Tuple[str, str]]:
     return found
 
 
-def promtool(*words: str, cwd: Path = DASHBOARDS) -> "subprocess.CompletedProcess[str]":
+def promtool(*words: str, cwd: Path = DASHBOARDS) -> subprocess.CompletedProcess[str]:
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed (Debian's package prometheus)")
     return subprocess.run(["promtool", *words], cwd=cwd, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
-def series_of(text: str) -> Iterator[Tuple[str, str]]:
+def series_of(text: str) -> Iterator[tuple[str, str]]:
     """(metric, matchers) of every selector in a PromQL expression."""
     for match in re.finditer(rf"({WORD.pattern})\s*(?:\{{([^}}]*)\}})?", re.sub(r'"[^"]*"', '""', text)):
         if match[1] in METRICS or match[1].startswith(("bake_", "nv_", "kube_", "up")):
@@ -182,7 +185,7 @@ def test_an_import_asks_for_nothing_that_a_grafana_may_lack() -> None:
 # --- both in a real Prometheus ---
 
 
-def page_of(metrics: List[Dict[str, Any]], step: int) -> str:
+def page_of(metrics: list[dict[str, Any]], step: int) -> str:
     """A metrics page as the server would have it, growing with each step."""
     lines = []
     for metric in metrics:
@@ -204,7 +207,7 @@ def page_of(metrics: List[Dict[str, Any]], step: int) -> str:
 
 
 @contextmanager
-def served_pages() -> Iterator[Dict[str, int]]:
+def served_pages() -> Iterator[dict[str, int]]:
     """The metrics of the table on two ports, as endpoint and Triton have them: part -> port."""
     servers, ports = [], {}
     for part in ("endpoint", "triton"):

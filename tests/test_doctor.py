@@ -1,5 +1,7 @@
 """make doctor: every check once where all is well and once where it is not, and the page as a user sees it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -367,7 +369,7 @@ def test_a_check_that_crashes_is_a_finding() -> None:
 
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, asked: doctor.Case, *words: str
-) -> "tuple[int, str, str]":
+) -> tuple[int, str, str]:
     """What `make doctor` runs, in this process."""
     chosen = "\n".join(f"{name}={value}" for name, value in asked.choice.settings.items())
     monkeypatch.setenv("CHOSEN", chosen)

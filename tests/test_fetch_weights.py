@@ -1,5 +1,7 @@
 """make weights against a real server on loopback that breaks connections, expires links, serves wrong bytes and ignores ranges."""
 
+from __future__ import annotations
+
 import errno
 import gzip
 import hashlib
@@ -13,10 +15,11 @@ import sys
 import threading
 import urllib.parse
 from base64 import b64encode
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any
 
 import pytest
 from project import ROOT, make
@@ -36,12 +39,12 @@ class Web:
     """A server of files. Each request may be spoilt: spoil(path, start) says with what."""
 
     def __init__(self) -> None:
-        self.files: Dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
         self.ranges = True
         self.tells_version = True  # by an ETag of the content
-        self.spoil: Callable[[str, int], Optional[Tuple[str, Any]]] = lambda path, start: None
-        self.asked: List[Tuple[str, int, str]] = []  # path, first byte, query
-        self.headers: List[Dict[str, str]] = []
+        self.spoil: Callable[[str, int], tuple[str, Any] | None] = lambda path, start: None
+        self.asked: list[tuple[str, int, str]] = []  # path, first byte, query
+        self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
         web = self
 
@@ -114,7 +117,7 @@ class Web:
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
-    def bytes_asked_from(self, name: str) -> List[int]:
+    def bytes_asked_from(self, name: str) -> list[int]:
         return [start for path, start, _ in self.asked if path.endswith(name)]
 
     def end(self) -> None:
@@ -136,7 +139,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A whole model in Meta's form with its checklists: file name -> content."""
     folder = write_model(tmp_path_factory.mktemp("model") / "meta", n_shards=2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -150,7 +153,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
 
 
 @pytest.fixture
-def meta(web: Web, model: Dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Web:
+def meta(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Web:
     """The model as Meta's server has it, and a link to it in META_URL."""
     for name, data in model.items():
         web.files["/" + ("" if name.startswith("tokenizer") else "llama-2-7b/") + name] = data
@@ -175,7 +178,7 @@ def refused(source: str, output: Path) -> reports.Problem:
     return caught.value
 
 
-def files_of(folder: Path) -> Dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -187,7 +190,7 @@ def files_of(folder: Path) -> Dict[str, bytes]:
 
 
 def test_metas_download_arrives_whole_and_its_manifest_knows_every_file_and_no_secret(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    meta: Web, model: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = fetch("meta:llama-2-7b", tmp_path / "weights")
     assert files_of(folder) == model
@@ -214,7 +217,7 @@ def test_the_link_may_lie_in_a_file(meta: Web, tmp_path: Path, monkeypatch: pyte
     assert (fetch("meta:llama-2-7b", tmp_path / "weights") / "params.json").is_file()
 
 
-def test_connections_that_break_all_the_time_lose_nothing(meta: Web, model: Dict[str, bytes], tmp_path: Path) -> None:
+def test_connections_that_break_all_the_time_lose_nothing(meta: Web, model: dict[str, bytes], tmp_path: Path) -> None:
     chance = random.Random(0)
     meta.spoil = lambda path, start: (
         ("cut", chance.randrange(1, 4000)) if chance.random() < 0.5 and "pth" in path else None
@@ -223,7 +226,7 @@ def test_connections_that_break_all_the_time_lose_nothing(meta: Web, model: Dict
 
 
 def test_after_an_expired_link_only_what_is_missing_is_asked_for(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path
+    meta: Web, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     meta.spoil = lambda path, start: ("status", 403) if start >= 150_000 and "01.pth" in path else None
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
@@ -238,7 +241,7 @@ def test_after_an_expired_link_only_what_is_missing_is_asked_for(
     assert not here & set(again) and len(here) + len(again) <= segments
 
 
-def test_after_kill_9_the_same_command_goes_on(meta: Web, model: Dict[str, bytes], tmp_path: Path) -> None:
+def test_after_kill_9_the_same_command_goes_on(meta: Web, model: dict[str, bytes], tmp_path: Path) -> None:
     arrived = threading.Event()
 
     def slow(path: str, start: int) -> None:
@@ -262,12 +265,12 @@ def test_after_kill_9_the_same_command_goes_on(meta: Web, model: Dict[str, bytes
 
 
 def test_a_server_that_ignores_ranges_is_read_by_one_connection(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path
+    meta: Web, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     meta.ranges = False
-    broken: List[Any] = []
+    broken: list[Any] = []
 
-    def once(path: str, start: int) -> Optional[Tuple[str, int]]:
+    def once(path: str, start: int) -> tuple[str, int] | None:
         if "00.pth" in path and len(broken) < 3:
             broken.append(path)
             return ("cut", 50_000)
@@ -277,7 +280,7 @@ def test_a_server_that_ignores_ranges_is_read_by_one_connection(
     assert files_of(fetch("meta:llama-2-7b", tmp_path / "weights")) == model
 
 
-def test_a_wrong_byte_is_found_named_and_fetched_again(meta: Web, model: Dict[str, bytes], tmp_path: Path) -> None:
+def test_a_wrong_byte_is_found_named_and_fetched_again(meta: Web, model: dict[str, bytes], tmp_path: Path) -> None:
     meta.spoil = lambda path, start: ("flip", 77_777) if "01.pth" in path else None
     problem = refused("meta:llama-2-7b", tmp_path / "weights")
     assert "CONSOLIDATED.01.PTH IS NOT THE FILE" in problem.report() and "md5 should be" in problem.seen
@@ -460,7 +463,7 @@ def test_wrong_bytes_from_the_hub_are_found(name: str, hub: Web, tmp_path: Path)
 # --- mirrors, folders, stores ------------------------------------------------------------------------------------------------
 
 
-def test_a_mirror_in_metas_form(web: Web, model: Dict[str, bytes], tmp_path: Path) -> None:
+def test_a_mirror_in_metas_form(web: Web, model: dict[str, bytes], tmp_path: Path) -> None:
     web.files.update({f"/mirror/llama/{name}": data for name, data in model.items()})
     assert files_of(fetch(f"{web.url}/mirror/llama/", tmp_path / "weights")) == model
 
@@ -474,7 +477,7 @@ def test_a_secret_in_source_is_refused_and_not_shown(secret: str, web: Web, tmp_
 
 @pytest.mark.parametrize("how", ["MIRROR_URL", "MIRROR_URL_FILE"])
 def test_a_mirrors_login_and_query_come_from_the_environment_and_stay_there(
-    how: str, web: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, web: Web, model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web.files.update({f"/m/{name}": data for name, data in model.items()})
     secret = web.url.replace("http://", "http://us:s3cr3t%40@") + "/m/?token=s3cr3t"
@@ -503,7 +506,7 @@ def test_a_mirror_in_hugging_faces_form(web: Web, tmp_path: Path) -> None:
     assert "'../../x.safetensors'" in refused(f"{web.url}/m", tmp_path / "other").seen
 
 
-def test_a_mounted_folder_is_copied_and_checked(model: Dict[str, bytes], web: Web, tmp_path: Path) -> None:
+def test_a_mounted_folder_is_copied_and_checked(model: dict[str, bytes], web: Web, tmp_path: Path) -> None:
     (tmp_path / "mounted").mkdir()
     for name, data in {**model, "cat.jpg": b"x", "optimizer.bin": b"x"}.items():
         (tmp_path / "mounted" / name).write_bytes(data)
@@ -515,11 +518,11 @@ def test_a_mounted_folder_is_copied_and_checked(model: Dict[str, bytes], web: We
 class Bucket:
     """An object store with the folder `llama` of the bucket `bucket`."""
 
-    def __init__(self, web: Web, files: Dict[str, bytes]) -> None:
+    def __init__(self, web: Web, files: dict[str, bytes]) -> None:
         self.web = web
         self.holds(files)
 
-    def holds(self, files: Dict[str, bytes]) -> None:
+    def holds(self, files: dict[str, bytes]) -> None:
         entries = "".join(
             f"<Contents><Key>llama/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>&quot;{hashlib.md5(data).hexdigest()}&quot;</ETag>"
@@ -532,7 +535,7 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(web: Web, model: Dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def bucket(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in {
         "AWS_ENDPOINT_URL": web.url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "s3cr3t",
         "AWS_REGION": "us-east-1",
@@ -542,7 +545,7 @@ def bucket(web: Web, model: Dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_object_store_is_listed_and_read_by_ranges(
-    web: Web, bucket: Bucket, model: Dict[str, bytes], tmp_path: Path
+    web: Web, bucket: Bucket, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = fetch("s3://bucket/llama", tmp_path / "weights")
     assert files_of(folder) == model and "s3cr3t" not in (folder / room.MANIFEST).read_text()
@@ -550,7 +553,7 @@ def test_an_object_store_is_listed_and_read_by_ranges(
     assert "THE STORE REFUSES" in refused("s3://bucket/llama", tmp_path / "other").report()
 
 
-def test_a_key_that_no_file_can_have_is_named(bucket: Bucket, model: Dict[str, bytes], tmp_path: Path) -> None:
+def test_a_key_that_no_file_can_have_is_named(bucket: Bucket, model: dict[str, bytes], tmp_path: Path) -> None:
     bucket.holds({**model, "../x": b"x"})
     problem = refused("s3://bucket/llama", tmp_path / "weights")
     assert '"llama/../x"' in problem.seen and "THE LIST OF FILES IS NOT" in problem.report()
@@ -571,7 +574,7 @@ class Changing:
         mounted.mkdir()
         self.holds(OLD)
 
-    def holds(self, files: Dict[str, bytes]) -> None:
+    def holds(self, files: dict[str, bytes]) -> None:
         if self.kind == "mirror":
             self.web.files.update({f"/m/{name}": data for name, data in files.items()})
         if self.kind == "store":
@@ -671,9 +674,9 @@ def test_a_part_that_was_made_shorter_meanwhile_is_fetched_anew(changing: Changi
 
 
 def test_files_of_a_mirror_that_is_being_updated_are_of_one_release(
-    web: Web, model: Dict[str, bytes], tmp_path: Path
+    web: Web, model: dict[str, bytes], tmp_path: Path
 ) -> None:
-    def release(number: int) -> Dict[str, bytes]:
+    def release(number: int) -> dict[str, bytes]:
         files = {f"consolidated.0{shard}.pth": bytes([number, shard]) * 20_000 for shard in (0, 1)}
         files.update({"params.json": b'{"dim": %d}' % number, "tokenizer.model": b"%d" % number})
         listed = "".join(f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
@@ -713,7 +716,7 @@ def test_an_empty_file_of_a_mirror_is_one(web: Web, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "args", "finished.json", "consolidated.00.pth.part"])
 def test_a_checklist_cannot_name_what_make_writes_itself(
-    name: str, web: Web, model: Dict[str, bytes], tmp_path: Path
+    name: str, web: Web, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     evil = model["checklist.chk"] + f"{hashlib.md5(b'evil').hexdigest()}  {name}\n".encode()
     files = {**model, "checklist.chk": evil, name: b"evil"}
@@ -746,7 +749,7 @@ META = {"params.json": b"{}", "consolidated.00.pth": b"x", "tokenizer.model": b"
     ],
     ids=["mistral's", "meta's", "meta's and hugging face's", "meta's and another"],
 )
-def test_whose_form_a_folder_has(there: Dict[str, bytes], form: str, left: Set[str], web: Web, tmp_path: Path) -> None:
+def test_whose_form_a_folder_has(there: dict[str, bytes], form: str, left: set[str], web: Web, tmp_path: Path) -> None:
     (tmp_path / "mounted").mkdir()
     for name, data in there.items():
         (tmp_path / "mounted" / name).write_bytes(data)
@@ -758,7 +761,7 @@ def test_whose_form_a_folder_has(there: Dict[str, bytes], form: str, left: Set[s
 
 
 @pytest.mark.parametrize("names", [["params.json", "tokenizer.model"], ["config.json", "consolidated.safetensors"], []])
-def test_a_folder_without_weights_is_refused(names: List[str], web: Web, tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(names: list[str], web: Web, tmp_path: Path) -> None:
     (tmp_path / "mounted").mkdir()
     for name in names:
         (tmp_path / "mounted" / name).write_bytes(b"{}")
@@ -769,12 +772,12 @@ def test_a_folder_without_weights_is_refused(names: List[str], web: Web, tmp_pat
 
 
 def test_another_make_that_fetched_it_meanwhile_is_enough(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    meta: Web, model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = meta_source.Meta.files
-    asked: List[Any] = []
+    asked: list[Any] = []
 
-    def files(of: meta_source.Meta) -> List[source.Remote]:
+    def files(of: meta_source.Meta) -> list[source.Remote]:
         remotes = plain(of)
         if not asked:  # we are the second; the first fetches all between our first question and our lock
             asked.append(0)
@@ -790,7 +793,7 @@ def test_another_make_that_fetched_it_meanwhile_is_enough(
 
 
 def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    meta: Web, model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta.files.update({f"/m/{name}": data for name, data in OLD.items()})
     plain = meta_source.Meta.files
@@ -803,7 +806,7 @@ def test_what_another_make_fetched_from_elsewhere_meanwhile_is_not_replaced(
 
 
 def test_a_whole_folder_that_was_killed_before_it_had_its_name_only_gets_it(
-    meta: Web, model: Dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    meta: Web, model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*folders: Path) -> None:
         raise KeyboardInterrupt
@@ -819,7 +822,7 @@ def test_a_whole_folder_that_was_killed_before_it_had_its_name_only_gets_it(
 
 @pytest.mark.parametrize("again", ["./mounted", "mounted/", "./mounted//", ".//mounted"])
 def test_one_folder_has_one_name(
-    again: str, model: Dict[str, bytes], web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    again: str, model: dict[str, bytes], web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mounted").mkdir()
     for name, data in model.items():
@@ -839,7 +842,7 @@ def test_a_source_that_is_none_is_a_report(source: str, web: Web, tmp_path: Path
 
 
 def test_make_fetches_what_is_missing_converts_it_and_clean_leaves_it(
-    own_tree: Path, model: Dict[str, bytes], tmp_path: Path
+    own_tree: Path, model: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "mounted").mkdir()
     for name, data in model.items():

@@ -1,12 +1,14 @@
 """make fsck: a bit that flipped anywhere is found, and said by the names of room, file and tensor."""
 
+from __future__ import annotations
+
 import json
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 from project import ROOT, make
@@ -40,7 +42,7 @@ def own(rooms: Path, tmp_path: Path) -> Path:
     return tmp_path / "rooms"
 
 
-def fsck(folder: Path, *names: str) -> "subprocess.CompletedProcess[str]":
+def fsck(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -56,7 +58,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-def damages(folder: Path, name: str) -> List[Dict[str, Any]]:
+def damages(folder: Path, name: str) -> list[dict[str, Any]]:
     done = fsck(folder, "--json", name)
     assert (done.returncode, done.stderr) == (1, "")
     return list(json.loads(done.stdout)["damages"])

@@ -1,11 +1,13 @@
 """The journey on the bundled model: Meta's weights in, text out of a real Triton with two ranks."""
 
+from __future__ import annotations
+
 import json
 import queue
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_the_printed_curl_line_works(served: Served) -> None:
 
 
 def test_generate_and_generate_stream_and_grpc_say_the_same(served: Served) -> None:
-    request: Dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 32}
+    request: dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 32}
     whole = served.post("ensemble", **request, bad_words="", stop_words="", pad_id=2, end_id=2)
     assert whole["text_output"].startswith(STORY)
     pieces = [event["text_output"] for event in served.stream("ensemble", **request, stream=True)]

@@ -3,6 +3,8 @@
 Nothing is installed: every program that the script asks is a stand-in that notes how it was called.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
@@ -11,7 +13,6 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 from project import ROOT, copy_of_project
@@ -61,12 +62,12 @@ def stand_in(folder: Path, name: str, text: str) -> None:
     (folder / "bin" / name).chmod(0o755)
 
 
-def environment(project: Path, **changed: str) -> Dict[str, str]:
+def environment(project: Path, **changed: str) -> dict[str, str]:
     path = f"{project.parent}/bin:/usr/local/bin:/usr/bin:/bin"
     return {**os.environ, "PATH": path, "RECORD": str(project.parent / "record"), **changed}
 
 
-def make(project: Path, target: str = ".venv/locks/run.txt", **changed: str) -> "subprocess.CompletedProcess[str]":
+def make(project: Path, target: str = ".venv/locks/run.txt", **changed: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", target],
         cwd=project,
@@ -78,7 +79,7 @@ def make(project: Path, target: str = ".venv/locks/run.txt", **changed: str) -> 
     )
 
 
-def recorded(project: Path) -> List[str]:
+def recorded(project: Path) -> list[str]:
     """What was called since the last time this was asked."""
     record = project.parent / "record"
     lines = record.read_text().splitlines() if record.exists() else []
@@ -91,7 +92,7 @@ def made(project: Path) -> None:
     assert recorded(project) == ["venv by python3.12", *ALL]
 
 
-def the_report(done: "subprocess.CompletedProcess[str]") -> str:
+def the_report(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2 and lines[-1].startswith("make: ***"), done.stderr
     assert lines[-2].startswith("    "), done.stderr
@@ -293,7 +294,7 @@ def test_a_system_that_cannot_run_it_is_a_report(project: Path, program: str, te
     ],
 )
 def test_an_interpreter_that_will_not_do_is_a_report(
-    project: Path, wrong: Dict[str, str], title: str, command: str
+    project: Path, wrong: dict[str, str], title: str, command: str
 ) -> None:
     done = make(project, **wrong)
     assert title in the_report(done)

@@ -1,5 +1,7 @@
 """The Makefile under test: what is made again after which change, what it refuses, and what kill -9, a full disk or two makes leave."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import getpass
@@ -14,8 +16,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any
 
 import pytest
 from project import copy_of_project, make
@@ -26,14 +29,14 @@ VARIANT = Path("build/stories/torch-0.8.0-tp2-float16")
 PLACES = {"config": CONFIG, **{room: VARIANT / room for room in ROOMS[1:]}}
 
 
-def asked_for(tree: Path, *words: str) -> List[str]:
+def asked_for(tree: Path, *words: str) -> list[str]:
     """The rooms that make would fill, by what `make -n` prints."""
     done = make(tree, "-n", "model_repo", *words)
     assert done.returncode == 0, done.stderr
     return re.findall(r"-m scripts\.build_(\w+)", done.stdout)
 
 
-def filled(output: str) -> List[str]:
+def filled(output: str) -> list[str]:
     """The rooms that were filled, by the lines they print."""
     return re.findall(r"^(\w+) +-> build/.* files, ", output, re.MULTILINE)
 
@@ -44,7 +47,7 @@ def edit(path: Path) -> None:
         file.write("EDITED = 1\n")
 
 
-def files_below(folder: Path, ignored: Tuple[str, ...] = ("args", "args.sha256", "made_from.json")) -> Dict[str, bytes]:
+def files_below(folder: Path, ignored: tuple[str, ...] = ("args", "args.sha256", "made_from.json")) -> dict[str, bytes]:
     """Every file but the question that was asked (it may hold a path)."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -53,7 +56,7 @@ def files_below(folder: Path, ignored: Tuple[str, ...] = ("args", "args.sha256",
     }
 
 
-def stats_below(folder: Path) -> Dict[str, Tuple[int, int]]:
+def stats_below(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
@@ -115,7 +118,7 @@ EDITED = [
 
 @pytest.mark.parametrize(("path", "line", "expected"), EDITED, ids=[f"{path} {line}" for path, line, _ in EDITED])
 def test_an_edited_file_costs_exactly_the_rooms_made_from_it(
-    made: Path, path: str, line: str, expected: List[str]
+    made: Path, path: str, line: str, expected: list[str]
 ) -> None:
     source, stat = (made / path).read_bytes(), (made / path).stat()
     if line:
@@ -154,7 +157,7 @@ def test_another_engine_has_rooms_of_its_own_but_the_same_config(made: Path) -> 
     ],
 )
 def test_a_changed_setting_costs_exactly_the_rooms_that_depend_on_it(
-    made: Path, setting: str, expected: List[str]
+    made: Path, setting: str, expected: list[str]
 ) -> None:
     assert asked_for(made, setting) == expected
 
@@ -163,7 +166,7 @@ def test_a_changed_setting_costs_exactly_the_rooms_that_depend_on_it(
     ("lock", "expected"), [("run.txt", ROOMS[1:]), ("torch.txt", ROOMS[1:]), ("test.txt", []), ("dev.txt", [])]
 )
 def test_a_changed_lock_of_the_run_time_costs_all_rooms_but_config(
-    made_tree: Path, lock: str, expected: List[str]
+    made_tree: Path, lock: str, expected: list[str]
 ) -> None:
     with (made_tree / "requirements" / lock).open("a") as file:
         file.write("# another package\n")
@@ -183,7 +186,7 @@ def test_a_changed_lock_of_the_run_time_costs_all_rooms_but_config(
     ids=["content", "added", "removed", "tokenizer one level up", "hidden", "folder"],
 )
 def test_weights_are_watched_by_names_sizes_and_times(
-    made_tree: Path, change: Callable[[Path], Any], expected: List[str]
+    made_tree: Path, change: Callable[[Path], Any], expected: list[str]
 ) -> None:
     change(made_tree / "models/stories")
     assert asked_for(made_tree) == expected
@@ -208,7 +211,7 @@ def test_there_and_back_again_costs_only_what_was_changed(made_tree: Path) -> No
 
 def test_the_environment_never_decides(made: Path, tmp_path: Path) -> None:
     (tmp_path / "models/stories").mkdir(parents=True)
-    environment: Dict[str, Any] = {
+    environment: dict[str, Any] = {
         "MODEL": "nonsense", "TP": "4", "ENGINE": "x", "DTYPE": "float32", "TOOLCHAIN": "1.2.1", "WEIGHTS": "/nowhere", "CONTEXT": "1",
         "MAX_SEQ_LEN": "9", "ROOM_ARGS": "x", "ROOM_NEEDS": "x", "LOCK": "x", "CDPATH": str(tmp_path), "LC_ALL": "C", "PYTHONPATH": "/x",
         "PYTHONSAFEPATH": "1", "REFUSED": "MODEL", "NAME": "x", "HF": "x",
@@ -250,7 +253,7 @@ def test_make_alone_prints_the_help_page_in_the_order_of_the_journey(own_tree: P
 @pytest.mark.parametrize(
     "words", [["-n", "demo"], ["-q", "model_repo"], ["help"], ["clean"], ["doctor"], ["-n", "test"]], ids=" ".join
 )
-def test_looking_writes_nothing(own_tree: Path, words: List[str]) -> None:
+def test_looking_writes_nothing(own_tree: Path, words: list[str]) -> None:
     before = set(own_tree.rglob("*"))
     command = ["make", *words]  # without PYTHON: no packages are installed either
     subprocess.run(
@@ -281,7 +284,7 @@ def test_clean_takes_the_rooms_and_nothing_else(made_tree: Path) -> None:
 # --- settings that cannot be right ----------------------------------------------------------------------------------------
 
 
-def the_report(done: "subprocess.CompletedProcess[str]") -> Tuple[str, str]:
+def the_report(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
     """(title, command) of the one report on stderr; everything else there is make's own last line."""
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr and "warning" not in done.stderr
@@ -308,7 +311,7 @@ def the_report(done: "subprocess.CompletedProcess[str]") -> Tuple[str, str]:
     ids=["values", "a path", "a name"],
 )
 def test_a_wrong_setting_is_a_report_before_anything_is_done(
-    own_tree: Path, words: List[str], titles: List[str]
+    own_tree: Path, words: list[str], titles: list[str]
 ) -> None:
     before = set(own_tree.rglob("*"))
     done = make(own_tree, "model_repo", *words)
@@ -367,7 +370,7 @@ def test_a_missing_interpreter_is_a_report(own_tree: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_what_this_model_cannot_do_is_a_report(made_tree: Path, words: List[str], title: str) -> None:
+def test_what_this_model_cannot_do_is_a_report(made_tree: Path, words: list[str], title: str) -> None:
     assert make(made_tree, "hf").returncode == 0
     assert title in the_report(make(made_tree, "engines", *words))[0]
 
@@ -439,7 +442,7 @@ def test_weights_elsewhere_under_a_presets_name(made_tree: Path, tmp_path: Path)
 # --- kill -9, a full disk, two makes --------------------------------------------------------------------------------------
 
 
-def start(tree: Path, *words: str, **options: Any) -> "subprocess.Popen[str]":
+def start(tree: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
     command = ["make", f"PYTHON={sys.executable}", *words]
     return subprocess.Popen(
         command,
@@ -452,13 +455,13 @@ def start(tree: Path, *words: str, **options: Any) -> "subprocess.Popen[str]":
     )
 
 
-def kill_group(process: "subprocess.Popen[str]") -> None:
+def kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-def wait_for_content(process: "subprocess.Popen[str]", folder: Path) -> None:
+def wait_for_content(process: subprocess.Popen[str], folder: Path) -> None:
     """Until the first file lies in `folder`, or make has ended."""
     while process.poll() is None:
         with contextlib.suppress(OSError):
@@ -532,7 +535,7 @@ def test_two_makes_for_two_variants_share_config(own_tree: Path) -> None:
 @contextlib.contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
-    mount: List[Union[str, Path]] = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder]
+    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("needs root and the right to mount a small file system")
     try:

@@ -1,5 +1,7 @@
 """docs/p3.8xlarge.md and README.ko.md name the same commands, and what make prints for 4x V100 is taken by every table that judges it."""
 
+from __future__ import annotations
+
 import importlib.machinery
 import importlib.util
 import json
@@ -8,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 from project import ROOT, make
@@ -32,11 +34,11 @@ def stand_in() -> ModuleType:
     return module
 
 
-def printed(tree: Path, *words: str) -> List[List[str]]:
+def printed(tree: Path, *words: str) -> list[list[str]]:
     """The commands that `make -n` shows, word by word."""
     done = make(tree, "-n", *words, V100S)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    commands: List[List[str]] = [[]]
+    commands: list[list[str]] = [[]]
     for line in done.stdout.replace("\\\n", " ").splitlines():
         for word in shlex.split(line):
             commands = [*commands, []] if word == "&&" else [*commands[:-1], [*commands[-1], word]]
@@ -72,7 +74,7 @@ def test_docker_takes_every_command_that_make_prints(
 def test_trtllm_build_takes_the_command_that_plan_prints(tree: Path, version: str) -> None:
     done = make(tree, "plan", *MODEL, V100S, "JSON=1", f"TOOLCHAIN={version}")
     assert done.returncode == 0, done.stderr
-    plan: Dict[str, Any] = json.loads(done.stdout)
+    plan: dict[str, Any] = json.loads(done.stdout)
     toolchain = version or ON_VOLTA[-1]
     assert plan["toolchain"] == toolchain
     program, *words = plan["programs"]["engines"]
@@ -96,7 +98,7 @@ def test_the_quantizers_take_what_a_v100_can_run(version: str) -> None:
 # --- the page ---
 
 
-def typed(text: str) -> List[str]:
+def typed(text: str) -> list[str]:
     """Every make command of a README, without settings that name a place or a text, for instance 'make config MODEL=llama-2-7b'."""
     found = []
     for line in re.findall(r"^    (?:META_URL_FILE=\S+ )?(make .*)$", text, re.MULTILINE):

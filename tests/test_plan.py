@@ -1,5 +1,7 @@
 """make plan and its arithmetic: bytes held to upstream's tables and to what users measured, verdicts to arithmetic by hand."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
@@ -8,8 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any
 
 import pytest
 from project import ROOT, make
@@ -127,7 +130,7 @@ QWEN = LlamaShape(hidden_size=896, intermediate_size=4864, n_layers=24, n_heads=
     ids=["qwen-8192", "qwen-512", "llama-8192"],
 )
 def test_measured_activations_lie_between_the_bounds(
-    shape: LlamaShape, limits: Dict[str, int], measured_mib: float
+    shape: LlamaShape, limits: dict[str, int], measured_mib: float
 ) -> None:
     least, most = memory.activation_bytes(engine(shape, **limits))
     assert least <= measured_mib * MIB <= most
@@ -160,7 +163,7 @@ def test_measured_buffers_for_sampling() -> None:
 #   70B V100: 34.88 at TP 4 > 16.94. A100, H100 TP 1: 137.95 > 85.9. TP 2: 85.52 - 69.24 - 3.09 = 13.19 x 0.85 = 11.2 against 0.67: fits.
 #       H200 TP 1: 150.76 - 137.95 - 3.54 = 9.27 x 0.85 = 7.9 against 1.34: fits.
 NO, FEW = "does not fit", "more ranks than GPUs"
-GRID: Dict[Tuple[str, str], List[str]] = {
+GRID: dict[tuple[str, str], list[str]] = {
     ("llama-2-7b", V100S): ["no", "fits", "fits", "few"],
     ("llama-2-7b", A100S): ["fits", "fits", "few", "few"],
     ("llama-2-7b", H100S): ["fits", "fits", "few", "few"],
@@ -243,7 +246,7 @@ def test_batch_is_what_the_kv_cache_holds_at_worst() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_cannot_work_is_refused(changed: Dict[str, str], title: str, seen: Sequence[str]) -> None:
+def test_what_cannot_work_is_refused(changed: dict[str, str], title: str, seen: Sequence[str]) -> None:
     with pytest.raises(reports.Problem) as raised:
         planned(**changed)
     assert raised.value.title == title
@@ -369,7 +372,7 @@ def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:
 # --- as it is typed ---
 
 
-def files_below(tree: Path) -> List[Path]:
+def files_below(tree: Path) -> list[Path]:
     return sorted(path for path in tree.rglob("*") if "__pycache__" not in path.parts)
 
 
@@ -383,7 +386,7 @@ def laptop(tmp_path: Path) -> Path:
     return folder
 
 
-def type_make(tree: Path, path: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def type_make(tree: Path, path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": str(path), "HOME": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         ["make", *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=60, check=False

@@ -1,11 +1,13 @@
 """What the READMEs show of curl and Python does what they say, typed as it stands but for ports and the model's name."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 from project import ROOT
@@ -23,7 +25,7 @@ def chatting(tree: Path) -> Iterator[Served]:
     assert running.end() == 0, "".join(running.lines)
 
 
-def examples(readme: str) -> List[str]:
+def examples(readme: str) -> list[str]:
     """The indented blocks of a README that are curl commands or Python."""
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", (ROOT / readme).read_text(), re.MULTILINE)
     found = []
@@ -52,15 +54,15 @@ def test_the_example_answers(chatting: Served, readme: str, example: str) -> Non
 
 
 @pytest.mark.parametrize("pages", [("README.md", "docs/serving.md"), ("README.ko.md",)])
-def test_both_protocols_are_shown_with_curl_and_with_python(pages: Tuple[str, ...]) -> None:
-    def shown(example: str) -> Tuple[bool, bool]:
+def test_both_protocols_are_shown_with_curl_and_with_python(pages: tuple[str, ...]) -> None:
+    def shown(example: str) -> tuple[bool, bool]:
         return example.startswith("curl"), any(word in example for word in ("9000", "OpenAI"))
 
     found = {shown(example) for page in pages for example in examples(page)}
     assert found == {(a, b) for a in (True, False) for b in (True, False)}
 
 
-def typed() -> List[Tuple[str, str]]:
+def typed() -> list[tuple[str, str]]:
     """Every make command in an indented block of the pages for users: (page, command)."""
     pages = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = []

@@ -1,12 +1,13 @@
 """ENGINE=tensorrt from weights to streamed text for every supported version, with stand-ins for docker, GPUs and trtllm-build."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
 
 import pytest
 from project import ROOT, make
@@ -15,7 +16,7 @@ from server import free_ports
 from triton_requests import STORY
 
 TABLE = json.loads((ROOT / "docker/toolchains.json").read_text())
-VERSIONS: List[str] = list(TABLE)
+VERSIONS: list[str] = list(TABLE)
 GPUS = "2x V100-SXM2-16GB"
 
 
@@ -23,7 +24,7 @@ def gpus_for(version: str) -> str:
     return GPUS if "7.0" in TABLE[version]["architectures"] else "2x A100-80GB"
 
 
-def rehearse(tree: Path, *words: str, docker: str = "no") -> "subprocess.CompletedProcess[str]":
+def rehearse(tree: Path, *words: str, docker: str = "no") -> subprocess.CompletedProcess[str]:
     names = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
     ports = [f"{name}={port}" for name, port in zip(names, free_ports(4))]
     return make(tree, *words, "ENGINE=tensorrt", *ports, REHEARSAL_DOCKER=docker)
@@ -75,7 +76,7 @@ def test_a_rehearsal_names_its_gpus(tree: Path) -> None:
     assert done.returncode != 0 and "REHEARSAL CANNOT BE 1" in done.stderr and "2x A100-80GB" in done.stderr
 
 
-def stand_in(name: str, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def stand_in(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "REHEARSAL_PYTHON": sys.executable, "REHEARSAL_DOCKER": "no", **variables}
     program = ROOT / "docker/rehearsal" / name
     return subprocess.run(
@@ -140,7 +141,7 @@ def docker(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def docker_is_told(docker: Path, *words: str, cannot: str = "") -> List[str]:
+def docker_is_told(docker: Path, *words: str, cannot: str = "") -> list[str]:
     """What docker is told when the Makefile says `docker run FLAGS '' words`; without --env and --volume, which come with the stand-ins."""
     (docker / "cannot").write_text(cannot)
     done = stand_in("host/docker", *FLAGS, "", *words, PATH=str(docker), REHEARSAL_DOCKER="", REHEARSAL_GPUS=GPUS)
@@ -206,7 +207,7 @@ def test_the_gate_asks_every_position_and_says_that_it_is_a_rehearsal(verified: 
     assert json.loads((verified / "manifest.json").read_text())["facts"]["rehearsal"] is True
 
 
-def verify(tree: Path, version: str, engines: Path, output: Path) -> "subprocess.CompletedProcess[str]":
+def verify(tree: Path, version: str, engines: Path, output: Path) -> subprocess.CompletedProcess[str]:
     """The gate with three prompts, in the environment that the rehearsal's container has."""
     few = output.with_name("few.txt")
     few.write_text("Once upon a time\nThe little dog\n옛날 옛적에\n")

@@ -3,11 +3,14 @@
 Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in tests/nvidia/test_backend_rules.py.
 """
 
+from __future__ import annotations
+
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import closing
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
 IDS = ints(1, 792, 670, 260, 568)
 # What a request that names no outputs gets beside what it asks for, by rule
-ZEROS: Dict[str, Tuple[str, Dict[str, Tuple[int, ...]]]] = {
+ZEROS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "v0.8.0": ("response-dummies-0.8.0", {"cum_log_probs": (1, 1), "output_log_probs": (1, 1, 6), "context_logits": (1, 1, 1),
                "generation_logits": (1, 1, 1, 1)}),
     "r24.10": ("response-dummies-r24.10", {"cum_log_probs": (1, 1), "output_log_probs": (1, 1, 5), "context_logits": (1, 1, 1),
@@ -29,11 +32,11 @@ ZEROS: Dict[str, Tuple[str, Dict[str, Tuple[int, ...]]]] = {
     "v0.14.0": ("response-sequence-index", {"sequence_index": (1, 1)}),
     "v1.2.1": ("response-no-dummies", {}),
 }  # fmt: skip
-Answer = Tuple[Dict[str, Any], bool]
+Answer = tuple[dict[str, Any], bool]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[Tuple[str, Served]]:
+def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[tuple[str, Served]]:
     """(the backend's name, a server of its TOOLCHAIN)."""
     version = BACKENDS[request.param]
     gpus = "2x V100-SXM2-16GB" if "7.0" in TOOLCHAINS[version]["architectures"] else "2x A100-80GB"
@@ -48,9 +51,9 @@ def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[Tuple[str, 
         end_tree_of(running.process.pid)
 
 
-def answers(served: Served, request_id: str = "", outputs: Any = None, **values: Any) -> List[Answer]:
+def answers(served: Served, request_id: str = "", outputs: Any = None, **values: Any) -> list[Answer]:
     """Every response of tensorrt_llm: its tensors, and whether it is the last. An error is raised."""
-    found: List[Answer] = []
+    found: list[Answer] = []
     with closing(Stream(served)) as stream:
         stream.send("tensorrt_llm", request_id, outputs, **values)
         while not found or not found[-1][1]:
@@ -60,7 +63,7 @@ def answers(served: Served, request_id: str = "", outputs: Any = None, **values:
     return found
 
 
-def tensors_of(response: Any) -> Dict[str, Any]:
+def tensors_of(response: Any) -> dict[str, Any]:
     arrays = {}
     for output, raw in zip(response.outputs, response.raw_output_contents):
         kind = {"INT32": np.int32, "FP32": np.float32, "INT64": np.int64}[output.datatype]
@@ -74,7 +77,7 @@ def error_of(served: Served, request_id: str = "", outputs: Any = None, **values
     return str(problem.value)
 
 
-def greedy(n: int, **values: Any) -> Dict[str, Any]:
+def greedy(n: int, **values: Any) -> dict[str, Any]:
     return {"input_ids": IDS, "input_lengths": ints(5), "request_output_len": ints(n), "end_id": ints(2), **values}
 
 
@@ -155,7 +158,7 @@ def test_many_requests_at_once_do_not_share_an_id(rehearsed: Any) -> None:
     with closing(Stream(served)) as stream:
         for n in range(32):
             stream.send("ensemble", str(n), text_input=texts(PROMPT), max_tokens=ints(24), stream=yes())
-        told: Dict[str, str] = {str(n): "" for n in range(32)}
+        told: dict[str, str] = {str(n): "" for n in range(32)}
         ended = 0
         while ended < 32:
             answer = stream.next()
@@ -168,7 +171,7 @@ def test_many_requests_at_once_do_not_share_an_id(rehearsed: Any) -> None:
 
 def test_no_stack_trace_reaches_a_client_and_its_own_mistake_is_told_as_such(rehearsed: Any) -> None:
     _, served = rehearsed
-    mistakes: List[Dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 1.5}, {"repetition_penalty": -1.0}]
+    mistakes: list[dict[str, Any]] = [{"temperature": -1.0}, {"top_p": 1.5}, {"repetition_penalty": -1.0}]
     for mistake in mistakes:
         said = served.post("ensemble", text_input=PROMPT, max_tokens=4, **mistake)
         # Triton's generate says 400 whatever the code is, so the codes are in tests/text_models/test_engine_words.py

@@ -1,5 +1,7 @@
 """What a release refuses: an unpinned image, inferred tables, a rehearsal's or unverified engines, a tree that is not clean."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Reports: what a user reads when something foreseen goes wrong, and what stays a traceback because it is our bug."""
 
+from __future__ import annotations
+
 import errno
 import os
 import signal
@@ -14,7 +16,7 @@ from scripts import reports
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script of one function, run as ours are."""
     code = f"import os\nfrom pathlib import Path\nfrom scripts import reports\ndef main():\n    {body}\nreports.run(main)\n"
     environment = {**os.environ, **environment}

@@ -1,5 +1,7 @@
 """How a room is filled: all or nothing, and nothing finished is done twice."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import json
@@ -7,8 +9,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 import pytest
 from project import ROOT
@@ -16,7 +19,7 @@ from project import ROOT
 from scripts import reports, room
 
 
-def files_of(folder: Path) -> Dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -49,7 +52,7 @@ def interrupted(path: Path, **arguments: Any) -> None:
         raise KeyboardInterrupt
 
 
-def kept_in(path: Path, **arguments: Any) -> List[str]:
+def kept_in(path: Path, **arguments: Any) -> list[str]:
     with room.filling(path, arguments=arguments) as filling:
         assert sorted(found.name for found in filling.path.iterdir() if found.name != room.FINISHED) == sorted(
             filling.kept
@@ -221,7 +224,7 @@ def test_a_room_that_was_never_finished_is_a_report(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: List[str] = []
+    written: list[str] = []
     write_synced = room.write_synced
 
     def noted(path: Path, data: bytes) -> None:
@@ -237,7 +240,7 @@ def test_the_manifest_is_the_last_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_long_step_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(room, "SPEAK_SECONDS", 0.01)
     spoken = threading.Event()
-    said: List[str] = []
+    said: list[str] = []
 
     def awaited() -> str:
         if len(said) == 2:

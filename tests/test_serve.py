@@ -1,5 +1,7 @@
 """The supervisor: ready means ready, a fault of one rank ends all and is named, SIGTERM lets requests finish, nothing stays behind."""
 
+from __future__ import annotations
+
 import os
 import queue
 import re
@@ -11,9 +13,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Set, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
 
-LONG: Dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
+LONG: dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def test_a_rank_that_dies_or_stops_ends_everything_and_is_named(
     server: Served, rank: int, model: str, number: signal.Signals, seen: str
 ) -> None:
     below = processes_below(server.process.pid)
-    answers: List[str] = []
+    answers: list[str] = []
     # in the middle of a request, where the other ranks wait for the one that is gone
     client = threading.Thread(target=lambda: answers.append(str(_post_quietly(server))), daemon=True)
     client.start()
@@ -94,7 +97,7 @@ def _post_quietly(server: Served) -> object:
 
 
 def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
-    events: List[Dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     client = threading.Thread(target=lambda: events.extend(server.stream("ensemble", **LONG, stream=True)))
     client.start()
     while server.active < 1:
@@ -114,7 +117,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
 
 def test_ctrl_c_with_a_client_that_only_holds_a_stream_open(server: Served) -> None:
     """Such a client keeps Triton 2.51 from ever exiting."""
-    answers: queue.Queue[Tuple[Any, Any]] = queue.Queue()
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with triton.InferenceServerClient(server.grpc) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         inputs = []
@@ -239,7 +242,7 @@ def test_an_address_of_another_machine_is_told_so(tree: Path, served: Served) ->
 
 def test_it_listens_on_loopback_only(served: Served) -> None:
     """tritonserver's ports; mpirun's own control channel is Open MPI's (README, "What listens where")."""
-    inodes: Set[str] = set()
+    inodes: set[str] = set()
     for pid, name in processes_below(served.process.pid).items():
         if name in ("tritonserver", "triton_python_b"):
             for fd in Path(f"/proc/{pid}/fd").iterdir():
@@ -318,7 +321,7 @@ def test_one_server_per_rank(world_size: int) -> None:
 def test_ranks_yield_where_they_leave_no_core_to_the_others() -> None:
     """A rank that waits in MPI spins; tritonserver and the text models need a core too."""
 
-    def environment(ranks: int, cores: int) -> Dict[str, str]:
+    def environment(ranks: int, cores: int) -> dict[str, str]:
         return server_environment({}, TOOLBOX, Path("/tmp/x"), ranks, cores)
 
     assert environment(4, 2)["OMPI_MCA_mpi_yield_when_idle"] == environment(2, 2)["OMPI_MCA_mpi_yield_when_idle"] == "1"

@@ -1,5 +1,7 @@
 """The table of settings: every value that it forbids is refused by a report whose command is right, and the pages say what it says."""
 
+from __future__ import annotations
+
 import ast
 import os
 import re
@@ -8,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 from project import ROOT
@@ -20,11 +21,11 @@ from scripts.making import choice, journey, toolchain
 WRONG = [(setting.name, value) for setting in settings.TABLE for value in settings.wrong_values(setting)]
 
 
-def typed(words: Dict[str, str], goal: str = "serve") -> choice.Typed:
+def typed(words: dict[str, str], goal: str = "serve") -> choice.Typed:
     return choice.Typed([goal], words, asked=True)
 
 
-def command_for(words: Dict[str, str], monkeypatch: pytest.MonkeyPatch, goal: str = "serve") -> List[str]:
+def command_for(words: dict[str, str], monkeypatch: pytest.MonkeyPatch, goal: str = "serve") -> list[str]:
     """The command of the report on these settings; it must be refused no more."""
     asked = typed(words, goal)
     values = choice.values_of(words)
@@ -37,7 +38,7 @@ def command_for(words: Dict[str, str], monkeypatch: pytest.MonkeyPatch, goal: st
     return shlex.split(problem.command.splitlines()[-1])
 
 
-def taken(command: List[str]) -> bool:
+def taken(command: list[str]) -> bool:
     """Whether the settings of a command would be taken."""
     assert command[0] == "make", command
     words = dict(word.split("=", 1) for word in command[2:])
@@ -172,9 +173,26 @@ def test_any_python_from_3_8_on_decides_with_its_standard_library_alone() -> Non
     assert len([path for path in paths if path.is_file()]) > 20
     for path in [*filter(Path.is_file, paths), ROOT / "scripts/making/__main__.py", ROOT / "scripts/making/seen.py"]:
         tree = ast.parse(path.read_text(), feature_version=(3, 8))
-        for node in ast.walk(tree):
+        assert any("annotations" in ast.unparse(line) for line in tree.body[:2]), (
+            f"{path.name}: without the future import 3.8 evaluates annotations"
+        )
+        for node in ast.walk(Unannotated().visit(tree)):
             if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in BUILTINS:
                 assert isinstance(node.ctx, ast.Store) or not is_generic(node), f"{path.name}:{node.lineno}"
+
+
+class Unannotated(ast.NodeTransformer):
+    """A module without what `from __future__ import annotations` leaves unevaluated."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        return ast.Expr(node.value or ast.Constant(None))
 
 
 BUILTINS = ("dict", "list", "tuple", "set", "frozenset", "type")

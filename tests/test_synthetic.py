@@ -1,5 +1,7 @@
 """Models of random weights: whole, and with layers that repeat each other, which a disk holds where the whole model would not fit."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

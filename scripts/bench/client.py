@@ -1,28 +1,31 @@
 """Streams over Triton's gRPC for `make bench`, where perf_analyzer does not run: one process, the official client."""
 
+from __future__ import annotations
+
 import asyncio
 import time
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from scripts import reports
 
 
-def ask(address: str, concurrency: int, count: int, max_tokens: int, prompts: Sequence[str]) -> List[Dict[str, Any]]:
+def ask(address: str, concurrency: int, count: int, max_tokens: int, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """`count` streamed requests, `concurrency` at a time; each as bench_ranks.request_times has it."""
     return asyncio.run(_ask(address, concurrency, count, max_tokens, prompts))
 
 
 async def _ask(
     address: str, concurrency: int, count: int, max_tokens: int, prompts: Sequence[str]
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     import tritonclient.grpc.aio as triton
 
     waiting, results = iter(range(count)), []
     async with triton.InferenceServerClient(address) as client:
 
-        async def one(text: str) -> Dict[str, Any]:
+        async def one(text: str) -> dict[str, Any]:
             inputs = []
             for name, kind, value in (
                 ("text_input", "BYTES", np.array([[text.encode()]], dtype=object)),

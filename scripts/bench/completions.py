@@ -6,15 +6,18 @@ Prompts are token ids drawn at random, different in every request, so that no se
 Several processes share the streams: one cannot read as fast as a server of 256 streams writes.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import multiprocessing
 import os
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from scripts import reports
@@ -34,7 +37,7 @@ def ask(
     rounds: int,
     seed: int,
     vocab_size: int,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """`concurrency` streams that each ask `rounds` times; every request as ranks.request_times has it. A Problem when one is refused."""
     processes = min(os.cpu_count() or 1, -(-concurrency // STREAMS_PER_PROCESS))
     shares = [concurrency // processes + (n < concurrency % processes) for n in range(processes)]
@@ -49,13 +52,13 @@ def ask(
         return [one for many in pool.map(_process, work) for one in many]
 
 
-def _process(arguments: Tuple[str, str, int, int, int, int, int, int]) -> List[Dict[str, Any]]:
+def _process(arguments: tuple[str, str, int, int, int, int, int, int]) -> list[dict[str, Any]]:
     return asyncio.run(_streams(*arguments))
 
 
 async def _streams(
     url: str, model: str, input_tokens: int, output_tokens: int, streams: int, rounds: int, seed: int, vocab_size: int
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     low, high = ORDINARY if vocab_size >= ORDINARY[1] else (3, vocab_size)
 
@@ -65,14 +68,14 @@ async def _streams(
             "min_tokens": output_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
         }).encode()  # fmt: skip
 
-    async def stream(bodies: Sequence[bytes]) -> List[Dict[str, Any]]:
+    async def stream(bodies: Sequence[bytes]) -> list[dict[str, Any]]:
         return [await asyncio.wait_for(_one(url, one), TIMEOUT_SECONDS) for one in bodies]
 
     bodies = [[body() for _ in range(rounds)] for _ in range(streams)]
     return [one for many in await asyncio.gather(*map(stream, bodies)) for one in many]
 
 
-async def _one(url: str, body: bytes) -> Dict[str, Any]:
+async def _one(url: str, body: bytes) -> dict[str, Any]:
     """One request: when it began, when each piece arrived, how many tokens each had."""
     parts = urlsplit(url)
     began = perf_counter()
@@ -99,7 +102,7 @@ async def _one(url: str, body: bytes) -> Dict[str, Any]:
     return times(began, arrivals, tokens)
 
 
-def times(began: float, arrivals: Sequence[float], tokens: int) -> Dict[str, Any]:
+def times(began: float, arrivals: Sequence[float], tokens: int) -> dict[str, Any]:
     """A request as ranks.request_times has it: a piece carries one token or, when the client is slower than the engine, some."""
     if not arrivals or not tokens:
         raise reports.serving.request_refused(
@@ -110,11 +113,11 @@ def times(began: float, arrivals: Sequence[float], tokens: int) -> Dict[str, Any
     return {"began": began, "arrivals": list(arrivals[: len(counts) - 1]) + [arrivals[-1]], "tokens": counts}
 
 
-def measure(url: str, model: str, points: Sequence[str], vocab_size: int = ORDINARY[1]) -> List[Mapping[str, Any]]:
+def measure(url: str, model: str, points: Sequence[str], vocab_size: int = ORDINARY[1]) -> list[Mapping[str, Any]]:
     """Each load 'input:output:streams' asked two times over; the second one counts."""
     from scripts.bench.load import summary
 
-    rows: List[Mapping[str, Any]] = []
+    rows: list[Mapping[str, Any]] = []
     for point in points:
         given, wanted, streams = map(int, point.split(":"))
         for seed in (1, 2):

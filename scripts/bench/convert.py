@@ -4,6 +4,8 @@ transformers 4.47.1's converter alone, in one run on one disk.
 Makes a random Llama-2-shaped model under the scratch folder, converts it, prints ratios and peak memory, writes them as JSON.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -15,7 +17,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Optional
 
 from scripts import reports
 from scripts.nvidia import contracts
@@ -47,7 +48,7 @@ class Settings:
     runs: int
     scratch: Path
     wide: bool
-    transformers_4_47: Optional[Path]
+    transformers_4_47: Path | None
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Measured:
     cpu_seconds (user and system) tell whether others were busy on the machine meanwhile: they hardly change then, wall time does.
     """
 
-    seconds: List[float] = field(default_factory=list)
-    cpu_seconds: List[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     anonymous_bytes: int = 0
 
 
@@ -69,10 +70,10 @@ def layers_for(size_bytes: float) -> int:
     return max(1, -(-int(size_bytes - 4 * VOCAB_SIZE * DIM) // (2 * layer)))
 
 
-def ratios(measured: Dict[str, Measured]) -> Dict[str, List[float]]:
+def ratios(measured: dict[str, Measured]) -> dict[str, list[float]]:
     """Ours against each other way, run by run: what else happens on the machine then weighs on both sides."""
 
-    def together(*names: str) -> List[float]:
+    def together(*names: str) -> list[float]:
         return [sum(seconds) for seconds in zip(*(measured[name].seconds for name in names))]
 
     others = {"cp+sync": ["cp+sync"], "cp+sync and one hash": ["cp+sync", "hash"]}
@@ -86,10 +87,10 @@ def ratios(measured: Dict[str, Measured]) -> Dict[str, List[float]]:
     }
 
 
-def report(measured: Dict[str, Measured], size_bytes: int) -> Dict[str, object]:
+def report(measured: dict[str, Measured], size_bytes: int) -> dict[str, object]:
     """What is written as JSON: seconds, ratios and GB/s of the input for each run, peak memory."""
 
-    def rounded(values: List[float]) -> List[float]:
+    def rounded(values: list[float]) -> list[float]:
         return [round(value, 2) for value in values]
 
     return {
@@ -106,7 +107,7 @@ def report(measured: Dict[str, Measured], size_bytes: int) -> Dict[str, object]:
     }
 
 
-def bench_convert(settings: Settings) -> Dict[str, object]:
+def bench_convert(settings: Settings) -> dict[str, object]:
     """Make the model, measure every step in turn, `runs` times; returns what report() says."""
     scratch = settings.scratch
     shutil.rmtree(scratch, ignore_errors=True)
@@ -117,7 +118,7 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
     size_bytes = _make_model(meta, layers, multiple_of)
     print(f"{human_bytes(size_bytes)} of weights, float16, {settings.cache} cache, {settings.runs} run(s)", flush=True)
     python = sys.executable
-    steps: Dict[str, List[str]] = {
+    steps: dict[str, list[str]] = {
         "cp+sync": ["cp", "-r", str(meta), str(copy)],
         "hash": [python, "-c", HASH, *(str(path) for path in sorted(meta.iterdir()))],
         "config": [python, "-m", "scripts.build_config", "--weights", str(meta), "--output", str(config)],
@@ -170,7 +171,7 @@ def bench_convert(settings: Settings) -> Dict[str, object]:
     return result
 
 
-def _measure(command: List[str], unsynced: Optional[Path], into: Measured) -> None:
+def _measure(command: list[str], unsynced: Path | None, into: Measured) -> None:
     """Run a step; where it leaves its output unsynced, the sync counts too."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if unsynced:
@@ -192,7 +193,7 @@ def _measure(command: List[str], unsynced: Optional[Path], into: Measured) -> No
         raise reports.bench.bench_step_failed(command, status)
 
 
-def _sample(process: "subprocess.Popen[bytes]", into: Measured) -> None:
+def _sample(process: subprocess.Popen[bytes], into: Measured) -> None:
     """Peak of RssAnon + RssShmem, looked at every SAMPLE_SECONDS."""
     while process.poll() is None:
         try:

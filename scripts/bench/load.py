@@ -9,6 +9,8 @@ Serves the rooms itself, so that the engine alone can have the GPUs afterwards. 
 With --baseline, every number is held against the same number of an older run, and the status is 1 when one is worse.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import importlib
@@ -24,9 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from scripts import reports, room, serve
 from scripts.bench import client as bench_client
@@ -67,11 +70,11 @@ class Point:
     def requests(self) -> int:
         return ROUNDS * self.concurrency
 
-    def numbers(self) -> Dict[str, int]:
+    def numbers(self) -> dict[str, int]:
         return {**vars(self), "requests": self.requests}
 
 
-def points_of(text: str, limits: Mapping[str, int]) -> List[Point]:
+def points_of(text: str, limits: Mapping[str, int]) -> list[Point]:
     """'128:128:1 1024:64:8' as points; those that the engine does not take are left out. A Problem for anything else."""
     points = []
     for word in text.split():
@@ -98,7 +101,7 @@ def points_of(text: str, limits: Mapping[str, int]) -> List[Point]:
     return fit
 
 
-def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
+def summary(requests: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The numbers of a point from its requests (bench_ranks.request_times).
 
     Inter-token latency: of each request, the time from its first to its last token over the tokens in between. Fairness: the slowest
@@ -125,7 +128,7 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> Dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 
-def rounds_of(requests: Sequence[Mapping[str, Any]]) -> List[float]:
+def rounds_of(requests: Sequence[Mapping[str, Any]]) -> list[float]:
     """Tokens per second of each round: the requests in the order in which they began, in ROUNDS equal parts."""
     ordered = sorted(requests, key=lambda one: one["began"])
     each = len(ordered) // ROUNDS
@@ -143,7 +146,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, -(-len(ordered) * int(percent) // 100) - 1)]
 
 
-def model_bytes(pretrained: Mapping[str, Any]) -> Tuple[int, int]:
+def model_bytes(pretrained: Mapping[str, Any]) -> tuple[int, int]:
     """(bytes of weights that a decode step of one rank reads, bytes of keys and values per position of a sequence)."""
     hidden, inner, layers = pretrained["hidden_size"], pretrained["intermediate_size"], pretrained["num_hidden_layers"]
     heads, kv = (
@@ -157,7 +160,7 @@ def model_bytes(pretrained: Mapping[str, Any]) -> Tuple[int, int]:
     return item * (layers * layer + hidden * pretrained["vocab_size"] // tp), 2 * item * layers * kv_rank * size
 
 
-def ceiling(pretrained: Mapping[str, Any], measured: Mapping[str, Any], point: Point) -> Dict[str, float]:
+def ceiling(pretrained: Mapping[str, Any], measured: Mapping[str, Any], point: Point) -> dict[str, float]:
     """Tokens per second that memory alone allows, and with the all-reduces of this host's library, two for each layer."""
     weights, per_position = model_bytes(pretrained)
     positions = point.concurrency * (point.input_tokens + point.output_tokens / 2)
@@ -172,10 +175,10 @@ def ceiling(pretrained: Mapping[str, Any], measured: Mapping[str, Any], point: P
     }
 
 
-def compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> List[Dict[str, Any]]:
+def compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every number of both runs; worse: by more than NOISE."""
 
-    def table(run: Mapping[str, Any]) -> Dict[Tuple[Any, ...], float]:
+    def table(run: Mapping[str, Any]) -> dict[tuple[Any, ...], float]:
         return {
             (row["side"], row["tp_size"], row["input_tokens"], row["output_tokens"], row["concurrency"], name): row[
                 name
@@ -200,7 +203,7 @@ def compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> List[Dict[str, A
 # --- shell ---
 
 
-def generator(name: str, why_missing: str) -> Tuple[Optional[str], str]:
+def generator(name: str, why_missing: str) -> tuple[str | None, str]:
     """(the path of a load generator, its version) or (None, why it does not run here)."""
     beside = Path(sys.executable).parent
     places = [str(beside), str(beside.parent / name / "bin"), os.environ.get("PATH", "")]
@@ -212,7 +215,7 @@ def generator(name: str, why_missing: str) -> Tuple[Optional[str], str]:
     return (None if done.returncode else path), said[-1]
 
 
-def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[bytes]", export: Path) -> None:
+def generate(command: Sequence[str], log_path: Path, server: subprocess.Popen[bytes], export: Path) -> None:
     """Run a load generator until it ends or the server does. A Problem, and what it said, when `export` is not written."""
     export.unlink(missing_ok=True)
     with log_path.open("w+") as log:
@@ -228,7 +231,7 @@ def generate(command: Sequence[str], log_path: Path, server: "subprocess.Popen[b
             raise reports.bench.bench_step_failed(list(command), running.returncode)
 
 
-def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> List[str]:
+def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> list[str]:
     """Texts of `n_tokens` for this model's tokenizer, different from the first word on. folder: where tokenizer.json is."""
     sys.path.append(str(model_repo / "tensorrt_llm_bls" / "1"))
     tokenizer = importlib.import_module("text").Text(folder)
@@ -264,8 +267,8 @@ def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> Lis
 
 
 def ask_perf_analyzer(
-    path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: "subprocess.Popen[bytes]"
-) -> List[Dict[str, Any]]:
+    path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: subprocess.Popen[bytes]
+) -> list[dict[str, Any]]:
     """Triton's gRPC, streamed: every response's time."""
     data, export = folder / "input.json", folder / "export.json"
     inputs = {"max_tokens": point.output_tokens, "stream": True, "end_id": -1}
@@ -293,8 +296,8 @@ def ask_perf_analyzer(
 
 def ask_aiperf(
     path: str, settings: launch.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
-    server: "subprocess.Popen[bytes]",
-) -> List[Dict[str, Any]]:  # fmt: skip
+    server: subprocess.Popen[bytes],
+) -> list[dict[str, Any]]:  # fmt: skip
     """The OpenAI-compatible endpoint, streamed: of every request when it began, its first and its last token."""
     data, export = folder / "prompts.jsonl", folder / "aiperf" / "profile_export.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
@@ -310,7 +313,7 @@ def ask_aiperf(
     return aiperf_requests([json.loads(line) for line in export.read_text().splitlines()], point)
 
 
-def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> List[Dict[str, Any]]:
+def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> list[dict[str, Any]]:
     """aiperf's records as bench_ranks.request_times has them. A Problem when one failed or is shorter than what was asked for."""
     requests = []
     for record in records:
@@ -337,7 +340,7 @@ def mpirun(world_size: int, root: Path, *arguments: object) -> None:
         raise reports.bench.bench_step_failed(command, done.returncode)
 
 
-def host() -> Dict[str, Any]:
+def host() -> dict[str, Any]:
     found = gpus.here()
     versions = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "nvidia-pytriton", "perf-analyzer"):
@@ -373,16 +376,16 @@ def processor() -> str:
 
 
 def measure(
-    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[Dict[str, Any]], object]
-) -> Dict[str, Any]:
+    args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
     """All sides of one variant; what did not run is in `not_run`, with the reason. keep: called with what there is before the peers."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
     pretrained = config["pretrained_config"]
     limits = vars(limits_of(config))
     points, world_size = points_of(args.points or DEFAULT_POINTS, limits), pretrained["mapping"]["world_size"]
-    rows: List[Dict[str, Any]] = []
-    not_run: Dict[str, str] = {}
-    failed: Dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    not_run: dict[str, str] = {}
+    failed: dict[str, str] = {}
 
     def note(side: str, point: Point, numbers: Mapping[str, float]) -> None:
         rows.append({"side": side, "tp_size": world_size, **point.numbers(), **numbers})
@@ -391,7 +394,7 @@ def measure(
             "bench", f"{side} tp{world_size} {point.input_tokens}+{point.output_tokens} x{point.concurrency}: {shown}"
         )
 
-    generators: Dict[str, str] = {}
+    generators: dict[str, str] = {}
     ready = None
     if not args.engine_only:
         ready = through_triton(
@@ -436,7 +439,7 @@ def measure(
 
 def through_triton(
     args: argparse.Namespace, settings: launch.Settings, points: Sequence[Point], vocab_size: int, folder: Path, note: Note,
-    not_run: Dict[str, str], failed: Dict[str, str], generators: Dict[str, str],
+    not_run: dict[str, str], failed: dict[str, str], generators: dict[str, str],
 ) -> float:  # fmt: skip
     """The served model under every load, over gRPC and over the endpoint; seconds until it was ready."""
     path, perf_said = generator("perf_analyzer", " (its wheel needs glibc 2.38)")
@@ -456,19 +459,19 @@ def through_triton(
         for point in points:
             prompts = prompts_of(args.root / "model_repo", args.tokenizer, point.input_tokens, min(64, point.requests))
 
-            def over_grpc(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+            def over_grpc(point: Point = point, prompts: Sequence[str] = prompts) -> list[dict[str, Any]]:
                 if not path:
                     return bench_client.ask(address, point.concurrency, point.requests, point.output_tokens, prompts)
                 ask_perf_analyzer(path, address, Point(point.input_tokens, 4, 1), prompts, folder, server)  # warm
                 return ask_perf_analyzer(path, address, point, prompts, folder, server)
 
-            def over_aiperf(point: Point = point, prompts: Sequence[str] = prompts) -> List[Dict[str, Any]]:
+            def over_aiperf(point: Point = point, prompts: Sequence[str] = prompts) -> list[dict[str, Any]]:
                 return ask_aiperf(str(aiperf), settings, point, prompts, args.tokenizer, folder, server)
 
-            def over_completions(point: Point = point) -> List[Dict[str, Any]]:
+            def over_completions(point: Point = point) -> list[dict[str, Any]]:
                 return ask_completions(settings.openai_url, settings.root.parent.name, point, vocab_size)
 
-            ways: Dict[str, Callable[[], List[Dict[str, Any]]]] = {
+            ways: dict[str, Callable[[], list[dict[str, Any]]]] = {
                 f"Triton ({'perf_analyzer' if path else 'tritonclient'}, gRPC)": over_grpc
             }
             if aiperf:
@@ -485,7 +488,7 @@ def through_triton(
         return serving.seconds
 
 
-def ask_completions(url: str, model: str, point: Point, vocab_size: int) -> List[Dict[str, Any]]:
+def ask_completions(url: str, model: str, point: Point, vocab_size: int) -> list[dict[str, Any]]:
     """The generator that asks us and peers alike: once over the streams to warm, then as often as the others ask."""
     sizes = (point.input_tokens, point.output_tokens, point.concurrency)
     completions.ask(url, model, *sizes, 1, 1, vocab_size)
@@ -494,7 +497,7 @@ def ask_completions(url: str, model: str, point: Point, vocab_size: int) -> List
 
 def peers(
     args: argparse.Namespace, points: Sequence[Point], pretrained: Mapping[str, Any], limits: Mapping[str, int], folder: Path,
-    note: Note, not_run: Dict[str, str], generators: Dict[str, str],
+    note: Note, not_run: dict[str, str], generators: dict[str, str],
 ) -> None:  # fmt: skip
     """The same weights and lengths through others. They are not ours to mend: what fails is named."""
     if not args.peers:
@@ -537,7 +540,7 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
     writer = csv.DictWriter(table, names)
     writer.writeheader()
     writer.writerows(result["rows"])
-    kinds: List[Tuple[str, Callable[[], str]]] = [
+    kinds: list[tuple[str, Callable[[], str]]] = [
         ("json", lambda: json.dumps(result, indent=1) + "\n"),
         ("csv", table.getvalue),
         ("html", lambda: bench_page.page(result, f"{out.name}.json")),
@@ -573,7 +576,7 @@ def main() -> int:
     baseline = bench_page.read_run(args.baseline) if args.baseline else None
     others = [bench_page.read_run(path) for path in args.others]
 
-    def keep(measured: Dict[str, Any]) -> Dict[str, Any]:
+    def keep(measured: dict[str, Any]) -> dict[str, Any]:
         about = host()
         about["versions"].update(measured["generators"])
         result = {

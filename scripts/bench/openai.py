@@ -4,6 +4,8 @@ Streams of exactly --tokens tokens each, 1 and --streams of them at once, both w
 cpu   microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import http.client
@@ -11,8 +13,9 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +26,12 @@ from scripts.serving.started import started
 PROMPT = "Once upon a time"
 
 
-def over_grpc(settings: launch.Settings, ids: List[int], tokens: int) -> float:
+def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
     """One answer of tensorrt_llm; seconds until its first token."""
     import tritonclient.grpc as triton
 
     done, first = threading.Event(), [0.0]
-    failures: List[object] = []
+    failures: list[object] = []
     began = time.monotonic()
 
     def receive(result: Any, error: Any) -> None:
@@ -63,7 +66,7 @@ def over_grpc(settings: launch.Settings, ids: List[int], tokens: int) -> float:
     return first[0]
 
 
-def key_of(settings: launch.Settings) -> Dict[str, str]:
+def key_of(settings: launch.Settings) -> dict[str, str]:
     """The header with the first of the endpoint's keys, where it has some (API_KEY_FILE, BAKE_API_KEY)."""
     file = settings.api_key_file
     lines = Path(file).read_text(encoding="utf-8-sig") if file else os.environ.get("BAKE_API_KEY", "")
@@ -81,7 +84,7 @@ def served_name(settings: launch.Settings) -> str:
     return str(json.loads(said)["data"][0]["id"])
 
 
-def over_openai(settings: launch.Settings, ids: List[int], tokens: int, model: str) -> float:
+def over_openai(settings: launch.Settings, ids: list[int], tokens: int, model: str) -> float:
     """The same answer through the endpoint; seconds until its first token."""
     # with a bias the end token is never chosen: every stream has all its tokens
     asked = {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
@@ -99,12 +102,12 @@ def over_openai(settings: launch.Settings, ids: List[int], tokens: int, model: s
 
 
 def together(
-    one: Callable[..., float], settings: launch.Settings, ids: List[int], tokens: int, count: int
-) -> Dict[str, float]:
+    one: Callable[..., float], settings: launch.Settings, ids: list[int], tokens: int, count: int
+) -> dict[str, float]:
     """Tokens a second of `count` answers at once, and the median time until a first token. When one fails there are no numbers:
     its Problem is raised."""
-    firsts: List[float] = []
-    failures: List[BaseException] = []
+    firsts: list[float] = []
+    failures: list[BaseException] = []
 
     def ask() -> None:
         try:
@@ -134,22 +137,22 @@ def cpu_seconds(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(settings: launch.Settings, streams: int, tokens: int) -> Dict[str, Any]:
+def measure(settings: launch.Settings, streams: int, tokens: int) -> dict[str, Any]:
     """Serve, measure, end."""
-    result: Dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with started(settings) as serving:
         if serving.endpoint_pid is None:
             raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
         endpoint = serving.endpoint_pid
         ids = [1, 403, 407, 261, 378]
-        ways: Dict[str, Callable[..., float]] = {
+        ways: dict[str, Callable[..., float]] = {
             "grpc": over_grpc,
             "openai": functools.partial(over_openai, model=served_name(settings)),
         }
         for one in ways.values():
             together(one, settings, ids, tokens, streams)  # warm
         for count in (1, streams):
-            runs: Dict[str, List[Dict[str, float]]] = {way: [] for way in ways}
+            runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             used = 0.0
             for _ in range(3):
                 for way, one in ways.items():

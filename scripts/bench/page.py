@@ -3,11 +3,14 @@
 Colour says whose numbers they are, the dash says which load; axes are logarithmic, with plain numbers. Light and dark, wide and narrow.
 """
 
+from __future__ import annotations
+
 import html
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from scripts import reports
 
@@ -51,7 +54,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 36
 Row = Mapping[str, Any]
 
 
-def read_run(path: Path) -> Dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
     """An earlier bench.json; a Problem when it is none."""
     try:
         run = json.loads(path.read_bytes())
@@ -102,10 +105,10 @@ class Names:
         return DASHES[self.loads.index(load_of(row)) % len(DASHES)]
 
 
-def against(rows: Sequence[Row], side: str, other: str) -> Dict[Tuple[Any, ...], float]:
+def against(rows: Sequence[Row], side: str, other: str) -> dict[tuple[Any, ...], float]:
     """TP, load and streams -> tokens/s of one side over another's, where both were measured."""
 
-    def table(kind: str) -> Dict[Tuple[Any, ...], float]:
+    def table(kind: str) -> dict[tuple[Any, ...], float]:
         return {
             (row["tp_size"], row["input_tokens"], row["output_tokens"], row["concurrency"]): row["tokens_per_second"]
             for row in rows
@@ -116,11 +119,11 @@ def against(rows: Sequence[Row], side: str, other: str) -> Dict[Tuple[Any, ...],
     return {key: ours[key] / theirs[key] for key in ours if theirs.get(key)}
 
 
-def reached(run: Mapping[str, Any]) -> List[str]:
+def reached(run: Mapping[str, Any]) -> list[str]:
     """Sentences that say what was reached and what was not."""
     rows, said = run["rows"], []
 
-    def shown(key: Tuple[Any, ...], ratio: float) -> str:
+    def shown(key: tuple[Any, ...], ratio: float) -> str:
         return f"{key[3]} x {key[1]}+{key[2]} ({ratio:.2f})"
 
     for side, how in (("OpenAI's API", "through the same API"), ("Triton", "over gRPC, vLLM over its API")):
@@ -156,7 +159,7 @@ def reached(run: Mapping[str, Any]) -> List[str]:
 # --- plots ---
 
 
-def ticks(low: float, high: float, most: int) -> List[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers from low to high on a logarithmic axis."""
     for steps in ((1, 2, 5), (1, 3), (1,)):
         found = [
@@ -174,7 +177,7 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
-def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, ends: Tuple[str, str]) -> str:
+def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, ends: tuple[str, str]) -> str:
     """Lines of `middle` over the streams, each point labelled, with a whisker between the values named `ends`."""
     drawn = [row for row in rows if row.get(middle)]
     if not drawn:
@@ -201,10 +204,10 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">streams at once</text>'
     )
-    lines: Dict[Tuple[str, str], List[Row]] = {}
+    lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(drawn, key=lambda row: row["concurrency"]):
         lines.setdefault((names.side(row), load_of(row)), []).append(row)
-    columns: Dict[float, List[Tuple[float, str, str]]] = {}  # of labels: height, colour, text
+    columns: dict[float, list[tuple[float, str, str]]] = {}  # of labels: height, colour, text
     for index, ((side, _), points) in enumerate(lines.items()):
         stroke, dash, shift = colour(side), names.dash(points[0]), 2.0 * (index - len(lines) / 2)
         path = " ".join(f"{x(row['concurrency']) + shift:.1f},{y(row[middle]):.1f}" for row in points)
@@ -233,7 +236,7 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     )
 
 
-def spread(heights: Sequence[float]) -> List[float]:
+def spread(heights: Sequence[float]) -> list[float]:
     """Heights in rising order, moved apart as little as the height of a label asks for, inside the plot."""
     placed = list[float]()
     for height in heights:
@@ -269,7 +272,7 @@ COLUMNS = (
 
 def numbers(rows: Sequence[Row], names: Names) -> str:
     """One group of lines for each load, one line for each side; how it compares with the ceiling and with vLLM."""
-    groups: Dict[Tuple[Any, ...], List[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["input_tokens"], row["output_tokens"], row["concurrency"]), []).append(row)
     head = "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
@@ -296,7 +299,7 @@ def numbers(rows: Sequence[Row], names: Names) -> str:
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def page(run: Mapping[str, Any], source: Optional[str] = None) -> str:
+def page(run: Mapping[str, Any], source: str | None = None) -> str:
     """The whole page. source: the name of the JSON file beside it."""
     rows, host, model, text = run["rows"], run["host"], run["model"], html.escape
     names = Names(rows)

@@ -5,6 +5,8 @@ python3 -m scripts.bench.ranks engine ENGINES POINTS OUT    under mpirun: the en
 python3 -m scripts.bench.ranks transformers HF POINTS OUT   Hugging Face's generate on one device, the same lengths
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import random
@@ -13,8 +15,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any
 
 from scripts import reports
 
@@ -23,7 +26,7 @@ COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 REPEAT = 20
 
 
-def request_times(began: float, arrivals: Sequence[float], tokens: Sequence[int]) -> Dict[str, Any]:
+def request_times(began: float, arrivals: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
     """One request as a load generator tells it: seconds on one clock, and how many tokens came with each response."""
     return {"began": began, "arrivals": list(arrivals), "tokens": list(tokens)}
 
@@ -56,7 +59,7 @@ def ceilings(out: Path) -> None:
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_seconds = median_seconds(lambda: target.copy_(source), wait)
-    reduced: Dict[str, float] = {}
+    reduced: dict[str, float] = {}
     if world.Get_size() > 1:
         folder = world.bcast(tempfile.mkdtemp() if world.Get_rank() == 0 else None)
         torch.distributed.init_process_group(
@@ -107,9 +110,9 @@ def engine(folder: Path, points: Path, out: Path) -> None:
     opened.close()
 
 
-def engine_point(code: Any, opened: Any, point: Dict[str, Any]) -> List[Dict[str, Any]]:
+def engine_point(code: Any, opened: Any, point: dict[str, Any]) -> list[dict[str, Any]]:
     chance = random.Random(0)
-    results: List[Dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     done, lock = threading.Event(), threading.Lock()
     left = [point["requests"]]
 

@@ -5,6 +5,8 @@ nothing to do seconds of a `make model_repo` that finds nothing to do
 streams       wall time of 8 streams at once against one alone, over gRPC, the same tokens each
 """
 
+from __future__ import annotations
+
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +31,7 @@ def stream(address: str, max_tokens: int) -> float:
     import tritonclient.grpc as triton
 
     done = threading.Event()
-    failures: List[object] = []
+    failures: list[object] = []
 
     def receive(result: Any, error: Any) -> None:
         if error is not None:
@@ -70,7 +72,7 @@ def together(address: str, count: int, max_tokens: int) -> float:
     return time.monotonic() - began
 
 
-def measure(settings: launch.Settings, streams: int, max_tokens: int) -> Dict[str, float]:
+def measure(settings: launch.Settings, streams: int, max_tokens: int) -> dict[str, float]:
     """Serve, measure, end."""
     with started(settings) as serving:
         ready = serving.seconds
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=200)
     args = parser.parse_args()
-    result: Dict[str, object] = {
+    result: dict[str, object] = {
         "machine": machine(),
         "python": platform.python_version(),
     }

@@ -6,6 +6,8 @@ slowly, that never read, that send half a head, a body without end, or no HTTP. 
 they are what they were after the first minute.
 """
 
+from __future__ import annotations
+
 import argparse
 import http.client
 import json
@@ -16,9 +18,10 @@ import statistics
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 from scripts import reports, serve
 from scripts.serving import launch, processes
@@ -37,13 +40,13 @@ ANSWER_SECONDS = 120.0
 class Seen:
     """What all clients saw. wrong: the first few answers that were not as they must be."""
 
-    counts: Dict[str, int] = field(default_factory=dict)
-    wrong: List[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
     wrongs: int = 0
-    seconds: List[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, what: str, seconds: Optional[float] = None) -> None:
+    def count(self, what: str, seconds: float | None = None) -> None:
         with self.lock:
             self.counts[what] = self.counts.get(what, 0) + 1
             if seconds is not None and len(self.seconds) < 1_000_000:
@@ -63,7 +66,7 @@ class Clients:
     def __init__(self, settings: launch.Settings, seen: Seen) -> None:
         self.settings, self.seen = settings, seen
         self.name = json.loads(self._ask("GET", "/v1/models")[2])["data"][0]["id"]
-        self.expected: Dict[str, str] = {}
+        self.expected: dict[str, str] = {}
 
     def learn(self) -> None:
         """What the answers are, while nothing else is asked."""
@@ -73,12 +76,12 @@ class Clients:
                 raise reports.serving.request_refused(body.decode(errors="replace"))
             self.expected[prompt] = json.loads(body)["choices"][0]["text"]
 
-    def _body(self, prompt: str, **more: Any) -> Dict[str, Any]:
+    def _body(self, prompt: str, **more: Any) -> dict[str, Any]:
         return {"model": self.name, "prompt": prompt, "max_tokens": 24, "temperature": 0, **more}
 
     def _ask(
         self, method: str, path: str, body: object = None, source: str = "127.0.0.1", **headers: str
-    ) -> Tuple[int, Any, bytes]:
+    ) -> tuple[int, Any, bytes]:
         link = http.client.HTTPConnection(
             self.settings.reached_at, self.settings.openai_port, timeout=ANSWER_SECONDS, source_address=(source, 0)
         )
@@ -155,7 +158,7 @@ class Clients:
         self.seen.must(texts[0] == texts[1], f"seeded: {texts}")
 
     def invalid(self, chance: random.Random) -> None:
-        cases: List[Tuple[Dict[str, Any], int]] = [
+        cases: list[tuple[dict[str, Any], int]] = [
             ({"n": 0}, 400), ({"model": "other"}, 404), ({"zz": 1}, 400), ({"max_tokens": 10**6}, 400), ({"prompt": [-1]}, 400),
             ({"stop": ["x"] * 17}, 400), ({"logit_bias": {"x": 1}}, 400), ({"prompt": "x" * 2_000_000}, 413),
         ]  # fmt: skip
@@ -221,14 +224,14 @@ class Clients:
         self.seen.count("flood")
 
 
-def text_of(events: bytes) -> Tuple[str, int]:
+def text_of(events: bytes) -> tuple[str, int]:
     """The text of a streamed answer, and its tokens where usage was asked for."""
     chunks = [json.loads(event[6:]) for event in events.split(b"\n\n") if event.startswith(b"data: {")]
     usage = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")]
     return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]), usage[-1] if usage else 0
 
 
-def looked(settings: launch.Settings, endpoint: int) -> Dict[str, float]:
+def looked(settings: launch.Settings, endpoint: int) -> dict[str, float]:
     """Memory, descriptors and processes of the endpoint, and requests in the engine, now."""
     memory = descriptors = count = 0
     for process in processes.of_session(endpoint).values():
@@ -250,12 +253,12 @@ def looked(settings: launch.Settings, endpoint: int) -> Dict[str, float]:
 
 
 # How many clients of each kind visit at the same time
-KINDS: Dict[str, int] = {
+KINDS: dict[str, int] = {
     "whole": 4, "streamed": 6, "stopped": 2, "seeded": 1, "invalid": 2, "leaves": 2, "slow": 2, "unread": 2, "held": 3, "flood": 1,
 }  # fmt: skip
 
 
-def measure(settings: launch.Settings, seconds: float) -> Dict[str, Any]:
+def measure(settings: launch.Settings, seconds: float) -> dict[str, Any]:
     """Serve, visit for so long, end: figures, with what went wrong under `wrong`."""
     seen, stop = Seen(), threading.Event()
     with started(settings) as serving:
@@ -282,7 +285,7 @@ def measure(settings: launch.Settings, seconds: float) -> Dict[str, Any]:
         began = time.monotonic()
         for thread in threads:
             thread.start()
-        looks: List[Dict[str, float]] = []
+        looks: list[dict[str, float]] = []
         while time.monotonic() - began < seconds and serving.process.poll() is None:
             time.sleep(min(LOOK_SECONDS, seconds / 10))
             looks.append(looked(settings, endpoint))

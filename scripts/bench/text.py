@@ -8,6 +8,8 @@ Each client keeps one request on its way over a gRPC stream of its own: 128 toke
 with the text of its tokens. Ratios are of one run; a round asks all three in turn, the numbers are medians over the rounds.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import json
@@ -22,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import grpc
 import numpy as np
@@ -53,10 +56,10 @@ class Measured:
     answers: int = 0
     responses: int = 0
     wrong_texts: int = 0
-    first_token_seconds: List[float] = field(default_factory=list)
-    answer_seconds: List[float] = field(default_factory=list)
+    first_token_seconds: list[float] = field(default_factory=list)
+    answer_seconds: list[float] = field(default_factory=list)
 
-    def summary(self) -> Dict[str, float]:
+    def summary(self) -> dict[str, float]:
         first = sorted(self.first_token_seconds) or [float("nan")]
         return {
             "tokens_per_second": self.answers * OUT_TOKENS / self.seconds,
@@ -71,7 +74,7 @@ class Measured:
 # --- the repository: the made one with the stand-in for its engine, and stock's three models beside it ---
 
 
-def stock_configs(tokenizer_dir: str) -> Dict[str, str]:
+def stock_configs(tokenizer_dir: str) -> dict[str, str]:
     """config.pbtxt of NVIDIA's three models of v0.8.0 under names of their own, from the version's contract table."""
     table = contracts.table("backend", VERSION)
     renamed = {"preprocessing": "stock_preprocessing", "postprocessing": "stock_postprocessing"}
@@ -161,7 +164,7 @@ class Server:
         """How the stand-in steps from its next idle moment on (its file `pace`)."""
         (self.folder / "model_repo" / "tensorrt_llm" / "1" / "pace").write_text(text)
 
-    def tail(self) -> List[str]:
+    def tail(self) -> list[str]:
         """What it has to say of its failure."""
         lines = Path(self.log.name).read_text().splitlines()
         return [line for line in lines if line[:1] in ("E", "F")][-ranks.LOG_LINES :]
@@ -182,7 +185,7 @@ class Server:
 # --- the clients ---
 
 
-def prompt_of(tokenizer_dir: Path) -> Tuple[str, List[int], str]:
+def prompt_of(tokenizer_dir: Path) -> tuple[str, list[int], str]:
     """A text of IN_TOKENS tokens, BOS included; its ids; and the text that the stand-in makes of it."""
     sys.path.insert(0, str(WRITTEN))
     from text import Text
@@ -226,7 +229,7 @@ ANSWER_SECONDS = 20
 STOCK_ATTEMPTS = 4
 
 
-async def client(stub: Any, request: Any, expected: Optional[str], until: float, begins: float, seen: Measured) -> None:
+async def client(stub: Any, request: Any, expected: str | None, until: float, begins: float, seen: Measured) -> None:
     """Ask, read to the end, ask again. Only what begins after `begins` and ends before `until` counts."""
     stream = stub.ModelStreamInfer()
     while time.monotonic() < until:
@@ -257,7 +260,7 @@ async def client(stub: Any, request: Any, expected: Optional[str], until: float,
     stream.cancel()
 
 
-async def window(port: int, request: Any, expected: Optional[str], clients: int, seconds: float) -> Measured:
+async def window(port: int, request: Any, expected: str | None, clients: int, seconds: float) -> Measured:
     """Warm up, then measure. An answer's tokens count in the window that it ends in."""
     from tritonclient.grpc import service_pb2_grpc
 
@@ -273,7 +276,7 @@ async def window(port: int, request: Any, expected: Optional[str], clients: int,
     return seen
 
 
-def median_of(rounds: Sequence[Measured]) -> Dict[str, float]:
+def median_of(rounds: Sequence[Measured]) -> dict[str, float]:
     """The median of each number over the rounds; wrong texts are summed."""
     found = [one.summary() for one in rounds]
     summary = {name: statistics.median(one[name] for one in found) for name in found[0]}
@@ -290,10 +293,10 @@ class Bench:
     """
 
     def __init__(
-        self, made: Path, folder: Path, cases: Mapping[str, Tuple[Any, Optional[str]]], runner: asyncio.Runner
+        self, made: Path, folder: Path, cases: Mapping[str, tuple[Any, str | None]], runner: asyncio.Runner
     ) -> None:
         self.made, self.folder, self.cases, self.runner = made, folder, cases, runner
-        self.servers: Dict[bool, Server] = {}
+        self.servers: dict[bool, Server] = {}
         self.n_started = 0
 
     def server(self, stock: bool, pace: str) -> Server:
@@ -303,9 +306,9 @@ class Bench:
         self.servers[stock].pace(pace)
         return self.servers[stock]
 
-    def measure(self, pace: str, clients: int, rounds: int, seconds: float) -> Dict[str, Dict[str, float]]:
+    def measure(self, pace: str, clients: int, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
         """All cases in turn, `rounds` times."""
-        seen: Dict[str, List[Measured]] = {name: [] for name in self.cases}
+        seen: dict[str, list[Measured]] = {name: [] for name in self.cases}
         for _ in range(rounds):
             for name in self.cases:
                 seen[name].append(self._window(name, pace, clients, seconds))
@@ -332,7 +335,7 @@ class Bench:
 
 
 # name of a measurement: (the stand-in's file `pace`, clients, what it shows)
-PACES: Dict[str, Tuple[str, int, str]] = {
+PACES: dict[str, tuple[str, int, str]] = {
     "one": (
         "1000 one",
         32,
@@ -347,7 +350,7 @@ PACES: Dict[str, Tuple[str, int, str]] = {
 }
 
 
-def verdicts(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Dict[str, float]:
+def verdicts(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
     """The ratios that the README states."""
     one, ready, paced = found["one"], found["ready"], found["paced"]
     speed = "tokens_per_second"
@@ -374,7 +377,7 @@ def main() -> None:
         "stock": (request_of("stock_ensemble", prompt, ids), expected),
         "ours": (request_of("ensemble", prompt, ids), expected),
     }
-    found: Dict[str, Dict[str, Dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     print(
         f"{'':<14}{'tokens/s':>10}{'responses/s':>13}{'first token p50':>17}{'p99':>8}{'answer':>9}{'wrong texts':>13}"
     )

@@ -1,5 +1,7 @@
 """vLLM as a peer of `make bench PEERS=on`: served from an environment of its own (VLLM_PYTHON), asked by the generator that asks us."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket
@@ -7,9 +9,9 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Mapping, Optional, Sequence
 
 from scripts.weights.hugging_face import REPEATED
 
@@ -42,7 +44,7 @@ def version(python: str) -> str:
 
 def command(
     python: str, model: Path, name: str, dtype: str, tp_size: int, limits: Mapping[str, int], port: int, dummy: bool
-) -> List[str]:
+) -> list[str]:
     """The same limits as our engine; no prefix is reused, as our prompts have none in common. dummy: random weights of its own."""
     return [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name, "--dtype", dtype,
@@ -105,7 +107,7 @@ def served(
                     continue
 
 
-def _wait(server: "subprocess.Popen[bytes]", url: str) -> Optional[str]:
+def _wait(server: subprocess.Popen[bytes], url: str) -> str | None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -118,6 +120,6 @@ def _wait(server: "subprocess.Popen[bytes]", url: str) -> Optional[str]:
     return f"it was not ready after {START_SECONDS} s"
 
 
-def _last(lines: Sequence[str]) -> List[str]:
+def _last(lines: Sequence[str]) -> list[str]:
     told = [line for line in lines if "Error" in line] or list(lines)
     return [line[-200:] for line in told[-3:]]

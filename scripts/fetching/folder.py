@@ -1,8 +1,10 @@
 """A folder of this machine."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Optional
 
 from scripts import reports
 from scripts.fetching import source as limits
@@ -12,12 +14,12 @@ from scripts.fetching.source import NAME, Broken, Remote, _of_listing, public_na
 class Folder:
     """A folder of this machine, mounted perhaps; its files are copied, so that it need not stay."""
 
-    revision: Optional[str] = None
+    revision: str | None = None
 
     def __init__(self, source: str) -> None:
         self.path, self.name = Path(source), public_name(source)
 
-    def files(self) -> List[Remote]:
+    def files(self) -> list[Remote]:
         if not self.path.is_dir():
             raise reports.fetching.fetch_odd(self.path.name, self.name, "no folder is there")
         found = {path.name: path.stat() for path in self.path.iterdir() if path.is_file() and NAME.fullmatch(path.name)}

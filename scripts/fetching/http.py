@@ -1,10 +1,13 @@
 """Sources over HTTPS: requests, ranges, what a server says of a file."""
 
+from __future__ import annotations
+
 import os
 import re
 import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from scripts import reports
@@ -17,13 +20,13 @@ CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
 class Http:
     """GET with ranges. Redirects are followed; a header with a secret is not sent on to another host (urllib3's own rule)."""
 
-    def __init__(self, url_of_proxy_for: str, headers: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(self, url_of_proxy_for: str, headers: Mapping[str, str] | None = None) -> None:
         import urllib3
 
         self.headers = dict(headers or {})
         parts = urlsplit(url_of_proxy_for)
         proxies = {} if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies()
-        options: Dict[str, Any] = {
+        options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
             "retries": urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
             "maxsize": 16,
@@ -31,7 +34,7 @@ class Http:
         proxy = proxies.get(parts.scheme)
         self.pool: Any = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
-    def get(self, url: str, start: int, end: Optional[int], version: str = "") -> Any:
+    def get(self, url: str, start: int, end: int | None, version: str = "") -> Any:
         """The response to a request for [start, end), not read yet; end None: to the end. Broken where there is none.
 
         version: which one is meant; where the server has another one by now it answers with the whole of that (If-Range).
@@ -81,7 +84,7 @@ def _without_url(error: Exception) -> str:
     return type(reason if isinstance(reason, Exception) else error).__name__
 
 
-def _sizes(response: Any) -> Tuple[Optional[int], bool]:
+def _sizes(response: Any) -> tuple[int | None, bool]:
     """(size of the whole file, whether ranges are heeded), from the answer to a request for a range."""
     if response.status == 206:
         total = str(response.headers.get("Content-Range", "")).rpartition("/")[2]
@@ -102,7 +105,7 @@ class HttpSource:
     """What Meta's download, mirrors and the hub share."""
 
     name = ""
-    revision: Optional[str] = None
+    revision: str | None = None
 
     def __init__(self, http: Http) -> None:
         self.http = http
@@ -115,7 +118,7 @@ class HttpSource:
         """What a status from 400 on means."""
         return reports.fetching.fetch_refused(name, self.name, status)
 
-    def small(self, key: str) -> Optional[bytes]:
+    def small(self, key: str) -> bytes | None:
         """The content of a small file; None where there is none."""
         response = self._tried(key)
         if response.status in (404, 416):  # 416: it is there, and empty
@@ -140,7 +143,7 @@ class HttpSource:
         raise reports.fetching.fetch_broken(key, self.name, reason, 0, None)
 
     def remote(
-        self, name: str, key: str, digests: Optional[Mapping[str, str]] = None, size_bytes: Optional[int] = None
+        self, name: str, key: str, digests: Mapping[str, str] | None = None, size_bytes: int | None = None
     ) -> Remote:
         """A file with its size, as its server says; a Problem where it is not there, or has not the size that was promised."""
         response = self._tried(key)
@@ -154,7 +157,7 @@ class HttpSource:
             raise reports.fetching.fetched_file_differs(name, self.name, "size", str(size_bytes), str(size))
         return Remote(name, key, size, digests or {}, ranges, "" if digests else _version(response))
 
-    def _asked(self, name: str, key: str, start: int, end: Optional[int], version: str = "") -> Any:
+    def _asked(self, name: str, key: str, start: int, end: int | None, version: str = "") -> Any:
         response = self.http.get(self.url(key), start, end, version)
         encoding = str(response.headers.get("Content-Encoding", "")).lower()
         if response.status < 400 and encoding not in ("", "identity"):

@@ -1,7 +1,9 @@
 """The Hugging Face hub."""
 
+from __future__ import annotations
+
 import re
-from typing import Any, List, Optional
+from typing import Any
 
 from scripts import reports
 from scripts.fetching.http import Http, HttpSource
@@ -11,7 +13,7 @@ from scripts.fetching.source import HF_FILES, HF_INDEXES, NAME, Remote, _first_l
 class Hub(HttpSource):
     """A repository of the Hugging Face hub, at one commit. The library huggingface_hub knows where and with which token (HF_TOKEN)."""
 
-    def __init__(self, repository: str, revision: Optional[str], source: str) -> None:
+    def __init__(self, repository: str, revision: str | None, source: str) -> None:
         import huggingface_hub
 
         self.hub, self.repository = huggingface_hub, repository
@@ -30,7 +32,7 @@ class Hub(HttpSource):
             return reports.fetching.hub_refused(self.repository, status, bool(self.token))
         return super().refused(name, status)
 
-    def files(self) -> List[Remote]:
+    def files(self) -> list[Remote]:
         info = self._info()
         self.revision = str(info.sha)
         by_name = {str(sibling.rfilename): sibling for sibling in info.siblings or ()}

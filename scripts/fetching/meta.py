@@ -1,6 +1,7 @@
 """Meta's download, with the URL of the licence mail."""
 
-from typing import Dict, List, Tuple
+from __future__ import annotations
+
 from urllib.parse import urlsplit
 
 from scripts import reports
@@ -38,10 +39,10 @@ class Meta(HttpSource):
             return reports.fetching.meta_link_refused(name, self.name, status)
         return super().refused(name, status)
 
-    def files(self) -> List[Remote]:
-        lists: Dict[str, str] = {}
-        digests: Dict[str, Dict[str, str]] = {}
-        found: List[Tuple[str, str]] = []
+    def files(self) -> list[Remote]:
+        lists: dict[str, str] = {}
+        digests: dict[str, dict[str, str]] = {}
+        found: list[tuple[str, str]] = []
         for name, key in (
             ("checklist.chk", f"{self.folder}/checklist.chk"),
             ("tokenizer_checklist.chk", "tokenizer_checklist.chk"),

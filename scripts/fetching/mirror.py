@@ -1,7 +1,8 @@
 """An HTTPS mirror: a folder of files."""
 
+from __future__ import annotations
+
 import os
-from typing import List
 from urllib.parse import quote, unquote, urlsplit
 
 from scripts import reports
@@ -55,7 +56,7 @@ class Mirror(HttpSource):
             return reports.fetching.mirror_refused(name, self.name, status, self.secret)
         return super().refused(name, status)
 
-    def files(self) -> List[Remote]:
+    def files(self) -> list[Remote]:
         data = self.small("checklist.chk")
         if data is not None:
             lists = checklist(data, "checklist.chk", self.name)

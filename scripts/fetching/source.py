@@ -1,10 +1,13 @@
 """What a source of weights is: its files, with their sizes and what it promises of each."""
 
+from __future__ import annotations
+
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from scripts import reports, room
@@ -46,7 +49,7 @@ class Remote:
     ranges: bool = True
     version: str = ""
 
-    def promise(self) -> Dict[str, Any]:
+    def promise(self) -> dict[str, Any]:
         """What its source says of it. Only a file of the same promise is gone on with."""
         return {"size_bytes": self.size_bytes, "digests": dict(self.digests), "version": self.version}
 
@@ -62,9 +65,9 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     @property
-    def revision(self) -> Optional[str]: ...
+    def revision(self) -> str | None: ...
 
-    def files(self) -> List[Remote]:
+    def files(self) -> list[Remote]:
         """Every file of the model; a Problem where that cannot be told."""
         ...
 
@@ -105,7 +108,7 @@ def without_secret(source: str) -> str:
     return source
 
 
-def checklist(data: bytes, name: str, source: str) -> Dict[str, str]:
+def checklist(data: bytes, name: str, source: str) -> dict[str, str]:
     """File name -> md5, from a checklist.chk (md5sum's form); a Problem for anything else, for instance an error page."""
     lines = [line for line in data.decode(errors="replace").splitlines() if line.strip()]
     matches = [CHECKLIST_LINE.fullmatch(line.strip()) for line in lines]
@@ -120,12 +123,12 @@ def checklist(data: bytes, name: str, source: str) -> Dict[str, str]:
     return found
 
 
-def _sha256(data: bytes) -> Dict[str, str]:
+def _sha256(data: bytes) -> dict[str, str]:
     """The digests of a file that was read already: it has to come with the same bytes again."""
     return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _named_by(data: bytes, index: str, suffix: str, source: str) -> List[str]:
+def _named_by(data: bytes, index: str, suffix: str, source: str) -> list[str]:
     """The weight files that an index names."""
     import json
 
@@ -145,7 +148,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> List[Remote]:
+def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> list[Remote]:
     """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file (llama_weights.form_of)."""
     patterns = {
         "consolidated.00.pth": r"consolidated\.\d\d\.pth",
@@ -165,8 +168,8 @@ def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, st
         raise reports.fetching.fetch_odd(kinds[0], source, f"no weights are there: {reports.some(sorted(names), 12)}")
     index = HF_INDEXES.get(Path(weights[0]).suffix, "")
     wanted = [*weights, *(name for name in (*besides, index) if name in names)]
-    lists: Dict[str, str] = {}
-    digests: Dict[str, Dict[str, str]] = {}
+    lists: dict[str, str] = {}
+    digests: dict[str, dict[str, str]] = {}
     for name in CHECKLISTS:
         if name in wanted and names[name] <= SMALL_MAX_BYTES:
             data = small(name)

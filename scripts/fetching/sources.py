@@ -10,9 +10,10 @@
 Secrets come from the environment or from files, never from the command line; no message and no manifest holds one.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-from typing import Optional
 
 from scripts import reports
 from scripts.fetching.folder import Folder
@@ -23,7 +24,7 @@ from scripts.fetching.source import NAME, Source, without_secret
 from scripts.fetching.store import Store
 
 
-def find(source: str, output: Path, revision: Optional[str] = None) -> Source:
+def find(source: str, output: Path, revision: str | None = None) -> Source:
     """The source that the setting SOURCE names. revision: the commit that an interrupted try began with."""
     kind, colon, rest = without_secret(source).partition(":")
     if kind == "meta" and colon and NAME.fullmatch(rest):

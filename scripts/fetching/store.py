@@ -1,7 +1,10 @@
 """Object stores: s3, gs, az."""
 
+from __future__ import annotations
+
 import re
-from typing import Any, Iterator, List, Optional
+from collections.abc import Iterator
+from typing import Any
 
 from scripts import reports
 from scripts.fetching import source as limits
@@ -11,7 +14,7 @@ from scripts.fetching.source import NAME, Broken, Remote, _first_line, _of_listi
 class Store:
     """A folder of an object store. Credentials, region and endpoint come from the environment, as the store's own tools have them."""
 
-    revision: Optional[str] = None
+    revision: str | None = None
 
     def __init__(self, url: str) -> None:
         import obstore
@@ -23,7 +26,7 @@ class Store:
         except Exception as error:
             raise reports.fetching.store_refused(self.name, "", _first_line(error)) from None
 
-    def files(self) -> List[Remote]:
+    def files(self) -> list[Remote]:
         def small(name: str) -> bytes:
             return bytes(self._asked(name, self.obstore.get, name).bytes())
 

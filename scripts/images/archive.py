@@ -6,6 +6,8 @@ archive at once: https://github.com/opencontainers/image-spec (image-layout.md, 
 Layers are stored as they are, not compressed: a layer's digest is its diff_id, and engines do not get smaller.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import io
@@ -16,7 +18,7 @@ import re
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
 from scripts import reports
 
@@ -43,7 +45,7 @@ class Layer:
     size_bytes: int
     instruction: str = ""
     why: str = ""
-    files: Mapping[str, Tuple[int, str]] = field(default_factory=dict, compare=False)
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def for_ranks(dockerfile: str, world_size: int) -> str:
     return dockerfile.replace(line, "\n".join(line.replace("rank0", f"rank{rank}") for rank in range(world_size)))
 
 
-def layers_of(dockerfile: str) -> List[Tuple[str, str]]:
+def layers_of(dockerfile: str) -> list[tuple[str, str]]:
     """(instruction, why) for each layer that the last stage adds, in order. why: the comment right above, or the line's before."""
-    found: List[Tuple[str, str]] = []
-    comment: List[str] = []
+    found: list[tuple[str, str]] = []
+    comment: list[str] = []
     why = ""
     for line in dockerfile.splitlines():
         word = line.partition(" ")[0]
@@ -100,16 +102,16 @@ class Archive:
             self._members = {member.name: member for member in self._tar}
             [described] = json.loads(self._read("manifest.json"))
             self.config_bytes = self._read(described["Config"])
-            self.config: Dict[str, Any] = json.loads(self.config_bytes)
+            self.config: dict[str, Any] = json.loads(self.config_bytes)
             self._layers = [self._followed(name) for name in described["Layers"]]
             diff_ids = self.config["rootfs"]["diff_ids"]
         except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
             raise reports.images.no_image_archive(path, f"{type(error).__name__}: {error}") from None
         if len(diff_ids) != len(self._layers):
             raise reports.images.no_image_archive(path, f"{len(diff_ids)} diff_ids for {len(self._layers)} layers")
-        self.diff_ids: List[str] = diff_ids
+        self.diff_ids: list[str] = diff_ids
 
-    def __enter__(self) -> "Archive":
+    def __enter__(self) -> Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +148,7 @@ class Archive:
     def layer_bytes(self, number: int) -> int:
         return self._layers[number].size
 
-    def entries(self, number: int) -> Iterator[Tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    def entries(self, number: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         """What a layer holds, in its order."""
         with tarfile.open(fileobj=self.layer(number), mode="r:") as tar:
             for member in tar:
@@ -156,7 +158,7 @@ class Archive:
 # --- the canonical form ---
 
 
-def canonical_members(tar: tarfile.TarFile, below: Set[str]) -> List[tarfile.TarInfo]:
+def canonical_members(tar: tarfile.TarFile, below: set[str]) -> list[tarfile.TarInfo]:
     """The entries of a layer of ours: in the order of their names (hard links after what they name), of no time, root's, readable by
     all and writable by nobody else. Folders that a layer below has already are left out; `below` learns the new ones."""
     members = []
@@ -176,7 +178,7 @@ def canonical_members(tar: tarfile.TarFile, below: Set[str]) -> List[tarfile.Tar
     return sorted(members, key=lambda member: (member.islnk(), member.name))
 
 
-def write_layer(tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo], out: "Hashed") -> Dict[str, Tuple[int, str]]:
+def write_layer(tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo], out: Hashed) -> dict[str, tuple[int, str]]:
     """Write a layer's tar; returns its regular files: path -> (size, sha256)."""
     files = {}
     for member in members:
@@ -199,7 +201,7 @@ def canonical_config(
     diff_ids: Sequence[str],
     base_history: Sequence[Mapping[str, Any]],
     added: Sequence[Layer],
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The image's configuration: what the Dockerfile and its base say, and nothing of the builder's."""
     settings = {key: config["config"][key] for key in CONFIG_KEYS if config["config"].get(key)}
     # buildah adds its own version
@@ -221,8 +223,8 @@ class Base:
     order); history: to take the place of the base's own, or None."""
 
     layers: int
-    tar: Optional[Path] = None
-    history: Optional[Sequence[Mapping[str, Any]]] = None
+    tar: Path | None = None
+    history: Sequence[Mapping[str, Any]] | None = None
 
 
 class Hashed:
@@ -247,9 +249,9 @@ class Blobs:
 
     def __init__(self, file: IO[bytes], heard: Callable[[int], object] = lambda _: None) -> None:
         self._file, self._heard = file, heard
-        self._known: Set[str] = set()
+        self._known: set[str] = set()
 
-    def add(self, write: Callable[[Hashed], Any]) -> Tuple[str, int, Any]:
+    def add(self, write: Callable[[Hashed], Any]) -> tuple[str, int, Any]:
         """A blob that `write` writes: (digest, bytes, what write returned). One that is there already is not kept twice."""
         start = self._file.tell()
         self._file.write(b"\0" * tarfile.BLOCKSIZE)
@@ -267,7 +269,7 @@ class Blobs:
             self._file.seek(end)
         return blob.digest, blob.size_bytes, result
 
-    def add_json(self, value: object) -> Tuple[str, int]:
+    def add_json(self, value: object) -> tuple[str, int]:
         data = _json(value)
         digest, size_bytes, _ = self.add(lambda blob: blob.write(data))
         return digest, size_bytes
@@ -280,7 +282,7 @@ class Blobs:
 
 
 def write_canonical(
-    source: Archive, base: Base, added: Sequence[Tuple[str, str]],
+    source: Archive, base: Base, added: Sequence[tuple[str, str]],
     out: IO[bytes], names: Sequence[str], annotations: Mapping[str, str], heard: Callable[[int], object] = lambda _: None,
 ) -> Image:  # fmt: skip
     """Write `source` in canonical form.
@@ -289,7 +291,7 @@ def write_canonical(
     names: what docker calls it.
     """
     blobs, layers = Blobs(out, heard), []
-    below: Set[str] = set()
+    below: set[str] = set()
     for number in range(base.layers):
         below.update(clean(member.name) for _, member in source.entries(number) if member.isdir())
         with source.layer(number) if base.tar is None else open(base.tar, "rb") as layer:

@@ -3,6 +3,8 @@
 docker also runs them. buildah builds without a daemon and without root; what it made is loaded with the archive that `make release` writes.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -10,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 from scripts import reports
 
@@ -50,11 +52,11 @@ class Builder:
         """What a program in an image says, without network."""
         raise NotImplementedError
 
-    def layers(self, image: str) -> List[str]:
+    def layers(self, image: str) -> list[str]:
         """The diff_ids of an image."""
         raise NotImplementedError
 
-    def digest(self, image: str) -> Optional[str]:
+    def digest(self, image: str) -> str | None:
         """The digest under which a registry has it; None where it came from none."""
         raise NotImplementedError
 
@@ -78,14 +80,14 @@ class Builder:
             raise reports.images.push_failed(words[2], (done.stderr or done.stdout).strip().splitlines()[-LAST_LINES:])
         return done.stdout
 
-    def _run(self, *words: str, quiet: bool = True, environment: Optional[Mapping[str, str]] = None) -> str:
+    def _run(self, *words: str, quiet: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Output of a command. quiet: keep it to ourselves unless it fails; else it is also shown while it runs."""
         child = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env={**os.environ, **(environment or {})},
         )  # fmt: skip
         assert child.stdout is not None
-        lines: List[str] = []
+        lines: list[str] = []
         try:
             for line in child.stdout:
                 lines.append(line.rstrip())
@@ -102,7 +104,7 @@ class Builder:
             raise reports.images.builder_failed(self.name, words[:2], status, last)
         return "\n".join(lines)
 
-    def _asked(self, *words: str) -> Optional[Any]:
+    def _asked(self, *words: str) -> Any | None:
         """A question whose 'no' is a status; its answer is JSON."""
         done = subprocess.run(words, capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False)
         return json.loads(done.stdout) if done.returncode == 0 else None
@@ -135,7 +137,7 @@ class Docker(Builder):
         self._run(*words, str(context), environment=self._buildkit())
 
     @staticmethod
-    def _buildkit() -> Dict[str, str]:
+    def _buildkit() -> dict[str, str]:
         """Up to 20.10 the client has BuildKit and wants to be told; later ones have it as the plugin buildx or not at all."""
         said = subprocess.run(
             ["docker", "buildx", "version"], capture_output=True, timeout=QUESTION_SECONDS, check=False
@@ -161,11 +163,11 @@ class Docker(Builder):
             "docker", "run", "--rm", "--network", "none", "--pull", "never", "--entrypoint", command[0], image, *command[1:]
         )  # fmt: skip
 
-    def layers(self, image: str) -> List[str]:
+    def layers(self, image: str) -> list[str]:
         [described] = json.loads(self._run("docker", "image", "inspect", image))
         return list(described["RootFS"]["Layers"])
 
-    def digest(self, image: str) -> Optional[str]:
+    def digest(self, image: str) -> str | None:
         [described] = json.loads(self._run("docker", "image", "inspect", image))
         return next((str(name).partition("@")[2] for name in described.get("RepoDigests") or []), None)
 
@@ -232,11 +234,11 @@ class Buildah(Builder):
         finally:
             self._run("buildah", "rm", container)
 
-    def layers(self, image: str) -> List[str]:
+    def layers(self, image: str) -> list[str]:
         described = json.loads(self._run("buildah", "inspect", "--type", "image", image))
         return list(described["Docker"]["rootfs"]["diff_ids"])
 
-    def digest(self, image: str) -> Optional[str]:
+    def digest(self, image: str) -> str | None:
         described = json.loads(self._run("buildah", "inspect", "--type", "image", image))
         return str(described["FromImageDigest"]) or None
 

@@ -8,6 +8,8 @@ Nothing in it has the time of its making: the same commit and rooms give the sam
 Formats: OCI image layout; CycloneDX 1.6; in-toto Statement v1 with SLSA provenance v1; cosign's (specs/SIGNATURE_SPEC.md, sign-blob, DSSE).
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -16,7 +18,7 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping
 
 from scripts import release, reports, room, show_image, verify_image
 from scripts.images import archive as image_archive
@@ -38,7 +40,7 @@ class Settings:
     base: Path
     version: str
     builder: str
-    key: Optional[Path]
+    key: Path | None
     timing_cache: Path
 
     @property

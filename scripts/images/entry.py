@@ -5,6 +5,8 @@ Reads   /srv: the rooms engines and model_repo, passport.json; from the environm
 Needs   nothing that the image does not have; writes to /dev/shm alone
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -15,7 +17,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple, cast
+from typing import Any, Callable, cast
 
 from scripts import reports, room, serve, settings
 from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
@@ -27,8 +29,8 @@ HEALTH_SECONDS = 15.0
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
 
 
-def read_passport(srv: Path) -> Dict[str, Any]:
-    return cast(Dict[str, Any], json.loads((srv / "passport.json").read_bytes()))
+def read_passport(srv: Path) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads((srv / "passport.json").read_bytes()))
 
 
 def settings_of(srv: Path) -> launch.Settings:
@@ -138,7 +140,7 @@ def check_host(srv: Path) -> str:
     return f"{about['engine']['world_size']} GPUs as the engines want them"
 
 
-CHECKS: List[Tuple[str, Callable[[Path], str]]] = [
+CHECKS: list[tuple[str, Callable[[Path], str]]] = [
     ("rooms", check_rooms),
     ("memory", check_memory),
     ("shared memory", check_shared_memory),
@@ -168,7 +170,7 @@ def print_passport(srv: Path) -> int:
     return 0
 
 
-COMMANDS: Dict[str, Callable[[Path], int]] = {
+COMMANDS: dict[str, Callable[[Path], int]] = {
     "serve": lambda srv: supervisor.Supervisor(settings_of(srv)).run(),
     "health": health,
     "doctor": doctor,

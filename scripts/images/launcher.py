@@ -1,9 +1,11 @@
 """Which files of this project are in an image: what its entry points import or start, and the tables that these read."""
 
+from __future__ import annotations
+
 import ast
 import re
 from pathlib import Path
-from typing import Iterator, List, Set
+from typing import Iterator
 
 from scripts.making import ingredients
 
@@ -40,9 +42,9 @@ def named_in(module: str) -> Iterator[str]:
             yield from () if module.startswith(STARTS_NOTHING) else (node.value, f"{node.value}.__main__")
 
 
-def modules(entry: str = ENTRY) -> List[str]:
+def modules(entry: str = ENTRY) -> list[str]:
     """An entry point, what it needs, and the packages that these lie in; as module names, sorted."""
-    found: Set[str] = set()
+    found: set[str] = set()
     queue = [entry]
     while queue:
         module = queue.pop()
@@ -54,7 +56,7 @@ def modules(entry: str = ENTRY) -> List[str]:
     return sorted(found)
 
 
-def files() -> List[str]:
+def files() -> list[str]:
     """Everything of this project that is in an image, relative to it; each is noted as an ingredient by its bytes."""
     found = [*(path_of(module).relative_to(ROOT).as_posix() for module in modules()), *DATA]
     for file in found:

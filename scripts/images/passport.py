@@ -3,10 +3,12 @@
 Reads   the manifests of the rooms and of the rooms they were made from; the weights, to hash them
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 from scripts import reports, room
 from scripts.nvidia import contracts
@@ -17,12 +19,12 @@ LABEL = "trtllm-bake"
 WEIGHT_FILES = ("*.pth", "*.safetensors", "*.bin", "*.gguf", "*.json", "tokenizer.model", "*.jinja", "checklist.chk")
 
 
-def chain(rooms: Sequence[Path], places: Sequence[Path]) -> Dict[str, Dict[str, Any]]:
+def chain(rooms: Sequence[Path], places: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Every room that these were made from, themselves included: name -> {'manifest_sha256', 'manifest'}.
 
     places: folders in which the rooms before them are looked for. A room that is not the one that was read is a Problem.
     """
-    found: Dict[str, Dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     queue = list(rooms)
     while queue:
         folder = queue.pop(0)
@@ -39,7 +41,7 @@ def chain(rooms: Sequence[Path], places: Sequence[Path]) -> Dict[str, Dict[str, 
     return dict(sorted(found.items()))
 
 
-def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> Dict[str, Dict[str, Any]]:
+def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of the weights' files: as a room noted them when it read them, else read now."""
     for described in rooms.values():
         noted = described["manifest"]["facts"].get("weights")
@@ -54,8 +56,8 @@ def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> Dict[str
 
 def passport(
     model: str, rooms: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Any],
-    report: Mapping[str, Any], engine_config: Mapping[str, Any], revision: Optional[str], licence: str,
-) -> Dict[str, Any]:  # fmt: skip
+    report: Mapping[str, Any], engine_config: Mapping[str, Any], revision: str | None, licence: str,
+) -> dict[str, Any]:  # fmt: skip
     """The passport. revision: of git, with '+changes' where the tree had some; None outside of a repository."""
     engines = rooms["engines"]["manifest"]
     facts = engines["facts"]
@@ -100,10 +102,10 @@ def as_bytes(value: Mapping[str, Any]) -> bytes:
 manifest_bytes = as_bytes
 
 
-def labels(passport: Mapping[str, Any], digest: str) -> Dict[str, str]:
+def labels(passport: Mapping[str, Any], digest: str) -> dict[str, str]:
     """OCI's labels and ours. digest: sha256 of the passport's bytes."""
     engine, toolchain, base = passport["engine"], passport["toolchain"], passport["base"]
-    found: Dict[str, Optional[str]] = {
+    found: dict[str, str | None] = {
         "org.opencontainers.image.title": passport["model"],
         "org.opencontainers.image.description": f"{passport['model']} on Triton Inference Server, "
         f"{engine['kind']} engines, TP={engine['tp_size']}",
@@ -129,11 +131,11 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def files_of(passport: Mapping[str, Any]) -> Dict[str, room.FileRecord]:
+def files_of(passport: Mapping[str, Any]) -> dict[str, room.FileRecord]:
     """What of the rooms lies in the image: path in the image -> record."""
     found = {}
     for name in ("engines", "model_repo"):
-        files: List[str] = passport["rooms"][name]["manifest"]["files"]
+        files: list[str] = passport["rooms"][name]["manifest"]["files"]
         for file in files:
             record = room.record_of(passport["rooms"][name]["manifest"], file)
             found[f"srv/{name}/{file}"] = room.FileRecord(record.size_bytes, record.sha256)

@@ -1,6 +1,8 @@
 """The provenance: an in-toto statement with SLSA provenance v1."""
 
-from typing import Any, Dict, List, Mapping
+from __future__ import annotations
+
+from typing import Any, Mapping
 
 from scripts.images import archive as image_archive
 from scripts.images.archive import ARCHIVE
@@ -13,10 +15,10 @@ BUILD_TYPE = "trtllm-bake/make-image/v1"
 
 def provenance(
     about: Mapping[str, Any], image: image_archive.Image, archive_sha256: str, version: str
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """in-toto's statement of what the archive was made from (SLSA provenance v1)."""
     base = about["base"]
-    dependencies: List[Dict[str, Any]] = [{"name": "git", "digest": {"gitCommit": about["revision"]}}]
+    dependencies: list[dict[str, Any]] = [{"name": "git", "digest": {"gitCommit": about["revision"]}}]
     if base.get("digest"):
         dependencies.append(
             {"name": "base", "uri": base["image"], "digest": {"sha256": base["digest"].partition(":")[2]}}

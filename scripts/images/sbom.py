@@ -1,8 +1,10 @@
 """The bill of materials: CycloneDX 1.6, from the packages found in the image."""
 
+from __future__ import annotations
+
 import uuid
 from datetime import datetime
-from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
+from typing import Any, Iterator, Mapping, Sequence
 
 from scripts import verify_image
 from scripts.images import archive as image_archive
@@ -10,9 +12,9 @@ from scripts.images import archive as image_archive
 DPKG_STATUS = "var/lib/dpkg/status"
 
 
-def packages_in(archive: image_archive.Archive) -> Iterator[Tuple[str, str, str]]:
+def packages_in(archive: image_archive.Archive) -> Iterator[tuple[str, str, str]]:
     """(type of package URL, name, version) of every Debian and Python package that the image has."""
-    texts: Dict[str, bytes] = {}
+    texts: dict[str, bytes] = {}
     for number in range(len(archive.diff_ids)):
         for tar, member in archive.entries(number):
             name = image_archive.clean(member.name)
@@ -31,7 +33,7 @@ def packages_in(archive: image_archive.Archive) -> Iterator[Tuple[str, str, str]
 
 
 def bill_of_materials(
-    packages: Sequence[Tuple[str, str, str]], about: Mapping[str, Any], image: image_archive.Image, when: datetime
+    packages: Sequence[tuple[str, str, str]], about: Mapping[str, Any], image: image_archive.Image, when: datetime
 ) -> str:
     """CycloneDX 1.6 as JSON: Debian and Python packages, the launcher, the model with its weights' hashes."""
     from cyclonedx.model import HashAlgorithm, HashType, Property

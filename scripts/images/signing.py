@@ -1,11 +1,12 @@
 """Signatures in cosign's formats, made with openssl."""
 
+from __future__ import annotations
+
 import base64
 import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Optional
 
 from scripts import reports
 from scripts.images import archive as image_archive
@@ -20,7 +21,7 @@ def pre_authentication(payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def openssl(key: Path, *words: str, data: Optional[bytes] = None) -> bytes:
+def openssl(key: Path, *words: str, data: bytes | None = None) -> bytes:
     """openssl with a private key; its password comes from COSIGN_PASSWORD, never from a command line."""
     password = ["-passin", "env:COSIGN_PASSWORD"] if "COSIGN_PASSWORD" in os.environ else []
     try:
@@ -45,7 +46,7 @@ def sign(key: Path, folder: Path, statement: bytes, image: image_archive.Image, 
     """cosign's: a signature of the archive (sign-blob), of the image (simple signing), and of the provenance (DSSE)."""
     (folder / "cosign.pub").write_bytes(openssl(key, "pkey", "-in", str(key), "-pubout"))
 
-    def signature(*data: str, of: Optional[bytes] = None) -> str:
+    def signature(*data: str, of: bytes | None = None) -> str:
         return base64.b64encode(openssl(key, "dgst", "-sha256", "-sign", str(key), *data, data=of)).decode()
 
     (folder / f"{ARCHIVE}.sig").write_text(signature(str(folder / ARCHIVE)))

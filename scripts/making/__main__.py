@@ -6,6 +6,8 @@ WORDS: the words of the Makefile; GOALS: those that were typed; --asked: make -n
 this one may have settings of its own. The answer is one line, because make's $(shell) takes no line breaks: `{newline}` stands for them.
 """
 
+from __future__ import annotations
+
 import sys
 
 if sys.version_info < (3, 8):  # noqa: UP036  make's host may have any; nothing newer than 3.0 above this line

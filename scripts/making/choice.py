@@ -3,12 +3,14 @@
 The standard library only, any Python from 3.8 on: this runs before anything is installed, at every make.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence, Set
+from typing import Mapping, NamedTuple, Sequence
 
 from scripts import reports, settings
 
@@ -49,16 +51,16 @@ class Typed(NamedTuple):
         return self.goals[0] if len(self.goals) == 1 else ""
 
 
-def toolchains() -> List[str]:
+def toolchains() -> list[str]:
     """The TensorRT-LLM versions that TOOLCHAIN may name, oldest first."""
     return list(json.loads((ROOT / "docker" / "toolchains.json").read_text()))
 
 
-def presets() -> List[str]:
+def presets() -> list[str]:
     return sorted(path.stem for path in Path("models").glob("*.mk"))
 
 
-def preset(path: Path) -> Dict[str, str]:
+def preset(path: Path) -> dict[str, str]:
     """The settings of a preset; a Problem for a line that is not one."""
     found = {}
     for line in path.read_text().splitlines():
@@ -70,7 +72,7 @@ def preset(path: Path) -> Dict[str, str]:
     return found
 
 
-def values_of(typed: Mapping[str, str]) -> Dict[str, str]:
+def values_of(typed: Mapping[str, str]) -> dict[str, str]:
     """The value of every setting: the command line, else the preset, else the default. The environment never decides."""
     known = {
         name: value if settings.BY_NAME[name].free else " ".join(value.split(" ")).strip(" \t\r\n")
@@ -88,7 +90,7 @@ def values_of(typed: Mapping[str, str]) -> Dict[str, str]:
     return values
 
 
-def refused(typed: Typed, values: Mapping[str, str]) -> List[str]:
+def refused(typed: Typed, values: Mapping[str, str]) -> list[str]:
     """The settings that cannot be: unknown names, wrong values, values that this project or this machine has not."""
     unknown = [] if typed.below else [name for name in typed.settings if name not in settings.NAMES]
     names = [*sorted(unknown, key=lambda name: name not in settings.SECRETS), *settings.wrong(values)]
@@ -169,7 +171,7 @@ def check_split(values: Mapping[str, str], goal: str) -> None:
         )
 
 
-def sizes_known(values: Mapping[str, str]) -> Set[int]:
+def sizes_known(values: Mapping[str, str]) -> set[int]:
     """The numbers of heads and of key/value heads, if a small file tells; for a first look that costs nothing."""
     folder = Path(values["WEIGHTS"])
     for path in (folder / "params.json", folder / "config.json", ROOT / "models" / "shapes.json"):

@@ -3,10 +3,12 @@
 Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
@@ -54,7 +56,7 @@ def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Co
     return Container(image_of(row), lacks, f"build/toolchain-{name}" if lacks else "", f"build/serving-{name}")
 
 
-def mounts(weights: str, to_fetch: bool = False) -> List[str]:
+def mounts(weights: str, to_fetch: bool = False) -> list[str]:
     """docker's flags for what lies outside of the project. to_fetch: the weights will be there when docker runs.
 
     Weights, what their links point to, and a build/ that is a link, may lie elsewhere. Each is mounted at the place it has on the host: a
@@ -81,7 +83,7 @@ def mounts(weights: str, to_fetch: bool = False) -> List[str]:
     return [f"--volume '{place}:{place}{mode}'" for place, mode in outside]
 
 
-def network(job: str, values: Mapping[str, str]) -> List[str]:
+def network(job: str, values: Mapping[str, str]) -> list[str]:
     """A room has none, but wheels fetches packages, by hash, and quantization texts to measure on (scripts/nvidia/quantize.py)."""
     if job == "ask":
         return ["--network host"]
@@ -93,7 +95,7 @@ def network(job: str, values: Mapping[str, str]) -> List[str]:
     return ["--network none"]
 
 
-def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = JOBS) -> Dict[str, str]:
+def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = JOBS) -> dict[str, str]:
     """job -> the words in front of `-m`, for a recipe; $(BREAK) goes on in the next line."""
     found = {}
     for job in jobs:

@@ -9,6 +9,8 @@ counts. What only decides whether and how a room is made, not what is in it, is 
 The standard library only, any Python from 3.8 on: the Makefile asks this at every make.
 """
 
+from __future__ import annotations
+
 import ast
 import atexit
 import hashlib
@@ -17,7 +19,7 @@ import os
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Iterator, Mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "made_from.json"
@@ -43,8 +45,8 @@ NO_INGREDIENTS = (
 )
 # the functions that print a line of a room's story
 SAYING = ("say", "room.say")
-_noted: Dict[str, str] = {}
-_seen: Dict[Tuple[str, int, int], str] = {}
+_noted: dict[str, str] = {}
+_seen: dict[tuple[str, int, int], str] = {}
 
 
 # --- core: values in, values out --------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def meaning(source: bytes) -> bytes:
     for line in lines:
         starts.append(starts[-1] + len(line))
 
-    def place(node: ast.AST) -> Tuple[int, int]:
+    def place(node: ast.AST) -> tuple[int, int]:
         first, last = getattr(node, "lineno"), getattr(node, "end_lineno")  # noqa: B009
         return starts[first - 1] + getattr(node, "col_offset"), starts[last - 1] + getattr(node, "end_col_offset")  # noqa: B009
 
@@ -214,7 +216,7 @@ def _sums(path: str) -> str:
     return _seen[state]
 
 
-def used(children: Optional[Path] = None) -> Dict[str, str]:
+def used(children: Path | None = None) -> dict[str, str]:
     """ingredient -> sum, of this process and of its children as they told it."""
     found = {**{path: _sums(path) for path in _modules()}, **_noted}
     if children is not None and children.is_file():
@@ -227,7 +229,7 @@ def as_bytes(record: Mapping[str, str]) -> bytes:
     return (json.dumps(record, indent=1) + "\n").encode()
 
 
-def changed(record: Mapping[str, str]) -> List[str]:
+def changed(record: Mapping[str, str]) -> list[str]:
     """The ingredients that are not now as the record says."""
 
     def now(name: str, recorded: str) -> str:

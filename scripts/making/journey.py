@@ -3,13 +3,15 @@
 Settings are values here; nothing is written but build/gpu.json (scripts/making/toolchain.py). see docs/design.md.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from scripts import reports, settings
 from scripts.making import choice, container, ingredients, seen, toolchain
@@ -58,14 +60,14 @@ def ground_of(values: Mapping[str, str]) -> str:
     )
 
 
-def locks_of(values: Mapping[str, str]) -> List[str]:
+def locks_of(values: Mapping[str, str]) -> list[str]:
     """The lock files of an image's Python packages; NVIDIA's image has the others already."""
     if values["ENGINE"] == "tensorrt":
         return ["image", "openai"]
     return ["image", "openai", "run", "torch", *(["torch-cuda"] if values["TARGET"] == "cuda" else [])]
 
 
-def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: str) -> Dict[str, str]:
+def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: str) -> dict[str, str]:
     """room -> the options of its script. They may hold a path of this machine: they are the question, not part of the answer."""
     tensorrt, quant, version = values["ENGINE"] == "tensorrt", values["QUANT"], values["TOOLCHAIN"]
     config, hf, variant, ground = (places[name] for name in ("CONFIG", "HF", "VARIANT", "GROUND"))
@@ -104,7 +106,7 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
     return {room: " ".join(filter(None, words)) for room, words in asked.items()}
 
 
-def to_check(values: Mapping[str, str], places: Mapping[str, str]) -> List[str]:
+def to_check(values: Mapping[str, str], places: Mapping[str, str]) -> list[str]:
     """The folders that `make fsck` reads: ROOM by its name or as a folder, else all that are made."""
     rooms = {"config": places["CONFIG"], "hf": places["HF"], "weights": values["WEIGHTS"]}
     rooms.update({room: f"{places['VARIANT']}/{room}" for room in VARIANT_ROOMS})
@@ -116,7 +118,7 @@ def to_check(values: Mapping[str, str], places: Mapping[str, str]) -> List[str]:
     return made + [str(weights)] * ((weights / "manifest.json").is_file() or any(weights.glob("*.pth")))
 
 
-def packages(values: Mapping[str, str]) -> Tuple[List[str], List[str]]:
+def packages(values: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """The lock files whose packages (rooms, fetching weights) need."""
     gguf = values["FORM"] == "gguf" or any(Path(values["WEIGHTS"]).glob("*.gguf"))
     fetch = values["SOURCE"].startswith(CLOUDS)
@@ -161,7 +163,7 @@ def new_glibc() -> bool:
     return bool(found) and (int(found[1]), int(found[2])) >= PERF_NEEDS_GLIBC  # type: ignore[index]
 
 
-def places_of(values: Mapping[str, str]) -> Dict[str, str]:
+def places_of(values: Mapping[str, str]) -> dict[str, str]:
     """Where rooms lie."""
     name = name_of(values["MODEL"])
     return {
@@ -173,7 +175,7 @@ def places_of(values: Mapping[str, str]) -> Dict[str, str]:
     }
 
 
-def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[str]) -> Dict[str, str]:
+def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[str]) -> dict[str, str]:
     """Everything the Makefile reads, but the settings themselves."""
     goals = set(typed.goals)
     places = places_of(values)
@@ -261,7 +263,7 @@ def rehearsal_path(values: Mapping[str, str]) -> str:
     return f"{REHEARSAL}:{path}" if values["REHEARSAL"] else path
 
 
-def answer(typed: choice.Typed, words: Sequence[str]) -> List[str]:
+def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
     """The lines for make; a Problem for what was typed wrong."""
     meant = [choice.nearest_word(goal, words) for goal in typed.goals]
     os.environ["BAKE_SETTINGS"] = "\n".join(
@@ -340,7 +342,7 @@ def for_make(text: str) -> str:
     return text.replace("$", "$$").replace("#", "\\#").replace(LINE_BREAK, "")
 
 
-def typed_of(arguments: Sequence[str]) -> Tuple[choice.Typed, List[str]]:
+def typed_of(arguments: Sequence[str]) -> tuple[choice.Typed, list[str]]:
     """What the Makefile passes on, and the words that it knows."""
     flags = [word for word in arguments if word in ("--asked", "--below")]
     words, goals, *pairs = [word for word in arguments if word not in flags]

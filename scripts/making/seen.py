@@ -3,6 +3,8 @@
 python3 -m scripts.making.seen FOLDER
 """
 
+from __future__ import annotations
+
 import os
 import re
 import sys

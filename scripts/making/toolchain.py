@@ -3,6 +3,8 @@
 build/gpu.json keeps what the GPUs decided, because nvidia-smi takes seconds. Its key is what the kernel says of the GPUs, and the table.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from scripts import reports
 
@@ -21,24 +23,24 @@ SEEN_BY_THE_KERNEL = Path("/proc/driver/nvidia/gpus")
 QUERY = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
 
 
-def rows() -> Dict[str, Dict[str, object]]:
+def rows() -> dict[str, dict[str, object]]:
     """The table: version -> row, oldest first."""
     return dict(json.loads(TABLE.read_text()))
 
 
-def newest_for(capability: str, table: Mapping[str, Mapping[str, object]]) -> Optional[str]:
+def newest_for(capability: str, table: Mapping[str, Mapping[str, object]]) -> str | None:
     """The newest version with kernels for a compute capability ('7.0'); None if there is none."""
     fitting = [version for version, row in table.items() if capability in row["architectures"]]  # type: ignore[operator]
     return fitting[-1] if fitting else None
 
 
-def parse(text: str) -> List[Tuple[str, str]]:
+def parse(text: str) -> list[tuple[str, str]]:
     """The answer to QUERY: (name, compute capability) of each GPU. A line that is not one is left out (infoROM is corrupted)."""
     found = [re.fullmatch(r"(.+?)\s*,\s*(\d+\.\d)\s*", line) for line in text.splitlines()]
     return [(match[1], match[2]) for match in found if match]
 
 
-def decided(gpus: Sequence[Tuple[str, str]]) -> Tuple[str, str]:
+def decided(gpus: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """(version, the GPUs in words); a Problem if they are of several kinds, or none runs on them."""
     table = rows()
     kinds = sorted({capability for _, capability in gpus})
@@ -52,7 +54,7 @@ def decided(gpus: Sequence[Tuple[str, str]]) -> Tuple[str, str]:
     return version, f"{words}, {kinds[0]}"
 
 
-def gpus_here(path: str) -> List[Tuple[str, str]]:
+def gpus_here(path: str) -> list[tuple[str, str]]:
     """This machine's GPUs by nvidia-smi on `path`; a Problem if there is none to ask, or it does not answer."""
     program = shutil.which(QUERY[0], path=path)
     if not program:
@@ -75,7 +77,7 @@ def key(rehearsal: str) -> str:
     return digest.hexdigest()
 
 
-def choose(assumed: str, rehearsal: str, path: str, asked: bool) -> Tuple[str, str]:
+def choose(assumed: str, rehearsal: str, path: str, asked: bool) -> tuple[str, str]:
     """(version, what to tell the user; empty if it is known from before). asked: nothing may be written."""
     if assumed or (asked and rehearsal):
         from scripts.nvidia import gpus

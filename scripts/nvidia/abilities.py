@@ -3,20 +3,21 @@
 Needs nothing but the standard library.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
 
 from scripts import reports
 from scripts.nvidia import contracts
 from scripts.weights.shape import LlamaShape, padded_heads
 
 # Kinds of rope scaling that came with a version; none and linear and dynamic are in all. llama3: upstream's release notes of 0.12.
-ROPE_SINCE: Dict[str, Tuple[int, ...]] = {"llama3": (0, 12)}
+ROPE_SINCE: dict[str, tuple[int, ...]] = {"llama3": (0, 12)}
 # Kinds that no version's Llama has (layers/attention.py: yarn is for DeepSeek, with its own position embedding); the torch engine has them.
 ROPE_OF_TORCH = ("yarn",)
 
 
-def lacks(shape: LlamaShape, rope: str, version: str, engine: str, tp_size: int = 1, quant: str = "") -> Optional[str]:
+def lacks(shape: LlamaShape, rope: str, version: str, engine: str, tp_size: int = 1, quant: str = "") -> str | None:
     """What a version lacks for a model, in words; None where it can take it. rope: the kind of rope scaling; tp_size: heads may be padded.
 
     Biases: all versions read attn_bias and mlp_bias from the checkpoint's config.json (check_config of models/llama/model.py, 0.8.0 on);
@@ -37,7 +38,7 @@ def lacks(shape: LlamaShape, rope: str, version: str, engine: str, tp_size: int 
 
 
 def check(
-    where: Union[str, Path],
+    where: str | Path,
     shape: LlamaShape,
     rope: str,
     version: str,
@@ -54,10 +55,10 @@ def check(
     raise reports.checkpoint.toolchain_lacks(where, lacking, version, able, engine, quant, goal)
 
 
-def able_versions(shape: LlamaShape, rope: str, engine: str, tp_size: int = 1, quant: str = "") -> List[str]:
+def able_versions(shape: LlamaShape, rope: str, engine: str, tp_size: int = 1, quant: str = "") -> list[str]:
     """The versions that can take a model."""
     return [name for name in contracts.versions() if lacks(shape, rope, name, engine, tp_size, quant) is None]
 
 
-def _number(version: str) -> Tuple[int, ...]:
+def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])

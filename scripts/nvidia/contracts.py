@@ -1,9 +1,11 @@
 """The contract tables under docker/: what each TensorRT-LLM version's files and tensors look like."""
 
+from __future__ import annotations
+
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Union, cast
+from typing import Any, Mapping, Sequence, Union, cast
 
 from scripts import reports
 from scripts.making import ingredients
@@ -17,19 +19,19 @@ DOCKER = Path(__file__).parents[2] / "docker"
 ENUMS = {"KVCacheType": ["continuous", "paged", "disabled"]}
 
 
-def versions() -> List[str]:
+def versions() -> list[str]:
     """The TensorRT-LLM versions that TOOLCHAIN may name."""
     return list(json.loads((DOCKER / "toolchains.json").read_text()))
 
 
-def toolchain(trtllm_version: str) -> Dict[str, Any]:
+def toolchain(trtllm_version: str) -> dict[str, Any]:
     """The row of a version in docker/toolchains.json."""
     toolchains = json.loads((DOCKER / "toolchains.json").read_text())
     if trtllm_version not in toolchains:
         known = ", ".join(toolchains)
         raise reports.settings.bad_setting("TOOLCHAIN", trtllm_version, f"one of {known}", reports.make("help"))
     ingredients.note_row("docker/toolchains.json", trtllm_version)
-    return cast(Dict[str, Any], toolchains[trtllm_version])
+    return cast("dict[str, Any]", toolchains[trtllm_version])
 
 
 def reported(trtllm_version: str) -> str:
@@ -40,27 +42,27 @@ def reported(trtllm_version: str) -> str:
     return str(toolchain(trtllm_version)["trtllm"])
 
 
-def table(kind: str, trtllm_version: str) -> Dict[str, Any]:
+def table(kind: str, trtllm_version: str) -> dict[str, Any]:
     """One table of docker/contracts for a version: kind is the folder, for instance 'backend' or 'engine-config'."""
     path = DOCKER / "contracts" / kind / f"{toolchain(trtllm_version)['contract'][kind]}.json"
     if not path.is_file():
         raise reports.nvidia.no_contract_table(trtllm_version, kind, path)
     ingredients.note_path(path)
-    return cast(Dict[str, Any], json.loads(path.read_text()))
+    return cast("dict[str, Any]", json.loads(path.read_text()))
 
 
-def sent_without_value(trtllm_version: str) -> List[str]:
+def sent_without_value(trtllm_version: str) -> list[str]:
     """The outputs of tensorrt_llm that this version sends, as zeros, also when nobody asked for their value."""
     rules = json.loads((DOCKER / "contracts" / "backend-rules" / "rules.json").read_text())
-    return cast(List[str], rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
+    return cast("list[str]", rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
 
 
-def flags(kind: str, trtllm_version: str) -> Dict[str, Dict[str, Any]]:
+def flags(kind: str, trtllm_version: str) -> dict[str, dict[str, Any]]:
     """The flags of one of NVIDIA's programs ('trtllm-build', 'convert', 'quantize'), by name: type, choices, default, nargs, aliases."""
-    return {flag["flag"]: flag for flag in cast(List[Dict[str, Any]], table(kind, trtllm_version))}
+    return {flag["flag"]: flag for flag in cast("list[dict[str, Any]]", table(kind, trtllm_version))}
 
 
-def spell(flag: Mapping[str, Any], wish: Wish) -> List[str]:
+def spell(flag: Mapping[str, Any], wish: Wish) -> list[str]:
     """One flag as this version wants it: a bare switch, the words enable and disable, a number or a word of its choices."""
     if wish is None:
         return []
@@ -77,7 +79,7 @@ def flag_parser(program: str, flags: Flags) -> argparse.ArgumentParser:
 
     What cannot be run here is held to this: tests give it every command line, the rehearsal's stand-ins parse with it.
     """
-    types: Dict[str, Any] = {"int": int, "float": float}
+    types: dict[str, Any] = {"int": int, "float": float}
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
     for name, flag in flags.items():
         names: Sequence[str] = [name, *flag.get("aliases", [])]

@@ -7,13 +7,14 @@ reported two values, the table has the smaller one, which CUDA also reports. com
 developer.nvidia.com/cuda-gpus. nvlink: four of them on one host are linked pairwise.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional
 
 from scripts import reports
 
@@ -31,7 +32,7 @@ class Gpu:
     name: str
     memory_bytes: int
     compute_capability: str
-    driver: Optional[str] = None
+    driver: str | None = None
 
     @property
     def capability(self) -> float:
@@ -43,14 +44,14 @@ class Gpu:
 class Links:
     """How GPUs reach each other, over every pair; None: not known. peer_access: they read each other's memory."""
 
-    peer_access: Optional[bool]
-    nvlink: Optional[bool]
+    peer_access: bool | None
+    nvlink: bool | None
 
 
 # --- core ---
 
 
-def assumed(text: str) -> List[Gpu]:
+def assumed(text: str) -> list[Gpu]:
     """'4x V100-SXM2-16GB' -> four of them. A name may be cut short where only one can be meant: '2x H100'."""
     table = json.loads(TABLE.read_text())
     match = re.fullmatch(r"(?:([1-9]\d?)\s*x\s*)?(\S+)", text.strip())
@@ -64,7 +65,7 @@ def assumed(text: str) -> List[Gpu]:
     return [Gpu(known[0], row["memory_mib"] * MIB, row["compute_capability"])] * int(match[1] or 1)
 
 
-def assumed_links(gpus: List[Gpu]) -> Links:
+def assumed_links(gpus: list[Gpu]) -> Links:
     """How assumed GPUs reach each other. Without NVLink, peer access depends on the board: not known."""
     if len(gpus) < 2:
         return Links(None, None)
@@ -72,7 +73,7 @@ def assumed_links(gpus: List[Gpu]) -> Links:
     return Links(True if nvlink else None, nvlink)
 
 
-def parse_query(text: str) -> List[Gpu]:
+def parse_query(text: str) -> list[Gpu]:
     """The answer to QUERY, one line per GPU; ValueError where a line is not one."""
     found = []
     for line in text.splitlines():
@@ -85,7 +86,7 @@ def parse_query(text: str) -> List[Gpu]:
     return found
 
 
-def parse_matrix(text: str, count: int) -> List[List[str]]:
+def parse_matrix(text: str, count: int) -> list[list[str]]:
     """The first `count` GPUs of a matrix that `nvidia-smi topo` prints, row by row; [] where it does not show so many.
 
     The head line is underlined with escape sequences on some drivers; columns for network cards and CPUs follow the GPUs' own.
@@ -103,7 +104,7 @@ def parse_links(p2p: str, topology: str, count: int) -> Links:
     if count < 2:
         return Links(None, None)
 
-    def every(matrix: List[List[str]], good: str) -> Optional[bool]:
+    def every(matrix: list[list[str]], good: str) -> bool | None:
         pairs = [cell for i, row in enumerate(matrix) for j, cell in enumerate(row) if i != j]
         return all(re.fullmatch(good, cell) for cell in pairs) if pairs else None
 
@@ -113,7 +114,7 @@ def parse_links(p2p: str, topology: str, count: int) -> Links:
 # --- shell ---
 
 
-def here() -> List[Gpu]:
+def here() -> list[Gpu]:
     """This machine's GPUs; [] without nvidia-smi. A Problem when nvidia-smi is there and does not answer as it should."""
     if not shutil.which(QUERY[0]):
         return []

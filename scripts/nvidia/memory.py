@@ -6,10 +6,11 @@ TensorRT decides (activations, CUDA, NCCL). Measurements that the bounds are hel
   [1188]    TensorRT-LLM issue 1188, two logs of a Qwen2.5-0.5B in INT8 on an A4000
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
 
 from scripts.weights.shape import LlamaShape
 
@@ -64,7 +65,7 @@ def parameters(shape: LlamaShape) -> int:
     return sum(math.prod(tensor) for tensor in shape.hf_tensors().values())
 
 
-def stage_bytes(engine: Engine) -> List[int]:
+def stage_bytes(engine: Engine) -> list[int]:
     """Bytes of the weights of one rank, for each pipeline stage. Its checkpoint file has them, and so has its engine.
 
     Replicated: embedding (first stage), norms. Divided by TP: lm_head (last stage, padded), and of each layer qkv, dense, fc, gate, proj.
@@ -74,7 +75,7 @@ def stage_bytes(engine: Engine) -> List[int]:
     weight_bytes, scale_bytes = QUANT_BYTES.get(engine.quant, (float(item), 0))
     hidden, wide = shape.hidden_size, shape.intermediate_size // tp_size
     heads, kv_heads = shape.n_heads // tp_size, kv_heads_per_rank(engine)
-    linear: List[Tuple[int, int]] = [  # (output, input)
+    linear: list[tuple[int, int]] = [  # (output, input)
         ((heads + 2 * kv_heads) * shape.head_size, hidden),
         (hidden, heads * shape.head_size),
         (wide, hidden),
@@ -109,7 +110,7 @@ def kv_bytes_per_token(engine: Engine) -> int:
     return 2 * max(_layers(engine)) * kv_heads_per_rank(engine) * engine.shape.head_size * engine.item_bytes
 
 
-def activation_bytes(engine: Engine) -> Tuple[int, int]:
+def activation_bytes(engine: Engine) -> tuple[int, int]:
     """What TensorRT sets aside for one step of max_num_tokens: (at least, at most).
 
     At least what is alive in the feed-forward part at once: residual and normed input (hidden each), fc and gate (intermediate / TP
@@ -135,8 +136,8 @@ class Fit:
 
     gpu_bytes: int
     weights_bytes: int
-    activation_bytes: Tuple[int, int]
-    other_bytes: Tuple[int, int]
+    activation_bytes: tuple[int, int]
+    other_bytes: tuple[int, int]
     kv_bytes_per_token: int
     max_batch_size: int
     max_seq_len: int
@@ -145,7 +146,7 @@ class Fit:
     block_tokens: int = 1
 
     @property
-    def kv_tokens(self) -> Tuple[int, int]:
+    def kv_tokens(self) -> tuple[int, int]:
         """Tokens that the KV cache holds, in whole blocks: (at least, at most)."""
         least, most = (
             max(0, self.gpu_bytes - self.weights_bytes - activation - other)
@@ -168,7 +169,7 @@ class Fit:
         least, most = self.kv_tokens
         return "fits" if least >= self.needed_tokens else "tight" if most >= self.needed_tokens else "no"
 
-    def numbers(self) -> Dict[str, object]:
+    def numbers(self) -> dict[str, object]:
         """Everything above, for --json."""
         return {**vars(self), "kv_tokens": self.kv_tokens, "batch": self.batch, "verdict": self.verdict}
 
@@ -215,6 +216,6 @@ def serve_bytes(engine: Engine, on_gpus: bool) -> int:
     return checkpoint_bytes(engine) if on_gpus else torch_host_bytes(engine)
 
 
-def _layers(engine: Engine) -> List[int]:
+def _layers(engine: Engine) -> list[int]:
     """Layers of each pipeline stage; scripts/plan.py refuses a PP that does not divide them."""
     return [engine.shape.n_layers // engine.pp_size] * engine.pp_size

@@ -9,12 +9,14 @@ Needs:  TensorRT-LLM's container, and the examples of its repository at the vers
 The KV cache stays at 16 bits: FP8 for it gave wrong answers together with paged context attention (TensorRT-LLM #1169).
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Mapping
 
 from scripts import reports, room
 from scripts.nvidia import contracts, gpus, trtllm_build
@@ -68,9 +70,9 @@ class Settings:
 # --- core ---
 
 
-def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) -> List[str]:
+def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) -> list[str]:
     """The command line of NVIDIA's tool for the version whose flag table is given."""
-    asked: Dict[str, Wish] = {
+    asked: dict[str, Wish] = {
         "model_dir": hf,
         "output_dir": output,
         "dtype": settings.dtype,
@@ -83,7 +85,7 @@ def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) ->
     return [sys.executable, script, *words]
 
 
-def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[str, Any, Any]]:
+def difference(config: Mapping[str, Any], settings: Settings) -> tuple[str, Any, Any] | None:
     """What in the checkpoint's config.json is not as asked: (what, asked, written); None when all is right."""
     mapping, algo = config["mapping"], str(config["quantization"]["quant_algo"])
     expected = WAYS[settings.quant].quant_algo
@@ -99,7 +101,7 @@ def difference(config: Mapping[str, Any], settings: Settings) -> Optional[Tuple[
 # --- shell ---
 
 
-def toolchains() -> Dict[str, Dict[str, Any]]:
+def toolchains() -> dict[str, dict[str, Any]]:
     """docker/toolchains.json."""
     return {name: contracts.toolchain(name) for name in contracts.versions()}
 

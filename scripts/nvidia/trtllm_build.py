@@ -4,10 +4,12 @@ Nothing here names a version: a flag is used where the version's table (docker/c
 flag for is either its only way (XQA later) or decided at run time (multi-block mode later).
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Mapping, Sequence
 
 from scripts import reports
 from scripts.limits import limits_of
@@ -44,16 +46,16 @@ class Intent:
     max_seq_len: int
     max_num_tokens: int
     custom_all_reduce: bool = False
-    quant_algo: Optional[str] = None
+    quant_algo: str | None = None
     workers: int = 1
-    timing_cache: Optional[str] = None
+    timing_cache: str | None = None
 
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
 
 
-def wishes(intent: Intent, flags: Flags) -> Dict[str, Wish]:
+def wishes(intent: Intent, flags: Flags) -> dict[str, Wish]:
     """Every decision, by the name of its flag without dashes. True and False: on and off, however the version says it; None: nothing.
 
     All flags whose default differs between supported versions are here, so that no version decides by itself.
@@ -111,7 +113,7 @@ def wishes(intent: Intent, flags: Flags) -> Dict[str, Wish]:
     }
 
 
-def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> List[str]:
+def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> list[str]:
     """The command line of `trtllm-build` for the version whose flag table is given."""
     asked = wishes(intent, flags)
     command = ["trtllm-build", "--checkpoint_dir", checkpoint, "--output_dir", output]
@@ -153,8 +155,8 @@ NEEDS = {
 
 
 def refusal(
-    gpu: Gpu, dtype: str, quant_algo: Optional[str], version: str, toolchains: Mapping[str, Mapping[str, Any]]
-) -> Optional[reports.Problem]:
+    gpu: Gpu, dtype: str, quant_algo: str | None, version: str, toolchains: Mapping[str, Mapping[str, Any]]
+) -> reports.Problem | None:
     """Why engines of this kind cannot be built or run on this GPU by this version; None where nothing speaks against it.
 
     toolchains: docker/toolchains.json; its `architectures` are the compute capabilities a version has kernels for.
@@ -176,7 +178,7 @@ def refusal(
 BY_QUANTIZER = ("int4_awq", "fp8")
 
 
-def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> Optional[reports.Problem]:
+def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> reports.Problem | None:
     """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None where it can.
 
     toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
@@ -190,7 +192,7 @@ def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str,
     return reports.checkpoint.quantizer_missing(quant, version, missing, other)
 
 
-def no_kv_reuse(gpu: Gpu) -> Optional[reports.Problem]:
+def no_kv_reuse(gpu: Gpu) -> reports.Problem | None:
     """Why engines for this GPU cannot share the KV cache of equal beginnings; None where they can."""
     if gpu.capability >= PAGED_CONTEXT_FMHA:
         return None
@@ -204,7 +206,7 @@ def no_kv_reuse(gpu: Gpu) -> Optional[reports.Problem]:
 # --- what came out ---
 
 
-def difference(config: Mapping[str, Any], intent: Intent, version: str) -> Optional[Tuple[str, Any, Any]]:
+def difference(config: Mapping[str, Any], intent: Intent, version: str) -> tuple[str, Any, Any] | None:
     """The first thing in the engines' config.json that is not as asked: (what, asked, built); None when all is right.
 
     Only what serving depends on. max_num_tokens may come out larger (a block) or cut to a full batch: upstream does that by itself.

@@ -10,6 +10,8 @@ Reads   engines/config.json and model_repo/ under --root: the tokenizer, the cha
 Needs   the packages of requirements/openai.txt
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import gc
@@ -22,10 +24,11 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from scripts import reports
 from scripts.openai import reader, worker

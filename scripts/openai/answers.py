@@ -1,15 +1,18 @@
 """An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token; whole or as chunks."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import time
 import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any
 
 from scripts.openai.tools import Calls, joined
 
-Entry = Dict[str, Any]
+Entry = dict[str, Any]
 
 
 class Choice:
@@ -25,18 +28,18 @@ class Choice:
         self.max_tokens, self.end_ids = max_tokens, frozenset(end_ids)
         self.detokenizer = text.stream()
         self.n_tokens, self.n_shown = 0, 0
-        self.finish_reason: Optional[str] = None
+        self.finish_reason: str | None = None
         self.starts_with_space = False
         self.prefix = ""
         # where the answer may call tools
-        self.calls: Optional[Calls] = None
+        self.calls: Calls | None = None
         # the sum of its tokens' log probabilities, where they are asked for
         self.log_prob = 0.0
         # tokens whose text is not shown yet: (where it begins in the answer, token id, log probability)
-        self.untold: List[Any] = []
+        self.untold: list[Any] = []
         self.decoded = 0
 
-    def take(self, most: Optional[int] = None) -> "Part":
+    def take(self, most: int | None = None) -> Part:
         """What is new, of at most so many tokens; afterwards finish_reason is set if nothing more comes."""
         stream = self.stream
         ids, log_probs, ended = stream.ids, stream.log_probs, stream.ended
@@ -72,7 +75,7 @@ class Choice:
             return Part(shown, told, self._called(self.calls, shown))
         return Part(prefix + shown, told)
 
-    def _called(self, calls: Calls, shown: str) -> List[Entry]:
+    def _called(self, calls: Calls, shown: str) -> list[Entry]:
         """The deltas of what is new; the answer is over with the last call that it may have."""
         deltas = calls.push(shown)
         if calls.over and self.finish_reason is None:
@@ -100,9 +103,9 @@ class Part:
     """Text that can be shown now, and the tokens that it is made of, where they are asked for."""
 
     text: str
-    tokens: List[Any]
+    tokens: list[Any]
     # text and calls apart, where there may be calls
-    deltas: Optional[List[Entry]] = None
+    deltas: list[Entry] | None = None
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Job:
 
     model: str
     chat: bool
-    choices: List[Choice]
+    choices: list[Choice]
     prompt_tokens: int
     logprobs: bool = False
     include_usage: bool = False
@@ -147,7 +150,7 @@ class Job:
         for choice in self.choices:
             choice.stream.cancel()
 
-    def usage(self) -> Dict[str, int]:
+    def usage(self) -> dict[str, int]:
         n = sum(choice.n_tokens for choice in self.choices)
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": n, "total_tokens": self.prompt_tokens + n}
 
@@ -165,7 +168,7 @@ class Job:
 
     def events(self) -> bytes:
         """Server-sent events for everything that is new: whole events, so no character is ever split."""
-        out: List[bytes] = []
+        out: list[bytes] = []
         for choice in self.choices:
             if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or choice.prefix):
                 continue
@@ -179,7 +182,7 @@ class Job:
                     break
         return b"".join(out)
 
-    def _plain(self, choice: Choice, out: List[bytes]) -> None:
+    def _plain(self, choice: Choice, out: list[bytes]) -> None:
         """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
         stream = choice.stream
         if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops or choice.calls:
@@ -195,7 +198,7 @@ class Job:
                     b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, _text(text).encode(), self._after)
                 )
 
-    def _told_of(self, choice: Choice, part: "Part", out: List[bytes]) -> None:
+    def _told_of(self, choice: Choice, part: Part, out: list[bytes]) -> None:
         """The events of what was taken of one alternative."""
         if part.deltas is not None:
             tokens = part.tokens
@@ -221,24 +224,24 @@ class Job:
             usage = self._head + b'],"usage":' + _json(self.usage()).encode() + b"}\n\n"
         return usage + b"data: [DONE]\n\n"
 
-    def _event(self, choice: Dict[str, Any]) -> bytes:
+    def _event(self, choice: dict[str, Any]) -> bytes:
         return self._head + _json(choice).encode() + b"]" + self._usage + b"}\n\n"
 
-    def _delta(self, choice: Choice, delta: Dict[str, Any], tokens: List[Any], reason: Optional[str]) -> Dict[str, Any]:
+    def _delta(self, choice: Choice, delta: dict[str, Any], tokens: list[Any], reason: str | None) -> dict[str, Any]:
         logprobs = self._told(choice, tokens) if self.logprobs and tokens else None
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     # --- whole ---
 
-    def whole(self, parts: Sequence[List[Part]]) -> Dict[str, Any]:
+    def whole(self, parts: Sequence[list[Part]]) -> dict[str, Any]:
         """The answer in one; parts: for each choice all its parts in order."""
-        choices: List[Dict[str, Any]] = []
+        choices: list[dict[str, Any]] = []
         told = self._best(list(zip(self.choices, parts))) if self.keep else zip(self.choices, parts)
         for choice, own in told:
             shown, tokens = "".join(part.text for part in own), [token for part in own for token in part.tokens]
             if self.chat:
                 logprobs = self._told(choice, tokens) if self.logprobs else None
-                message: Dict[str, Any] = {"role": "assistant", "content": shown, "refusal": None}
+                message: dict[str, Any] = {"role": "assistant", "content": shown, "refusal": None}
                 if choice.calls is not None:
                     shown, calls = joined([delta for part in own for delta in part.deltas or []])
                     message["content"] = shown if shown or not calls else None
@@ -253,7 +256,7 @@ class Job:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "choices": choices, "usage": self.usage()}
 
-    def _best(self, answers: List[Any]) -> List[Any]:
+    def _best(self, answers: list[Any]) -> list[Any]:
         """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of), the best first."""
         best = []
         for first in range(0, len(answers), self.n):
@@ -263,7 +266,7 @@ class Job:
             choice.index = index
         return best
 
-    def _told(self, choice: Choice, tokens: Sequence[Any]) -> Dict[str, Any]:
+    def _told(self, choice: Choice, tokens: Sequence[Any]) -> dict[str, Any]:
         content = []
         for _, token, log_prob in tokens:
             spelt = spelling(choice.text, token)
@@ -280,7 +283,7 @@ class Job:
             )
         return {"content": content, "refusal": None}
 
-    def _legacy(self, choice: Choice, tokens: Sequence[Any]) -> Dict[str, Any]:
+    def _legacy(self, choice: Choice, tokens: Sequence[Any]) -> dict[str, Any]:
         return {
             "tokens": [spelling(choice.text, token).decode("utf-8", "replace") for _, token, _ in tokens],
             "token_logprobs": [log_prob for _, _, log_prob in tokens],
@@ -301,5 +304,5 @@ _text = json.encoder.encode_basestring
 
 def spelling(text: Any, token: int) -> bytes:
     """The bytes that a token stands for."""
-    piece: Union[str, bytes] = text.pieces.get(token, b"")
+    piece: str | bytes = text.pieces.get(token, b"")
     return piece if isinstance(piece, bytes) else piece.encode()

@@ -1,5 +1,7 @@
 """The endpoint itself, an ASGI application: paths, keys, shares, answers. What its paths take and give is at /openapi.json."""
 
+from __future__ import annotations
+
 import asyncio
 import base64
 import copy
@@ -9,10 +11,11 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from scripts.openai import passing
 from scripts.openai.answers import Choice, Job, Part

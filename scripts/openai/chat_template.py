@@ -4,15 +4,18 @@ Only the template makes special tokens. The spelling of one in a message is plai
 would spell one together.
 """
 
+from __future__ import annotations
+
 import datetime
 import json
 import re
 import signal
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence
+from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, meta
 from jinja2.ext import loopcontrols
@@ -47,7 +50,7 @@ class Refused(ValueError):
     """A conversation that the template does not take; the text goes to the client."""
 
 
-def template_of(folder: Path) -> Optional[str]:
+def template_of(folder: Path) -> str | None:
     """The template of a tokenizer folder; None where it has none (a base model).
 
     As transformers has it: chat_template.jinja counts before tokenizer_config.json, and of several the one called `default`.
@@ -95,7 +98,7 @@ class ChatTemplate:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added = [token for token in described.get("added_tokens") or [] if token.get("special")]
-        self.special: Dict[str, int] = {token["content"]: token["id"] for token in added}
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
         # bos_token and so on, by which templates name them
         self.names = {
             name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)
@@ -169,7 +172,7 @@ class ChatTemplate:
 
     def token_ids(
         self, messages: Sequence[Mapping[str, Any]], begun: str = "", more: Mapping[str, Any] = {}
-    ) -> List[int]:
+    ) -> list[int]:
         """The conversation as token ids, up to where the answer begins, and what it begins with.
 
         messages: turns as templates read them: texts, tool_calls; begun: the answer's first text, ours; more: what else the template
@@ -193,13 +196,13 @@ class ChatTemplate:
                 at += 1
         stretches = [stretch.replace(mark, "").replace(escaped, "") for stretch in (*stretches, rendered[at:])]
         encoded = iter(self._encoded([stretch for stretch in stretches if stretch], starts=bool(stretches[0])))
-        ids: List[int] = []
+        ids: list[int] = []
         for n, stretch in enumerate(stretches):
             ids += next(encoded) if stretch else []
             ids += specials[n : n + 1]
         return ids
 
-    def _encoded(self, stretches: Sequence[str], starts: bool) -> List[List[int]]:
+    def _encoded(self, stretches: Sequence[str], starts: bool) -> list[list[int]]:
         """Token ids of stretches of plain text; starts: whether the first of them is the start of everything."""
         if not self.continues:
             return list(self.text.encode(stretches, add_special_tokens=False))

@@ -1,6 +1,9 @@
 """The description of the endpoint, OpenAPI 3.1; its schemas are those of messages.py."""
 
-from typing import Any, Dict, Sequence, Type
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -8,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 from scripts.openai import messages
 
 
-def description() -> Dict[str, Any]:
+def description() -> dict[str, Any]:
     """OpenAPI 3.1, its schemas from messages.py."""
     kinds = [
         (messages.CompletionRequest, "validation"), (messages.ChatRequest, "validation"), (messages.Completion, "serialization"),
@@ -22,10 +25,10 @@ def description() -> Dict[str, Any]:
         "429": "Too many requests are in progress or waiting", "500": "The engine failed", "503": "The engine is not there",
     }  # fmt: skip
 
-    def content(kind: Type[BaseModel], mode: str = "serialization") -> Dict[str, Any]:
+    def content(kind: type[BaseModel], mode: str = "serialization") -> dict[str, Any]:
         return {"application/json": {"schema": names[kind, mode]}}  # type: ignore[index]
 
-    def operation(summary: str, answer: Dict[str, Any], statuses: Sequence[str], **more: Any) -> Dict[str, Any]:
+    def operation(summary: str, answer: dict[str, Any], statuses: Sequence[str], **more: Any) -> dict[str, Any]:
         told = {status: {"description": errors[status], "content": content(messages.Error)} for status in statuses}
         return {
             "summary": summary,
@@ -33,7 +36,7 @@ def description() -> Dict[str, Any]:
             **more,
         }
 
-    def question(summary: str, body: Type[BaseModel], answer: Type[BaseModel]) -> Dict[str, Any]:
+    def question(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
         # of each event: a chunk as JSON, or [DONE]
         event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
         given = {"required": True, "content": content(body, "validation")}

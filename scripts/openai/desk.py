@@ -3,6 +3,8 @@
 So one client's dear requests delay that client. A line has an end, beyond which the answer is 429.
 """
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal
@@ -26,7 +28,7 @@ class Work:
     client: int
     chat: bool
     data: bytes
-    answer: "asyncio.Future[Asked]"
+    answer: asyncio.Future[Asked]
 
 
 class Desk:

@@ -1,5 +1,7 @@
 """Asks the model tensorrt_llm over gRPC: token ids in, token ids out, as they come; its contract is in docker/contracts/backend."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import logging
@@ -7,9 +9,10 @@ import struct
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 from google.protobuf import text_format
@@ -92,9 +95,9 @@ class Question:
     # of so many tokens besides the chosen one
     top_logprobs: int = 0
     # what guides the answer: its type and text, as TensorRT-LLM names them
-    guide: Optional[Tuple[str, str]] = None
+    guide: tuple[str, str] | None = None
     # what ends an answer where the engine can see it only as tokens: int32 (1, 2, n)
-    stop_words: Optional[Any] = None
+    stop_words: Any | None = None
 
 
 def is_greedy(question: Question) -> bool:
@@ -102,7 +105,7 @@ def is_greedy(question: Question) -> bool:
     return question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1
 
 
-def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab_size: int) -> Dict[str, Any]:
+def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab_size: int) -> dict[str, Any]:
     """The tensors of a question: name -> value of the batch's one row. Names are those of 0.8.0.
 
     end_ids: the model's ends. The engine takes one end_id; the others are stop words of one token.
@@ -110,7 +113,7 @@ def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab
     Sampling is chosen by top_k and top_p alone: with neither TensorRT-LLM decodes greedily, whatever the temperature. What is at its
     default is left out, so that versions which lack an input are not asked for it.
     """
-    values: Dict[str, Any] = {
+    values: dict[str, Any] = {
         "input_ids": question.ids,
         "input_lengths": [len(question.ids)],
         "request_output_len": [question.max_tokens],
@@ -161,7 +164,7 @@ class Engine:
     """
 
     def __init__(
-        self, address: str, config: str, limits: Limits, end_ids: Sequence[int], shares: Optional[Shares] = None
+        self, address: str, config: str, limits: Limits, end_ids: Sequence[int], shares: Shares | None = None
     ) -> None:
         self.address, self.limits, self.end_ids, self.shares = address, limits, end_ids, shares
         parsed = text_format.Parse(config, model_config_pb2.ModelConfig())
@@ -180,10 +183,10 @@ class Engine:
             GUIDE[1] in self.types and backend in parsed.parameters and bool(parsed.parameters[backend].string_value)
         )
         self.most_of_one = limits.max_batch_size + max(1, int(AHEAD_SHARE * limits.max_batch_size))
-        self._link: Optional[grpc_link.Link] = None
+        self._link: grpc_link.Link | None = None
         # what waits for its turn, by the bucket of its client
-        self._waiting: Dict[int, Deque[Stream]] = {}
-        self._looking: Optional[asyncio.TimerHandle] = None
+        self._waiting: dict[int, deque[Stream]] = {}
+        self._looking: asyncio.TimerHandle | None = None
         # when a token last came out of the engine, by the loop's clock
         self.last_token = float("-inf")
 
@@ -201,11 +204,11 @@ class Engine:
         self,
         message: bytes,
         changed: Callable[[], None],
-        bucket: Optional[int] = None,
+        bucket: int | None = None,
         arrived: float = 0.0,
         name: str = "",
         likeliest: int = 0,
-    ) -> "Stream":
+    ) -> Stream:
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
         bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
@@ -234,7 +237,7 @@ class Engine:
         if self._waiting and self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 
-    def _may_start(self, stream: "Stream") -> bool:
+    def _may_start(self, stream: Stream) -> bool:
         assert self.shares is not None and stream.bucket is not None
         return self.shares.may_start(stream.bucket, stream.turn, self.most_of_one)
 
@@ -297,10 +300,10 @@ class Engine:
 class Chance(float):
     """A token's log probability; top: the likeliest tokens at its place, (token id, log probability) each."""
 
-    top: List[Tuple[int, float]] = []
+    top: list[tuple[int, float]] = []
 
 
-def apart(values: Sequence[float], most: int) -> List[float]:
+def apart(values: Sequence[float], most: int) -> list[float]:
     """Chances, from what the torch engine gives: for each token its own, then ids and log probabilities of the likeliest in turn."""
     chances = []
     for first in range(0, len(values), 1 + 2 * most):
@@ -332,7 +335,7 @@ class Stream:
         engine: Engine,
         message: bytes,
         changed: Callable[[], None],
-        bucket: Optional[int],
+        bucket: int | None,
         arrived: float = 0.0,
         name: str = "",
     ) -> None:
@@ -340,17 +343,17 @@ class Stream:
         # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on. So what a client
         # calls its request comes last, and no two are alike whatever it is.
         self.id = f"r{uuid.uuid4().hex}" + (f"-{name}" if name else "")
-        self.ids: List[int] = []
-        self.log_probs: List[float] = []
+        self.ids: list[int] = []
+        self.log_probs: list[float] = []
         self.likeliest = 0
         self.ended, self.cancelled = False, False
-        self.failure: Optional[EngineFailed] = None
+        self.failure: EngineFailed | None = None
         self.placed, self.first_token, self.last_token = 0.0, 0.0, 0.0
         # its turn is given back
         self.over = False
         self._message = message
-        self._call: Optional[grpc_link.Call] = None
-        self._fast: Optional[OneToken] = None
+        self._call: grpc_link.Call | None = None
+        self._fast: OneToken | None = None
         self._sought = False
         self.turn = 0 if bucket is None or engine.shares is None else engine.shares.turn(bucket)
 
@@ -451,14 +454,14 @@ class OneToken:
     before: bytes
     after: bytes
 
-    def token(self, data: bytes) -> Optional[int]:
+    def token(self, data: bytes) -> int | None:
         at = len(self.before)
         if len(data) == at + 4 + len(self.after) and data.startswith(self.before) and data.endswith(self.after):
             return int.from_bytes(data[at : at + 4], "little", signed=True)
         return None
 
 
-def one_token(data: bytes, token: int) -> Optional[OneToken]:
+def one_token(data: bytes, token: int) -> OneToken | None:
     """Where the token stands in a response; None unless another one in its place reads as that one and nothing else changed."""
     written, other = token.to_bytes(4, "little", signed=True), (token ^ 0x5A).to_bytes(4, "little", signed=True)
     at = data.find(written)

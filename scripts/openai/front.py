@@ -5,6 +5,8 @@ answer unread, or how many connections one address has. A Front stands between t
 the ASGI scope, and parses nothing. The application says through `head_done`, `body_done` and `answered` how far a request is.
 """
 
+from __future__ import annotations
+
 import asyncio
 import http
 import json

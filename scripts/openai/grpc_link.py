@@ -7,6 +7,8 @@ in. So only that part of HTTP/2 is here. Headers are decoded by the package hpac
 Sources: RFC 9113 (HTTP/2), RFC 7541 (HPACK), gRPC's doc/PROTOCOL-HTTP2.md.
 """
 
+from __future__ import annotations
+
 import asyncio
 import struct
 import urllib.parse
@@ -51,7 +53,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 class Call:
     """One call on its way. window: how many bytes of it the server takes now; unsent: what waits for that."""
 
-    def __init__(self, link: "Link", receiver: Receiver, path: str, message: bytes) -> None:
+    def __init__(self, link: Link, receiver: Receiver, path: str, message: bytes) -> None:
         self.link, self.receiver, self.path = link, receiver, path
         self.unsent = b"\0" + len(message).to_bytes(4, "big") + message
         self.connection: Connection | None = None

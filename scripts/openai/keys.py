@@ -4,6 +4,8 @@ A line is a key, `name: key` or `name key`; behind it may stand what the key may
 standard library only: the supervisor checks the file with this code before anything is loaded.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import mmap
@@ -11,7 +13,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 MAX_FILE_BYTES, MAX_KEYS, MAX_KEY_BYTES = 1 << 20, 1000, 4096
 NAME = re.compile(r"[\w.@/-]{1,64}")
@@ -26,12 +28,12 @@ class Key(NamedTuple):
     tokens: int = 0
 
 
-def parsed(text: str) -> Dict[str, Key]:
+def parsed(text: str) -> dict[str, Key]:
     """The lines of a file: key -> what belongs to it. Raises ValueError with words that never repeat a key."""
-    found: Dict[str, Key] = {}
+    found: dict[str, Key] = {}
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
-        limits: Dict[str, int] = {}
+        limits: dict[str, int] = {}
         while len(words) > 1 and (limit := LIMIT.fullmatch(words[-1])):
             limits.setdefault(limit[1], int(limit[2]))
             words.pop()
@@ -54,7 +56,7 @@ def parsed(text: str) -> Dict[str, Key]:
     return found
 
 
-def read(path: str) -> Tuple[bytes, Tuple[int, ...]]:
+def read(path: str) -> tuple[bytes, tuple[int, ...]]:
     """A file's bytes, and what tells this version of it from another. Raises OSError and ValueError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         about = os.fstat(file.fileno())
@@ -66,16 +68,16 @@ def read(path: str) -> Tuple[bytes, Tuple[int, ...]]:
     return data, signature(about)
 
 
-def signature(about: os.stat_result) -> Tuple[int, ...]:
+def signature(about: os.stat_result) -> tuple[int, ...]:
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def checked(path: str) -> Dict[str, Key]:
+def checked(path: str) -> dict[str, Key]:
     """The keys of a file. Raises OSError, and ValueError with what is wrong."""
     return decoded(read(path)[0])
 
 
-def decoded(data: bytes) -> Dict[str, Key]:
+def decoded(data: bytes) -> dict[str, Key]:
     try:
         return parsed(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -102,8 +104,8 @@ class Keys:
         self.shared = mmap.mmap(-1, 8 + MAX_FILE_BYTES)
         self.lock_file = os.memfd_create("keys")
         self.alone = {alone.strip(): Key("BAKE_API_KEY")} if alone.strip() else {}
-        self.by_digest: Dict[bytes, Key] = {}
-        self.seen: Optional[Tuple[int, ...]] = None
+        self.by_digest: dict[bytes, Key] = {}
+        self.seen: tuple[int, ...] | None = None
         self.complaint = ""
         data = b""
         if path:
@@ -118,7 +120,7 @@ class Keys:
         """Keys are looked up by a keyed hash: how long that takes tells nothing of them."""
         return hashlib.blake2b(key, digest_size=16, key=self.secret).digest()
 
-    def known(self, given: bytes) -> Optional[Known]:
+    def known(self, given: bytes) -> Known | None:
         digest = self.digest(given)
         key = self.by_digest.get(digest)
         return None if key is None else Known(key, digest)

@@ -1,5 +1,7 @@
 """The log of the endpoint's processes: it never waits, never raises, and one client cannot fill it."""
 
+from __future__ import annotations
+
 import contextvars
 import logging
 import os

@@ -4,8 +4,10 @@ Names, defaults and ranges are OpenAI's (https://platform.openai.com/docs/api-re
 request asks for and this server cannot do is refused by name; what changes no answer (user, metadata, ...) is taken and left alone.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Annotated, Any, Dict, List, Literal, Optional, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
@@ -48,12 +50,12 @@ class NotSupported:
 
         return core_schema.with_info_plain_validator_function(check)
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {"enum": [None, *self.defaults], "description": "Not supported: this asks for nothing"}
 
 
-TokenIds = Annotated[List[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
-Texts = Annotated[List[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -90,47 +92,47 @@ def _biases(value: Any) -> Any:
 
 
 class StreamOptions(Strict):
-    include_usage: Optional[bool] = None
+    include_usage: bool | None = None
     # pads chunks against eavesdroppers who count bytes; it is asked for by newer clients and changes no text
-    include_obfuscation: Optional[bool] = None
+    include_obfuscation: bool | None = None
 
 
 class Sampling(Strict):
     """What both ways of asking have in common."""
 
     model: str = Field(description="The id that /v1/models gives")
-    stream: Optional[bool] = None
-    stream_options: Optional[StreamOptions] = None
-    n: Optional[Whole] = Field(None, ge=1, le=MAX_CHOICES)
-    temperature: Optional[float] = Field(None, ge=0, le=2, description="1 where nothing is said; 0 is greedy")
-    top_p: Optional[float] = Field(None, ge=0, le=1)
-    presence_penalty: Optional[float] = Field(None, ge=-2, le=2)
-    frequency_penalty: Optional[float] = Field(None, ge=-2, le=2)
-    seed: Optional[Whole] = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Union[str, Annotated[List[str], Field(max_length=MAX_STOPS, fail_fast=True)], None] = Field(
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2, description="1 where nothing is said; 0 is greedy")
+    top_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
         None, description="None of it is in the answer"
     )
-    logit_bias: Annotated[Optional[Dict[str, float]], BeforeValidator(_biases)] = Field(
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_biases)] = Field(
         None, max_length=MAX_BIASES, description="Token id to what is added to its logit, -100 to 100"
     )
     # not OpenAI's, but TensorRT-LLM's and vLLM's
-    top_k: Optional[Whole] = Field(None, ge=0, lt=1 << 31)
+    top_k: Whole | None = Field(None, ge=0, lt=1 << 31)
     # from what does not vanish in float32
-    repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
-    min_tokens: Optional[Whole] = Field(None, ge=0, lt=1 << 31)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    min_tokens: Whole | None = Field(None, ge=0, lt=1 << 31)
     # taken and left alone: they change no answer
-    user: Optional[str] = None
-    metadata: Optional[Dict[str, Any]] = None
-    store: Optional[bool] = None
-    service_tier: Optional[str] = None
-    safety_identifier: Optional[str] = None
-    prompt_cache_key: Optional[str] = None
-    prompt_cache_retention: Optional[str] = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     # vLLM's
-    min_p: Optional[float] = Field(None, ge=0, le=1, description="Torch engine only")
-    ignore_eos: Optional[bool] = Field(None, description="The answer has max_tokens, whatever the model says")
-    request_id: Optional[str] = None
-    priority: Optional[Whole] = None
+    min_p: float | None = Field(None, ge=0, le=1, description="Torch engine only")
+    ignore_eos: bool | None = Field(None, description="The answer has max_tokens, whatever the model says")
+    request_id: str | None = None
+    priority: Whole | None = None
     # known and not supported: OpenAI's, then vLLM's
     modalities: Annotated[Any, NotSupported(["text"])] = None
     audio: Annotated[Any, NotSupported()] = None
@@ -138,9 +140,9 @@ class Sampling(Strict):
     reasoning_effort: Annotated[Any, NotSupported("medium")] = None
     verbosity: Annotated[Any, NotSupported("medium")] = None
     web_search_options: Annotated[Any, NotSupported()] = None
-    guided_json: Union[str, Dict[str, Any], None] = Field(None, description="A JSON schema that the answer follows")
-    guided_regex: Optional[str] = Field(None, min_length=1)
-    guided_choice: Optional[Annotated[List[str], Field(min_length=1, max_length=MAX_CHOICES_OF, fail_fast=True)]] = None
+    guided_json: str | dict[str, Any] | None = Field(None, description="A JSON schema that the answer follows")
+    guided_regex: str | None = Field(None, min_length=1)
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES_OF, fail_fast=True)] | None = None
     guided_grammar: Annotated[Any, NotSupported()] = None
     structured_outputs: Annotated[Any, NotSupported()] = None
     use_beam_search: Annotated[Any, NotSupported(False)] = None
@@ -155,27 +157,27 @@ class Sampling(Strict):
 
     @field_validator("stop")
     @classmethod
-    def _stops(cls, value: Union[str, List[str], None]) -> Union[str, List[str], None]:
+    def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         longest = max((len(stop.encode()) for stop in ([value] if isinstance(value, str) else value or [])), default=0)
         if longest > MAX_STOP_BYTES:
             raise ValueError(f"a stop string has {longest} bytes; one may have {MAX_STOP_BYTES}")
         return value
 
     @property
-    def stops(self) -> List[str]:
+    def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
 
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
-    prompt: Union[
-        str, Texts, TokenIds, Annotated[List[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    ]
-    max_tokens: Optional[Whole] = Field(None, ge=1, lt=1 << 31, description="16 where nothing is said")
-    echo: Optional[bool] = None
-    logprobs: Optional[Whole] = Field(None, ge=0, le=5, description="0: of the chosen tokens; more: torch engine only")
-    best_of: Optional[Whole] = Field(
+    prompt: (
+        str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    max_tokens: Whole | None = Field(None, ge=1, lt=1 << 31, description="16 where nothing is said")
+    echo: bool | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=5, description="0: of the chosen tokens; more: torch engine only")
+    best_of: Whole | None = Field(
         None, ge=1, le=MAX_CHOICES, description="So many are made, the likeliest n are the answer"
     )
     suffix: Annotated[Any, NotSupported("")] = None
@@ -200,17 +202,17 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: CalledFunction
     # what a streamed call carries
-    index: Optional[Whole] = None
+    index: Whole | None = None
 
 
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Union[str, Annotated[List[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)], None] = None
-    name: Optional[str] = None
-    tool_calls: Optional[Annotated[List[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]] = None
-    tool_call_id: Optional[str] = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: str | None = None
     cache_control: Any = None
     # what an assistant's turn carries when it comes back as it was sent
     refusal: Annotated[Any, NotSupported()] = None
@@ -220,7 +222,7 @@ class Message(Strict):
     reasoning_content: Annotated[Any, NotSupported("")] = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "Message":
+    def _whole(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is missing; only an assistant's turn with tool_calls has none")
         if self.tool_calls and self.role != "assistant":
@@ -237,9 +239,9 @@ class Message(Strict):
 
 class Function(Strict):
     name: str = Field(pattern=TOOL_NAME)
-    description: Optional[str] = None
-    parameters: Optional[Dict[str, Any]] = Field(None, description="A JSON schema; it goes to the model as it is")
-    strict: Optional[bool] = Field(
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; it goes to the model as it is")
+    strict: bool | None = Field(
         None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
     )
 
@@ -261,19 +263,19 @@ class NamedTool(Strict):
 
 class JsonSchema(Strict):
     name: str = Field(pattern=TOOL_NAME)
-    description: Optional[str] = None
+    description: str | None = None
     # pydantic's own models have a `schema`
-    schema_: Optional[Dict[str, Any]] = Field(None, alias="schema")
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
     # an answer follows its schema in any case
-    strict: Optional[bool] = None
+    strict: bool | None = None
 
 
 class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Optional[JsonSchema] = None
+    json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "ResponseFormat":
+    def _whole(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to the type json_schema, which needs it")
         return self
@@ -289,18 +291,18 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[List[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
-    max_tokens: Optional[Whole] = Field(None, ge=1, lt=1 << 31)
-    max_completion_tokens: Optional[Whole] = Field(
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+    max_tokens: Whole | None = Field(None, ge=1, lt=1 << 31)
+    max_completion_tokens: Whole | None = Field(
         None, ge=1, lt=1 << 31, description="As many as fit where nothing is said"
     )
-    logprobs: Optional[bool] = None
-    top_logprobs: Optional[Whole] = Field(None, ge=0, le=20, description="More than 0: torch engine only")
-    response_format: Optional[ResponseFormat] = None
-    tools: Optional[Annotated[List[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]] = None
-    tool_choice: Optional[Union[Literal["none", "auto", "required"], NamedTool]] = None
-    parallel_tool_calls: Optional[bool] = Field(None, description="false: the answer ends after its first call")
-    chat_template_kwargs: Optional[Dict[str, Any]] = Field(None, description="More names for the model's template")
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=20, description="More than 0: torch engine only")
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends after its first call")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="More names for the model's template")
     # known and not supported: OpenAI's (tools have taken the place of functions), then vLLM's
     functions: Annotated[Any, NotSupported([])] = None
     function_call: Annotated[Any, NotSupported("none", "auto")] = None
@@ -323,17 +325,17 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    tokens: List[str]
-    token_logprobs: List[float]
-    top_logprobs: Optional[List[Dict[str, float]]]
-    text_offset: List[int]
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
 
 
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: Optional[CompletionLogprobs]
-    finish_reason: Optional[Literal["stop", "length"]]
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
 
 
 class Completion(BaseModel):
@@ -341,19 +343,19 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
-    choices: List[CompletionChoice]
-    usage: Optional[Usage]
+    choices: list[CompletionChoice]
+    usage: Usage | None
 
 
 class TokenLogprob(BaseModel):
     token: str
-    bytes: List[int]
+    bytes: list[int]
     logprob: float
-    top_logprobs: List[Any]
+    top_logprobs: list[Any]
 
 
 class ChatLogprobs(BaseModel):
-    content: List[TokenLogprob]
+    content: list[TokenLogprob]
     refusal: None
 
 
@@ -365,16 +367,16 @@ class AnswerCall(BaseModel):
 
 class Answer(BaseModel):
     role: Literal["assistant"]
-    content: Optional[str]
+    content: str | None
     refusal: None
     # only where the model called some
-    tool_calls: List[AnswerCall] = []
+    tool_calls: list[AnswerCall] = []
 
 
 class ChatChoice(BaseModel):
     index: int
     message: Answer
-    logprobs: Optional[ChatLogprobs]
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
@@ -383,7 +385,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: List[ChatChoice]
+    choices: list[ChatChoice]
     usage: Usage
 
 
@@ -399,7 +401,7 @@ class Model(BaseModel):
 
 class Models(BaseModel):
     object: Literal["list"]
-    data: List[Model]
+    data: list[Model]
 
 
 class Health(BaseModel):
@@ -412,8 +414,8 @@ class Health(BaseModel):
 class ErrorBody(BaseModel):
     message: str
     type: str
-    param: Optional[str]
-    code: Optional[str]
+    param: str | None
+    code: str | None
 
 
 class Error(BaseModel):

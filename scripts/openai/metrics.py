@@ -8,13 +8,15 @@ for each process that there ever was, and takes a lock and several microseconds 
 What the engine says of itself comes from Triton's metrics, asked once a second at most, however many scrape us.
 """
 
+from __future__ import annotations
+
 import asyncio
 import math
 import mmap
 import re
 import time
 from bisect import bisect_left
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric

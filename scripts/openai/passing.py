@@ -4,6 +4,8 @@ Each worker has one Passing. Its methods are called on the loop, some once for e
 Here they do nothing (METRICS=off); metrics.py has an object of the same methods that counts, and a worker puts it in the place of `here`.
 """
 
+from __future__ import annotations
+
 
 class Passing:
     """Times are seconds."""

@@ -5,6 +5,8 @@ memory and on the CPU time of each request; when it goes beyond either it dies, 
 answer holds the engine's requests as bytes: the worker adds an id and a seed to each and sends them.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import json
@@ -16,9 +18,10 @@ import socket
 import struct
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Sequence, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 

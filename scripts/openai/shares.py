@@ -5,14 +5,16 @@ is known, and given back, when it dies. A client is a bucket: a keyed hash of it
 share a share; the key is new with every start.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import ipaddress
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 BUCKETS = 1024
 # what one worker has: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in the engine, and

@@ -8,6 +8,8 @@ How a model writes a call is its template's business, and a parser per known for
 A call is streamed as it is written: its name when that is known, then its arguments to the letter. What only looks like a call is text.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import uuid

@@ -1,5 +1,7 @@
 """One worker: a loop that answers on the shared port. Several share the port, each with a socket of its own (SO_REUSEPORT)."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import resource

@@ -1,5 +1,7 @@
 """What a client is told when it cannot be answered, in OpenAI's shape."""
 
+from __future__ import annotations
+
 from typing import Any
 
 

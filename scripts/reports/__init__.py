@@ -3,6 +3,8 @@
 Each function returns a Problem to raise: `raise reports.weights.tensor_damaged(...)`.
 """
 
+from __future__ import annotations
+
 from scripts.reports import (
     bench,
     charts,

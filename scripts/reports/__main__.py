@@ -1,11 +1,13 @@
 """python -m scripts.reports: docs/troubleshooting.md, made of every report with words in capitals for what differs from case to case."""
 
+from __future__ import annotations
+
 import inspect
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 from scripts import reports
 
@@ -65,10 +67,10 @@ def here(text: str) -> str:
 
 def page() -> str:
     """The whole page; a report that cannot be written from samples is left out."""
-    parts: List[str] = [HEAD]
+    parts: list[str] = [HEAD]
     for subject in SUBJECTS:
         module = getattr(reports, subject)
-        found: Dict[str, str] = {}
+        found: dict[str, str] = {}
         for name, function in vars(module).items():
             own = inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
             if own and inspect.signature(function).return_annotation in (reports.Problem, "Problem"):

@@ -1,5 +1,7 @@
 """Reports of the benchmarks."""
 
+from __future__ import annotations
+
 import shlex
 from typing import Any, Mapping, Sequence
 

@@ -1,5 +1,7 @@
 """Reports of make chart: which image, and whether one host of the cluster can hold it."""
 
+from __future__ import annotations
+
 import shlex
 
 from scripts.reports.problem import PathLike, Problem, make

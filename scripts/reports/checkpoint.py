@@ -1,8 +1,10 @@
 """Reports of the room checkpoint."""
 
+from __future__ import annotations
+
 import shlex
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Sequence
 
 from scripts.reports.problem import PathLike, Problem, indented, make, shown
 from scripts.reports.weights import look
@@ -81,7 +83,7 @@ def split_impossible(
 def toolchain_lacks(
     where: PathLike, lacking: str, version: str, able: Sequence[str], engine: str, quant: str, goal: str
 ) -> Problem:
-    change: Dict[str, Optional[str]]
+    change: dict[str, str | None]
     if able:
         others, change = f"Those that have it: {', '.join(able)}.", {"TOOLCHAIN": able[0]}
     elif quant:

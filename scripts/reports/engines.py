@@ -1,5 +1,7 @@
 """Reports of the rooms engines and model_repo."""
 
+from __future__ import annotations
+
 from typing import Sequence
 
 from scripts.reports.problem import PathLike, Problem, make

@@ -1,6 +1,8 @@
 """Reports of make weights."""
 
-from typing import Optional, Sequence
+from __future__ import annotations
+
+from typing import Sequence
 
 from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
@@ -135,7 +137,7 @@ def fetch_odd(name: str, source: str, reason: str) -> Problem:
     )
 
 
-def fetch_broken(name: str, source: str, reason: str, arrived_bytes: int, size_bytes: Optional[int]) -> Problem:
+def fetch_broken(name: str, source: str, reason: str, arrived_bytes: int, size_bytes: int | None) -> Problem:
     of = f" {arrived_bytes / 1e6:.1f} of {size_bytes / 1e6:.1f} MB are here." if size_bytes else ""
     return Problem(
         "the connection broke",

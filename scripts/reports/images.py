@@ -1,5 +1,7 @@
 """Reports of the image: building, showing, verifying, pushing."""
 
+from __future__ import annotations
+
 import os
 import shlex
 from pathlib import Path

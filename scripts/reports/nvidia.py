@@ -1,5 +1,7 @@
 """Reports about NVIDIA's GPUs, toolchains and programs."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from pathlib import Path

@@ -1,7 +1,9 @@
 """Reports about Python packages and interpreters."""
 
+from __future__ import annotations
+
 import sys
-from typing import Sequence, Tuple
+from typing import Sequence
 
 from scripts.reports.problem import Problem, make
 
@@ -9,7 +11,7 @@ from scripts.reports.problem import Problem, make
 LISTED = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obstore": ["fetch"]}
 
 
-def install(lists: Sequence[str]) -> Tuple[str, str]:
+def install(lists: Sequence[str]) -> tuple[str, str]:
     """(advice, command) to get packages: never into a Python that is not a virtual environment."""
     if sys.prefix == sys.base_prefix:
         return "Leave PYTHON unset, and make installs them into .venv:", make("serve", PYTHON="")

@@ -1,8 +1,10 @@
 """Reports of plan, doctor and the checks before serving."""
 
+from __future__ import annotations
+
 import shlex
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Sequence
 
 from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
@@ -61,7 +63,7 @@ def engine_for_another_gpu(engines: PathLike, built_on: str, built_for: str, her
     )
 
 
-def engine_needs_peer_access(engines: PathLike, peer_access: Optional[bool]) -> Problem:
+def engine_needs_peer_access(engines: PathLike, peer_access: bool | None) -> Problem:
     seen = "it is not known whether these can" if peer_access is None else "these cannot"
     return Problem(
         "the GPUs do not reach each other",
@@ -104,7 +106,7 @@ def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
     )
 
 
-def ranks_do_not_add_up(world_size: int, status: Optional[int], seconds: float, lines: Sequence[str]) -> Problem:
+def ranks_do_not_add_up(world_size: int, status: int | None, seconds: float, lines: Sequence[str]) -> Problem:
     event = f"did not finish within {seconds:.0f} s" if status is None else f"ended with status {status}"
     return Problem(
         "the ranks do not reach each other",

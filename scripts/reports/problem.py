@@ -1,5 +1,7 @@
 """What a report is, how it is shown, and how a script ends with one."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -9,7 +11,7 @@ import signal
 import sys
 import textwrap
 from pathlib import Path
-from typing import Callable, Iterable, NoReturn, Optional, Sequence, Union
+from typing import Callable, Iterable, NoReturn, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
@@ -123,7 +125,7 @@ def make(target: str, **changed: object) -> str:
     )
 
 
-def run(main: Callable[[], Optional[int]]) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main`: a Problem becomes a report on stderr and status 1; a traceback means our bug."""
     from scripts.reports import packages, rooms  # they build on this module
 

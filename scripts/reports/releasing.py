@@ -1,5 +1,7 @@
 """Reports of make release before it builds."""
 
+from __future__ import annotations
+
 from typing import Mapping, Sequence
 
 from scripts.reports.problem import PathLike, Problem, indented, make

@@ -1,15 +1,16 @@
 """Reports about rooms and the disk."""
 
+from __future__ import annotations
+
 import errno
 import os
 import shlex
 from pathlib import Path
-from typing import Optional
 
 from scripts.reports.problem import PathLike, Problem, make, shown
 
 
-def disk_full(where: PathLike, reason: Optional[str] = None) -> Problem:
+def disk_full(where: PathLike, reason: str | None = None) -> Problem:
     folder = next(path for path in [Path(where), *Path(where).absolute().parents] if path.is_dir())
     stat = os.statvfs(folder)
     free_bytes = stat.f_bavail * stat.f_frsize
@@ -23,7 +24,7 @@ def disk_full(where: PathLike, reason: Optional[str] = None) -> Problem:
     )
 
 
-def not_allowed(where: PathLike, reason: Optional[str]) -> Problem:
+def not_allowed(where: PathLike, reason: str | None) -> Problem:
     return Problem(
         "the system does not allow it",
         where,

@@ -1,5 +1,7 @@
 """Reports of make serve and make ask."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import sys

@@ -1,5 +1,7 @@
 """Reports about what was typed: settings, models, presets."""
 
+from __future__ import annotations
+
 import os
 import shlex
 from typing import Sequence

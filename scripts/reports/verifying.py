@@ -1,7 +1,9 @@
 """Reports of the room verified."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
@@ -32,7 +34,7 @@ def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem
 def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike) -> Problem:
     """`report`: report.json of the room verified."""
 
-    def shown_value(value: Optional[float]) -> str:
+    def shown_value(value: float | None) -> str:
         return "no number" if value is None else f"{value:g}"
 
     failed = "; ".join(

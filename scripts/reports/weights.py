@@ -1,10 +1,12 @@
 """Reports about weights and tokenizers in any form."""
 
+from __future__ import annotations
+
 import os
 import shlex
 from datetime import datetime
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Sequence
 
 from scripts.reports.problem import Outdated, PathLike, Problem, make, shown, some
 
@@ -187,7 +189,7 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
     )
 
 
-def weights_changed(path: PathLike, before: os.stat_result, now: Optional[os.stat_result], room: str) -> Problem:
+def weights_changed(path: PathLike, before: os.stat_result, now: os.stat_result | None, room: str) -> Problem:
     def described(stat: os.stat_result) -> str:
         written = datetime.fromtimestamp(stat.st_mtime).isoformat(" ", "milliseconds")
         return f"{stat.st_size} bytes of {written} (inode {stat.st_ino})"

@@ -3,6 +3,8 @@
 Started by scripts/serving/checks.py, one process per rank under mpirun. Without GPUs (a rehearsal) gloo takes NCCL's place.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from datetime import timedelta

@@ -3,6 +3,8 @@
 A check takes values and raises a Problem; `check` at the end looks the values up. Which checks there are depends on the engine kind.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Mapping, Sequence
 
 from scripts import reports, room
 from scripts.nvidia import contracts, gpus
@@ -39,10 +41,10 @@ class Host:
     engines: Path
     gpus: Sequence[Gpu]
     links: Links
-    trtllm_version: Optional[str]
+    trtllm_version: str | None
     shared_memory_bytes: int
-    memlock_bytes: Optional[int]
-    opal_prefix: Optional[Path]
+    memlock_bytes: int | None
+    opal_prefix: Path | None
     mpirun: Path
 
 
@@ -99,7 +101,7 @@ def check_mpi(facts: Mapping[str, Any], host: Host) -> None:
         raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is no folder", host.mpirun)
 
 
-def remarks(facts: Mapping[str, Any], host: Host) -> List[str]:
+def remarks(facts: Mapping[str, Any], host: Host) -> list[str]:
     """What is worth a line and stops nothing."""
     found = []
     if host.memlock_bytes is not None:
@@ -118,7 +120,7 @@ def remarks(facts: Mapping[str, Any], host: Host) -> List[str]:
     return found
 
 
-def all_reduce_command(world_size: int, folder: Path, seconds: float) -> List[str]:
+def all_reduce_command(world_size: int, folder: Path, seconds: float) -> list[str]:
     """One process per rank."""
     return [
         *launch.MPIRUN,
@@ -132,7 +134,7 @@ def all_reduce_command(world_size: int, folder: Path, seconds: float) -> List[st
     ]
 
 
-def _numbers(version: str) -> Tuple[int, ...]:
+def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
@@ -142,7 +144,7 @@ def _numbers(version: str) -> Tuple[int, ...]:
 def look(engines: Path, world_size: int, environment: Mapping[str, str]) -> Host:
     """This host, and the environment that the ranks will have."""
     try:
-        version: Optional[str] = importlib.metadata.version("tensorrt_llm")
+        version: str | None = importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
         version = None
     shm = os.statvfs("/dev/shm")
@@ -224,7 +226,7 @@ def check_torch(
     """The torch engine runs anywhere, and tells by itself when ranks are lost."""
 
 
-CHECKS: Dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event, str], None]] = {
+CHECKS: dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event, str], None]] = {
     "torch": check_torch,
     "tensorrt": check_tensorrt,
 }

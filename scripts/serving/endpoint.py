@@ -1,5 +1,7 @@
 """The OpenAI-compatible endpoint as a process that the supervisor starts and watches."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import select
@@ -9,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Deque, List, Mapping, Optional
+from typing import Mapping
 
 from scripts import room
 from scripts.serving import processes
@@ -56,7 +58,7 @@ class Endpoint:
             stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace", pass_fds=[saying],
         )  # fmt: skip
         os.close(saying)
-        self.last_lines: Deque[str] = deque(maxlen=LOG_LINES)
+        self.last_lines: deque[str] = deque(maxlen=LOG_LINES)
         self.pulse = Pulse()
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
@@ -87,7 +89,7 @@ class Endpoint:
         """It says 503 at /health from now on, and goes on serving."""
         self.process.send_signal(signal.SIGUSR1)
 
-    def failure(self) -> Optional[str]:
+    def failure(self) -> str | None:
         """What happened to it, as soon as it has ended or no longer answers."""
         if self.process.poll() is not None:
             self.reader.join(timeout=1)
@@ -104,7 +106,7 @@ class Endpoint:
         self.reader.join(timeout=2)
 
 
-def openai_lacks() -> List[str]:
+def openai_lacks() -> list[str]:
     """The endpoint's modules that this interpreter has not."""
     missing = []
     for module in OPENAI_MODULES:

@@ -1,12 +1,13 @@
 """Checks of this host and of the rooms before anything is loaded; `make doctor` runs them too."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
 import resource
 import socket
 from pathlib import Path
-from typing import List
 
 from scripts import reports, room
 from scripts.openai import keys
@@ -35,7 +36,7 @@ def check_ports(settings: Settings) -> None:
             ) from None
 
 
-def reserve_ports(settings: Settings) -> List[socket.socket]:
+def reserve_ports(settings: Settings) -> list[socket.socket]:
     """Claim the ports for this server among ours, from before they are bound until it ends; a report when another server has one.
 
     Two servers that start at the same moment both find the ports free. Each claim is a name in Linux' abstract socket namespace,

@@ -1,5 +1,7 @@
 """What is started, as words: tritonserver, mpirun in leader mode, their environment; and what `serve` was asked."""
 
+from __future__ import annotations
+
 import atexit
 import os
 import shutil
@@ -7,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
+from typing import Mapping
 
 from scripts import reports
 from scripts.serving.toolbox import Toolbox
@@ -56,15 +58,15 @@ class Settings:
     http_port: int
     grpc_port: int
     metrics_port: int
-    log: Optional[Path] = None
+    log: Path | None = None
     startup_seconds: float = STARTUP_SECONDS
     # where clients find it, when that differs from `host`: a container listens on all its addresses, docker publishes one of the host's
     shown_host: str = ""
     # None: no endpoint
-    openai_port: Optional[int] = None
+    openai_port: int | None = None
     api_key_file: str = ""
     # written when the server is ready, for programs that start it (serving/started.py)
-    ready_file: Optional[Path] = None
+    ready_file: Path | None = None
     # how many worker processes it has; empty: by this machine's cores
     openai_workers: str = ""
     operating: Operating = Operating()
@@ -80,7 +82,7 @@ class Settings:
             raise reports.serving.ports_equal(ports)
 
     @property
-    def ports(self) -> Dict[str, int]:
+    def ports(self) -> dict[str, int]:
         """The ports that are opened, by the names of their settings."""
         ports = {"HTTP_PORT": self.http_port, "GRPC_PORT": self.grpc_port, "METRICS_PORT": self.metrics_port}
         return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
@@ -108,7 +110,7 @@ class Settings:
         return f"{self.reached_at}:{self.grpc_port}"
 
 
-def server_command(toolbox: Toolbox, shared_memory: str) -> List[str]:
+def server_command(toolbox: Toolbox, shared_memory: str) -> list[str]:
     """tritonserver over the folder model_repo. shared_memory: what the names of the Python backend's begin with."""
     return [
         str(toolbox.tritonserver),
@@ -119,7 +121,7 @@ def server_command(toolbox: Toolbox, shared_memory: str) -> List[str]:
     ]
 
 
-def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "", key: str = "KEY") -> List[str]:
+def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "", key: str = "KEY") -> list[str]:
     """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
 
     Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
@@ -151,7 +153,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     return command
 
 
-def compiled_kernels(root: Path) -> Optional[Path]:
+def compiled_kernels(root: Path) -> Path | None:
     """Where the torch engine's compiled kernels are found and kept; None: wherever Triton keeps them, as nothing can be kept here.
 
     In an image nothing may be written beside the rooms, and Triton ends where it finds nothing and may not write. So what was baked in
@@ -174,8 +176,8 @@ def server_environment(
     run_dir: Path,
     world_size: int,
     cores: int,
-    root: Optional[Path] = None,
-) -> Dict[str, str]:
+    root: Path | None = None,
+) -> dict[str, str]:
     """The environment of mpirun and its ranks. root: where the rooms are, and what the torch engine compiled at an earlier start."""
     environment = dict(inherited)
     # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.

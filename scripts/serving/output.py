@@ -1,12 +1,14 @@
 """Where the supervisor and the servers' output go: writing never raises, never waits, and a file never grows without limit."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import queue
 import sys
 import threading
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any
 
 from scripts import reports
 
@@ -22,13 +24,13 @@ class Output:
     A full disk, a closed pipe and a reader that stopped cost the lines, not the server.
     """
 
-    def __init__(self, path: Optional[Path] = None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         """path: None is standard output. Raises BlockingIOError where another server has the file."""
         self.path = path
         self.descriptor = os.dup(1) if path is None else self._open(path)
         self.size = 0
         self.left_out = 0
-        self.lines: queue.Queue[Optional[str]] = queue.Queue(MAX_WAITING)
+        self.lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
@@ -79,7 +81,7 @@ class Output:
         self.size = 0
 
 
-def open_log(log: Optional[Path], http_port: int) -> Output:
+def open_log(log: Path | None, http_port: int) -> Output:
     """Where the servers' output goes; a second server of the same rooms takes a file that is named after its port."""
     if log is None:
         return Output()
@@ -110,7 +112,7 @@ class Unfailing:
             # what is left in its buffer would be tried again at the end, and make the status of a good end a bad one
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
-    def writelines(self, lines: List[str]) -> None:
+    def writelines(self, lines: list[str]) -> None:
         for line in lines:
             self.write(line)
 

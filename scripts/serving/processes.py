@@ -4,6 +4,8 @@ Run as a program it is the supervisor's guard: it waits until the supervisor's e
 ends what is left. (mpirun, when told to end by SIGTERM alone, was seen to leave its ranks behind.)
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import shutil
@@ -14,7 +16,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Deque, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Callable, Sequence
 
 PROC = Path("/proc")
 # prctl(2)
@@ -31,20 +33,20 @@ class Process:
     session: int
     state: str
     name: str
-    rank: Optional[int]
+    rank: int | None
 
     @property
-    def identity(self) -> Tuple[int, int]:
+    def identity(self) -> tuple[int, int]:
         return self.pid, self.started
 
 
-def of_session(session: int, dead: bool = False) -> Dict[Tuple[int, int], Process]:
+def of_session(session: int, dead: bool = False) -> dict[tuple[int, int], Process]:
     """Every process of a session (what was started by one setsid and its children), by identity; dead: zombies too."""
     found = (_read(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
     return {p.identity: p for p in found if p is not None and p.session == session and (dead or p.state not in "ZX")}
 
 
-def end_session(session: int, timeout_seconds: float) -> Set[int]:
+def end_session(session: int, timeout_seconds: float) -> set[int]:
     """Kill every process of a session and take note of their ends; returns the pids that are left after the timeout (none,
     unless the kernel holds them). Only orphans that we adopted can be taken note of: see adopt_orphans."""
     deadline = time.monotonic() + timeout_seconds
@@ -83,9 +85,9 @@ def reap_orphans() -> None:
 
 def run_logged(
     command: Sequence[str], log: Path, heard: Callable[[str], None], last: int = 200
-) -> Tuple[int, List[str]]:
+) -> tuple[int, list[str]]:
     """Run a program to its end in the folder of `log`, its output there and, line by line, to `heard`: (status, last lines)."""
-    lines: Deque[str] = deque(maxlen=last)
+    lines: deque[str] = deque(maxlen=last)
     with open(log, "w", encoding="utf-8") as kept:
         child = subprocess.Popen(
             command, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -105,7 +107,7 @@ def run_logged(
             child.wait()
 
 
-def _read(pid: int) -> Optional[Process]:
+def _read(pid: int) -> Process | None:
     """/proc/PID/stat (proc(5)) and the rank that mpirun wrote into the environment."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
@@ -117,7 +119,7 @@ def _read(pid: int) -> Optional[Process]:
         environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:  # a zombie has none any more
         environment = []
-    ranks: List[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
+    ranks: list[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
     rank = int(ranks[0]) if ranks and ranks[0].isdigit() else None
     return Process(pid, int(fields[19]), int(fields[1]), int(fields[3]), fields[0], name, rank)
 

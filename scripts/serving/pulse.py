@@ -1,10 +1,12 @@
 """Whether a port answers."""
 
+from __future__ import annotations
+
 import json
 import time
 import urllib.error
 import urllib.request
-from typing import Mapping, Optional
+from typing import Mapping
 
 # A server asks itself over loopback, whatever http_proxy says: a proxy would get its prompts, and it would never become ready.
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -34,7 +36,7 @@ class Pulse:
         return self.missed > 1 and time.monotonic() - self.last > SILENT_SECONDS
 
 
-def http_ok(url: str, body: Optional[Mapping[str, object]], timeout_seconds: float) -> bool:
+def http_ok(url: str, body: Mapping[str, object] | None, timeout_seconds: float) -> bool:
     """Whether a request is answered with status 200 and no error inside (Triton sends some errors with status 200)."""
     data = None if body is None else json.dumps(body).encode()
     try:

@@ -1,5 +1,7 @@
 """The running ranks: one mpirun, its processes and their output."""
 
+from __future__ import annotations
+
 import re
 import signal
 import subprocess
@@ -8,7 +10,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Sequence
 
 from scripts import reports
 from scripts.serving import processes
@@ -47,14 +49,14 @@ class Ranks:
         )  # fmt: skip
         self.session, self.run_dir = self.mpirun.pid, run_dir
         self.guard = self._guard()
-        self.last_lines: Dict[int, Deque[str]] = {}
-        self.lost_rank: Optional[int] = None
-        self.out_of_memory: Optional[Tuple[int, str]] = None
-        self.ended_first: Optional[int] = None
-        self.gone_since: Optional[float] = None
-        self.requests_done_at: Optional[float] = None
-        self.expected: Dict[Tuple[int, int], processes.Process] = {}
-        self.stopped_since: Dict[Tuple[int, int], float] = {}
+        self.last_lines: dict[int, deque[str]] = {}
+        self.lost_rank: int | None = None
+        self.out_of_memory: tuple[int, str] | None = None
+        self.ended_first: int | None = None
+        self.gone_since: float | None = None
+        self.requests_done_at: float | None = None
+        self.expected: dict[tuple[int, int], processes.Process] = {}
+        self.stopped_since: dict[tuple[int, int], float] = {}
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
 
@@ -79,7 +81,7 @@ class Ranks:
                     self.requests_done_at = time.monotonic()
                 log.line(f"rank {rank}: {text}" if rank >= 0 else text)
 
-    def _guard(self) -> "subprocess.Popen[bytes]":
+    def _guard(self) -> subprocess.Popen[bytes]:
         """The process that ends the ranks when this one dies."""
         command = [sys.executable, "-m", "scripts.serving.processes", str(self.session), str(self.run_dir)]
         return subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, start_new_session=True)
@@ -89,7 +91,7 @@ class Ranks:
         if self.guard.poll() is not None:
             self.guard = self._guard()
 
-    def tail(self, rank: int) -> List[str]:
+    def tail(self, rank: int) -> list[str]:
         """The last lines that a rank wrote; mpirun's own when it wrote none."""
         return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
 
@@ -97,7 +99,7 @@ class Ranks:
         """From now on every process that is there must stay."""
         self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
 
-    def failure(self, ending: bool = False) -> Optional[Tuple[int, str]]:
+    def failure(self, ending: bool = False) -> tuple[int, str] | None:
         """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS.
 
         Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
@@ -131,7 +133,7 @@ class Ranks:
             return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 
-    def settled_failure(self) -> Optional[Tuple[int, str]]:
+    def settled_failure(self) -> tuple[int, str] | None:
         """As failure(), after the moment in which a process is gone and it is not yet known whose end was the first."""
         while (failure := self.failure()) is None and self.gone_since is not None:
             time.sleep(0.05)

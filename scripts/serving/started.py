@@ -1,5 +1,7 @@
 """One way to start `python -m scripts.serve` from another script, know when it is ready, and end it."""
 
+from __future__ import annotations
+
 import json
 import signal
 import subprocess
@@ -9,7 +11,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator
 
 from scripts import reports
 from scripts.serving.launch import Settings
@@ -21,9 +23,9 @@ ASK_SECONDS = 0.05
 class Started:
     """A server that is ready. seconds: from its start until then; endpoint_pid: the OpenAI endpoint's process, if there is one."""
 
-    process: "subprocess.Popen[bytes]"
+    process: subprocess.Popen[bytes]
     seconds: float
-    endpoint_pid: Optional[int]
+    endpoint_pid: int | None
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Start, wait until ready, watch, end: the ranks and the endpoint together."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -10,7 +12,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
 
 from scripts import reports, room
 from scripts.serving import checks, processes
@@ -46,7 +47,7 @@ class Supervisor:
         self.settings = settings
         self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
         self.pulse = Pulse()
-        self.endpoint: Optional[Endpoint] = None
+        self.endpoint: Endpoint | None = None
 
     def run(self) -> int:
         """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""

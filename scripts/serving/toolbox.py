@@ -1,5 +1,7 @@
 """Where tritonserver, its backends and mpirun are: NVIDIA's container or the wheels."""
 
+from __future__ import annotations
+
 import atexit
 import importlib.util
 import os
@@ -11,7 +13,7 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Callable, Sequence
 
 from scripts import reports
 
@@ -21,7 +23,7 @@ class Toolbox:
     """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container); open_mpi: mpirun's major version."""
 
     tritonserver: Path
-    backends: Optional[Path]
+    backends: Path | None
     libraries: Sequence[Path]
     open_mpi: int = 5
 

@@ -1,9 +1,12 @@
 """Says a byte-level BPE (GPT-2's kind, as SmolLM and Llama 3 have it) in the form of Hugging Face: tokenizer.json with its side files."""
 
+from __future__ import annotations
+
 import base64
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from scripts import reports
 
@@ -13,11 +16,11 @@ TIKTOKEN_MAX_BYTES = 64 << 20
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _byte_level(use_regex: bool) -> Dict[str, Any]:
+def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
-def _sequence(*parts: Dict[str, Any]) -> Dict[str, Any]:
+def _sequence(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": list(parts)}
 
 
@@ -34,8 +37,8 @@ PRE_TOKENIZERS = {
 
 
 def tokenizer_json(
-    path: Path, tokens: Sequence[str], merges: Sequence[str], added: Mapping[int, bool], pre: str, bos_id: Optional[int]
-) -> Dict[str, Any]:
+    path: Path, tokens: Sequence[str], merges: Sequence[str], added: Mapping[int, bool], pre: str, bos_id: int | None
+) -> dict[str, Any]:
     """tokenizer.json of a vocabulary. tokens: by id, in GPT-2's writing of bytes; merges: "a b", best first.
 
     added: ids of tokens that are matched whole in a text -> whether they are special. bos_id: the token that is put in front of
@@ -79,11 +82,11 @@ def tokenizer_json(
     }
 
 
-def _first(bos: str, bos_id: int) -> Dict[str, Any]:
+def _first(bos: str, bos_id: int) -> dict[str, Any]:
     """Put <s>, or what it is called here, in front."""
 
-    def words(*names: str) -> List[Dict[str, Any]]:
-        found: List[Dict[str, Any]] = []
+    def words(*names: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
         for type_id, name in enumerate(names):
             found += [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
         return found
@@ -92,7 +95,7 @@ def _first(bos: str, bos_id: int) -> Dict[str, Any]:
     return {"type": "TemplateProcessing", "single": words("A"), "pair": words("A", "B"), "special_tokens": special}
 
 
-def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> Dict[str, Any]:
+def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> dict[str, Any]:
     """tokenizer_config.json. special: bos_token, eos_token, ... -> its text."""
     return {
         "add_bos_token": add_bos,
@@ -111,8 +114,8 @@ def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> Dict[str, Any
 class Tiktoken:
     """The tokens of such a file, bytes by rank; behind them come Llama 3's special tokens."""
 
-    tokens: Tuple[bytes, ...]
-    special: Tuple[str, ...]
+    tokens: tuple[bytes, ...]
+    special: tuple[str, ...]
 
     @property
     def vocab_size(self) -> int:
@@ -127,13 +130,13 @@ class Tiktoken:
         return len(self.tokens) + 1
 
     @property
-    def end_ids(self) -> List[int]:
+    def end_ids(self) -> list[int]:
         """What ends an answer: the text's end, and as in Meta's tokenizer.py (stop_tokens) a chat's turn; since 3.1 a message too."""
         turns = [name for name in ("<|eom_id|>", "<|eot_id|>") if name in self.special]
         return [self.eos_id, *(self.bos_id + self.special.index(name) for name in turns)]
 
 
-def special_tokens(since_3_1: bool) -> Tuple[str, ...]:
+def special_tokens(since_3_1: bool) -> tuple[str, ...]:
     """Llama 3's 256 special tokens (llama3's tokenizer.py; since 3.1 llama-models'): what is not named is reserved, by number."""
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     if since_3_1:
@@ -156,7 +159,7 @@ def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
     """Read and check such a file; a Problem where it is cut off or anything else."""
     with path.open("rb") as file:
         data = file.read(TIKTOKEN_MAX_BYTES + 1)
-    tokens: List[bytes] = []
+    tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines()):
         try:
             word, rank = line.split()
@@ -178,12 +181,12 @@ def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
     return Tiktoken(tuple(tokens), special_tokens(since_3_1))
 
 
-def tiktoken_files(path: Path, model: Tiktoken) -> Dict[str, Any]:
+def tiktoken_files(path: Path, model: Tiktoken) -> dict[str, Any]:
     """tokenizer.json and its side files, as values: for any text tiktoken's ids, with <|begin_of_text|> in front."""
     written = _byte_characters()
     tokens = ["".join(written[byte] for byte in token) for token in model.tokens] + list(model.special)
     known = {token: rank for rank, token in enumerate(model.tokens)}
-    merges: List[str] = []
+    merges: list[str] = []
     for token in model.tokens:
         # every way to make it of two tokens, as transformers' converter has them, the earlier parts first
         ways = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in known and token[at:] in known]
@@ -200,7 +203,7 @@ def tiktoken_files(path: Path, model: Tiktoken) -> Dict[str, Any]:
     }
 
 
-def _byte_characters() -> List[str]:
+def _byte_characters() -> list[str]:
     """How GPT-2 writes the 256 bytes: visible characters of Latin-1 as they are, the others by those from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]

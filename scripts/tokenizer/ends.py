@@ -4,13 +4,16 @@ The engines, Triton's text models and the endpoint read that list; none of them 
 every answer ends at the first of them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 from scripts import reports
 
 
-def ids_of(value: Any, name: str, path: Path) -> List[int]:
+def ids_of(value: Any, name: str, path: Path) -> list[int]:
     """eos_token_id of a file: a number, a list of numbers, or nothing. A Problem for anything else."""
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int for token in listed):
@@ -20,7 +23,7 @@ def ids_of(value: Any, name: str, path: Path) -> List[int]:
     return listed
 
 
-def end_ids(said: Sequence[Tuple[Path, Any]], own: Sequence[Optional[int]], vocab_size: int) -> List[int]:
+def end_ids(said: Sequence[tuple[Path, Any]], own: Sequence[int | None], vocab_size: int) -> list[int]:
     """Every token that the model names as an end, in the order of the files, each once.
 
     said: (a file, its eos_token_id); own: what the tokenizer itself calls its end. An id that the model cannot say ends nothing.
@@ -30,7 +33,7 @@ def end_ids(said: Sequence[Tuple[Path, Any]], own: Sequence[Optional[int]], voca
     return [token for token in dict.fromkeys(found) if 0 <= token < vocab_size]
 
 
-def generation_config(values: Mapping[str, Any], ends: Sequence[int], bos_id: Optional[int]) -> Dict[str, Any]:
+def generation_config(values: Mapping[str, Any], ends: Sequence[int], bos_id: int | None) -> dict[str, Any]:
     """generation_config.json with the list in it; one end is written as a number, as transformers does."""
     named = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {}
     return {**({} if bos_id is None else {"bos_token_id": bos_id}), **values, **named}

@@ -4,10 +4,13 @@ What the folder says is kept: a tokenizer.json and the files beside it go in as 
 tokenizer.json, some conversions leave no tokenizer_config.json) it is made from the others. What cannot be used is refused by its name.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any
 
 from scripts import reports
 from scripts.tokenizer import ends, sentencepiece
@@ -35,13 +38,13 @@ class HfTokenizer:
 
     path: Path
     files: Mapping[str, bytes]
-    notes: Tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -> HfTokenizer:
     """A folder's tokenizer for a model whose embedding has vocab_size rows; a Problem where the two do not fit. config: config.json."""
     files = {name: small_file(folder / name) for name in COPIED if (folder / name).is_file()}
-    said: Dict[str, Dict[str, Any]] = {}
+    said: dict[str, dict[str, Any]] = {}
     for name in files:
         if name.endswith(".json"):
             check_json(folder / name, files[name])
@@ -90,13 +93,13 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -> 
     return HfTokenizer(path, files, tuple(note[:200] for note in notes[:3]))
 
 
-def content(token: object) -> Optional[str]:
+def content(token: object) -> str | None:
     """A token as tokenizer_config.json writes it: a string, or an object with `content`."""
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
 
-def ids_of(described: Mapping[str, Any]) -> Dict[str, int]:
+def ids_of(described: Mapping[str, Any]) -> dict[str, int]:
     """Token -> id of a tokenizer.json."""
     vocab = described["model"]["vocab"]
     ids = dict(vocab) if isinstance(vocab, dict) else {str(entry[0]): n for n, entry in enumerate(vocab)}
@@ -118,7 +121,7 @@ def small_file(path: Path) -> bytes:
 
 
 # What both kinds give: tokenizer.json's value, tokenizer_config.json's, and the added tokens that the embedding has no row for.
-Made = Tuple[Dict[str, Any], Dict[str, Any], Dict[str, int]]
+Made = tuple[dict[str, Any], dict[str, Any], dict[str, int]]
 
 
 def _fast(path: Path, said: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Made:
@@ -200,7 +203,7 @@ def _slow(path: Path, folder: Path, said: Mapping[str, Mapping[str, Any]], vocab
     return described, _without(settings, set(left_out)), left_out
 
 
-def _added(folder: Path, said: Mapping[str, Mapping[str, Any]], special: Set[str]) -> Dict[int, Mapping[str, Any]]:
+def _added(folder: Path, said: Mapping[str, Mapping[str, Any]], special: set[str]) -> dict[int, Mapping[str, Any]]:
     """Added tokens by id: tokenizer_config.json's added_tokens_decoder, then what only added_tokens.json has."""
     for values in (said.get(CONFIG, {}), said.get(SPECIAL, {})):
         for name in LISTS:
@@ -209,7 +212,7 @@ def _added(folder: Path, said: Mapping[str, Mapping[str, Any]], special: Set[str
     decoder = said.get(CONFIG, {}).get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise reports.weights.weights_unreadable(folder / CONFIG, "its added_tokens_decoder is not an object")
-    added: Dict[int, Mapping[str, Any]] = {}
+    added: dict[int, Mapping[str, Any]] = {}
     for number, token in decoder.items():
         if not (number.isascii() and number.isdigit() and isinstance(token, dict) and content(token)):
             raise reports.weights.weights_unreadable(
@@ -238,9 +241,9 @@ def _refuse_needed(
             )
 
 
-def _without(values: Mapping[str, Any], tokens: Set[str]) -> Dict[str, Any]:
+def _without(values: Mapping[str, Any], tokens: set[str]) -> dict[str, Any]:
     """A side file without certain tokens, wherever it names them."""
-    kept: Dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for name, value in values.items():
         if name in tokens or (name.endswith("_token") and content(value) in tokens):
             continue
@@ -257,9 +260,9 @@ def _with_roles(
     ids: Mapping[str, int],
     config: Mapping[str, Any],
     generation: Mapping[str, Any],
-    listed: List[int],
+    listed: list[int],
     given: bool,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """tokenizer_config.json; where the folder has none, with the names of the ids that its other files call begin and end."""
     if given or "tokenizer_class" in settings:
         return dict(settings)

@@ -1,5 +1,7 @@
 """Opens a tokenizer folder as the server will: the same code reads the same files, before a room is made of them."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json
@@ -7,9 +9,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 from scripts import reports
 from scripts.weights.bounded import bounded

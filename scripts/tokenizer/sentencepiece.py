@@ -4,11 +4,14 @@ The token ids of both are equal for any text. The protobuf is read here by hand 
 rooms need neither sentencepiece nor a particular version of protobuf.
 """
 
+from __future__ import annotations
+
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any
 
 from scripts import reports
 
@@ -34,7 +37,7 @@ class Piece:
 class SentencePieceModel:
     """A tokenizer.model that is BPE with byte fallback and changes nothing but spaces, as Llama 2's is."""
 
-    pieces: Tuple[Piece, ...]
+    pieces: tuple[Piece, ...]
     unk_id: int
     bos_id: int
     eos_id: int
@@ -71,15 +74,15 @@ def read_tokenizer_model(path: Path) -> SentencePieceModel:
         raise reports.weights.tokenizer_unreadable(path, f"not a whole SentencePiece model ({error})") from None
 
 
-def parse_model(data: bytes, path: Union[str, Path] = "tokenizer.model") -> SentencePieceModel:
+def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePieceModel:
     """tokenizer.model's bytes -> the model. ValueError where the bytes are no protobuf, a Problem where it is no Llama kind.
 
     Field numbers: sentencepiece's src/sentencepiece_model.proto.
     """
-    pieces: List[Piece] = []
-    trainer: Dict[int, Any] = {}
-    normalizer: Dict[int, Any] = {}
-    denormalizer: Dict[int, Any] = {}
+    pieces: list[Piece] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    denormalizer: dict[int, Any] = {}
     for number, value in _fields(data):
         if number == 1:
             fields = dict(_fields(_message(value)))
@@ -110,9 +113,9 @@ def parse_model(data: bytes, path: Union[str, Path] = "tokenizer.model") -> Sent
 def tokenizer_json(
     model: SentencePieceModel,
     added: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
-    around: Optional[Tuple[Optional[int], Optional[int]]] = None,
-    spaces: Optional[str] = None,
-) -> Dict[str, Any]:
+    around: tuple[int | None, int | None] | None = None,
+    spaces: str | None = None,
+) -> dict[str, Any]:
     """The model as tokenizer.json: for any text the ids of SentencePiece, with <s> in front where special tokens are asked for.
 
     Strip the special `added_tokens` from it (or set encode_special_tokens) and no spelling of a special token in a text is special:
@@ -129,14 +132,14 @@ def tokenizer_json(
     found.update(dict.fromkeys((model.unk_id, model.bos_id, model.eos_id), True))
     found.update({token_id: bool(token.get("special")) for token_id, token in added.items()})
 
-    def flagged(token_id: int) -> Dict[str, Any]:
+    def flagged(token_id: int) -> dict[str, Any]:
         flags = {name: bool(added.get(token_id, {}).get(name)) for name in ("single_word", "lstrip", "rstrip")}
         special = found[token_id]
         return {"id": token_id, "content": texts[token_id], **flags, "normalized": False, "special": special}
 
     begin, end = (model.bos_id, None) if around is None else around
 
-    def placed(name: str, type_id: int) -> List[Dict[str, Any]]:
+    def placed(name: str, type_id: int) -> list[dict[str, Any]]:
         sequence = {"Sequence": {"id": name, "type_id": type_id}}
         before, after = (
             [] if token_id is None else [{"SpecialToken": {"id": texts[token_id], "type_id": type_id}}]
@@ -154,7 +157,7 @@ def tokenizer_json(
         },
     }
     # the leading space that SentencePiece calls the dummy prefix
-    prefix: Dict[str, Any] = {
+    prefix: dict[str, Any] = {
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
@@ -198,7 +201,7 @@ def tokenizer_json(
     }
 
 
-def tokenizer_config(model: SentencePieceModel) -> Dict[str, Any]:
+def tokenizer_config(model: SentencePieceModel) -> dict[str, Any]:
     """tokenizer_config.json. The class is the plain one: transformers 5 rebuilds what is called LlamaTokenizer from its parts."""
     return {
         "add_bos_token": True,
@@ -213,7 +216,7 @@ def tokenizer_config(model: SentencePieceModel) -> Dict[str, Any]:
     }
 
 
-def special_tokens_map(model: SentencePieceModel) -> Dict[str, str]:
+def special_tokens_map(model: SentencePieceModel) -> dict[str, str]:
     """special_tokens_map.json, which transformers before version 5 read."""
     return {
         f"{name}_token": model.pieces[token_id].text
@@ -221,7 +224,7 @@ def special_tokens_map(model: SentencePieceModel) -> Dict[str, str]:
     }
 
 
-def merges(model: SentencePieceModel) -> List[Tuple[str, str]]:
+def merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """The pairs that BPE joins, best first.
 
     SentencePiece joins the neighbours whose union has the best score; Hugging Face joins the neighbours that come first in a list of
@@ -239,11 +242,11 @@ def merges(model: SentencePieceModel) -> List[Tuple[str, str]]:
 
 
 def _refuse_other_kinds(
-    path: Union[str, Path],
-    pieces: List[Piece],
-    trainer: Dict[int, Any],
-    normalizer: Dict[int, Any],
-    denormalizer: Dict[int, Any],
+    path: str | Path,
+    pieces: list[Piece],
+    trainer: dict[int, Any],
+    normalizer: dict[int, Any],
+    denormalizer: dict[int, Any],
 ) -> None:
     """A Problem for whatever would make other token ids than the BPE of tokenizer_json."""
 
@@ -268,7 +271,7 @@ def _refuse_other_kinds(
     check_pieces(path, pieces)
 
 
-def check_pieces(path: Union[str, Path], pieces: Sequence[Piece]) -> None:
+def check_pieces(path: str | Path, pieces: Sequence[Piece]) -> None:
     """A Problem where the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
 
     def unfit(what: str) -> reports.Problem:
@@ -308,7 +311,7 @@ def _is_tiktoken(data: bytes) -> bool:
     return len(line) == 2 and line[1].isdigit() and all(byte < 128 for byte in line[0]) and data[0] > 32
 
 
-def _fields(data: bytes) -> Iterator[Tuple[int, Any]]:
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The (number, value) pairs of a protobuf message: varints as int, everything else as bytes."""
     at = 0
     while at < len(data):
@@ -330,7 +333,7 @@ def _fields(data: bytes) -> Iterator[Tuple[int, Any]]:
         at += size
 
 
-def _varint(data: bytes, at: int) -> Tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]

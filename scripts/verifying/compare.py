@@ -3,9 +3,11 @@
 Numbers in, numbers out: knows no file, no model and no engine.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
 
 # From exact to coarse; the last two: weights (and perhaps activations) of that size.
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
@@ -50,7 +52,7 @@ def thresholds(precision: str) -> Thresholds:
     )
 
 
-def coarsest(stored: str, engine: str, on_gpu: bool, quant_algo: Optional[str] = None) -> str:
+def coarsest(stored: str, engine: str, on_gpu: bool, quant_algo: str | None = None) -> str:
     """The coarsest arithmetic between the two sides; dtypes of the Hugging Face weights and of the engine.
 
     On a processor both sides compute in float32, so only the engine's rounding of the weights counts, if it has any.
@@ -70,20 +72,20 @@ class Reference:
     Position i predicts the token after the first i + 1: positions 0 .. len(prompt) + len(tokens) - 2.
     """
 
-    prompt: Tuple[int, ...]
-    tokens: Tuple[int, ...]
-    top_ids: Tuple[Tuple[int, ...], ...]  # (positions, k), best first
-    log_probs: Tuple[Tuple[float, ...], ...]  # (positions, k), of top_ids
-    prompt_log_probs: Tuple[float, ...]  # (len(prompt) - 1,), of the prompt's own tokens
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    top_ids: tuple[tuple[int, ...], ...]  # (positions, k), best first
+    log_probs: tuple[tuple[float, ...], ...]  # (positions, k), of top_ids
+    prompt_log_probs: tuple[float, ...]  # (len(prompt) - 1,), of the prompt's own tokens
 
 
 @dataclass(frozen=True)
 class Answer:
     """The engine's answer to the same prompt: its own greedy tokens, and its numbers for the reference's ids."""
 
-    tokens: Tuple[int, ...]
-    log_probs: Tuple[Tuple[float, ...], ...]  # (positions, k), of the reference's top_ids
-    prompt_log_probs: Tuple[float, ...]
+    tokens: tuple[int, ...]
+    log_probs: tuple[tuple[float, ...], ...]  # (positions, k), of the reference's top_ids
+    prompt_log_probs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Difference:
 
     equal_tokens: int
     compared_tokens: int
-    gap: Optional[float]  # where the answers part: how much likelier the reference's token was; None: they do not part
+    gap: float | None  # where the answers part: how much likelier the reference's token was; None: they do not part
     turned: bool  # they part, and it was no near tie
     worst: Worst
     total: float  # sum of the differences
@@ -160,22 +162,22 @@ class Check:
 class Verdict:
     """All of it. `order`: the prompts' numbers, worst first."""
 
-    checks: Tuple[Check, ...]
-    order: Tuple[int, ...]
+    checks: tuple[Check, ...]
+    order: tuple[int, ...]
     positions: int
     tokens: int
     compared_tokens: int
     equal_tokens: int
     near_ties: int
     turned: int
-    perplexity: Tuple[float, float]  # of the prompts' own text: Hugging Face's, the engine's
+    perplexity: tuple[float, float]  # of the prompts' own text: Hugging Face's, the engine's
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
 
-def verdict(pairs: Sequence[Tuple[Reference, Answer]], found: Sequence[Difference], limits: Thresholds) -> Verdict:
+def verdict(pairs: Sequence[tuple[Reference, Answer]], found: Sequence[Difference], limits: Thresholds) -> Verdict:
     """The verdict over all prompts; `found` is compare_answer's result for each pair."""
     tokens = sum(len(reference.tokens) for reference, _ in pairs)
     compared = sum(difference.compared_tokens for difference in found)

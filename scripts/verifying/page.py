@@ -1,8 +1,11 @@
 """What the room verified says: report.json for machines, report.html for people; both are made of the same dictionary."""
 
+from __future__ import annotations
+
 import html
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from scripts.verifying.compare import ARITHMETIC, Answer, Check, Difference, Reference, Thresholds, Verdict, shown_up
 
@@ -13,20 +16,20 @@ WORST_PROMPTS = 10
 def report(
     about: Mapping[str, Any],
     texts: Sequence[str],
-    pairs: Sequence[Tuple[Reference, Answer]],
+    pairs: Sequence[tuple[Reference, Answer]],
     found: Sequence[Difference],
     result: Verdict,
     limits: Thresholds,
     tokenizer: Any,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """report.json. `about`: what was compared, taken over as it is; `texts`: the prompts, of which the worst comes first.
 
     Numbers are rounded (compare.shown_up), and what is below a tenth of the limit is not told apart: it is noise.
     """
 
-    def one(i: int) -> Dict[str, Any]:
+    def one(i: int) -> dict[str, Any]:
         (reference, answer), difference, largest = pairs[i], found[i], found[i].worst.difference
-        entry: Dict[str, Any] = {
+        entry: dict[str, Any] = {
             "prompt": texts[i],
             "largest_difference": _number(shown_up(largest, limits.log_prob)),
             "tokens_equal": difference.equal_tokens,
@@ -63,20 +66,20 @@ def report(
     }
 
 
-def _measured(check: Check) -> Optional[float]:
+def _measured(check: Check) -> float | None:
     return _number(round(check.measured, 4) if check.at_least else shown_up(check.measured, check.limit))
 
 
-def _number(value: float) -> Optional[float]:
+def _number(value: float) -> float | None:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else None
 
 
-def _rounded(value: float, limit: float) -> Optional[float]:
+def _rounded(value: float, limit: float) -> float | None:
     return round(value, 1 - math.floor(math.log10(limit))) if math.isfinite(value) else None
 
 
-def _digits(value: float) -> Optional[float]:
+def _digits(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
@@ -153,7 +156,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _shown(value: Optional[float]) -> str:
+def _shown(value: float | None) -> str:
     return "not a number" if value is None else f"{value:g}"
 
 
@@ -165,7 +168,7 @@ def _mark(passed: bool) -> str:
     return '<span class="good">passed</span>' if passed else '<span class="bad">failed</span>'
 
 
-def _texts(one: Mapping[str, Any]) -> List[str]:
+def _texts(one: Mapping[str, Any]) -> list[str]:
     """Both answers as HTML; from where they part they are marked, when that was no near tie."""
     ours, theirs = one["hugging_face"], one["engine"]
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))

@@ -9,14 +9,17 @@ Each writes one line `asked N` per N prompts that are done. Logits are reduced t
 memory holds those of a few prompts only.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
 import queue
 import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
 
 from scripts import reports
 
@@ -27,7 +30,7 @@ AT_ONCE = 16
 PIECE_SECONDS = 600
 
 
-def groups(prompts: Sequence[Sequence[int]], at_once: int = AT_ONCE) -> Iterator[List[int]]:
+def groups(prompts: Sequence[Sequence[int]], at_once: int = AT_ONCE) -> Iterator[list[int]]:
     """The prompts' numbers, in groups of equal length and at most AT_ONCE: they can be asked together without padding."""
     size = min(at_once, AT_ONCE)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -52,7 +55,7 @@ def dtype_keyword(transformers_version: str) -> str:
     return "dtype" if release >= (4, 56) else "torch_dtype"
 
 
-def load_model(folder: Path) -> Tuple[Any, str]:
+def load_model(folder: Path) -> tuple[Any, str]:
     """(transformers' model, "cuda" or "cpu").
 
     With GPUs in the stored dtype, spread over all of them by accelerate, and on into the host's memory when they are too small;
@@ -64,14 +67,14 @@ def load_model(folder: Path) -> Tuple[Any, str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = dtype_keyword(transformers.__version__)
-    how: Dict[str, Any] = {name: "auto", "device_map": "auto"} if device == "cuda" else {name: torch.float32}
+    how: dict[str, Any] = {name: "auto", "device_map": "auto"} if device == "cuda" else {name: torch.float32}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
     return model.eval(), device
 
 
 def continue_group(
     model: Any, prompts: Sequence[Sequence[int]], answer_tokens: int, top_k: int
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Greedy answers to prompts of one length, each as compare.Reference has it. No token ends an answer early."""
     import torch
 
@@ -108,7 +111,7 @@ def ask_hf(folder: Path, questions: Path, target: Path) -> None:
     """Answer questions.json ({prompts, answer_tokens, top_k}) with Hugging Face's model."""
     asked = json.loads(questions.read_bytes())
     model, device = load_model(folder)
-    references: Dict[int, Dict[str, Any]] = {}
+    references: dict[int, dict[str, Any]] = {}
     for members in groups(asked["prompts"]):
         prompts = [asked["prompts"][i] for i in members]
         references.update(zip(members, continue_group(model, prompts, asked["answer_tokens"], asked["top_k"])))
@@ -123,11 +126,11 @@ def ask_hf(folder: Path, questions: Path, target: Path) -> None:
 class Collector:
     """One answer of the engine while it comes: each row of logits is reduced to the reference's ids at once."""
 
-    def __init__(self, reference: Dict[str, Any]) -> None:
+    def __init__(self, reference: dict[str, Any]) -> None:
         self.reference = reference
-        self.tokens: List[int] = []
-        self.log_probs: List[List[float]] = []
-        self.prompt_log_probs: List[float] = []
+        self.tokens: list[int] = []
+        self.log_probs: list[list[float]] = []
+        self.prompt_log_probs: list[float] = []
 
     def take(self, piece: Any) -> None:
         """A Piece of engine.py. Its context logits are those of the prompt's positions; the last of them predicts the answer."""
@@ -146,7 +149,7 @@ class Collector:
         ids = self.reference["top_ids"][len(self.log_probs)]
         self.log_probs.append(log_probs_at(row, row.new_tensor(ids, dtype=int)).tolist())
 
-    def answer(self) -> Dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """As compare.Answer has it."""
         return {"tokens": self.tokens, "log_probs": self.log_probs, "prompt_log_probs": self.prompt_log_probs}
 
@@ -160,7 +163,7 @@ def ask_torch_engine(folder: Path, questions: Path, target: Path) -> None:
     if not isinstance(engine, engine_code.Engine):
         engine.follow()
         return
-    pieces: queue.SimpleQueue[Tuple[int, Any]] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     collectors = [Collector(reference) for reference in references]
 
     waiting = iter(range(len(references)))

@@ -12,10 +12,13 @@ first. So each prompt is asked twice, and a logits processor, which the runtime 
 What is used of the runtime is in docker/contracts/runtime; generate() would ignore a name that it does not know.
 """
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any
 
 from scripts import reports
 from scripts.verifying.sides import groups, log_probs_at
@@ -30,11 +33,9 @@ class Watcher:
     wanted: (requests, steps, k) token ids; forced: (requests, steps) or None, then the runtime chooses.
     """
 
-    def __init__(
-        self, wanted: Sequence[Sequence[Sequence[int]]], vocab_size: int, forced: Optional[Any] = None
-    ) -> None:
+    def __init__(self, wanted: Sequence[Sequence[Sequence[int]]], vocab_size: int, forced: Any | None = None) -> None:
         self.wanted, self.vocab_size, self.forced = wanted, vocab_size, forced
-        self.rows: List[List[List[float]]] = [[] for _ in wanted]  # (requests, steps so far, k)
+        self.rows: list[list[list[float]]] = [[] for _ in wanted]  # (requests, steps so far, k)
 
     def __call__(self, step: int, input_ids: Any, scores: Any) -> Any:
         """scores: (requests, padded vocabulary), the engine's own output buffer.
@@ -52,7 +53,7 @@ class Watcher:
         return scores
 
 
-def watchers(references: Sequence[Mapping[str, Any]], vocab_size: int) -> Dict[str, Watcher]:
+def watchers(references: Sequence[Mapping[str, Any]], vocab_size: int) -> dict[str, Watcher]:
     """For prompts of one length: who watches the `greedy` answer, and who forces the `prompt` (see compare.Reference).
 
     At each of the prompt's positions its own next token is wanted too, last.
@@ -74,12 +75,12 @@ def unlikely_id(references: Sequence[Mapping[str, Any]], vocab_size: int) -> int
     return min(range(vocab_size), key=lambda token: (token in spoken, token in rivals, token))
 
 
-def load_arguments(engines: Path, rank: int) -> Dict[str, Any]:
+def load_arguments(engines: Path, rank: int) -> dict[str, Any]:
     """What ModelRunner.from_dir is called with."""
     return {"engine_dir": str(engines), "rank": rank}
 
 
-def generate_arguments(prompts: List[Any], new_tokens: int, end_id: int, watcher: Watcher) -> Dict[str, Any]:
+def generate_arguments(prompts: list[Any], new_tokens: int, end_id: int, watcher: Watcher) -> dict[str, Any]:
     """What ModelRunner.generate is called with; greedy (top_k 1) is every version's default. prompts: int32 tensors."""
     return {
         "batch_input_ids": prompts,
@@ -93,7 +94,7 @@ def generate_arguments(prompts: List[Any], new_tokens: int, end_id: int, watcher
 
 def answers_of(
     references: Sequence[Mapping[str, Any]], tokens: Sequence[Sequence[int]], rows: Mapping[str, Sequence[Any]]
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Each answer as compare.Answer has it. tokens: of the greedy answers; rows: what both watchers kept."""
     return [
         {
@@ -107,7 +108,7 @@ def answers_of(
 
 def ask_group(
     runner: Any, references: Sequence[Mapping[str, Any]], vocab_size: int, gather: Any
-) -> Optional[List[Dict[str, Any]]]:
+) -> list[dict[str, Any]] | None:
     """Ask prompts of one length; the answers on rank 0, None on the others.
 
     Tokens come out on the first stage, logits are seen on the last: gather(value) brings all ranks' values to rank 0.
@@ -145,7 +146,7 @@ def ask_tensorrt_engine(folder: Path, questions: Path, target: Path) -> None:
     prompts = [reference["prompt"] for reference in references]
     build, vocab_size = config["build_config"], config["pretrained_config"]["vocab_size"]
     runner = ModelRunner.from_dir(**load_arguments(folder, world.Get_rank()))
-    answers: Dict[int, Dict[str, Any]] = {}
+    answers: dict[int, dict[str, Any]] = {}
     together = max(1, min(build["max_batch_size"], build["max_num_tokens"] // max(map(len, prompts))))
     for members in groups(prompts, together):
         found = ask_group(runner, [references[i] for i in members], vocab_size, world.gather)

@@ -1,12 +1,14 @@
 """Runs what reads a stranger's files in a child process that can take only so much time and memory."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable
 
 from scripts import reports
 
@@ -20,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def bounded(
-    work: Callable[[], Optional[int]], where: Path, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
+    work: Callable[[], int | None], where: Path, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
 ) -> int:
     """Run `work` in a child, as a script's main: its Problem is reported there. Returns the child's exit status; raises a Problem where
     the child broke a bound or crashed.
@@ -44,7 +46,7 @@ def bounded(
     return os.WEXITSTATUS(status)
 
 
-def _child(work: Callable[[], Optional[int]], parent: int, seconds: int, memory_bytes: int) -> None:
+def _child(work: Callable[[], int | None], parent: int, seconds: int, memory_bytes: int) -> None:
     """Never returns."""
     status = 1
     try:

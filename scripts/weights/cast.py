@@ -1,5 +1,7 @@
 """From one number format to another, with what is lost counted."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from scripts.weights.safetensors import ITEM_BYTES, Raw

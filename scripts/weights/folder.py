@@ -1,5 +1,7 @@
 """What may be read of a model's folder: plain files inside it. Needs nothing but the standard library."""
 
+from __future__ import annotations
+
 import os
 import re
 import stat

@@ -1,9 +1,11 @@
 """Opens the weights of a Llama in whatever form they have; every form gives Hugging Face's tensors by blocks of rows."""
 
+from __future__ import annotations
+
 import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Protocol, Sequence, Tuple
+from typing import Callable, Iterator, Mapping, Protocol, Sequence
 
 from scripts import reports
 from scripts.weights import gguf as gguf_file
@@ -31,7 +33,7 @@ class Weights(Protocol):
         ...
 
     @property
-    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+    def tensors(self) -> Mapping[str, tuple[str, Shape]]:
         """Name -> stored type (F16, BF16, F32) and shape."""
         ...
 
@@ -39,7 +41,7 @@ class Weights(Protocol):
         """The rows of a tensor in order, some at a time; a Problem where they are not what was saved."""
         ...
 
-    def origin(self, hf_name: str) -> Tuple[Path, str]:
+    def origin(self, hf_name: str) -> tuple[Path, str]:
         """The file that holds a tensor, and what it is called there."""
         ...
 
@@ -112,5 +114,5 @@ def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
             raise
 
 
-def _identity(stat: os.stat_result) -> Tuple[int, ...]:
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

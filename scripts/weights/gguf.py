@@ -4,11 +4,13 @@ as in transformers.
 The package gguf (requirements/gguf.txt) reads the file and dequantizes; it is imported only where there is such a file.
 """
 
+from __future__ import annotations
+
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, BinaryIO, Iterator, Mapping
 
 import numpy as np
 
@@ -61,7 +63,7 @@ AXES_MAX = 4  # ggml's GGML_MAX_DIMS
 class GgufWeights:
     """The tensors of a GGUF file, dequantized block by block: numbers of float32."""
 
-    files: Tuple[Path, ...]
+    files: tuple[Path, ...]
     shape: LlamaShape
     names: Mapping[str, str]  # Hugging Face's tensor name -> llama.cpp's
     stored: Mapping[str, Any]  # llama.cpp's name -> gguf.ReaderTensor
@@ -69,11 +71,11 @@ class GgufWeights:
     dtype: str = "float32"
 
     @property
-    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+    def tensors(self) -> Mapping[str, tuple[str, Shape]]:
         """Hugging Face's tensor name -> its type and shape, dequantized."""
         return {name: ("F32", shape) for name, shape in self.shape.hf_tensors().items()}
 
-    def origin(self, hf_name: str) -> Tuple[Path, str]:
+    def origin(self, hf_name: str) -> tuple[Path, str]:
         """The file that holds a tensor, and what it is called there."""
         return self.places[self.names[hf_name]], self.names[hf_name]
 
@@ -127,7 +129,7 @@ class GgufModel:
         return value
 
     @property
-    def config(self) -> Dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """What its metadata says, in the words of Hugging Face's config.json."""
         heads, hidden = self.number("attention.head_count"), self.number("embedding_length")
         turned = self.number("rope.dimension_count", hidden // heads)
@@ -173,7 +175,7 @@ class GgufModel:
             config.update({"rope_scaling": stretched} if stretched else {})
         return config
 
-    def _stretched(self, head_dim: int, theta: float) -> Optional[Dict[str, Any]]:
+    def _stretched(self, head_dim: int, theta: float) -> dict[str, Any] | None:
         """Llama 3.1's scaling by the divisors that the file has, None where all are 1; a Problem for any others."""
         import gguf
 
@@ -211,7 +213,7 @@ class GgufModel:
         check_tensors(self.path, "the metadata", expected, found)
         return GgufWeights(tuple(dict.fromkeys(self.places.values())), shape, names, self.stored, self.places)
 
-    def tokenizer_files(self) -> Dict[str, Any]:
+    def tokenizer_files(self) -> dict[str, Any]:
         """tokenizer.json and its side files, as values; the chat template is in tokenizer_config.json."""
         field = {name: self.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre", "tokens", "token_type")}
         tokens = field["tokens"] or []
@@ -260,12 +262,12 @@ class GgufModel:
         }
 
     @property
-    def eos_id(self) -> Optional[int]:
+    def eos_id(self) -> int | None:
         """The end of a text."""
         defaults = DEFAULT_IDS.get(str(self.fields.get("tokenizer.ggml.model")), {})
         return self._token_id("eos", len(self.fields.get("tokenizer.ggml.tokens") or ()), True, defaults.get("eos"))
 
-    def _ends(self, tokens: List[str], eos_id: Optional[int]) -> List[int]:
+    def _ends(self, tokens: list[str], eos_id: int | None) -> list[int]:
         """What ends an answer: eos, eot, eom. Where no key names the latter two, llama.cpp finds them by their texts."""
         places = {token: token_id for token_id, token in enumerate(tokens)}
         eot, eom = (self._token_id(name, len(tokens), True, None) for name in ("eot", "eom"))
@@ -274,7 +276,7 @@ class GgufModel:
             found += [places.get(token) for token in TURN_ENDS]
         return ends.end_ids([], found, len(tokens))
 
-    def _token_id(self, name: str, n_tokens: int, needed: bool, default: Optional[int]) -> Optional[int]:
+    def _token_id(self, name: str, n_tokens: int, needed: bool, default: int | None) -> int | None:
         """The id of a special token, or None; a Problem where one that is needed is none of the tokens."""
         value = self.fields.get(f"tokenizer.ggml.{name}_token_id", default)
         if value is None or value == NO_TOKEN:
@@ -308,9 +310,9 @@ def read_gguf(folder: Path) -> GgufModel:
     no Llama."""
     paths = parts_of(folder)
     path = paths[0]
-    fields: Dict[str, Any] = {}
-    stored: Dict[str, Any] = {}
-    places: Dict[str, Path] = {}
+    fields: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
+    places: dict[str, Path] = {}
     for part in paths:
         said, tensors = _read(part)
         fields = fields or said
@@ -339,7 +341,7 @@ def read_gguf(folder: Path) -> GgufModel:
     return model
 
 
-def parts_of(folder: Path) -> List[Path]:
+def parts_of(folder: Path) -> list[Path]:
     """The one GGUF file of a folder, or all parts of a split one, in order; a Problem for a missing part, and for several models."""
     paths = sorted(folder.glob("*.gguf"))
     parts = [PART.fullmatch(path.name) for path in paths]
@@ -358,7 +360,7 @@ def parts_of(folder: Path) -> List[Path]:
     return [folder / name for name in names]
 
 
-def _read(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, tensors) of one file; a Problem where it is damaged."""
     import gguf
 
@@ -390,7 +392,7 @@ def _check_header(file: BinaryIO, size_bytes: int) -> None:
     """ValueError for lengths that the file cannot have. The package believes each of them: what it would read behind the end is empty
     there, and a number that was flipped keeps it busy for hours."""
 
-    def numbers(form: str) -> Tuple[Any, ...]:
+    def numbers(form: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
     def skip(length: int, most: int) -> None:

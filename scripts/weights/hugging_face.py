@@ -1,10 +1,12 @@
 """Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors or .bin files, checked against each other."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping
 
 from scripts import reports
 from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, read_header
@@ -53,7 +55,7 @@ class HfConfig:
         return number(rope_of(self.values), "rope_theta", self.path, 10000.0)
 
     @property
-    def rope_scaling(self) -> Optional[Dict[str, Any]]:
+    def rope_scaling(self) -> dict[str, Any] | None:
         """None, or type and factor, whichever of transformers' spellings config.json has."""
         rope = dict(rope_of(self.values))
         rope.pop("rope_theta", None)
@@ -86,18 +88,18 @@ class HfModel:
     config: HfConfig
     dtype: str  # float16, bfloat16, float32
     stored: Mapping[str, StoredTensor]  # lm_head.weight included, also where it is the embedding
-    files: Tuple[Path, ...]  # the weight files, without the index
+    files: tuple[Path, ...]  # the weight files, without the index
 
     @property
     def shape(self) -> LlamaShape:
         return self.config.shape
 
     @property
-    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+    def tensors(self) -> Mapping[str, tuple[str, Shape]]:
         """Hugging Face's tensor name -> its stored type and shape."""
         return {name: (tensor.dtype, tensor.shape) for name, tensor in self.stored.items()}
 
-    def origin(self, hf_name: str) -> Tuple[Path, str]:
+    def origin(self, hf_name: str) -> tuple[Path, str]:
         """The file that holds a tensor, and what it is called there."""
         return self.stored[hf_name].path, self.stored[hf_name].name
 
@@ -106,13 +108,13 @@ class HfModel:
         return self.stored[hf_name].blocks()
 
 
-def read_hf_model(folder: Path, config: Optional[HfConfig] = None) -> HfModel:
+def read_hf_model(folder: Path, config: HfConfig | None = None) -> HfModel:
     """Read and check a folder; opens headers only, never weights. A Problem names the first thing that does not fit.
 
     config: where the folder's own config.json was read before.
     """
     config = config or read_hf_config(folder / "config.json")
-    found: Dict[str, StoredTensor] = {}
+    found: dict[str, StoredTensor] = {}
     files = [folder / name for name in weight_files(folder)]
     for path in files:
         part = read_header(path) if path.suffix == ".safetensors" else read_bin(path)
@@ -133,7 +135,7 @@ def read_hf_model(folder: Path, config: Optional[HfConfig] = None) -> HfModel:
     return HfModel(config, _dtype_of(config.values, found, config.path), found, tuple(files))
 
 
-def repeated(folder: Path) -> Dict[str, str]:
+def repeated(folder: Path) -> dict[str, str]:
     """Tensors of a synthetic model that have another one's numbers: name -> that tensor (scripts/synthetic.py writes the file)."""
     path = folder / REPEATED
     if not path.is_file():
@@ -147,7 +149,7 @@ def repeated(folder: Path) -> Dict[str, str]:
     return dict(names)
 
 
-def read_bin(path: Path) -> Dict[str, StoredTensor]:
+def read_bin(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run. A Problem where it is anything else."""
     found = read_torch_file(path)
     for name, tensor in found.items():
@@ -160,7 +162,7 @@ def read_bin(path: Path) -> Dict[str, StoredTensor]:
 
 
 def check_tensors(
-    where: Path, says: str, expected: Mapping[str, Tuple[int, ...]], found: Mapping[str, Tuple[int, ...]]
+    where: Path, says: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> None:
     """A Problem for a missing, an unknown or a mis-shaped tensor."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -173,7 +175,7 @@ def check_tensors(
             )
 
 
-def weight_files(folder: Path) -> List[str]:
+def weight_files(folder: Path) -> list[str]:
     """The .safetensors files of a model, or its .bin files where it has no others, in order; no name leaves the folder."""
     kind = "*.safetensors"
     index, single = INDEX, SINGLE

@@ -3,10 +3,12 @@
 Nothing of a .pth is run (see torch_file.py); the weights are read by rows and checked against the checksums that the file carries.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Tuple
+from typing import Iterator, Mapping
 
 import numpy as np
 
@@ -43,7 +45,7 @@ DROPPED = "rope.freqs"
 Shard = Mapping[str, StoredTensor]
 
 
-def shard_paths(folder: Path) -> List[Path]:
+def shard_paths(folder: Path) -> list[Path]:
     """consolidated.00.pth and its followers; a Problem for a gap in the numbers or for a .pth that does not belong there."""
     names = sorted(path.name for path in folder.glob("*.pth"))
     expected = [f"consolidated.{index:02d}.pth" for index in range(len(names))]
@@ -78,21 +80,21 @@ class MetaModel:
 
     shape: LlamaShape
     dtype: str  # float16, bfloat16, float32
-    shards: Tuple[Shard, ...]
+    shards: tuple[Shard, ...]
     # Hugging Face's tensor name -> (Meta's name, how its shards are laid together)
-    names: Mapping[str, Tuple[str, str]]
+    names: Mapping[str, tuple[str, str]]
 
     @property
-    def files(self) -> Tuple[Path, ...]:
+    def files(self) -> tuple[Path, ...]:
         """The shards."""
         return tuple(next(iter(shard.values())).path for shard in self.shards)
 
     @property
-    def tensors(self) -> Mapping[str, Tuple[str, Shape]]:
+    def tensors(self) -> Mapping[str, tuple[str, Shape]]:
         """Hugging Face's tensor name -> its stored type and shape."""
         return {name: (DTYPES[self.dtype], shape) for name, shape in self.shape.hf_tensors().items()}
 
-    def origin(self, hf_name: str) -> Tuple[Path, str]:
+    def origin(self, hf_name: str) -> tuple[Path, str]:
         """The first file that holds a tensor, and what it is called there."""
         stored = self.shards[0][self.names[hf_name][0]]
         return stored.path, stored.name
@@ -123,7 +125,7 @@ class MetaModel:
                     yield pairs_to_halves(block, self.shape.head_size) if permuted else block
 
 
-def joined(folder: Path, shards: List[Shard], params: Params, tokenizer_path: Path, vocab_size: int) -> MetaModel:
+def joined(folder: Path, shards: list[Shard], params: Params, tokenizer_path: Path, vocab_size: int) -> MetaModel:
     """All tensors of all shards against params.json and the tokenizer's vocab_size; a Problem for the first that does not fit."""
     layers = {match.group(1) for name in shards[0] if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != params.n_layers:
@@ -178,7 +180,7 @@ def halves_to_pairs(rows: Raw, head_size: int) -> Raw:
     return rows.reshape(-1, 2, head_size // 2, columns).swapaxes(1, 2).reshape(-1, columns)
 
 
-def _names(shape: LlamaShape, shards: List[Shard]) -> Dict[str, Tuple[str, str]]:
+def _names(shape: LlamaShape, shards: list[Shard]) -> dict[str, tuple[str, str]]:
     names = {hf: (meta, how) for meta, (hf, how) in GLOBAL.items()}
     for index in range(shape.n_layers):
         names.update(
@@ -191,7 +193,7 @@ def _names(shape: LlamaShape, shards: List[Shard]) -> Dict[str, Tuple[str, str]]
     return names
 
 
-def _shard_shapes(shape: LlamaShape, n_shards: int, names: Mapping[str, Tuple[str, str]]) -> Dict[str, Tuple[int, ...]]:
+def _shard_shapes(shape: LlamaShape, n_shards: int, names: Mapping[str, tuple[str, str]]) -> dict[str, tuple[int, ...]]:
     """Meta's names -> the shape that each shard's part must have."""
     shapes = {}
     for hf_name, whole in shape.hf_tensors().items():
@@ -202,7 +204,7 @@ def _shard_shapes(shape: LlamaShape, n_shards: int, names: Mapping[str, Tuple[st
 
 
 def _check_feed_forward(
-    path: Path, params: Params, shape: LlamaShape, n_shards: int, found: Mapping[str, Tuple[int, ...]]
+    path: Path, params: Params, shape: LlamaShape, n_shards: int, found: Mapping[str, tuple[int, ...]]
 ) -> None:
     """The first matrix tells in Meta's terms what is wrong: too few shards, or another multiple_of or ffn_dim_multiplier."""
     rows, columns = (*found.get("layers.0.feed_forward.w1.weight", ()), 0, 0)[:2]

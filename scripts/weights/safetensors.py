@@ -3,6 +3,8 @@
 Numbers stay what they are on disk: a tensor of 16 bits is an array of uint16, of 32 bits of uint32 (numpy has no bfloat16).
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import hashlib
@@ -15,7 +17,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ from scripts import reports
 from scripts.room import FileRecord, Filling, say
 
 Raw = npt.NDArray[Any]  # uint16 or uint32: the bits as stored
-Shape = Tuple[int, ...]
+Shape = tuple[int, ...]
 
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 # settings, Hugging Face's config.json and TensorRT-LLM's config.json say float16; safetensors headers say F16
@@ -52,7 +54,7 @@ class StoredTensor:
     dtype: str
     shape: Shape
     start: int
-    crc32: Optional[int] = None
+    crc32: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -91,20 +93,20 @@ class StoredTensor:
             raise reports.weights.tensor_damaged(self.path, self.name, f"{self.crc32:08x}", f"{crc:08x}")
 
 
-def row_blocks(first: int, end: int, row_bytes: int, multiple: int = 1) -> Iterator[Tuple[int, int]]:
+def row_blocks(first: int, end: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Cut rows [first, end) into blocks of about BLOCK_BYTES, each but the last a multiple of `multiple` rows."""
     step = max(1, BLOCK_BYTES // max(1, row_bytes * multiple)) * multiple
     for start in range(first, end, step):
         yield start, min(start + step, end)
 
 
-def header_bytes(tensors: Mapping[str, Tuple[str, Shape]], metadata: Optional[Mapping[str, str]] = None) -> bytes:
+def header_bytes(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and header of a file with these tensors (name -> dtype, shape), byte for byte as the safetensors library writes them.
 
     Order: larger item sizes first, then names as plain strings (layers.10 before layers.2). Compact JSON, spaces up to a multiple of 8.
     Without metadata there is no `__metadata__`, as in TensorRT-LLM's rank files.
     """
-    entries: Dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in stored_order(tensors):
         dtype, shape = tensors[name]
@@ -116,7 +118,7 @@ def header_bytes(tensors: Mapping[str, Tuple[str, Shape]], metadata: Optional[Ma
     return struct.pack("<Q", len(text)) + text
 
 
-def stored_order(tensors: Mapping[str, Tuple[str, Shape]]) -> List[str]:
+def stored_order(tensors: Mapping[str, tuple[str, Shape]]) -> list[str]:
     """The order in which the tensors lie in a file."""
     return sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
 
@@ -124,9 +126,9 @@ def stored_order(tensors: Mapping[str, Tuple[str, Shape]]) -> List[str]:
 def write_together(
     room: Filling,
     names: Sequence[str],
-    tensors: Mapping[str, Tuple[str, Shape]],
+    tensors: Mapping[str, tuple[str, Shape]],
     blocks: Callable[[str], Iterable[Sequence[Raw]]],
-    metadata: Optional[Mapping[str, str]] = None,
+    metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], Any] = lambda size_bytes: None,
 ) -> None:
     """Write files of the same tensors (names and shapes) at once, each by threads of its own; they are synced and taken into the room.
@@ -148,7 +150,7 @@ def write_together(
         syncer = stack.enter_context(_Worker())
         unsynced_bytes = 0
 
-        def sync(written: List["Future[Any]"]) -> None:
+        def sync(written: list[Future[Any]]) -> None:
             begun = {name: future.result() for name, future in zip(names, written)}
             for file in files:
                 os.fdatasync(file.fd)
@@ -199,7 +201,7 @@ def fingerprint(path: Path, advance: Callable[[int], Any] = lambda size_bytes: N
     return FileRecord(size_bytes, digest.hexdigest(), crcs)
 
 
-def _go_on(files: List["_File"], order: List[Tuple[str, int]], begun: List[Mapping[str, str]]) -> int:
+def _go_on(files: list[_File], order: list[tuple[str, int]], begun: list[Mapping[str, str]]) -> int:
     """Bring all files to the same tensor, behind what an interrupted try wrote, or behind the header; how many tensors they have."""
     done = min(len(crcs) for crcs in begun)
     if done:
@@ -219,10 +221,10 @@ class _File:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.header, self.size_bytes = header, 0
         self.digest, self.crc = hashlib.sha256(), 0
-        self.crcs: Dict[str, str] = {}
+        self.crcs: dict[str, str] = {}
         self.hasher, self.writer = _Worker(), _Worker()
 
-    def __enter__(self) -> "_File":
+    def __enter__(self) -> _File:
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -237,7 +239,7 @@ class _File:
         _write_all(self.fd, memoryview(self.header))
         self.size_bytes, self.digest, self.crcs = len(self.header), hashlib.sha256(self.header), {}
 
-    def keep(self, tensors: List[Tuple[str, int]], crcs: Mapping[str, str]) -> bool:
+    def keep(self, tensors: list[tuple[str, int]], crcs: Mapping[str, str]) -> bool:
         """Read again what an interrupted try wrote, tensor after tensor (name, bytes), and cut off the rest; False where it is not that."""
         os.lseek(self.fd, 0, os.SEEK_SET)
         if self._read(len(self.header)) != zlib.crc32(self.header):
@@ -264,7 +266,7 @@ class _File:
         self.crc = zlib.crc32(data, self.crc)
         _write_all(self.fd, data)
 
-    def end_tensor(self, name: str) -> "Future[Any]":
+    def end_tensor(self, name: str) -> Future[Any]:
         """A tensor has come; what is returned gives the CRC-32 of each until this one, once they are written."""
         return self.writer.do(self._end_tensor, name)
 
@@ -280,7 +282,7 @@ class _File:
         os.fsync(self.fd)
 
 
-def read_header(path: Path) -> Dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, from its header alone; a Problem where header and file do not agree.
 
     The checks are the safetensors library's own: offsets start at 0, have neither gap nor overlap and end where the file ends.
@@ -289,7 +291,7 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
     def unreadable(reason: str) -> reports.Problem:
         return reports.weights.weights_unreadable(path, reason)
 
-    def once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         named = dict(pairs)
         if len(named) != len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -308,7 +310,7 @@ def read_header(path: Path) -> Dict[str, StoredTensor]:
         raise unreadable(error.strerror or type(error).__name__) from None
     except (ValueError, RecursionError) as error:
         raise unreadable(f"its header is no JSON ({error})") from None
-    tensors: Dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     at = 0
     try:
         header.pop("__metadata__", None)
@@ -342,9 +344,9 @@ class _Worker(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(max_workers=1)
-        self.waiting: Deque[Future[object]] = deque()
+        self.waiting: deque[Future[object]] = deque()
 
-    def do(self, what: Callable[..., object], *words: object) -> "Future[Any]":
+    def do(self, what: Callable[..., object], *words: object) -> Future[Any]:
         if len(self.waiting) >= BLOCKS_WAITING:
             self.waiting.popleft().result()
         self.waiting.append(self.submit(what, *words))

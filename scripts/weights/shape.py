@@ -3,11 +3,13 @@
 Needs nothing but the standard library: `make plan` and `make doctor` run before anything is installed.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Mapping, Tuple
 
 from scripts import reports
 
@@ -49,7 +51,7 @@ class LlamaShape:
     n_heads: int
     n_kv_heads: int
     vocab_size: int
-    head_dim: Optional[int] = None
+    head_dim: int | None = None
     attention_bias: str = ""
     mlp_bias: bool = False
 
@@ -57,7 +59,7 @@ class LlamaShape:
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.n_heads
 
-    def hf_tensors(self) -> Dict[str, Shape]:
+    def hf_tensors(self) -> dict[str, Shape]:
         """Hugging Face's tensor names -> shapes; a linear layer's weight is (output, input)."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
         q_size, kv_size = self.n_heads * self.head_size, self.n_kv_heads * self.head_size
@@ -72,7 +74,7 @@ class LlamaShape:
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
         }
-        tensors: Dict[str, Shape] = {
+        tensors: dict[str, Shape] = {
             EMBEDDING: (self.vocab_size, hidden),
             LAST_NORM: (hidden,),
             HEAD: (self.vocab_size, hidden),
@@ -83,7 +85,7 @@ class LlamaShape:
         return tensors
 
     @property
-    def biased(self) -> List[str]:
+    def biased(self) -> list[str]:
         """The linear layers of a layer that have a bias, by Hugging Face's names."""
         attention = {"": "", "qkv": "qkv", "all": "qkvo"}[self.attention_bias]
         mlp = ("gate", "up", "down") if self.mlp_bias else ()
@@ -98,13 +100,13 @@ class Params:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    vocab_size: Optional[int]  # None where the file says -1: as many as the tokenizer has
+    vocab_size: int | None  # None where the file says -1: as many as the tokenizer has
     multiple_of: int
-    ffn_dim_multiplier: Optional[float]
+    ffn_dim_multiplier: float | None
     norm_eps: float
     rope_theta: float
-    max_seq_len: Optional[int]
-    rope_scaling: Optional[Mapping[str, Any]] = None  # in the words of Hugging Face's config.json
+    max_seq_len: int | None
+    rope_scaling: Mapping[str, Any] | None = None  # in the words of Hugging Face's config.json
 
     @property
     def intermediate_size(self) -> int:
@@ -165,7 +167,7 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
     )
 
 
-def max_positions(asked: Optional[int], params: Params) -> Tuple[int, str]:
+def max_positions(asked: int | None, params: Params) -> tuple[int, str]:
     """(max_position_embeddings, where it comes from). Meta's files do not say how long a text the model was trained on."""
     if asked is not None:
         return asked, "as asked"
@@ -295,7 +297,7 @@ def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
             )
 
 
-def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional[int] = None) -> int:
+def positive(config: Mapping[str, Any], name: str, path: Path, default: int | None = None) -> int:
     """A whole number above 0 from a config file; a Problem for anything else. None and absent give the default."""
     value = config.get(name)
     value = default if value is None else value
@@ -304,7 +306,7 @@ def positive(config: Mapping[str, Any], name: str, path: Path, default: Optional
     return value
 
 
-def number(config: Mapping[str, Any], name: str, path: Path, default: Optional[float] = None) -> float:
+def number(config: Mapping[str, Any], name: str, path: Path, default: float | None = None) -> float:
     """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default, if there is one."""
     value = config.get(name)
     value = default if value is None else value
@@ -313,7 +315,7 @@ def number(config: Mapping[str, Any], name: str, path: Path, default: Optional[f
     return float(value)
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the user's; a Problem where there is none."""
     try:
         with path.open("rb") as file:
@@ -342,7 +344,7 @@ def rope_kind(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def llama3_divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> List[float]:
+def llama3_divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> list[float]:
     """By what Llama 3.1's scaling divides the frequency of each pair of a head (head_size / 2), fast pairs first.
 
     transformers' modeling_rope_utils, _compute_llama3_parameters; llama.cpp stores the same numbers as rope_freqs.weight.
@@ -357,12 +359,12 @@ def llama3_divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) ->
     return divisors
 
 
-def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> List[int]:
+def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> list[int]:
     """The tp sizes up to `limit` that upstream can split this model into."""
     return [tp for tp in range(1, limit + 1) if why_impossible(shape, tp) is None]
 
 
-def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> Optional[Tuple[str, int, str]]:
+def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> tuple[str, int, str] | None:
     """None, or (what, its size, the rule that it breaks). Upstream: convert_checkpoint.py and layers/attention.py of v0.8.0."""
     if not pad_heads:
         if shape.n_heads % tp_size:
@@ -374,7 +376,7 @@ def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> 
     return None
 
 
-def padded_heads(shape: LlamaShape, tp_size: int) -> Tuple[int, int]:
+def padded_heads(shape: LlamaShape, tp_size: int) -> tuple[int, int]:
     """(heads, key/value heads) when heads of zeros are added until tp_size ranks can share them; what divides already stays.
 
     Whole groups are added (9 heads in 3 groups at TP=2: 12 in 4), or each group grows where it is shared by several ranks

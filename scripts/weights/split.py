@@ -1,7 +1,8 @@
 """Who gets which rows and columns: the rank tables of tensor and pipeline parallelism."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
 
 import numpy as np
 
@@ -14,8 +15,8 @@ class Cut:
     """A rectangle of one of Hugging Face's tensors, [first, end) each; columns None: all. Zeros follow it, on the right and below."""
 
     source: str
-    rows: Tuple[int, int]
-    columns: Optional[Tuple[int, int]] = None
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
     zero_columns: int = 0
     zero_rows: int = 0
 
@@ -25,10 +26,10 @@ class RankTensor:
     """One tensor of a rank file: its shape, and the rectangles that make it, one below the other."""
 
     shape: Shape
-    cuts: Tuple[Cut, ...]
+    cuts: tuple[Cut, ...]
 
 
-def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -> Dict[str, RankTensor]:
+def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -> dict[str, RankTensor]:
     """Everything that rankN.safetensors holds, by TensorRT-LLM v0.8.0's rules (examples/llama/convert_checkpoint.py).
 
     - q, k and v: rows; each is cut by itself, then q of this rank, k, v lie below each other.
@@ -47,16 +48,16 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     stage, place = divmod(rank, tp_size)
     layers = shape.n_layers // pp_size
 
-    def part(size: int) -> Tuple[int, int]:
+    def part(size: int) -> tuple[int, int]:
         return place * (size // tp_size), (place + 1) * (size // tp_size)
 
     q, k_v = _rank_heads(shape, tp_size, place)
 
-    def heads(name: str, span: Tuple[int, int, int]) -> Cut:
+    def heads(name: str, span: tuple[int, int, int]) -> Cut:
         first, end, count = span
         return Cut(name, (first * head, end * head), zero_rows=(count - (end - first)) * head)
 
-    def stack(columns: Optional[int], *cuts: Cut) -> RankTensor:
+    def stack(columns: int | None, *cuts: Cut) -> RankTensor:
         rows = sum(cut.rows[1] - cut.rows[0] + cut.zero_rows for cut in cuts)
         return RankTensor((rows,) if columns is None else (rows, columns), cuts)
 
@@ -68,7 +69,7 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
 
     first, end = part(-(-shape.vocab_size // tp_size) * tp_size)
     inside = min(first, shape.vocab_size), min(end, shape.vocab_size)
-    tensors: Dict[str, RankTensor] = {}
+    tensors: dict[str, RankTensor] = {}
     if stage == pp_size - 1:
         tensors["lm_head.weight"] = stack(hidden, Cut(HEAD, inside, zero_rows=end - first - (inside[1] - inside[0])))
         tensors["transformer.ln_f.weight"] = whole(LAST_NORM, hidden)
@@ -114,7 +115,7 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
     return tensors
 
 
-def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> Tuple[Tuple[int, int, int], Tuple[int, int, int]]:
+def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(first, end, count) of the heads of a rank, and of its key/value heads; count - (end - first) heads of zeros follow."""
     n_heads, n_kv_heads = padded_heads(shape, tp_size)
     group, wide_group = shape.n_heads // shape.n_kv_heads, n_heads // n_kv_heads

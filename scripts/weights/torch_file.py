@@ -6,13 +6,15 @@ takes down what they say. It also tells what torch does not, where in the file e
 1.5 s that importing torch takes. tests/weights/test_torch_file.py holds it against torch.load.
 """
 
+from __future__ import annotations
+
 import math
 import pickletools
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Optional, Tuple
+from typing import Any, BinaryIO
 
 from scripts import reports
 from scripts.weights.safetensors import ITEM_BYTES
@@ -35,9 +37,9 @@ class FileTensor:
     """
 
     dtype: str
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     start: int
-    crc32: Optional[int]
+    crc32: int | None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ class _Storage:
 class _Tensor:
     storage: _Storage
     offset: int
-    shape: Tuple[int, ...]
-    stride: Tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-def read_torch_file(path: Path) -> Dict[str, FileTensor]:
+def read_torch_file(path: Path) -> dict[str, FileTensor]:
     """Name -> tensor; a Problem where the file is damaged, cut off, no torch file, or holds something else than named tensors."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -78,11 +80,11 @@ def directory(pickle: bytes) -> Any:
 
     The operations are those of pickle protocols 2 to 5 (Python's pickletools.py describes each).
     """
-    stack: List[Any] = []
-    below: List[List[Any]] = []  # the stacks under a mark
-    memo: Dict[int, Any] = {}
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under a mark
+    memo: dict[int, Any] = {}
 
-    def after_mark() -> List[Any]:
+    def after_mark() -> list[Any]:
         nonlocal stack
         items, stack = stack, below.pop()
         return items
@@ -143,7 +145,7 @@ def directory(pickle: bytes) -> Any:
     raise ValueError("its directory has no end")
 
 
-def _read(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Dict[str, FileTensor]:
+def _read(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, FileTensor]:
     infos = {info.filename: info for info in archive.infolist()}
     roots = [name[: -len("data.pkl")] for name in infos if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -165,7 +167,7 @@ def _read(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> Dict[str, Fil
     return {name: _located(name, tensor, root, infos, file) for name, tensor in named.items()}
 
 
-def _located(name: str, tensor: _Tensor, root: str, infos: Dict[str, zipfile.ZipInfo], file: BinaryIO) -> FileTensor:
+def _located(name: str, tensor: _Tensor, root: str, infos: dict[str, zipfile.ZipInfo], file: BinaryIO) -> FileTensor:
     storage = tensor.storage
     if storage.kind not in STORAGES:
         return FileTensor(storage.kind, tensor.shape, 0, None)

@@ -1,9 +1,11 @@
 """`make bench`: loads, numbers, ceilings and the comparison; the page needs nothing else. The real run is on GPUs (docs/bench)."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 from project import make
@@ -64,7 +66,7 @@ def test_the_memory_ceiling_counts_every_weight_of_a_step_once(tp_size: int) -> 
 AIPERF = bench.Point(16, 64, 4)
 
 
-def record(**metrics: float) -> Dict[str, Any]:
+def record(**metrics: float) -> dict[str, Any]:
     """What aiperf 0.13.0 writes of a request, as far as it is read here."""
     values = {"time_to_first_token": 86.5, "request_latency": 458.5, "output_sequence_length": 64, **metrics}
     return {
@@ -82,7 +84,7 @@ def test_aiperfs_records_become_requests() -> None:
 
 
 @pytest.mark.parametrize("broken", [record(output_sequence_length=63), {**record(), "error": {"message": "429"}}])
-def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: Dict[str, Any]) -> None:
+def test_a_request_of_aiperfs_that_failed_or_is_short_is_no_number(broken: dict[str, Any]) -> None:
     with pytest.raises(reports.Problem):
         bench.aiperf_requests([record(), broken], AIPERF)
 
@@ -112,7 +114,7 @@ def test_make_bench_asks_both_protocols_and_the_engine_and_judges_by_an_older_ru
     assert judged.returncode != 0 and "tokens_per_second" in judged.stderr, judged.stdout + judged.stderr
 
 
-def run(**changed: float) -> Dict[str, Any]:
+def run(**changed: float) -> dict[str, Any]:
     row = {"side": "Triton", "tp_size": 2, "input_tokens": 16, "output_tokens": 16, "concurrency": 1}
     return {"rows": [{**row, "tokens_per_second": 100.0, "ttft_ms_p50": 10.0, **changed}]}
 
@@ -126,7 +128,7 @@ def run(**changed: float) -> Dict[str, Any]:
         ({"ttft_ms_p50": 5.0}, []),
     ],
 )
-def test_a_baseline_judges_by_what_is_better(changed: Dict[str, float], worse: List[str]) -> None:
+def test_a_baseline_judges_by_what_is_better(changed: dict[str, float], worse: list[str]) -> None:
     assert [line["what"][-1] for line in bench.compared(run(**changed), run()) if line["worse"]] == worse
 
 
@@ -147,7 +149,7 @@ def test_the_documented_run_is_one_and_its_page_needs_nothing_else() -> None:
         assert f">{bench_page.significant(float(row['tokens_per_second']))}<" in page
 
 
-def two_sides(ours: float, theirs: float) -> Dict[str, Any]:
+def two_sides(ours: float, theirs: float) -> dict[str, Any]:
     documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
     row = {"tp_size": 2, "input_tokens": 128, "output_tokens": 128, "concurrency": 8, "requests": 24}
     rows = [
@@ -173,7 +175,7 @@ def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other() -> None
 
 
 def test_every_round_has_a_number() -> None:
-    def one(began: float, seconds: float) -> Dict[str, Any]:
+    def one(began: float, seconds: float) -> dict[str, Any]:
         return {"began": began, "arrivals": [began + seconds / 2, began + seconds], "tokens": [1, 9]}
 
     assert bench.rounds_of([one(2, 2), one(0, 1), one(1, 1)]) == [10.0, 10.0, 5.0]

@@ -1,11 +1,13 @@
 """`make bench-openai` against an endpoint of the test's own: whose model it is, and that failed requests give no numbers."""
 
+from __future__ import annotations
+
 import functools
 import http.server
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List
 
 import pytest
 
@@ -17,8 +19,8 @@ from scripts.serving import launch
 class Endpoint(http.server.BaseHTTPRequestHandler):
     """Serves the model `another`; refuses every second answer where it is told to."""
 
-    bodies: List[bytes] = []
-    keys: List[str] = []
+    bodies: list[bytes] = []
+    keys: list[str] = []
     refuses = False
 
     def reply(self, status: int, body: bytes) -> None:

@@ -1,5 +1,7 @@
 """`make bench-text` measures what it says: the stand-in gives the prompt's tokens, stock breaks its text, ours does not."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

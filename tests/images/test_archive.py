@@ -1,11 +1,14 @@
 """The canonical form of an image: what a builder stamps does not count, what the Dockerfile says does."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import pytest
 from project import ROOT
@@ -13,9 +16,9 @@ from project import ROOT
 from scripts import reports
 from scripts.images import archive as image_archive
 
-Entry = Tuple[str, Optional[bytes], int]  # name, content (None: a folder), mode
-BASE: List[Entry] = [("usr", None, 0o755), ("usr/bin", None, 0o755), ("usr/bin/sh", b"base", 0o755)]
-OURS: List[Entry] = [
+Entry = tuple[str, bytes | None, int]  # name, content (None: a folder), mode
+BASE: list[Entry] = [("usr", None, 0o755), ("usr/bin", None, 0o755), ("usr/bin/sh", b"base", 0o755)]
+OURS: list[Entry] = [
     ("usr", None, 0o755),
     ("srv", None, 0o755),
     ("srv/a", b"engine", 0o600),
@@ -42,7 +45,7 @@ def layer(entries: Sequence[Entry], mtime: int, owner: int, prefix: str = "") ->
 
 def saved(path: Path, layers: Sequence[bytes], **config: Any) -> Path:
     """A file as `docker save` writes it."""
-    described: Dict[str, Any] = {
+    described: dict[str, Any] = {
         "architecture": "amd64",
         "os": "linux",
         "created": config.pop("created", "2026-01-01T00:00:00Z"),
@@ -62,7 +65,7 @@ def saved(path: Path, layers: Sequence[bytes], **config: Any) -> Path:
     return path
 
 
-def canonical(path: Path, added: int = 1) -> Tuple[image_archive.Image, bytes]:
+def canonical(path: Path, added: int = 1) -> tuple[image_archive.Image, bytes]:
     out = io.BytesIO()
     with image_archive.Archive(path) as source:
         instructions = image_archive.layers_of(DOCKERFILE) * added
@@ -90,7 +93,7 @@ def test_times_order_owners_and_hostnames_do_not_count(tmp_path: Path) -> None:
         {"Healthcheck": {"Test": ["NONE"]}},
     ],
 )
-def test_what_the_dockerfile_says_counts(tmp_path: Path, other: Dict[str, Any]) -> None:
+def test_what_the_dockerfile_says_counts(tmp_path: Path, other: dict[str, Any]) -> None:
     base = layer(BASE, 5, 0)
     one, _ = canonical(saved(tmp_path / "1.tar", [base, layer(OURS, 1, 0)]))
     two, _ = canonical(saved(tmp_path / "2.tar", [base, layer(other.pop("entries", OURS), 1, 0)], **other))

@@ -1,5 +1,7 @@
 """What the image's environment says reaches the server, and what cannot be is a report."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

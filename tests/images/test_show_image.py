@@ -1,5 +1,7 @@
 """`make size` in words."""
 
+from __future__ import annotations
+
 from scripts import show_image
 
 

@@ -1,5 +1,7 @@
 """What make decides before a script runs never waits for a file of the model's, whatever the file is."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

@@ -1,12 +1,14 @@
 """What a room was made from: each module that a room used makes it again when its code changes, and no other room; nothing else does."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Set
 
 import pytest
 from project import ROOT, copy_of_project, make
@@ -40,18 +42,18 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def record(tree: Path, room: str) -> Dict[str, str]:
+def record(tree: Path, room: str) -> dict[str, str]:
     return dict(json.loads((tree / PLACES[room] / ingredients.RECORD).read_bytes()))
 
 
-def stale(tree: Path) -> List[str]:
+def stale(tree: Path) -> list[str]:
     return [room for room, place in PLACES.items() if ingredients.stale(tree / place)]
 
 
-def loaded_by(tree: Path, room: str) -> Set[str]:
+def loaded_by(tree: Path, room: str) -> set[str]:
     """The project's modules that Python itself says it loads for a room's script, and for what the room starts."""
     started = {"verified": ["scripts.verifying.sides"]}.get(room, [])
-    found: Set[str] = set()
+    found: set[str] = set()
     for module in [f"scripts.build_{room}", *started]:
         command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
         said = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True, timeout=120).stderr
@@ -121,7 +123,7 @@ def test_rewording_costs_no_room(here: Path, path: str, old: bytes, new: bytes) 
         ("docker/gpus.json", []),
     ],
 )
-def test_a_table_makes_the_rooms_again_that_read_it(here: Path, path: str, rooms: List[str]) -> None:
+def test_a_table_makes_the_rooms_again_that_read_it(here: Path, path: str, rooms: list[str]) -> None:
     source = (here / path).read_bytes()
     try:
         (here / path).write_bytes(source + b"\n")

@@ -1,10 +1,12 @@
 """What a TOOLCHAIN lacks for a model is refused by plan, doctor, checkpoint and engines in the same words, and another one is named."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 from published import write_published
@@ -17,7 +19,7 @@ LLAMA3 = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # what config.json says, the engine, the version that lacks it, words of the report, words of the advice
-CASES: Dict[str, Any] = {
+CASES: dict[str, Any] = {
     "llama3": ({"rope_scaling": LLAMA3}, "torch", "0.8.0", "rope scaling of the type llama3", "TOOLCHAIN=0.14.0"),
     "llama3, tensorrt": ({"rope_scaling": LLAMA3}, "tensorrt", "0.8.0", "rope scaling of the type llama3", "TOOLCHAIN=0.14.0"),
     "yarn, tensorrt": ({"rope_scaling": YARN}, "tensorrt", "1.2.1", "rope scaling of the type yarn", "ENGINE=torch"),

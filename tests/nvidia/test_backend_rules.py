@@ -3,8 +3,11 @@
 A rule that nothing enforces needs a written reason; a rule without a test here fails the first test.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,10 @@ from tritonclient.utils import InferenceServerException
 
 from scripts.nvidia import contracts
 
-RULES: Dict[str, Any] = {rule["id"]: rule for rule in TABLE["rules"]}
+RULES: dict[str, Any] = {rule["id"]: rule for rule in TABLE["rules"]}
 Texts = Iterable[str]
-Break = Callable[[str], Optional[Texts]]
-BREAKS: Dict[str, Break] = {}
+Break = Callable[[str], Texts | None]
+BREAKS: dict[str, Break] = {}
 
 
 def breaks(rule: str) -> Callable[[Break], Break]:
@@ -68,7 +71,7 @@ def _(version: str) -> Texts:
 @breaks("inputs-undeclared-later")
 def _(version: str) -> None:
     names = [*RULES["inputs-undeclared-later"]["never_read"], "no_such_input"]
-    values: Dict[str, Any] = {name: [[1]] for name in names}
+    values: dict[str, Any] = {name: [[1]] for name in names}
     assert not set(served_as(version, **values)) & set(names)
 
 
@@ -108,7 +111,7 @@ def _(version: str) -> Texts:
 @breaks("inputs-word-lists")
 def _(version: str) -> Texts:
     for name in ("stop_words_list", "bad_words_list"):
-        goods: List[Any] = [[[[0], [-1]]], [[[5, 6, 7], [1, 3, -1]]], [[[], []]]]
+        goods: list[Any] = [[[[0], [-1]]], [[[5, 6, 7], [1, 3, -1]]], [[[], []]]]
         for good in goods:
             served_as(version, **dict[str, Any]({name: good}))
         yield refused(version, **{name: [[[5, 6], [-1, 2]]]})
@@ -201,7 +204,7 @@ def _(version: str) -> Texts:
 
 @breaks("queue-full")
 def _(version: str) -> Texts:
-    def three(config: Dict[str, Any]) -> None:
+    def three(config: dict[str, Any]) -> None:
         config["dynamic_batching"]["default_queue_policy"]["max_queue_size"] = 3
 
     small = loaded(version, change=three)
@@ -323,7 +326,7 @@ def _(version: str) -> Texts:
 def _(version: str) -> None:
     default = RULES["load-kv-reuse"]["default"][version]
     fmha = {"use_paged_context_fmha": True}
-    given: List[Dict[str, Any]] = [{"without": "enable_kv_cache_reuse"}, {"enable_kv_cache_reuse": "on"}]
+    given: list[dict[str, Any]] = [{"without": "enable_kv_cache_reuse"}, {"enable_kv_cache_reuse": "on"}]
     for words in given:
         assert loaded(version, plugins=fmha, **words).kv_reuse is default
         if default:
@@ -421,7 +424,7 @@ def _(version: str) -> None:
 
 @breaks("load-logits-type-1.2.1")
 def _(version: str) -> Texts:
-    def half(config: Dict[str, Any]) -> None:
+    def half(config: dict[str, Any]) -> None:
         next(t for t in config["output"] if t["name"] == "generation_logits")["data_type"] = "TYPE_BF16"
 
     yield fails(version, change=half)
@@ -471,9 +474,9 @@ ON_A_SERVER = {
 
 
 def test_every_rule_is_enforced_and_broken_or_says_why_not() -> None:
-    by: Dict[str, set[str]] = {"rehearsal": set(BREAKS) | ON_A_SERVER["tests/test_rehearsed_server.py"]}
+    by: dict[str, set[str]] = {"rehearsal": set(BREAKS) | ON_A_SERVER["tests/test_rehearsed_server.py"]}
     by.update(tritonserver=set(TO_TRITON) | set(AT_A_VERSION), models=ON_A_SERVER["tests/text_models/test_clients.py"])
-    found: Dict[str, set[str]] = {name: set() for name in by}
+    found: dict[str, set[str]] = {name: set() for name in by}
     for rule in TABLE["rules"]:
         assert ("enforced_by" in rule) != bool(rule.get("not_enforced", "")), rule["id"]
         if "enforced_by" in rule:
@@ -505,7 +508,7 @@ def pattern(error: str) -> str:
     [(id, version) for id, rule in RULES.items() if id in BREAKS for version in rule["versions"]],
 )
 def test_the_rehearsal_refuses_what_breaks_it(rule: str, version: str) -> None:
-    texts: List[str] = list(BREAKS[rule](version) or [])
+    texts: list[str] = list(BREAKS[rule](version) or [])
     if "error" in RULES[rule]:
         assert texts, rule
     for text in texts if "error" in RULES[rule] else []:
@@ -517,7 +520,7 @@ def test_the_rehearsal_refuses_what_breaks_it(rule: str, version: str) -> None:
 CORE = {"input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len": [[2]]}
 
 
-def core_inputs(dtype: str = "INT32", **changes: Any) -> List[Any]:
+def core_inputs(dtype: str = "INT32", **changes: Any) -> list[Any]:
     tensors = []
     for name, value in {**CORE, **changes}.items():
         if value is None:
@@ -528,9 +531,9 @@ def core_inputs(dtype: str = "INT32", **changes: Any) -> List[Any]:
     return tensors
 
 
-def triton_refuses(served: Served, inputs: List[Any], outputs: Optional[List[str]] = None) -> str:
+def triton_refuses(served: Served, inputs: list[Any], outputs: list[str] | None = None) -> str:
     wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-    answers: List[Any] = []
+    answers: list[Any] = []
     with triton.InferenceServerClient(served.grpc) as client:
         client.start_stream(lambda result, error: answers.append((result, error)))
         client.async_stream_infer("tensorrt_llm", inputs, outputs=wanted)
@@ -540,13 +543,13 @@ def triton_refuses(served: Served, inputs: List[Any], outputs: Optional[List[str
     return str(error)
 
 
-def short_bytes() -> List[Any]:
+def short_bytes() -> list[Any]:
     tensors = core_inputs()
     tensors[0]._raw_content = tensors[0]._raw_content[:-4]
     return tensors
 
 
-TO_TRITON: Dict[str, Callable[[Served], str]] = {
+TO_TRITON: dict[str, Callable[[Served], str]] = {
     "outputs-unknown": lambda served: triton_refuses(served, core_inputs(), ["output_ids", "x"]),
     "inputs-required-config": lambda served: triton_refuses(served, core_inputs(request_output_len=None)),
     "inputs-count": lambda served: triton_refuses(served, core_inputs(input_ids=None)),
@@ -557,7 +560,7 @@ TO_TRITON: Dict[str, Callable[[Served], str]] = {
     "inputs-byte-size": lambda served: triton_refuses(served, short_bytes()),
 }
 # Only at a version whose config lacks the input: the default server's does, as 24.10's
-AT_A_VERSION: Dict[str, Callable[[Served], str]] = {
+AT_A_VERSION: dict[str, Callable[[Served], str]] = {
     "inputs-num-return-r24.10": lambda served: triton_refuses(served, core_inputs(num_return_sequences=[[1]])),
 }
 

@@ -1,5 +1,7 @@
 """What nvidia-smi's words become, with a stand-in on PATH that prints what real drivers print; and what ASSUME_GPU may say."""
 
+from __future__ import annotations
+
 import os
 import stat
 from pathlib import Path

@@ -1,13 +1,15 @@
 """QUANT: each kind is asked of NVIDIA's tool in words that its version takes, and what the tool writes is checked. The tools are
 stand-ins at the place where they lie in TensorRT-LLM's repository; the judges of the command lines are the flag tables."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import stand_ins
@@ -57,7 +59,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settings(hf: Path, folder: Path, quant: str, version: str = "0.14.0", **changed: Any) -> quantize.Settings:
-    asked: Dict[str, Any] = {"dtype": "float16", "tp_size": 2, "pp_size": 1, **changed}
+    asked: dict[str, Any] = {"dtype": "float16", "tp_size": 2, "pp_size": 1, **changed}
     return quantize.Settings(
         hf, folder / "checkpoint", quant, trtllm_version=version, examples=folder / "TensorRT-LLM", **asked
     )
@@ -176,7 +178,7 @@ def test_a_tool_that_writes_too_few_ranks_is_noticed(hf: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("changed", [{"quant": "int3"}, {"dtype": "float32"}])
-def test_what_no_tool_does_is_refused_at_once(hf: Path, tmp_path: Path, changed: Dict[str, str]) -> None:
+def test_what_no_tool_does_is_refused_at_once(hf: Path, tmp_path: Path, changed: dict[str, str]) -> None:
     with pytest.raises(reports.Problem) as caught:
         settings(hf, tmp_path, **{"quant": "fp8", **changed})
     assert next(iter(changed.values())) in caught.value.seen and caught.value.command.startswith("make checkpoint")

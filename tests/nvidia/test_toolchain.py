@@ -3,6 +3,8 @@
 The host of these tests has make, bash, coreutils, grep, sed, find, docker and some python3 on its PATH, and no package of ours.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib.util
 import json
@@ -14,7 +16,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -28,7 +30,7 @@ from scripts.making import toolchain
 from scripts.nvidia import contracts, gpus
 from scripts.serving import supervisor
 
-TABLE: Dict[str, Dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
+TABLE: dict[str, dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
 OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
 DIGEST = "sha256:" + "5f" * 32
 V100 = "Tesla V100-SXM2-16GB, 7.0"
@@ -65,7 +67,7 @@ SERVE = ("serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
 class Host:
     """A machine with a copy of the project, a PATH of its own, and a docker that keeps what it is told."""
 
-    def __init__(self, tree: Path, folder: Path, docker: bool = True, gpus: Optional[List[str]] = None) -> None:
+    def __init__(self, tree: Path, folder: Path, docker: bool = True, gpus: list[str] | None = None) -> None:
         self.tree, self.folder, self.log = tree, folder, folder / "docker.log"
         folder.mkdir()
         for program in PROGRAMS.split():
@@ -77,22 +79,22 @@ class Host:
         if gpus:
             nvidia_smi(folder, gpus)
 
-    def environment(self, **variables: str) -> Dict[str, str]:
+    def environment(self, **variables: str) -> dict[str, str]:
         return {"PATH": str(self.folder), "HOME": "/", "DOCKER_LOG": str(self.log), "DIGEST": DIGEST, **variables}
 
-    def make(self, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def make(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = self.environment(**variables)
         return subprocess.run(
             ["make", *words], cwd=self.tree, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
 
-    def calls(self) -> List[List[str]]:
+    def calls(self) -> list[list[str]]:
         """What docker was told, call by call."""
         if not self.log.exists():
             return []
         return [line.split("\0")[:-1] for line in self.log.read_text().splitlines()]
 
-    def runs(self) -> List[List[str]]:
+    def runs(self) -> list[list[str]]:
         return [call for call in self.calls() if call[:1] == ["run"]]
 
     def reported(self, title: str, *words: str, **variables: str) -> str:
@@ -110,21 +112,21 @@ def host(own_tree: Path, tmp_path: Path) -> Host:
     return Host(own_tree, tmp_path / "bin", gpus=[V100] * 4)
 
 
-def ports_typed(ports: List[int]) -> List[str]:
+def ports_typed(ports: list[int]) -> list[str]:
     return [f"{name}_PORT={port}" for name, port in zip(("HTTP", "GRPC", "METRICS", "OPENAI"), ports)]
 
 
-def one(words: List[str], flag: str) -> List[str]:
+def one(words: list[str], flag: str) -> list[str]:
     """Every value of a flag."""
     return [value for name, value in zip(words, words[1:]) if name == flag]
 
 
-def advised(report: str) -> List[List[str]]:
+def advised(report: str) -> list[list[str]]:
     """The commands that a report ends in, their words sorted: make does not keep the order in which settings were typed."""
     return [sorted(line.split()) for line in report.splitlines() if line.startswith("    ")]
 
 
-def room_of(words: List[str]) -> str:
+def room_of(words: list[str]) -> str:
     module = one(words, "-m")[0]
     return module.replace("scripts.build_", "").replace("scripts.", "")
 
@@ -180,7 +182,7 @@ def test_image_24_10_is_a_month_older_than_the_release_whose_name_it_goes_by() -
     row = contracts.table("backend", LAST_FOR_VOLTA)["tensorrt_llm"]
     release = json.loads((ROOT / "docker/contracts/backend/v0.14.0.json").read_text())["tensorrt_llm"]
 
-    def names(model: Dict[str, Any], part: str) -> set[str]:
+    def names(model: dict[str, Any], part: str) -> set[str]:
         return {tensor["name"] for tensor in model[part]}
 
     assert names(release, "inputs") - names(row, "inputs") == {"num_return_sequences"}

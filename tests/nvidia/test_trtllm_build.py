@@ -1,9 +1,11 @@
 """Every command line for trtllm-build is one that the version's own parser takes, and says everything that versions differ in."""
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import pytest
 
@@ -20,11 +22,11 @@ FLAGS = {version: contracts.flags("trtllm-build", version) for version in VERSIO
 PARSERS = {version: contracts.flag_parser("trtllm-build", flags) for version, flags in FLAGS.items()}
 
 
-def command(version: str, intent: Intent) -> List[str]:
+def command(version: str, intent: Intent) -> list[str]:
     return trtllm_build.argv(intent, FLAGS[version], "checkpoint", "engines")
 
 
-def said(version: str, intent: Intent) -> Dict[str, Any]:
+def said(version: str, intent: Intent) -> dict[str, Any]:
     """What the version's parser understands of the command line."""
     return vars(PARSERS[version].parse_args(command(version, intent)[1:]))
 
@@ -52,12 +54,12 @@ def test_every_command_line_is_taken_by_the_versions_own_parser(version: str) ->
 @pytest.mark.parametrize(
     "wrong", [["--max_batch"], ["--gemm_plugin", "float61"], ["--max_batch_size", "many"], ["--paged"]]
 )
-def test_the_parser_that_judges_refuses_what_the_real_one_refuses(version: str, wrong: List[str]) -> None:
+def test_the_parser_that_judges_refuses_what_the_real_one_refuses(version: str, wrong: list[str]) -> None:
     with pytest.raises(SystemExit):
         PARSERS[version].parse_args([*command(version, AMPERE)[1:], *wrong])
 
 
-def differing() -> List[Tuple[str, str]]:
+def differing() -> list[tuple[str, str]]:
     """(flag, version) for every flag that two supported versions have with different defaults."""
     found = []
     for flag in sorted(set().union(*FLAGS.values())):
@@ -151,7 +153,7 @@ def test_workers_are_as_many_as_memory_gpus_and_ranks_allow() -> None:
     assert trtllm_build.workers_that_fit(8, 8, seven_b_half, 2000 * 10**9) == 8
 
 
-def refused(gpu: str, version: str, dtype: str = "float16", quant: Optional[str] = None) -> Optional[reports.Problem]:
+def refused(gpu: str, version: str, dtype: str = "float16", quant: str | None = None) -> reports.Problem | None:
     toolchains = {name: contracts.toolchain(name) for name in VERSIONS}
     return trtllm_build.refusal(gpus.assumed(gpu)[0], dtype, quant, version, toolchains)
 
@@ -169,7 +171,7 @@ def refused(gpu: str, version: str, dtype: str = "float16", quant: Optional[str]
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused_with_both_values(
-    gpu: str, version: str, dtype: str, quant: Optional[str], seen: Tuple[str, ...], command: str
+    gpu: str, version: str, dtype: str, quant: str | None, seen: tuple[str, ...], command: str
 ) -> None:
     problem = refused(gpu, version, dtype, quant)
     assert problem is not None and command in problem.command
@@ -186,7 +188,7 @@ def test_what_a_gpu_cannot_do_is_refused_with_both_values(
         ("L4", NEW, "float16", "FP8"),
     ],
 )
-def test_what_a_gpu_can_do_is_not_refused(gpu: str, version: str, dtype: str, quant: Optional[str]) -> None:
+def test_what_a_gpu_can_do_is_not_refused(gpu: str, version: str, dtype: str, quant: str | None) -> None:
     assert refused(gpu, version, dtype, quant) is None
 
 

@@ -1,10 +1,12 @@
 """Chat templates: rendered and tokenized as transformers does it, and no text in a message ever becomes a special token."""
 
+from __future__ import annotations
+
 import json
 import random
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,12 +32,12 @@ TRIMMED = (  # Llama 3's way: contents are trimmed, headers are special
 MODEL = sentencepiece_tokenizer.read_tokenizer_model(ROOT / "models/stories/tokenizer.model")
 
 
-def special(token_id: int, content: str, **more: Any) -> Dict[str, Any]:
+def special(token_id: int, content: str, **more: Any) -> dict[str, Any]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": token_id, "content": content, **plain, **more}
 
 
-def llama_folder(folder: Path, template: str, more: List[str], metaspace: bool = False) -> Path:
+def llama_folder(folder: Path, template: str, more: list[str], metaspace: bool = False) -> Path:
     """The bundled model's tokenizer with more special tokens; metaspace: only the start of everything has a space before it."""
     described = sentencepiece_tokenizer.tokenizer_json(MODEL)
     described["added_tokens"] += [special(MODEL.vocab_size + n, content) for n, content in enumerate(more)]
@@ -50,7 +52,7 @@ def llama_folder(folder: Path, template: str, more: List[str], metaspace: bool =
     return write(folder, described, {**sentencepiece_tokenizer.tokenizer_config(MODEL), "chat_template": template})
 
 
-def byte_level_folder(folder: Path, template: str, more: List[str]) -> Path:
+def byte_level_folder(folder: Path, template: str, more: list[str]) -> Path:
     """GPT-2's kind, every byte a token: SmolLM2 and Llama 3 are of it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
@@ -67,7 +69,7 @@ def byte_level_folder(folder: Path, template: str, more: List[str]) -> Path:
     return write(folder, json.loads(made.to_str()), config)
 
 
-def write(folder: Path, described: Dict[str, Any], config: Dict[str, Any]) -> Path:
+def write(folder: Path, described: dict[str, Any], config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(described))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -87,7 +89,7 @@ KINDS = ("llama-2", "chatml", "trimmed", "metaspace")
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory, text_module: Any) -> Dict[str, Tuple[ChatTemplate, Path]]:
+def cases(tmp_path_factory: pytest.TempPathFactory, text_module: Any) -> dict[str, tuple[ChatTemplate, Path]]:
     base = tmp_path_factory.mktemp("tokenizers")
     headers = ["<|start|>", "<|end|>", "<|eot|>"]
     folders = {
@@ -104,7 +106,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, text_module: Any) -> Dict[st
     return made
 
 
-def conversation(*contents: str, system: str = "") -> List[Dict[str, str]]:
+def conversation(*contents: str, system: str = "") -> list[dict[str, str]]:
     turns = [{"role": "user" if n % 2 == 0 else "assistant", "content": content} for n, content in enumerate(contents)]
     return ([{"role": "system", "content": system}] if system else []) + turns
 
@@ -120,7 +122,7 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
-def test_text_and_tokens_are_those_of_transformers(cases: Any, kind: str, messages: List[Dict[str, str]]) -> None:
+def test_text_and_tokens_are_those_of_transformers(cases: Any, kind: str, messages: list[dict[str, str]]) -> None:
     transformers = pytest.importorskip(
         "transformers", reason="the oracle, transformers (requirements/verify.txt), is not installed"
     )
@@ -154,7 +156,7 @@ def test_llama_2s_template_is_metas_chat_format(cases: Any) -> None:
     ],
     ids=str,
 )
-def test_llama_2_refuses_what_it_was_not_trained_on(cases: Any, messages: List[Dict[str, str]]) -> None:
+def test_llama_2_refuses_what_it_was_not_trained_on(cases: Any, messages: list[dict[str, str]]) -> None:
     with pytest.raises(Refused, match="user"):
         cases["llama-2"][0].token_ids(messages)
 
@@ -189,7 +191,7 @@ HOSTILE = st.lists(
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20_000 if "--hypothesis-profile=long" in sys.argv else 500, deadline=None)
 @given(contents=st.lists(HOSTILE, min_size=1, max_size=3).filter(lambda contents: len(contents) % 2), system=HOSTILE)
-def test_nothing_in_a_message_becomes_a_special_token(cases: Any, kind: str, contents: List[str], system: str) -> None:
+def test_nothing_in_a_message_becomes_a_special_token(cases: Any, kind: str, contents: list[str], system: str) -> None:
     template, _ = cases[kind]
     ids = template.token_ids(conversation(*contents, system=system))
     harmless = template.token_ids(conversation(*("x" for _ in contents), system="x" if system else ""))

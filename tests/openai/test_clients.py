@@ -1,11 +1,14 @@
 """The clients that people use, as they are published, in an environment of their own: each streams, calls a tool, follows a schema."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import jsonschema
 import pytest

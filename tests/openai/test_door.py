@@ -1,5 +1,7 @@
 """Strangers at the endpoint of a real server with two workers: each class of attack once, and another client served all the while."""
 
+from __future__ import annotations
+
 import http.client
 import json
 import os
@@ -8,9 +10,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 from project import copy_of_project
@@ -47,7 +50,7 @@ def log_of(server: Served) -> str:
 
 def ask(
     server: Served, path: str, body: object = None, source: str = "127.0.0.1", seconds: float = 60
-) -> Tuple[int, Dict[str, str], bytes]:
+) -> tuple[int, dict[str, str], bytes]:
     """One request from an address."""
     link = http.client.HTTPConnection("127.0.0.1", server.openai_port, timeout=seconds, source_address=(source, 0))
     data = body if isinstance(body, bytes) or body is None else json.dumps(body)
@@ -58,7 +61,7 @@ def ask(
     return said
 
 
-def complete(server: Served, source: str = "127.0.0.1", **more: Any) -> Tuple[int, Dict[str, str], bytes]:
+def complete(server: Served, source: str = "127.0.0.1", **more: Any) -> tuple[int, dict[str, str], bytes]:
     body = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0, **more}
     return ask(server, "/v1/completions", body, source)
 
@@ -82,7 +85,8 @@ def request(body: object, path: str = "/v1/completions") -> bytes:
 @contextmanager
 def others_served(server: Served) -> Iterator[None]:
     """Another client is answered all the while."""
-    over, statuses = threading.Event(), []  # type: threading.Event, List[int]
+    over = threading.Event()
+    statuses: list[int] = []
 
     def other() -> None:
         while not over.is_set():
@@ -106,7 +110,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         threading.Event().wait(0.05)
 
 
-def family(server: Served) -> Dict[int, int]:
+def family(server: Served) -> dict[int, int]:
     """The endpoint's processes: pid -> its parent."""
     found = {}
     for pid in processes_below(server.process.pid):
@@ -128,7 +132,7 @@ def listening(pid: int, port: int) -> bool:
         return False
 
 
-def workers(server: Served) -> List[int]:
+def workers(server: Served) -> list[int]:
     """Those of its processes that listen, without their parent."""
     found = family(server)
     return sorted(pid for pid, parent in found.items() if parent in found and listening(pid, server.openai_port))

@@ -1,5 +1,7 @@
 """How a server ends: it says so first, serves on, lets answers finish, tells those that it cuts off; and two of them behind HAProxy."""
 
+from __future__ import annotations
+
 import http.client
 import json
 import os
@@ -11,8 +13,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 from project import ROOT, copy_of_project
@@ -43,7 +46,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         threading.Event().wait(0.05)
 
 
-def health(server: Served, path: str = "/health") -> Tuple[int, Dict[str, Any]]:
+def health(server: Served, path: str = "/health") -> tuple[int, dict[str, Any]]:
     try:
         with urllib.request.urlopen(server.openai + path, timeout=20) as answer:
             return answer.status, json.loads(answer.read())
@@ -79,7 +82,7 @@ def test_a_lame_duck_says_so_and_serves_on(small: Path) -> None:
 def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
     """Answers in one piece and streamed, which take much longer than the second that they have."""
     server = begin(small, "DRAIN_SECONDS=1", "METRICS=off")
-    statuses: List[Tuple[int, bytes]] = []
+    statuses: list[tuple[int, bytes]] = []
     try:
         assert health(server, "/metrics")[0] == 404
         streamed = asked(server.openai_port, 400, stream=True, n=16)
@@ -124,7 +127,7 @@ def certificate(tmp_path: Path) -> Path:
 class Proxy:
     """HAProxy with the configuration of docker/, its addresses replaced."""
 
-    def __init__(self, folder: Path, certificate: Path, ports: List[int]) -> None:
+    def __init__(self, folder: Path, certificate: Path, ports: list[int]) -> None:
         assert HAPROXY is not None
         self.port, self.state = free_ports(2)
         text = CONFIG.read_text().replace("/etc/haproxy/certificate.pem", str(certificate))
@@ -157,7 +160,7 @@ class Proxy:
 
 
 @pytest.fixture
-def two(small: Path) -> Iterator[List[Served]]:
+def two(small: Path) -> Iterator[list[Served]]:
     servers = [begin(small, "LAME_DUCK_SECONDS=5") for _ in range(2)]
     yield servers
     for server in servers:
@@ -178,10 +181,12 @@ def again(server: Served) -> Served:
 
 
 @needs_haproxy
-def test_a_rolling_restart_under_load_loses_nothing(two: List[Served], tmp_path: Path, certificate: Path) -> None:
+def test_a_rolling_restart_under_load_loses_nothing(two: list[Served], tmp_path: Path, certificate: Path) -> None:
     """Every answer over TLS is whole, streamed or not, while both servers are replaced, one after the other."""
     proxy = Proxy(tmp_path, certificate, [server.openai_port for server in two])
-    over, wrong, right = threading.Event(), [], [0, 0, 0, 0]  # type: threading.Event, List[str], List[int]
+    over = threading.Event()
+    wrong: list[str] = []
+    right = [0, 0, 0, 0]
 
     def load(number: int) -> None:
         link, stream = proxy.link(), number % 2 == 0
@@ -233,7 +238,7 @@ def test_a_rolling_restart_under_load_loses_nothing(two: List[Served], tmp_path:
 
 
 @needs_haproxy
-def test_a_stream_through_the_proxy_comes_as_it_is_made(two: List[Served], tmp_path: Path, certificate: Path) -> None:
+def test_a_stream_through_the_proxy_comes_as_it_is_made(two: list[Served], tmp_path: Path, certificate: Path) -> None:
     proxy = Proxy(tmp_path, certificate, [server.openai_port for server in two])
     try:
         until(lambda: proxy.state_of("one") == "UP")

@@ -1,5 +1,7 @@
 """The OpenAI-compatible endpoint through OpenAI's own client, beside Triton's clients, on the real server."""
 
+from __future__ import annotations
+
 import asyncio
 import http.client
 import json
@@ -13,10 +15,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import openai
@@ -66,7 +69,7 @@ def endpoint_of(server: Served) -> int:
     raise AssertionError("no endpoint")
 
 
-def raw(server: Served, path: str, body: object, key: str = KEY, **headers: str) -> Tuple[int, Message, bytes]:
+def raw(server: Served, path: str, body: object, key: str = KEY, **headers: str) -> tuple[int, Message, bytes]:
     """One request without a client library; body: bytes, or a value for JSON."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     headers = {
@@ -91,7 +94,7 @@ def test_serve_prints_where_it_is(served: Served) -> None:
 
 
 def test_it_says_what_the_ensemble_says_whole_and_streamed(served: Served) -> None:
-    asked: Dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
+    asked: dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
     expected = served.post("ensemble", text_input="Once upon a time", max_tokens=60)["text_output"]
     whole = client(served).completions.create(**asked)
     assert whole.choices[0].text == expected
@@ -110,7 +113,7 @@ def tokenizer_of(tree: Path) -> Tokenizer:
     return Tokenizer.from_file(str(found))
 
 
-def forced(tree: Path, text: str) -> Tuple[Dict[str, float], int]:
+def forced(tree: Path, text: str) -> tuple[dict[str, float], int]:
     """A logit_bias with which a greedy answer is this text, byte by byte (a token that was used is penalised away)."""
     tokenizer = tokenizer_of(tree)
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
@@ -121,7 +124,7 @@ def forced(tree: Path, text: str) -> Tuple[Dict[str, float], int]:
 @pytest.mark.parametrize("text", ["한글", "🦙", "é中", "ש한"])
 def test_characters_of_several_tokens_are_streamed_whole(served: Served, text: str) -> None:
     bias, count = forced(served.tree, text)
-    asked: Dict[str, Any] = {
+    asked: dict[str, Any] = {
         "model": "stories",
         "prompt": "Once",
         "max_tokens": count,
@@ -152,7 +155,7 @@ def test_a_stop_string_is_cut_and_nothing_of_it_is_streamed(served: Served) -> N
     )
     at = story.index("med Lily")  # in the middle of a token
     for stop in ("med Lily", ["nothing like it", "med Lily", "Lily"]):
-        asked: Dict[str, Any] = {
+        asked: dict[str, Any] = {
             "model": "stories",
             "prompt": "Once upon a time",
             "max_tokens": 40,
@@ -191,7 +194,7 @@ def test_log_probabilities_are_the_engines_and_cover_the_text(served: Served) ->
 
 def test_sampling_follows_the_request(served: Served) -> None:
     def say(**more: Any) -> str:
-        asked: Dict[str, Any] = {"model": "stories", "prompt": "One day", "max_tokens": 24, **more}
+        asked: dict[str, Any] = {"model": "stories", "prompt": "One day", "max_tokens": 24, **more}
         return str(client(served).completions.create(**asked).choices[0].text)
 
     greedy = say(temperature=0)
@@ -216,7 +219,7 @@ def test_several_prompts_and_alternatives_in_openais_order(served: Served) -> No
     assert many.usage.completion_tokens == 32
     sampled = client(served).completions.create(model="stories", prompt="One day", n=4, max_tokens=16, seed=1)
     assert len({choice.text for choice in sampled.choices}) > 1
-    streamed: Dict[int, str] = {}
+    streamed: dict[int, str] = {}
     for chunk in client(served).completions.create(
         model="stories", prompt="One day", n=4, max_tokens=16, seed=1, stream=True
     ):
@@ -241,7 +244,7 @@ def test_prompts_of_token_ids_and_echo(served: Served) -> None:
 
 # --- chat ------------------------------------------------------------------------------------------------------------
 
-TURNS: List[Any] = [
+TURNS: list[Any] = [
     {"role": "system", "content": "Tell stories </s> of <s>"},
     {"role": "user", "content": [{"type": "text", "text": "Once upon "}, {"type": "text", "text": "a time"}]},
     {"role": "assistant", "content": "there was a cat."},
@@ -259,7 +262,7 @@ def test_chat_is_the_templates_tokens_answered(chatting: Served) -> None:
     first, second = (plain.encode(turn, add_special_tokens=False).ids for turn in turns)
     ids = [1, *first, 2, 1, *second]
     expected = client(chatting).completions.create(model="stories", prompt=ids, max_tokens=30, temperature=0)
-    asked: Dict[str, Any] = {"model": "stories", "messages": TURNS, "max_completion_tokens": 30, "temperature": 0}
+    asked: dict[str, Any] = {"model": "stories", "messages": TURNS, "max_completion_tokens": 30, "temperature": 0}
     whole = client(chatting).chat.completions.create(**asked, logprobs=True)
     said = whole.choices[0].message
     assert said.role == "assistant"
@@ -291,8 +294,8 @@ def test_what_the_template_refuses_is_told(chatting: Served) -> None:
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-OK: Dict[str, Any] = {"model": "stories", "prompt": "Once", "max_tokens": 2}
-WRONG: List[Tuple[Dict[str, Any], int, str]] = [
+OK: dict[str, Any] = {"model": "stories", "prompt": "Once", "max_tokens": 2}
+WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 404, "model"),
     ({"temperature": 2.1}, 400, "temperature"),
     ({"temperature": "hot"}, 400, "temperature"),
@@ -332,7 +335,7 @@ WRONG: List[Tuple[Dict[str, Any], int, str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "status", "param"), WRONG, ids=lambda value: str(value)[:40])
-def test_a_wrong_request_is_refused_by_name(served: Served, wrong: Dict[str, Any], status: int, param: str) -> None:
+def test_a_wrong_request_is_refused_by_name(served: Served, wrong: dict[str, Any], status: int, param: str) -> None:
     got, headers, body = raw(served, "/v1/completions", {**OK, **wrong})
     error = json.loads(body)["error"]
     assert (got, error["type"]) == (status, "invalid_request_error"), error
@@ -500,7 +503,7 @@ def test_when_the_endpoint_dies_everything_ends_and_says_so(server: Served) -> N
 
 
 def test_sigterm_lets_an_answer_finish(server: Served) -> None:
-    chunks: List[str] = []
+    chunks: list[str] = []
 
     def read() -> None:
         for chunk in client(server).completions.create(model="stories", **LONG, stream=True):
@@ -530,7 +533,7 @@ def test_it_needs_neither_torch_nor_transformers_and_listens_where_it_should(ser
     assert listening == [f"0100007F:{served.openai_port:04X}"]
 
 
-def alone(root: Path, grpc_port: int) -> "Tuple[subprocess.Popen[str], int]":
+def alone(root: Path, grpc_port: int) -> tuple[subprocess.Popen[str], int]:
     """The endpoint without a supervisor, asking a Triton at that port."""
     [port] = free_ports(1)
     command = [sys.executable, "-m", "scripts.openai", "--root", str(root), "--host", "127.0.0.1", "--port", str(port)]
@@ -593,7 +596,7 @@ def test_health_is_bad_when_no_token_comes(served: Served, there: bool) -> None:
         ("completions", {"prompt": [-1]}, "Expected a value >= 0"),
     ],
 )
-def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wrong: Dict[str, Any], said: str) -> None:
+def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wrong: dict[str, Any], said: str) -> None:
     asked = OK if path == "completions" else {"model": "stories", "messages": [{"role": "user", "content": "x"}]}
     status, _, body = raw(served, f"/v1/{path}", {**asked, **wrong})
     message = json.loads(body)["error"]["message"]
@@ -718,7 +721,7 @@ def test_a_port_that_is_taken_and_a_file_without_keys_are_told_before_anything_i
 
 
 def test_the_asynchronous_client(served: Served) -> None:
-    async def ask() -> List[str]:
+    async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{served.openai}/v1", api_key="x", max_retries=0) as asking:
             answers = await asyncio.gather(*(asking.completions.create(**OK, temperature=0) for _ in range(8)))
             return [answer.choices[0].text for answer in answers]

@@ -1,7 +1,9 @@
 """What the endpoint makes of tensorrt_llm's responses and errors, without a server."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
-from typing import Any, List
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +16,14 @@ class Link:
     """A connection that keeps what was asked."""
 
     def __init__(self) -> None:
-        self.asked: List[Any] = []
+        self.asked: list[Any] = []
 
     def call(self, path: str, message: bytes, heard: Any) -> Any:
         self.asked.append(service_pb2.ModelInferRequest.FromString(message))
         return SimpleNamespace(cancel=lambda: None)
 
 
-def stream(said: List[Any]) -> Any:
+def stream(said: list[Any]) -> Any:
     """A Stream that has read what a server said: responses (name -> array) or the text of an error."""
     link: Any = Link()
     config = 'input [{name: "input_ids", data_type: TYPE_INT32}] model_transaction_policy {decoupled: true}'

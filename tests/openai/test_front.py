@@ -1,11 +1,14 @@
 """What bounds a connection, with uvicorn's own server and real sockets; bounds in seconds are made shorter, so that tests are."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import socket
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import uvicorn
@@ -15,7 +18,7 @@ from scripts.openai import front, shares
 from scripts.openai.front import Front, Fronts
 
 STRANGER = "127.0.0.2"
-SEEN: List[int] = []
+SEEN: list[int] = []
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -180,7 +183,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_ipv6_customers_are_networks() -> None:
-    pairs: List[Tuple[str, str]] = [
+    pairs: list[tuple[str, str]] = [
         ("2001:db8::1", "2001:db8::/64"),
         ("::ffff:10.0.0.1", "10.0.0.1"),
         ("10.0.0.1", "10.0.0.1"),

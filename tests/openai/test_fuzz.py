@@ -4,12 +4,15 @@ Requests are made by schemathesis from the endpoint's own OpenAPI description, a
 more of them.
 """
 
+from __future__ import annotations
+
 import json
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any
 
 import openai
 import pytest
@@ -48,7 +51,7 @@ def watched(running: Served, tree: Path) -> Iterator[Served]:
     )
     expected = story(running)
     before = resident_bytes(pid)
-    wrong: List[str] = []
+    wrong: list[str] = []
     over = threading.Event()
 
     def another_client() -> None:

@@ -1,9 +1,12 @@
 """Our receiving half of gRPC against grpcio's own server: messages of every size, errors, cancelled calls, a server that goes away."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Iterator, List, Tuple
+from typing import Any
 
 import grpc
 import pytest
@@ -31,7 +34,7 @@ def answers(request: bytes, context: Any) -> Iterator[bytes]:
 
 
 @pytest.fixture
-def server() -> Iterator[Tuple[Any, str]]:
+def server() -> Iterator[tuple[Any, str]]:
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     made = grpc.server(ThreadPoolExecutor(40), options=options)
     handler = grpc.stream_stream_rpc_method_handler(lambda requests, context: answers(next(requests), context))
@@ -46,8 +49,8 @@ class Answer:
     """What came for one call."""
 
     def __init__(self) -> None:
-        self.messages: List[bytes] = []
-        self.end: Tuple[int, str] = (-1, "")
+        self.messages: list[bytes] = []
+        self.end: tuple[int, str] = (-1, "")
         self.first, self.over = asyncio.Event(), asyncio.Event()
 
     def message(self, data: bytes) -> None:
@@ -68,7 +71,7 @@ async def ask(link: grpc_link.Link, request: bytes) -> Answer:
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_379, 16_384, 65_535, 70_000, 5_000_000])
-def test_messages_of_every_size_go_both_ways(server: Tuple[Any, str], size: int) -> None:
+def test_messages_of_every_size_go_both_ways(server: tuple[Any, str], size: int) -> None:
     async def run() -> None:
         link = grpc_link.Link(server[1])
         sent = bytes(n % 251 for n in range(1000)) * (size // 1000) + b"x" * (size % 1000)
@@ -79,7 +82,7 @@ def test_messages_of_every_size_go_both_ways(server: Tuple[Any, str], size: int)
     asyncio.run(run())
 
 
-def test_many_calls_at_once_on_one_connection(server: Tuple[Any, str]) -> None:
+def test_many_calls_at_once_on_one_connection(server: tuple[Any, str]) -> None:
     async def run() -> None:
         link = grpc_link.Link(server[1])
         expected = [b"%d" % n * (n % 7) for n in range(500)]
@@ -92,7 +95,7 @@ def test_many_calls_at_once_on_one_connection(server: Tuple[Any, str]) -> None:
     asyncio.run(run())
 
 
-def test_an_error_is_told_with_its_words(server: Tuple[Any, str]) -> None:
+def test_an_error_is_told_with_its_words(server: tuple[Any, str]) -> None:
     async def run() -> None:
         link = grpc_link.Link(server[1])
         answer = await ask(link, b"fail")
@@ -106,7 +109,7 @@ def test_an_error_is_told_with_its_words(server: Tuple[Any, str]) -> None:
     asyncio.run(run())
 
 
-def test_a_cancelled_call_ends_at_the_server_and_says_nothing_more(server: Tuple[Any, str]) -> None:
+def test_a_cancelled_call_ends_at_the_server_and_says_nothing_more(server: tuple[Any, str]) -> None:
     CANCELLED.clear()
 
     async def run() -> None:
@@ -123,7 +126,7 @@ def test_a_cancelled_call_ends_at_the_server_and_says_nothing_more(server: Tuple
     asyncio.run(run())
 
 
-def test_a_server_that_goes_away_and_comes_back(server: Tuple[Any, str]) -> None:
+def test_a_server_that_goes_away_and_comes_back(server: tuple[Any, str]) -> None:
     CANCELLED.clear()
 
     async def run() -> None:

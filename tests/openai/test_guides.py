@@ -1,17 +1,19 @@
 """Answers that follow a schema, an expression or a choice, and what else the torch engine takes as parameters, on the real server."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict
+from typing import Any
 
 import jsonschema
 import openai
 import pytest
 from server import Served
 
-ASKED: Dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 120}
+ASKED: dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 120}
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
@@ -32,8 +34,8 @@ def said(served: Served, **more: Any) -> Any:
 @pytest.mark.parametrize(
     "more", [{"temperature": 0}, {"seed": 1}, {"seed": 2, "n": 3}, {"seed": 3, "stream": True}], ids=str
 )
-def test_an_answer_follows_its_schema(served: Served, more: Dict[str, Any]) -> None:
-    schema: Dict[str, Any] = {"extra_body": {"guided_json": PERSON}}
+def test_an_answer_follows_its_schema(served: Served, more: dict[str, Any]) -> None:
+    schema: dict[str, Any] = {"extra_body": {"guided_json": PERSON}}
     if "stream" in more:
         chunks = client(served).completions.create(**ASKED, **more, **schema)
         answers = ["".join(chunk.choices[0].text for chunk in chunks)]
@@ -93,7 +95,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("guide", "told"), HOSTILE, ids=range(len(HOSTILE)))
-def test_a_guide_that_is_wrong_or_costs_too_much_is_a_400(served: Served, guide: Dict[str, Any], told: str) -> None:
+def test_a_guide_that_is_wrong_or_costs_too_much_is_a_400(served: Served, guide: dict[str, Any], told: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         said(served, extra_body=guide)
     assert told in refused.value.body["message"] and len(refused.value.body["message"]) < 500  # type: ignore[index]

@@ -1,5 +1,7 @@
 """/metrics, LOG=json, keys and their limits, aliases, CORS: one server with two workers, operated as an operator would."""
 
+from __future__ import annotations
+
 import asyncio
 import http.client
 import json
@@ -8,9 +10,10 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 from project import ROOT, copy_of_project
@@ -45,7 +48,7 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def ask(
     server: Served, path: str, body: object = None, key: str = "old-key", method: str = "", **headers: str
-) -> Tuple[int, Dict[str, str], bytes]:
+) -> tuple[int, dict[str, str], bytes]:
     """One request on a connection of its own, so that both workers get some."""
     link = http.client.HTTPConnection(HOST, server.openai_port, timeout=60)
     given = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -57,11 +60,11 @@ def ask(
     return said
 
 
-def question(**more: Any) -> Dict[str, Any]:
+def question(**more: Any) -> dict[str, Any]:
     return {"model": "stories", "prompt": "Once upon a time", "max_tokens": 5, "temperature": 0, **more}
 
 
-def scraped(server: Served) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
+def scraped(server: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample by its name and labels."""
     status, headers, text = ask(server, "/metrics", key="")
     assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -85,13 +88,13 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         threading.Event().wait(0.1)
 
 
-def lines_of(server: Served) -> List[Dict[str, Any]]:
+def lines_of(server: Served) -> list[dict[str, Any]]:
     log = next(server.tree.glob("build/*/*/serve.log")).read_text().splitlines()
     return [json.loads(line) for line in log if line.startswith("{")]
 
 
-def line_of(server: Served, request_id: str) -> Dict[str, Any]:
-    found: List[Dict[str, Any]] = []
+def line_of(server: Served, request_id: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
 
     def there() -> bool:
         found[:] = [line for line in lines_of(server) if line["request_id"] == request_id]
@@ -164,7 +167,7 @@ def test_requests_that_run_and_wait_are_the_engines(operated: Served) -> None:
 
 def test_a_worker_that_dies_takes_no_count_with_it(operated: Served) -> None:
     before = value(operated, "bake_generation_tokens_total")
-    children: Dict[int, int] = {}
+    children: dict[int, int] = {}
     for pid in processes_below(operated.process.pid):
         if b"scripts.openai" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             children[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -178,7 +181,7 @@ def test_a_worker_that_dies_takes_no_count_with_it(operated: Served) -> None:
 
 
 def test_many_scrapes_ask_triton_once_a_second() -> None:
-    asked: List[float] = []
+    asked: list[float] = []
     said = (
         'nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="active",version="1"} 5\n'
         'nv_trt_llm_request_metrics{model="other",request_type="active",version="1"} 9\n'
@@ -193,7 +196,7 @@ def test_many_scrapes_ask_triton_once_a_second() -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + said.encode())
         writer.close()
 
-    async def run() -> List[bytes]:
+    async def run() -> list[bytes]:
         server = await asyncio.start_server(triton, "127.0.0.1", 0)
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         counts = Counts(2)

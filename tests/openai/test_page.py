@@ -3,6 +3,8 @@
 Most tests talk with the real server. Where a model cannot be made to say something, or to wait, tests/support/play_answers.py answers.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.util
 import json
@@ -12,8 +14,9 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 from play_answers import Play
@@ -114,18 +117,18 @@ class Browser:
     def click(self, selector: str) -> None:
         self.driver.find_element("css selector", selector).click()
 
-    def texts(self, selector: str) -> List[str]:
+    def texts(self, selector: str) -> list[str]:
         return [
             str(text)
             for text in self.say(f"[...document.querySelectorAll('{selector}')].map((one) => one.textContent)")
         ]
 
-    def complaints(self) -> List[str]:
+    def complaints(self) -> list[str]:
         """What the console has against the page; a status of 400 or above is the server's business."""
         entries = self.driver.get_log("browser")
         return [one["message"] for one in entries if one["level"] == "SEVERE" and one["source"] != "network"]
 
-    def addresses(self) -> List[str]:
+    def addresses(self) -> list[str]:
         """Every address that was asked for since the last call."""
         events = [json.loads(one["message"])["message"] for one in self.driver.get_log("performance")]
         return [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
@@ -134,7 +137,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
     """One browser for each language, started when it is first wanted: a start takes longer than most tests."""
-    started: Dict[str, Browser] = {}
+    started: dict[str, Browser] = {}
 
     def one(language: str) -> Browser:
         if language not in started:
@@ -626,7 +629,7 @@ def test_the_keyboard_reaches_everything(play: Play, browser: Browser) -> None:
     browser.ask("say")
     play.next().end("```\ncode\n```")
     browser.wait(DONE)
-    seen: List[str] = []
+    seen: list[str] = []
     browser.say("document.activeElement.blur()")
     for _ in range(12):
         browser.driver.switch_to.active_element.send_keys("\ue004")  # Tab
@@ -680,7 +683,7 @@ def axe() -> str:
     return (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text("utf-8")
 
 
-def violations(browser: Browser) -> List[Dict[str, Any]]:
+def violations(browser: Browser) -> list[dict[str, Any]]:
     """What axe has against the page as it is: WCAG 2.2 A and AA, and its best practices."""
     browser.driver.execute_script(axe())
     found = browser.driver.execute_async_script(
@@ -697,12 +700,12 @@ SHOWN = ["nothing yet", "an answer", "an error", "waiting", "settings", "key mis
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["390", "1280"])
 @pytest.mark.parametrize("browser", ["en-US", "ko-KR"], indirect=True)
-def test_axe_finds_nothing(play: Play, base: Play, browser: Browser, size: Tuple[int, int], scheme: str) -> None:
+def test_axe_finds_nothing(play: Play, base: Play, browser: Browser, size: tuple[int, int], scheme: str) -> None:
     browser.size(*size, scheme)
     browser.open(play.address, "played")
     background = browser.say("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 22, 18)")
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
 
     def check(what: str) -> None:
         found[what] = violations(browser)

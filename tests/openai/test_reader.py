@@ -1,5 +1,7 @@
 """What a request asks for, read in a bounded child: one mistake is enough, and no list is worked through before it is counted."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ import socket
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pydantic
 import pytest
@@ -42,7 +44,7 @@ FULL = {f"k{n}": 1 for n in range(5000)}
     ],
     ids=range(10),
 )
-def test_the_first_mistake_ends_it_in_every_container(kind: Any, body: Dict[str, Any]) -> None:
+def test_the_first_mistake_ends_it_in_every_container(kind: Any, body: dict[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError) as wrong:
         kind.model_validate_json(json.dumps(body))
     assert wrong.value.error_count() <= 3
@@ -245,7 +247,7 @@ def test_the_log_is_bounded_for_each_client_and_never_raises() -> None:
     os.close(receiving)
     own.error("nobody reads this")
     handler.lines.clear()
-    threads: List[threading.Thread] = []
+    threads: list[threading.Thread] = []
     receiving, full = os.pipe()
     handler.descriptor = full
     os.set_blocking(full, False)

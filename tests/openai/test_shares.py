@@ -1,7 +1,9 @@
 """Limits across worker processes: real forks, real deaths."""
 
+from __future__ import annotations
+
 import os
-from typing import Callable
+from collections.abc import Callable
 
 from scripts.openai.shares import BODIES, BUCKETS, PLACES, RUNNING, Shares
 

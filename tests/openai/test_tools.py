@@ -1,8 +1,11 @@
 """Tools: what a model writes is told as calls, piece by piece; what a client sends about tools is checked and bounded, and stays text."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 import openai
 import pytest
@@ -43,7 +46,7 @@ SAID = [
 ]  # fmt: skip
 
 
-def told(calls: Calls, text: str, cuts: List[int]) -> Any:
+def told(calls: Calls, text: str, cuts: list[int]) -> Any:
     """What comes of an answer that comes in pieces."""
     ends = sorted({cut % (len(text) + 1) for cut in cuts} | {0, len(text)})
     deltas = [delta for first, last in zip(ends, ends[1:]) for delta in calls.push(text[first:last])]
@@ -52,7 +55,7 @@ def told(calls: Calls, text: str, cuts: List[int]) -> Any:
 
 
 @given(st.sampled_from(SAID), st.lists(st.integers(0, 1000)))
-def test_calls_are_the_same_however_their_text_is_cut(said: Any, cuts: List[int]) -> None:
+def test_calls_are_the_same_however_their_text_is_cut(said: Any, cuts: list[int]) -> None:
     form, text, content, calls = said
     assert told(Calls(form), text, cuts) == (content, calls)
 
@@ -111,7 +114,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "said"), WRONG, ids=range(len(WRONG)))
-def test_a_wrong_request_about_tools_is_a_clear_400(folder: Path, wrong: Dict[str, Any], said: str) -> None:
+def test_a_wrong_request_about_tools_is_a_clear_400(folder: Path, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ApiError) as refused:
         reader_of(folder).read(True, json.dumps({"model": "m", "messages": [USER], **wrong}).encode())
     assert refused.value.status == 400 and said in refused.value.message, refused.value.message
@@ -142,7 +145,7 @@ def test_the_template_sees_tools_calls_and_results(folder: Path) -> None:
                      {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "warm</s>", "cache_control": {}}]}],
     }  # fmt: skip
     reader = reader_of(folder)
-    seen: List[int] = []
+    seen: list[int] = []
     reader.engine.message_of = lambda values, outputs=(): seen.extend(values.get("input_ids", [])) or b""  # type: ignore[method-assign,func-returns-value]
     reader.read(True, json.dumps(asked).encode())
     assert seen.count(2) == 3, "one end for each turn"
@@ -164,7 +167,7 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert running.end() == 0, "".join(running.lines)
 
 
-def made_to_say_braces(tree: Path) -> Dict[str, float]:
+def made_to_say_braces(tree: Path) -> dict[str, float]:
     """A logit_bias with which an answer begins with {}: a token that was used is penalised away."""
     [found] = tree.glob("build/stories/*/" + TOKENIZER + "/tokenizer.json")
     vocabulary = json.loads(found.read_text())["model"]["vocab"]
@@ -173,7 +176,7 @@ def made_to_say_braces(tree: Path) -> Dict[str, float]:
 
 def test_a_call_whole_and_streamed(calling: Served) -> None:
     client = openai.OpenAI(base_url=f"{calling.openai}/v1", api_key="x", max_retries=0, timeout=60)
-    asked: Dict[str, Any] = {
+    asked: dict[str, Any] = {
         "model": "stories", "messages": [USER], "tools": [TOOL], "temperature": 0, "max_tokens": 16,
         "tool_choice": {"type": "function", "function": {"name": "weather"}}, "logit_bias": made_to_say_braces(calling.tree),
         "extra_body": {"repetition_penalty": 100},

@@ -1,13 +1,16 @@
 """Before TensorRT engines are served: each thing that would make them hang or die is found first, and named with both values."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import pytest
 import stand_ins
@@ -17,7 +20,7 @@ from scripts.nvidia import gpus
 from scripts.serving import checks, launch, ranks, toolbox
 
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
-FACTS: Dict[str, Any] = {
+FACTS: dict[str, Any] = {
     "engine": "tensorrt",
     "world_size": 2,
     "trtllm_version": "0.14.0",
@@ -36,10 +39,10 @@ FIT = checks.Host(
     None,
     Path("/usr/bin/mpirun"),
 )
-Check = Callable[[Dict[str, Any], checks.Host], None]
+Check = Callable[[dict[str, Any], checks.Host], None]
 
 
-def check_driver(facts: Dict[str, Any], host: checks.Host) -> None:
+def check_driver(facts: dict[str, Any], host: checks.Host) -> None:
     checks.check_driver(facts, host, "525")
 
 
@@ -89,7 +92,7 @@ def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
     ],
 )
 def test_what_does_not_fit_is_named_with_both_values(
-    check: Check, changed: Dict[str, Any], seen: "tuple[str, ...]", command: str
+    check: Check, changed: dict[str, Any], seen: tuple[str, ...], command: str
 ) -> None:
     with pytest.raises(reports.Problem) as caught:
         check(FACTS, replace(FIT, **changed))
@@ -98,7 +101,7 @@ def test_what_does_not_fit_is_named_with_both_values(
 
 
 @pytest.mark.parametrize("peer_access", [False, None])
-def test_custom_all_reduce_is_not_served_where_gpus_do_not_reach_each_other(peer_access: Optional[bool]) -> None:
+def test_custom_all_reduce_is_not_served_where_gpus_do_not_reach_each_other(peer_access: bool | None) -> None:
     host = replace(FIT, links=gpus.Links(peer_access, True))
     checks.check_links({**FACTS, "custom_all_reduce": False}, host)
     checks.check_links({**FACTS, "custom_all_reduce": None}, host)  # the version decides at run time
@@ -119,17 +122,17 @@ def test_what_stops_nothing_is_a_line() -> None:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Dict[str, str]:
+def environment(tmp_path: Path) -> dict[str, str]:
     tools = toolbox.Toolbox(Path("tritonserver"), None, [Path(sys.prefix) / "lib"])
     return launch.server_environment(os.environ, tools, tmp_path, 2, os.cpu_count() or 1)
 
 
-def with_mpirun(environment: Dict[str, str], folder: Path, script: str) -> Dict[str, str]:
+def with_mpirun(environment: dict[str, str], folder: Path, script: str) -> dict[str, str]:
     stand_ins.on_path(folder, "mpirun", script)
     return {**environment, "PATH": f"{folder}{os.pathsep}{environment['PATH']}"}
 
 
-def test_ranks_that_reach_each_other_add_up(tmp_path: Path, environment: Dict[str, str]) -> None:
+def test_ranks_that_reach_each_other_add_up(tmp_path: Path, environment: dict[str, str]) -> None:
     checks.check_all_reduce(2, environment, tmp_path, threading.Event())
     words = (tmp_path / "all_reduce/log").read_text()
     for rank in range(2):
@@ -141,7 +144,7 @@ def test_one_rank_has_nobody_to_reach(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_ranks_that_hang_are_ended_at_the_deadline(tmp_path: Path, environment: Dict[str, str]) -> None:
+def test_ranks_that_hang_are_ended_at_the_deadline(tmp_path: Path, environment: dict[str, str]) -> None:
     hanging = with_mpirun(
         environment, tmp_path / "bin", f"echo $$ > {tmp_path}/pid; echo NCCL waits; sleep 600; exit 0"
     )
@@ -151,7 +154,7 @@ def test_ranks_that_hang_are_ended_at_the_deadline(tmp_path: Path, environment: 
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
-def test_ranks_that_fail_are_quoted(tmp_path: Path, environment: Dict[str, str]) -> None:
+def test_ranks_that_fail_are_quoted(tmp_path: Path, environment: dict[str, str]) -> None:
     failing = with_mpirun(
         environment, tmp_path / "bin", "echo 'NCCL WARN Cuda failure: peer access is not supported'; exit 6"
     )
@@ -160,7 +163,7 @@ def test_ranks_that_fail_are_quoted(tmp_path: Path, environment: Dict[str, str])
     assert "status 6" in caught.value.seen and "peer access is not supported" in caught.value.seen
 
 
-def test_told_to_end_it_ends(tmp_path: Path, environment: Dict[str, str]) -> None:
+def test_told_to_end_it_ends(tmp_path: Path, environment: dict[str, str]) -> None:
     asked_to_end = threading.Event()
     asked_to_end.set()
     started = time.monotonic()
@@ -168,7 +171,7 @@ def test_told_to_end_it_ends(tmp_path: Path, environment: Dict[str, str]) -> Non
     assert time.monotonic() - started < 60
 
 
-def engines(folder: Path, facts: Dict[str, Any]) -> Path:
+def engines(folder: Path, facts: dict[str, Any]) -> Path:
     with room.filling(folder / "engines") as filling:
         filling.write_json("config.json", {})
         filling.facts = facts

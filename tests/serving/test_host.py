@@ -1,5 +1,7 @@
 """What a server does on ordinary machines: proxies in the environment, IPv6, two starts at once, helpers that the kernel kills."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -9,10 +11,10 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Callable, Iterator, List
 
 import pytest
 from project import make
@@ -29,17 +31,17 @@ class Proxy:
     """A proxy that refuses everything: its URL, and every request line that it saw."""
 
     url: str
-    seen: List[str]
+    seen: list[str]
 
 
-def settings_on(ports: List[int], address: str = "127.0.0.1") -> Settings:
+def settings_on(ports: list[int], address: str = "127.0.0.1") -> Settings:
     http, grpc, metrics = ports
     return Settings(Path("."), address, http, grpc, metrics)
 
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
-    seen: List[str] = []
+    seen: list[str] = []
 
     class Refuses(BaseHTTPRequestHandler):
         def handle_one_request(self) -> None:
@@ -120,7 +122,7 @@ def test_a_guard_that_was_killed_is_there_again_and_does_its_work(tree: Path) ->
     """The kernel kills small processes too when memory runs out."""
     running = serve(tree, "TP=1")
 
-    def guards() -> List[int]:
+    def guards() -> list[int]:
         found = []
         for pid in processes_below(running.process.pid):
             try:

@@ -1,5 +1,7 @@
 """Where the engine's compiled kernels are found and kept."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Output that nothing can hold or stop: a full disk, a closed pipe, a reader that reads nothing."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

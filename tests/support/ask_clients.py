@@ -4,6 +4,8 @@ Runs in an environment of its own (requirements/clients.txt): python ask_clients
 Needs no project code. The model is a small one that cannot call tools by itself: the client makes it call (tool_choice).
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from typing import Any

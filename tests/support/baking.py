@@ -1,14 +1,17 @@
 """What tests of the image share: one image of the bundled model, baked by make in a clone of its own; containers that are taken away."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any
 
 import pytest
 from project import copy_of_project, make
@@ -17,7 +20,7 @@ IGNORED = "build/\ndist/\n.venv/\n__pycache__/\n*.pyc\n"
 PATIENCE_SECONDS = 180
 
 
-def docker(*words: str, check: bool = True, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+def docker(*words: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=timeout, check=False)
     assert not check or done.returncode == 0, f"docker {' '.join(words)}: {done.stdout}{done.stderr}"
     return done
@@ -56,7 +59,7 @@ class Container:
         done = docker("logs", self.name)
         return done.stdout + done.stderr
 
-    def inspect(self) -> Dict[str, Any]:
+    def inspect(self) -> dict[str, Any]:
         return dict(json.loads(docker("inspect", self.name).stdout)[0])
 
     @property
@@ -118,9 +121,9 @@ PLANTED = "hf_planted_5b8e2f0c1d7a"
 @pytest.fixture
 def run(baked: Baked) -> Iterator[Callable[..., Container]]:
     """docker run in the background; every container goes with the test."""
-    started: List[Container] = []
+    started: list[Container] = []
 
-    def start(*flags: str, command: List[str] = [], image: str = "") -> Container:  # noqa: B006
+    def start(*flags: str, command: list[str] = [], image: str = "") -> Container:  # noqa: B006
         container = Container(f"bake-test-{uuid.uuid4().hex[:12]}")
         started.append(container)
         docker("run", "--detach", "--name", container.name, *flags, image or baked.tag, *command)

@@ -1,5 +1,7 @@
 """What tests of the chart share: the real helm, and the chart's resources for a file of values."""
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
 import io
@@ -7,15 +9,16 @@ import os
 import subprocess
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import pytest
 import yaml
 
 CHART = Path(__file__).resolve().parents[2] / "docker" / "chart"
 Helm = Callable[..., "subprocess.CompletedProcess[str]"]
-Render = Callable[..., List[Dict[str, Any]]]
+Render = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +38,7 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
     program.chmod(0o755)
     home = {name: str(folder / name) for name in ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")}
 
-    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **home}
         return subprocess.run(
             [str(program), *words], capture_output=True, text=True, timeout=120, check=False, env=environment
@@ -55,18 +58,18 @@ def render(helm: Helm) -> Render:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def run(values: Path, kube_version: str = "1.33.0", release: str = "stories") -> List[Dict[str, Any]]:
+    def run(values: Path, kube_version: str = "1.33.0", release: str = "stories") -> list[dict[str, Any]]:
         return [found for found in yaml.safe_load_all(printed(values, kube_version, release)) if found]
 
     return run
 
 
-def one(resources: List[Dict[str, Any]], kind: str) -> Dict[str, Any]:
+def one(resources: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     [found] = [resource for resource in resources if resource["kind"] == kind]
     return found
 
 
-def pod_of(resources: List[Dict[str, Any]]) -> Dict[str, Any]:
+def pod_of(resources: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(one(resources, "Deployment")["spec"]["template"]["spec"])
 
 

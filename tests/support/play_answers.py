@@ -3,13 +3,15 @@
 What no model can be made to say, when no engine can be made to say it: hostile text, a stream that breaks off, a pause before a token.
 """
 
+from __future__ import annotations
+
 import json
 import queue
 import socket
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 SECONDS = 60
 
@@ -17,7 +19,7 @@ SECONDS = 60
 class Asked:
     """One request for an answer, held open until the test has written it. body: its JSON; key: its Authorization, or ""."""
 
-    def __init__(self, body: Dict[str, Any], key: str) -> None:
+    def __init__(self, body: dict[str, Any], key: str) -> None:
         self.body, self.key = body, key
         self.parts: queue.Queue[Any] = queue.Queue()
         # the client went before the answer was whole
@@ -58,10 +60,10 @@ class Play:
     def __init__(self, page: str, chat: bool = True, model: str = "played", port: int = 0) -> None:
         self.page = page
         self.chat, self.model = chat, model
-        self.health: Dict[str, Any] = {"status": "ok", "requests": 0, "slots": 4}
+        self.health: dict[str, Any] = {"status": "ok", "requests": 0, "slots": 4}
         self.health_status = 200
         self.asked: queue.Queue[Asked] = queue.Queue()
-        self.connections: List[socket.socket] = []
+        self.connections: list[socket.socket] = []
         play = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -145,12 +147,12 @@ class Play:
             asked.left.set()
 
 
-def _choice(body: Dict[str, Any], text: str, reason: Optional[str]) -> Dict[str, Any]:
-    said: Dict[str, Any] = {"delta": {"content": text} if text else {}} if "messages" in body else {"text": text}
+def _choice(body: dict[str, Any], text: str, reason: str | None) -> dict[str, Any]:
+    said: dict[str, Any] = {"delta": {"content": text} if text else {}} if "messages" in body else {"text": text}
     return {"choices": [{"index": 0, **said, "finish_reason": reason}]}
 
 
-def _event(to: BaseHTTPRequestHandler, what: Dict[str, Any]) -> None:
+def _event(to: BaseHTTPRequestHandler, what: dict[str, Any]) -> None:
     to.wfile.write(b"data: " + json.dumps(what, ensure_ascii=False).encode() + b"\n\n")
     to.wfile.flush()
 

@@ -1,5 +1,7 @@
 """A copy of the project to type make in."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
@@ -34,7 +36,7 @@ def copy_of_project(target: Path) -> Path:
     return target
 
 
-def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
+def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """Type make with the interpreter that runs the tests."""
     command = ["make", f"PYTHON={sys.executable}", *words]
     return subprocess.run(

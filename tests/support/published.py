@@ -1,8 +1,10 @@
 """A small random Llama in Hugging Face's form, as transformers saves it, with a tokenizer.json of bytes."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,7 +21,7 @@ def byte_spellings() -> list[str]:
     return [chr(byte) if byte in visible else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-def byte_tokenizer(**changed: Any) -> Dict[str, Any]:
+def byte_tokenizer(**changed: Any) -> dict[str, Any]:
     """tokenizer.json of bytes."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -41,7 +43,7 @@ def write_published(folder: Path, vocab_size: int = VOCABULARY, seed: int = 0, *
     )  # fmt: skip
     model: LlamaForCausalLM = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder)
-    ours: Dict[str, Any] = {
+    ours: dict[str, Any] = {
         "config.json": json.loads((folder / "config.json").read_text()),
         "generation_config.json": {"bos_token_id": 256, "eos_token_id": 257},
         "tokenizer.json": byte_tokenizer(),

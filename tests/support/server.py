@@ -1,5 +1,7 @@
 """A running `make serve`, and the processes below it."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -11,10 +13,10 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 
-def free_ports(count: int) -> List[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
@@ -30,12 +32,12 @@ class Served:
     """A running `make serve`."""
 
     tree: Path
-    process: "subprocess.Popen[str]"
+    process: subprocess.Popen[str]
     http_port: int
     grpc_port: int
     metrics_port: int
     openai_port: int
-    lines: List[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     ready: threading.Event = field(default_factory=threading.Event)
     reader: threading.Thread = field(default_factory=threading.Thread)
 
@@ -57,7 +59,7 @@ class Served:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0]) if children else self.process.pid
 
-    def post(self, model: str, how: str = "generate", **body: Any) -> Dict[str, Any]:
+    def post(self, model: str, how: str = "generate", **body: Any) -> dict[str, Any]:
         """One request over HTTP; the answer's JSON with its status added as `status`."""
         request = urllib.request.Request(f"{self.http}/v2/models/{model}/{how}", data=json.dumps(body).encode())
         try:
@@ -66,7 +68,7 @@ class Served:
         except urllib.error.HTTPError as error:
             return {**json.loads(error.read()), "status": error.code}
 
-    def stream(self, model: str, **body: Any) -> List[Dict[str, Any]]:
+    def stream(self, model: str, **body: Any) -> list[dict[str, Any]]:
         """The events of one request over generate_stream."""
         request = urllib.request.Request(
             f"{self.http}/v2/models/{model}/generate_stream", data=json.dumps(body).encode()
@@ -119,10 +121,10 @@ def serve(tree: Path, *words: str, wait: bool = True) -> Served:
     return served
 
 
-def processes_below(pid: int) -> Dict[int, str]:
+def processes_below(pid: int) -> dict[int, str]:
     """Every descendant of a process: pid -> name."""
-    found: Dict[int, str] = {}
-    parents: Dict[int, List[int]] = {}
+    found: dict[int, str] = {}
+    parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -134,7 +136,7 @@ def processes_below(pid: int) -> Dict[int, str]:
             if fields[0] != "Z":
                 parents.setdefault(int(fields[1]), []).append(int(entry.name))
                 found[int(entry.name)] = name
-    below: Dict[int, str] = {}
+    below: dict[int, str] = {}
     queue = [pid]
     while queue:
         for child in parents.get(queue.pop(), []):

@@ -1,8 +1,9 @@
 """Stand-ins for what needs a GPU, first on PATH: nvidia-smi prints what it is told, trtllm-build is the rehearsal's."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,11 +15,11 @@ def on_path(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def nvidia_smi(folder: Path, gpus: List[str], links: Optional[str] = "NV1", peers: str = "OK") -> None:
+def nvidia_smi(folder: Path, gpus: list[str], links: str | None = "NV1", peers: str = "OK") -> None:
     """gpus: lines as --query-gpu prints them; links, peers: every cell of both matrices."""
     names = [f"GPU{i}" for i in range(len(gpus))]
 
-    def matrix(cell: Optional[str]) -> str:
+    def matrix(cell: str | None) -> str:
         rows = ["\t".join([name, *("X" if name == other else str(cell) for other in names)]) for name in names]
         return "\n".join(["\t" + "\t".join(names), *rows])
 

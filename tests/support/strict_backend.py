@@ -1,11 +1,14 @@
 """The rehearsal's strict stand-in for NVIDIA's backend, without Triton: models as we fill them, requests, and what it refuses."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,14 +41,14 @@ def _strict() -> ModuleType:
 strict: Any = _strict()
 
 
-def model_config(version: str, streaming: bool = True) -> Dict[str, Any]:
+def model_config(version: str, streaming: bool = True) -> dict[str, Any]:
     """The config.pbtxt that we fill for tensorrt_llm, as the JSON that Triton hands to a backend."""
     toolchain = TOOLCHAINS[version]
     tables = json.loads((ROOT / f"docker/contracts/backend/{version}.json").read_text())
     engine = contracts.table("engine-config", toolchain)
     text = build_model_repo.render(TEMPLATES, tables, engine, KIND, toolchain, streaming)["tensorrt_llm"]
     parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
-    config: Dict[str, Any] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+    config: dict[str, Any] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
     return config
 
 
@@ -59,7 +62,7 @@ def loaded(
     plugins: Mapping[str, Any] = {},
     variables: Mapping[str, str] = {},
     engine: bool = True,
-    change: Callable[[Dict[str, Any]], None] = lambda config: None,
+    change: Callable[[dict[str, Any]], None] = lambda config: None,
     **parameters: str,
 ) -> Any:
     """What the stand-in makes of our config with these changes; gpt_model_path is a folder that exists."""
@@ -83,9 +86,9 @@ def fails(version: str, **changes: Any) -> str:
     return str(problem.value)
 
 
-def request(version: str, **changes: Any) -> Dict[str, Any]:
+def request(version: str, **changes: Any) -> dict[str, Any]:
     """A request's arrays; None takes one away."""
-    values: Dict[str, Any] = {
+    values: dict[str, Any] = {
         "input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len": [[4]], "end_id": [[2]], "streaming": [[True]],
     }  # fmt: skip
     values.update(changes)

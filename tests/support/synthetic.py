@@ -1,16 +1,19 @@
 """Small random Llama models in Meta's form, made for tests: all dimensions differ, so that a swapped axis cannot pass."""
 
+from __future__ import annotations
+
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import sentencepiece
 import torch
 
-Tensors = Dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Dims:
     def head_size(self) -> int:
         return self.dim // self.n_heads
 
-    def params(self, **changed: Any) -> Dict[str, Any]:
+    def params(self, **changed: Any) -> dict[str, Any]:
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "norm_eps")
         return {**{name: getattr(self, name) for name in names}, "vocab_size": -1, **changed}
 
@@ -74,10 +77,10 @@ def meta_tensors(dims: Dims = GROUPED, dtype: torch.dtype = torch.float16, seed:
     return tensors
 
 
-def split(tensors: Tensors, n_shards: int, embedding_dim: int = 1) -> List[Tensors]:
+def split(tensors: Tensors, n_shards: int, embedding_dim: int = 1) -> list[Tensors]:
     """The shards as Meta's model-parallel layers cut them: each layer's output rows, or its input columns."""
     by_columns = ("wo.weight", "w2.weight") + (("tok_embeddings.weight",) if embedding_dim == 1 else ())
-    shards: List[Tensors] = [{} for _ in range(n_shards)]
+    shards: list[Tensors] = [{} for _ in range(n_shards)]
     for name, tensor in tensors.items():
         dim = None if name.endswith("norm.weight") else 1 if name.endswith(by_columns) else 0
         parts = [tensor] * n_shards if dim is None else tensor.chunk(n_shards, dim)
@@ -88,7 +91,7 @@ def split(tensors: Tensors, n_shards: int, embedding_dim: int = 1) -> List[Tenso
     return shards
 
 
-def write_meta(folder: Path, shards: Sequence[Tensors], params: Dict[str, Any], tokenizer: Optional[bytes]) -> Path:
+def write_meta(folder: Path, shards: Sequence[Tensors], params: dict[str, Any], tokenizer: bytes | None) -> Path:
     """Lay a model out as Meta's download does."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, shard in enumerate(shards):

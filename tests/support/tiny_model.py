@@ -1,5 +1,7 @@
 """A Llama of a few kilobytes whose sizes all differ, with random weights."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

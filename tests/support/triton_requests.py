@@ -1,10 +1,13 @@
 """Requests to Triton's models as numpy arrays, over gRPC, and what tests share of their answers."""
 
+from __future__ import annotations
+
 import queue
 import re
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -13,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 PROMPT = "Once upon a time"
 STORY = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
-Outputs = Dict[str, Any]
+Outputs = dict[str, Any]
 TYPES = {"O": "BYTES", "?": "BOOL", "i": "INT32", "l": "INT64", "L": "UINT64", "f": "FP32", "e": "FP16"}
 
 
@@ -33,7 +36,7 @@ def yes(value: bool = True) -> Any:
     return np.array([[value]])
 
 
-def inputs_of(values: Dict[str, Any]) -> List[Any]:
+def inputs_of(values: dict[str, Any]) -> list[Any]:
     inputs = []
     for name, value in values.items():
         inputs.append(triton.InferInput(name, list(value.shape), TYPES[value.dtype.char]))
@@ -49,7 +52,7 @@ class Stream:
         self._answers: queue.Queue[Any] = queue.Queue()
         self._client.start_stream(lambda result, error: self._answers.put(error or result))
 
-    def send(self, model: str, request_id: str = "", outputs: Optional[Sequence[str]] = None, **values: Any) -> None:
+    def send(self, model: str, request_id: str = "", outputs: Sequence[str] | None = None, **values: Any) -> None:
         wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
         self._client.async_stream_infer(
             model, inputs_of(values), request_id=request_id, outputs=wanted, enable_empty_final_response=True
@@ -75,7 +78,7 @@ class Stream:
         self._client.close()
 
 
-def ask(served: Served, model: str, request_id: str = "", **values: Any) -> List[Outputs]:
+def ask(served: Served, model: str, request_id: str = "", **values: Any) -> list[Outputs]:
     """The outputs of every response to one request."""
     with closing(Stream(served)) as stream:
         stream.send(model, request_id, **values)
@@ -85,7 +88,7 @@ def ask(served: Served, model: str, request_id: str = "", **values: Any) -> List
         ]
 
 
-def text_of(responses: List[Outputs]) -> str:
+def text_of(responses: list[Outputs]) -> str:
     return b"".join(response["text_output"].item() for response in responses).decode()
 
 
@@ -107,7 +110,7 @@ def preprocessed(served: Served, prompt: str = PROMPT, n: int = 12) -> Outputs:
     )  # fmt: skip
 
 
-def core_request(ids: Any, n: int, **values: Any) -> Dict[str, Any]:
+def core_request(ids: Any, n: int, **values: Any) -> dict[str, Any]:
     """What inflight_batcher_llm_client.py always sends."""
     return {
         "input_ids": ids, "input_lengths": ints(ids.shape[1]), "request_output_len": ints(n), "beam_width": ints(1),

@@ -4,12 +4,15 @@ uses, to a real tritonserver with the tensors of its version; and what the scrip
 The rules "post-shape", "pre-decoder-ids" and "post-unknown-input" of docker/contracts/backend-rules hold here too.
 """
 
+from __future__ import annotations
+
 import json
 import queue
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,25 +30,25 @@ PLACE = {"v0.5.0": "v0.8.0"}
 IDS = [1, 792, 670, 260, 568]
 NUMPY = {"INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_, "BYTES": np.object_}
 # What the scripts' options are at when they are not typed, and short answers
-VALUES: Dict[str, Any] = {
+VALUES: dict[str, Any] = {
     "input_ids": [IDS], "input_lengths": [[len(IDS)]], "request_output_len": [[8]], "beam_width": [[1]], "temperature": [[1.0]],
     "end_id": [[2]], "pad_id": [[2]], "runtime_top_k": [[1]], "runtime_top_p": [[0.0]], "return_log_probs": [[False]],
     "num_return_sequences": [[1]], "text_input": [[PROMPT]], "max_tokens": [[8]], "bad_words": [[""]], "stop_words": [[""]],
     "QUERY": [[PROMPT]], "REQUEST_OUTPUT_LEN": [[8]], "BAD_WORDS_DICT": [[""]], "STOP_WORDS_DICT": [[""]],
 }  # fmt: skip
 # Options that this engine serves too, with what a user may type
-OPTIONS: Dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "repetition_penalty": [[1.1]], "presence_penalty": [[0.1]], "frequency_penalty": [[0.1]], "return_log_probs": [[True]],
     "return_context_logits": [[True]], "return_generation_logits": [[True]], "bad_words": [["forest", "dog"]],
     "stop_words": [["girl", "boy"]], "embedding_bias_words": [["little"]], "embedding_bias_weights": [[1.5]], "end_id": [[2]],
     "pad_id": [[2]], "exclude_input_in_output": [[True]], "return_num_input_tokens": [[True]], "return_num_output_tokens": [[True]],
 }  # fmt: skip
-Tensors = Dict[str, Any]
-Place = Tuple[str, bool]
+Tensors = dict[str, Any]
+Place = tuple[str, bool]
 Check = Callable[..., None]
 
 
-def row_of(script: str, version: str) -> Dict[str, Any]:
+def row_of(script: str, version: str) -> dict[str, Any]:
     [row] = [row for row in ROWS if (row["script"], row["version"]) == (script, version)]
     return row  # type: ignore[no-any-return]
 
@@ -64,7 +67,7 @@ def array(name: str, value: Any, dtype: str, shape: Any) -> Any:
     return found
 
 
-def sent_by(call: Dict[str, Any], given: Tensors, options: bool = False) -> Tensors:
+def sent_by(call: dict[str, Any], given: Tensors, options: bool = False) -> Tensors:
     """What a row's script always sends; with `options` also what each option adds that this engine serves."""
     tensors = {}
     for spec in call["inputs"]:
@@ -83,7 +86,7 @@ def sent_by(call: Dict[str, Any], given: Tensors, options: bool = False) -> Tens
 
 
 @pytest.fixture(scope="module")
-def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Tuple[Path, str]]:
+def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """backend -> (a tree, its TOOLCHAIN). The tag 0.14.0 is in no image: its tensors are served under the name of 24.10's."""
     found = {backend: (tree, version) for backend, version in BACKENDS.items()}
     if "v0.14.0" not in found:
@@ -99,10 +102,10 @@ def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Tup
 class Servers:
     """One server at a time; another place, that is another version or way of answering, ends it and starts its own."""
 
-    def __init__(self, trees: Dict[str, Tuple[Path, str]]) -> None:
+    def __init__(self, trees: dict[str, tuple[Path, str]]) -> None:
         self._trees = trees
-        self._place: Optional[Place] = None
-        self._running: Optional[Served] = None
+        self._place: Place | None = None
+        self._running: Served | None = None
 
     def at(self, place: Place) -> Served:
         if self._running is None or place != self._place:
@@ -122,14 +125,14 @@ class Servers:
 
 
 @pytest.fixture(scope="module")
-def servers(trees: Dict[str, Tuple[Path, str]]) -> Iterator[Servers]:
+def servers(trees: dict[str, tuple[Path, str]]) -> Iterator[Servers]:
     found = Servers(trees)
     yield found
     found.end()
 
 
 # Which test asks whom: (its place, the row's version), and what else it takes. test_row goes from place to place.
-CASES: List[Any] = []
+CASES: list[Any] = []
 
 
 def row(script: str, modes: Sequence[bool], **more: Sequence[Any]) -> Callable[[Check], Check]:
@@ -151,7 +154,7 @@ def row(script: str, modes: Sequence[bool], **more: Sequence[Any]) -> Callable[[
 # --- two protocols ---
 
 
-def triton_inputs(tensors: Tensors) -> List[Any]:
+def triton_inputs(tensors: Tensors) -> list[Any]:
     inputs = []
     for name, value in tensors.items():
         inputs.append(triton.InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype)))
@@ -162,7 +165,7 @@ def triton_inputs(tensors: Tensors) -> List[Any]:
 class Response:
     """A response, whatever it came by: outputs in their order, name -> (datatype, array)."""
 
-    def __init__(self, id: str, outputs: Dict[str, Tuple[str, Any]]) -> None:
+    def __init__(self, id: str, outputs: dict[str, tuple[str, Any]]) -> None:
         self.id, self.outputs = id, outputs
 
     def __getitem__(self, name: str) -> Any:
@@ -174,13 +177,13 @@ def of_grpc(result: Any) -> Response:
     return Response(said.id, {one.name: (one.datatype, result.as_numpy(one.name)) for one in said.outputs})
 
 
-def over_grpc(served: Served, model: str, tensors: Tensors, outputs: Optional[Sequence[str]] = None) -> Response:
+def over_grpc(served: Served, model: str, tensors: Tensors, outputs: Sequence[str] | None = None) -> Response:
     wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
     with triton.InferenceServerClient(served.grpc) as client:
         return of_grpc(client.infer(model, triton_inputs(tensors), request_id="7", outputs=wanted))
 
 
-def over_http(served: Served, model: str, tensors: Tensors, outputs: Optional[Sequence[str]] = None) -> Response:
+def over_http(served: Served, model: str, tensors: Tensors, outputs: Sequence[str] | None = None) -> Response:
     def plain(value: Any) -> Any:
         return value.decode() if isinstance(value, bytes) else value
 
@@ -191,7 +194,7 @@ def over_http(served: Served, model: str, tensors: Tensors, outputs: Optional[Se
         }
         for name, value in tensors.items()
     ]  # fmt: skip
-    body: Dict[str, Any] = {"id": "7", "inputs": inputs}
+    body: dict[str, Any] = {"id": "7", "inputs": inputs}
     if outputs is not None:
         body["outputs"] = [{"name": name} for name in outputs]
     request = urllib.request.Request(f"{served.http}/v2/models/{model}/infer", json.dumps(body).encode())
@@ -214,7 +217,7 @@ def over_http(served: Served, model: str, tensors: Tensors, outputs: Optional[Se
 BOTH = (over_http, over_grpc)
 
 
-def streamed(served: Served, model: str, *requests: Tuple[str, Tensors, Optional[Sequence[str]]]) -> List[Response]:
+def streamed(served: Served, model: str, *requests: tuple[str, Tensors, Sequence[str] | None]) -> list[Response]:
     """async_stream_infer: requests of (id, tensors, outputs) on one stream; every response until each has ended. Errors are raised."""
     answers: queue.Queue[Any] = queue.Queue()
     found, ended = [], 0
@@ -235,7 +238,7 @@ def streamed(served: Served, model: str, *requests: Tuple[str, Tensors, Optional
     return found
 
 
-def check(row_outputs: List[Dict[str, Any]], responses: Sequence[Response], options: Sequence[str] = ()) -> None:
+def check(row_outputs: list[dict[str, Any]], responses: Sequence[Response], options: Sequence[str] = ()) -> None:
     """Outputs that a script reads always, or reads because of an option: there, and of the type that it reads."""
     for spec in row_outputs:
         names = [spec["name"]] if " " not in spec["name"] and spec["name"] != "outputs[0]" else []
@@ -267,7 +270,7 @@ def inflight_batcher_llm_client(served_by: Served, version: str, streaming: bool
         # logits of a stream come where there are any: the script prints what is there
         check(row["outputs"], responses[:1], asked)
         check(row["outputs"], responses)
-        tokens: List[int] = []
+        tokens: list[int] = []
         for response in responses:
             assert response["output_ids"].ndim == 3 and response["sequence_length"].shape == (1, 1)
             tokens += response["output_ids"][0][0].tolist()

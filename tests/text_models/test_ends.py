@@ -1,10 +1,13 @@
 """An answer ends at any of the tokens that the model names, through every door, where transformers' generate ends it."""
 
+from __future__ import annotations
+
 import json
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +26,14 @@ MOST = 24
 
 
 @torch.inference_mode()
-def generated(model: Any, prompt: str, ends: List[int]) -> List[int]:
+def generated(model: Any, prompt: str, ends: list[int]) -> list[int]:
     """What transformers' generate adds to the prompt; the end that it ends at is its last token."""
     ids = torch.tensor([list(prompt.encode())])
     said = model.generate(ids, max_new_tokens=MOST, do_sample=False, eos_token_id=ends or None, pad_token_id=0)
     return [int(token) for token in said[0, ids.shape[1] :]]
 
 
-def names_of_ends(model: Any) -> List[int]:
+def names_of_ends(model: Any) -> list[int]:
     """Two ends: one that transformers' answers to the prompts come to, none of them at once, and one that they never do."""
     answers = [generated(model, prompt, []) for prompt in PROMPTS]
     firsts = {answer[0] for answer in answers}
@@ -40,7 +43,7 @@ def names_of_ends(model: Any) -> List[int]:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Served, Any, List[int]]]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Any, list[int]]]:
     """A model that names its second end in config.json alone: the first is generation_config.json's."""
     folder = tmp_path_factory.mktemp("ends")
     model = write_published(folder / "model")
@@ -55,7 +58,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Served, An
         end_tree_of(running.process.pid)
 
 
-def completion(served: Served, prompt: str, **more: Any) -> Dict[str, Any]:
+def completion(served: Served, prompt: str, **more: Any) -> dict[str, Any]:
     body = {"model": "model", "prompt": prompt, "max_tokens": MOST, "temperature": 0, **more}
     request = urllib.request.Request(
         f"{served.openai}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -64,7 +67,7 @@ def completion(served: Served, prompt: str, **more: Any) -> Dict[str, Any]:
         return dict(json.loads(answer.read()))
 
 
-def test_finish_reasons_and_counts_are_those_of_generate(ended: Tuple[Served, Any, List[int]]) -> None:
+def test_finish_reasons_and_counts_are_those_of_generate(ended: tuple[Served, Any, list[int]]) -> None:
     served, model, ends = ended
     reasons = set()
     for prompt in PROMPTS:
@@ -79,7 +82,7 @@ def test_finish_reasons_and_counts_are_those_of_generate(ended: Tuple[Served, An
         for name in ("ensemble", "tensorrt_llm_bls"):
             assert served.post(name, text_input=prompt, max_tokens=MOST)["text_output"] == said["choices"][0]["text"]
         assert said["choices"][0]["text"] == text.decode("utf-8", "replace")
-        core: Dict[str, Any] = {
+        core: dict[str, Any] = {
             "input_ids": list(prompt.encode()),
             "input_lengths": len(prompt),
             "request_output_len": MOST,
@@ -91,7 +94,7 @@ def test_finish_reasons_and_counts_are_those_of_generate(ended: Tuple[Served, An
     assert "stop" in reasons
 
 
-def test_a_clients_own_end_is_the_only_one(ended: Tuple[Served, Any, List[int]]) -> None:
+def test_a_clients_own_end_is_the_only_one(ended: tuple[Served, Any, list[int]]) -> None:
     served, model, ends = ended
     prompt = next(prompt for prompt in PROMPTS if generated(model, prompt, ends)[-1] == ends[1])
     whole = served.post("ensemble", text_input=prompt, max_tokens=MOST, end_id=-1)["text_output"]
@@ -99,7 +102,7 @@ def test_a_clients_own_end_is_the_only_one(ended: Tuple[Served, Any, List[int]])
     assert whole == said.decode("utf-8", "replace")
 
 
-def test_no_end_comes_before_the_least_length(ended: Tuple[Served, Any, List[int]]) -> None:
+def test_no_end_comes_before_the_least_length(ended: tuple[Served, Any, list[int]]) -> None:
     """transformers' min_new_tokens forbids all ends, not the first one alone."""
     served, model, ends = ended
     prompt = next(prompt for prompt in PROMPTS if generated(model, prompt, ends)[-1] == ends[1])

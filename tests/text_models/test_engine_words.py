@@ -1,5 +1,7 @@
 """Whose fault an error of tensorrt_llm was, told by its words: the strict stand-in makes the errors of each version."""
 
+from __future__ import annotations
+
 import importlib.util
 import uuid
 from typing import Any

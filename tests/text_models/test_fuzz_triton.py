@@ -1,11 +1,13 @@
 """What a hostile client can send to Triton's two protocols: nothing of it ends the server, hangs, shows a traceback or harms others."""
 
+from __future__ import annotations
+
 import http.client
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Set
+from typing import Any
 
 import grpc
 import numpy as np
@@ -85,7 +87,7 @@ def answers(served: Served) -> bool:
     return answer["status"] == 200 and STORY.startswith(answer["text_output"])
 
 
-def http_exchange(served: Served, method: str, path: str, body: bytes, headers: Dict[str, str]) -> List[Any]:
+def http_exchange(served: Served, method: str, path: str, body: bytes, headers: dict[str, str]) -> list[Any]:
     """[status, body] of one exchange; [] when the server closed the connection without an answer (a request that is no HTTP)."""
     connection = http.client.HTTPConnection("127.0.0.1", served.http_port, timeout=ANSWER_SECONDS)
     try:
@@ -106,7 +108,7 @@ def http_exchange(served: Served, method: str, path: str, body: bytes, headers: 
     model=st.sampled_from(MODELS), how=st.sampled_from(["generate", "generate_stream"]),
     body=st.dictionaries(NAMES, VALUES, max_size=6), asked=st.booleans(),
 )  # fmt: skip
-def test_any_json_over_generate(served: Served, model: str, how: str, body: Dict[str, Any], asked: bool) -> None:
+def test_any_json_over_generate(served: Served, model: str, how: str, body: dict[str, Any], asked: bool) -> None:
     """asked: what makes it a whole request is there, so that the rest is what is looked at."""
     if asked and model in ("ensemble", "tensorrt_llm_bls"):
         body = {"text_input": PROMPT, "max_tokens": 3, **body}
@@ -163,7 +165,7 @@ TENSORS = st.fixed_dictionaries(
     inputs=st.lists(TENSORS, max_size=4),
     header=st.one_of(st.none(), st.integers(-5, 500)),
 )
-def test_any_tensors_over_infer(served: Served, model: str, inputs: List[Any], header: Any) -> None:
+def test_any_tensors_over_infer(served: Served, model: str, inputs: list[Any], header: Any) -> None:
     headers = {} if header is None else {"Inference-Header-Content-Length": str(header)}
     answer = http_exchange(
         served, "POST", f"/v2/models/{model}/infer", json.dumps({"inputs": inputs}).encode(), headers
@@ -204,7 +206,7 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-def message_of(spelt: Dict[str, Any]) -> Any:
+def message_of(spelt: dict[str, Any]) -> Any:
     message = service_pb2.ModelInferRequest(model_name=spelt["model"], model_version=spelt["version"], id=spelt["id"])
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     whole = [
@@ -219,7 +221,7 @@ def message_of(spelt: Dict[str, Any]) -> Any:
     return message
 
 
-def stream_of(served: Served, messages: List[Any]) -> None:
+def stream_of(served: Served, messages: list[Any]) -> None:
     """They are answered, each with a response or one sentence."""
     with grpc.insecure_channel(served.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -233,7 +235,7 @@ def stream_of(served: Served, messages: List[Any]) -> None:
 
 @FUZZ
 @given(spelt=MESSAGES)
-def test_any_message_on_a_grpc_stream(served: Served, spelt: Dict[str, Any]) -> None:
+def test_any_message_on_a_grpc_stream(served: Served, spelt: dict[str, Any]) -> None:
     stream_of(served, [message_of(spelt)])
 
 
@@ -243,7 +245,7 @@ STREAMING = ["ensemble", "tensorrt_llm_bls", "tensorrt_llm"]
 @FUZZ
 @given(several=st.lists(MESSAGES, min_size=2, max_size=8), model=st.sampled_from(STREAMING))
 def test_any_messages_one_after_the_other_on_a_grpc_stream(
-    served: Served, several: List[Dict[str, Any]], model: str
+    served: Served, several: list[dict[str, Any]], model: str
 ) -> None:
     """To models that stream, or to all others. Both on one stream may end Triton 2.51: model_repo_template/README.md."""
     stream_of(served, [message_of(one) for one in several if one["model"] not in STREAMING])
@@ -283,7 +285,7 @@ def test_what_only_the_owner_may_do_is_closed_over_http(served: Served, path: st
 
 @FUZZ
 @given(spelt=MESSAGES, method=st.sampled_from(METHODS), raw=st.binary(max_size=60))
-def test_any_bytes_for_a_grpc_message(served: Served, spelt: Dict[str, Any], method: str, raw: bytes) -> None:
+def test_any_bytes_for_a_grpc_message(served: Served, spelt: dict[str, Any], method: str, raw: bytes) -> None:
     """Bytes that are no message, or half of one."""
     whole = message_of(spelt).SerializeToString()
     with grpc.insecure_channel(served.grpc) as channel:
@@ -303,9 +305,9 @@ def test_more_requests_than_are_taken_at_once_are_refused(served: Served) -> Non
     """And another client is answered meanwhile, be it that the server is busy."""
     request = {"model": "ensemble", "version": "", "inputs": [], "outputs": ["text_output"], "asked": True}
     messages = [message_of({**request, "id": str(n)}) for n in range(1400)]
-    answered: Set[str] = set()
-    refused: Set[str] = set()
-    others: List[Any] = []
+    answered: set[str] = set()
+    refused: set[str] = set()
+    others: list[Any] = []
     with grpc.insecure_channel(served.grpc) as channel:
         for answer in service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(messages), timeout=120):
             if not answered:

@@ -1,8 +1,10 @@
 """What the real server says over the wire is what transformers says on the stored weights: greedy tokens and logits."""
 
+from __future__ import annotations
+
 import queue
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,10 @@ TYPES = {"int32": "INT32", "bool": "BOOL"}
 
 
 def served_answer(
-    client: Any, answers: "queue.Queue[Tuple[Any, Any]]", ids: List[int]
-) -> Tuple[List[int], np.ndarray[Any, Any]]:
+    client: Any, answers: queue.Queue[tuple[Any, Any]], ids: list[int]
+) -> tuple[list[int], np.ndarray[Any, Any]]:
     """(generated token ids, their logits) of one greedy request to the model tensorrt_llm."""
-    values: Dict[str, np.ndarray[Any, Any]] = {
+    values: dict[str, np.ndarray[Any, Any]] = {
         "input_ids": np.array([ids], dtype=np.int32), "input_lengths": np.array([[len(ids)]], dtype=np.int32),
         "request_output_len": np.array([[NEW_TOKENS]], dtype=np.int32), "end_id": np.array([[2]], dtype=np.int32),
         "return_generation_logits": np.array([[True]]), "streaming": np.array([[False]]),
@@ -46,7 +48,7 @@ def test_served_tokens_and_logits_are_those_of_transformers(served: Served) -> N
     hf = Path(served.tree) / "build/stories/hf"
     model: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(hf)
-    answers: queue.Queue[Tuple[Any, Any]] = queue.Queue()
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with triton.InferenceServerClient(served.grpc) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         for prompt in PROMPTS:

@@ -1,9 +1,11 @@
 """Text in and out of the text models is the tokenizer's own, to the last byte, however it is cut into pieces."""
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 @pytest.fixture(scope="module")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Text, tokenizers.Tokenizer]:
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Text, tokenizers.Tokenizer]:
     """A tokenizer of GPT-2's and Llama 3's kind, and the library's own view of it without special spellings."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,13 +74,13 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Text, tokenize
     return Text(folder), made
 
 
-def chunks(ids: List[int], cuts: List[int]) -> List[List[int]]:
+def chunks(ids: list[int], cuts: list[int]) -> list[list[int]]:
     """ids cut at some places; empty chunks included."""
     edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
     return [ids[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
 
 
-def streamed(text: Text, ids: List[int], cuts: List[int]) -> List[str]:
+def streamed(text: Text, ids: list[int], cuts: list[int]) -> list[str]:
     stream = text.stream()
     return [*(stream.push(chunk) for chunk in chunks(ids, cuts)), stream.finish()]
 
@@ -93,7 +95,7 @@ CUTS = st.lists(st.integers(0, 24), max_size=6)
 
 @MANY
 @given(texts=st.lists(TEXTS, min_size=1, max_size=6))
-def test_any_text_gets_sentencepieces_ids_with_the_beginning_in_front(stories: Text, texts: List[str]) -> None:
+def test_any_text_gets_sentencepieces_ids_with_the_beginning_in_front(stories: Text, texts: list[str]) -> None:
     assert stories.encode(texts, add_special_tokens=False) == SLOW.encode(texts)
     assert stories.encode(texts) == [[1, *ids] for ids in SLOW.encode(texts)]
 
@@ -116,7 +118,7 @@ def test_the_spelling_of_a_special_token_is_plain_text(stories: Text, spelling: 
 @MANY
 @given(ids=ANY_IDS, cuts=CUTS)
 def test_streamed_pieces_are_sentencepieces_text_of_a_continuation(
-    stories: Text, ids: List[int], cuts: List[int]
+    stories: Text, ids: list[int], cuts: list[int]
 ) -> None:
     """A continuation: what SentencePiece adds to a text that is already there. It knows no hidden <unk>, we do."""
     ids = [token for token in ids if token != 0]
@@ -128,7 +130,7 @@ def test_streamed_pieces_are_sentencepieces_text_of_a_continuation(
 
 @MANY
 @given(ids=ANY_IDS)
-def test_a_whole_text_is_sentencepieces_text(stories: Text, ids: List[int]) -> None:
+def test_a_whole_text_is_sentencepieces_text(stories: Text, ids: list[int]) -> None:
     ids = [token for token in ids if token != 0]
     assume(not ids or ids[0] != SLOW.piece_to_id("<0x20>"))  # SentencePiece keeps a space there that is spelt as a byte
     assert stories.decode([1, *ids]) == SLOW.decode(ids)
@@ -136,7 +138,7 @@ def test_a_whole_text_is_sentencepieces_text(stories: Text, ids: List[int]) -> N
 
 @MANY
 @given(text=st.text(max_size=12), cuts=CUTS)
-def test_never_half_a_character(stories: Text, text: str, cuts: List[int]) -> None:
+def test_never_half_a_character(stories: Text, text: str, cuts: list[int]) -> None:
     """Spelt in bytes alone, each piece that comes is whole characters of the text, as many as there can be."""
     data = text.encode()
     ids = [3 + byte for byte in data]
@@ -153,7 +155,7 @@ def test_hidden_tokens_and_ids_without_a_token_are_nothing(stories: Text) -> Non
     assert stories.stream(skip_special_tokens=False).push([1, 2]) == "<s></s>"
 
 
-def test_a_hidden_token_in_the_middle_of_a_character(stories: Text, byte_level: Tuple[Text, Any]) -> None:
+def test_a_hidden_token_in_the_middle_of_a_character(stories: Text, byte_level: tuple[Text, Any]) -> None:
     """SentencePiece takes the character for broken; byte-level BPE does not see the token."""
     ids = [3 + 0xC3, 2, 3 + 0xA9]
     assert "".join(streamed(stories, ids, [1, 2])) == SLOW.decode(ids) == REPLACEMENT * 2
@@ -178,7 +180,7 @@ def test_the_cost_of_a_token_does_not_grow(stories: Text) -> None:
 
 @MANY
 @given(text=TEXTS)
-def test_byte_level_text_comes_back_as_it_was(byte_level: Tuple[Text, Any], text: str) -> None:
+def test_byte_level_text_comes_back_as_it_was(byte_level: tuple[Text, Any], text: str) -> None:
     ours, _ = byte_level
     [ids] = ours.encode([text])
     assert ids[0] == ours.bos_id == 0
@@ -188,7 +190,7 @@ def test_byte_level_text_comes_back_as_it_was(byte_level: Tuple[Text, Any], text
 @MANY
 @given(ids=st.lists(st.one_of(st.integers(0, 420), st.integers(2, 258)), max_size=24), cuts=CUTS)
 def test_byte_level_pieces_are_the_librarys_own_text(
-    byte_level: Tuple[Text, Any], ids: List[int], cuts: List[int]
+    byte_level: tuple[Text, Any], ids: list[int], cuts: list[int]
 ) -> None:
     ours, library = byte_level
     assert "".join(streamed(ours, ids, cuts)) == library.decode(ids, skip_special_tokens=True)
@@ -196,7 +198,7 @@ def test_byte_level_pieces_are_the_librarys_own_text(
 
 
 def test_byte_level_special_spellings_are_plain_text_and_other_added_tokens_are_not(
-    byte_level: Tuple[Text, Any],
+    byte_level: tuple[Text, Any],
 ) -> None:
     ours, library = byte_level
     assert ours.end_id == library.token_to_id("<|end|>")
@@ -207,7 +209,7 @@ def test_byte_level_special_spellings_are_plain_text_and_other_added_tokens_are_
 # --- stop strings --------------------------------------------------------------------------------------------------------
 
 
-def cut(whole: str, stops: List[str]) -> Tuple[str, bool]:
+def cut(whole: str, stops: list[str]) -> tuple[str, bool]:
     """The independent statement: read letter by letter; the first letter that completes a stop string ends the text before it."""
     for end in range(1, len(whole) + 1):
         complete = [stop for stop in stops if stop and whole[:end].endswith(stop)]
@@ -224,7 +226,7 @@ STOPS = st.one_of(st.lists(st.text("ab", max_size=5), max_size=2), st.lists(st.t
 @settings(max_examples=1000, deadline=None)
 @given(whole=FEW_LETTERS, stops=STOPS, cuts=CUTS)
 def test_a_stop_string_cuts_where_it_is_first_complete_and_nothing_of_it_is_shown(
-    whole: str, stops: List[str], cuts: List[int]
+    whole: str, stops: list[str], cuts: list[int]
 ) -> None:
     expected, stopped = cut(whole, stops)
     machine, shown = StopStrings(stops), ""
@@ -250,7 +252,7 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
 # --- words for the engine ------------------------------------------------------------------------------------------------
 
 
-def sequences(words: Any) -> List[List[int]]:
+def sequences(words: Any) -> list[list[int]]:
     """TensorRT-LLM's [1, 2, n] form, read back."""
     flat, ends = words[0].tolist()
     begins = [0, *ends]
@@ -268,7 +270,7 @@ def test_a_word_is_listed_in_every_spelling_that_a_text_has_it_in(stories: Text,
     assert all(stories.decode(ids).strip(" ") == word.strip(" ") for ids in listed)
 
 
-def every_cut(word: str) -> List[List[int]]:
+def every_cut(word: str) -> list[list[int]]:
     """The independent statement: all ways to write a word with SentencePiece's pieces, by trying every piece at every place."""
     if not word:
         return [[]]
@@ -317,7 +319,7 @@ def test_padding_behind_sequence_length_is_cut(stories: Text) -> None:
     assert answer.take()["text_output"].strip() == SLOW.decode([300, 301, 302]).strip()
 
 
-def test_byte_level_words_are_listed_with_and_without_their_space(byte_level: Tuple[Text, Any]) -> None:
+def test_byte_level_words_are_listed_with_and_without_their_space(byte_level: tuple[Text, Any]) -> None:
     ours, library = byte_level
     listed = sequences(ours.word_list(["quick"]))
     assert library.encode("quick", add_special_tokens=False).ids in listed

@@ -1,7 +1,9 @@
 """Text is the same with any number of instances of the text models."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import closing
-from typing import Dict, Iterator
 
 import pytest
 from project import copy_of_project
@@ -30,7 +32,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
 def test_every_stream_is_in_order(several: Served, model: str) -> None:
     alone = {prompt: tell(several, model, prompt=prompt, max_tokens=40) for prompt in PROMPTS}
-    together: Dict[str, str] = {str(n): "" for n in range(48)}
+    together: dict[str, str] = {str(n): "" for n in range(48)}
     with closing(Stream(several)) as stream:
         for n in range(48):
             stream.send(model, str(n), text_input=texts(PROMPTS[n % 8]), max_tokens=ints(40), stream=yes())

@@ -1,12 +1,14 @@
 """What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""
 
+from __future__ import annotations
+
 import json
 import re
 import socket
 import urllib.error
 import urllib.request
 from contextlib import closing
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,7 +226,7 @@ def test_what_was_not_asked_for_is_zeros_of_the_smallest_shape(served: Served) -
 
 def test_seeds_by_either_name(served: Served) -> None:
     def told(**seed: int) -> str:
-        values: Dict[str, Any] = {name: np.array([[value]], dtype=np.uint64) for name, value in seed.items()}
+        values: dict[str, Any] = {name: np.array([[value]], dtype=np.uint64) for name, value in seed.items()}
         return tell(served, top_k=ints(40), temperature=floats(1.5), **values)
 
     assert told(random_seed=3) == told(random_seed=3) == told(seed=3) != told(random_seed=4)
@@ -247,7 +249,7 @@ def test_an_answer_that_ends_at_once_is_one_empty_response(served: Served) -> No
     assert (answer["status"], answer["text_output"]) == (200, "")
 
 
-HTTP_REFUSALS: Dict[str, Any] = {
+HTTP_REFUSALS: dict[str, Any] = {
     "empty": ({"text_input": ""}, "text_input is empty"),
     "too long": ({"text_input": "the dog " * 150}, "the prompt has 302 tokens; this engine takes at most 256"),
     "far too long": ({"text_input": "dog " * 50_000}, "text_input has 200000 bytes"),
@@ -283,7 +285,7 @@ def test_a_bad_request_over_http_is_one_short_sentence(served: Served, case: str
     assert is_clean(error)
 
 
-def post(served: Served, how: str, body: Any) -> Tuple[int, str]:
+def post(served: Served, how: str, body: Any) -> tuple[int, str]:
     """Status and body as they come."""
     try:
         with urllib.request.urlopen(
@@ -294,7 +296,7 @@ def post(served: Served, how: str, body: Any) -> Tuple[int, str]:
         return error.code, error.read().decode()
 
 
-GRPC_REFUSALS: Dict[str, Any] = {
+GRPC_REFUSALS: dict[str, Any] = {
     "not UTF-8": ({"text_input": texts(b"ab\xff")}, "text_input is not UTF-8: byte 0xff at offset 2 of 3"),
     "stop not UTF-8": ({"stop_words": texts(b"\xc3")}, "stop_words is not UTF-8: byte 0xc3 at offset 0 of 1"),
     "two texts": ({"text_input": texts("a", "b")}, "text_input holds 2 texts; a request is one text"),
@@ -390,7 +392,7 @@ def test_a_request_that_waits_for_a_slot_can_leave_too(served: Served) -> None:
 def test_many_at_once_get_what_each_gets_alone(served: Served, n_streams: int) -> None:
     """Half of them want the text only: outputs that nobody wants have crashed the server."""
     alone = {prompt: tell(served, prompt=prompt, max_tokens=16) for prompt in PROMPTS}
-    together: Dict[str, str] = {str(n): "" for n in range(n_streams)}
+    together: dict[str, str] = {str(n): "" for n in range(n_streams)}
     with closing(Stream(served)) as stream:
         for n in range(n_streams):
             stream.send(

@@ -1,12 +1,15 @@
 """STREAMING=off: one response a request, over gRPC ModelInfer and HTTP infer, as NVIDIA's unary test tools ask for it."""
 
+from __future__ import annotations
+
 import json
 import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,7 +198,7 @@ def test_a_stream_is_refused_in_tensorrt_llms_words(unary: Served, model: str) -
 
 @pytest.mark.parametrize("how", ["generate", "generate_stream"])
 def test_generate_has_one_response_or_one_error(unary: Served, how: str) -> None:
-    def post(**body: Any) -> Tuple[int, List[Dict[str, Any]]]:
+    def post(**body: Any) -> tuple[int, list[dict[str, Any]]]:
         url = f"{unary.http}/v2/models/ensemble/{how}"
         try:
             with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as answer:
@@ -231,7 +234,7 @@ def test_an_error_is_one_short_sentence(unary: Served, model: str, values: Any, 
 
 
 def test_a_request_is_stopped_by_its_id_and_still_answered(unary: Served) -> None:
-    answers: List[Any] = []
+    answers: list[Any] = []
     with abandoned(unary), triton.InferenceServerClient(unary.grpc) as client:
         ended = threading.Event()
 

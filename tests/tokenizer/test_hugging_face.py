@@ -1,11 +1,13 @@
 """A slow tokenizer's folder keeps its template, its end and its added tokens, and reads texts as transformers reads them from it."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -22,7 +24,7 @@ from text import Text  # noqa: E402
 
 SIZE = 312
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-BASE: Dict[str, Any] = {
+BASE: dict[str, Any] = {
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -62,16 +64,16 @@ def write_slow(folder: Path, model: bytes, config: Any = BASE, **files: Any) -> 
     return folder
 
 
-def made(folder: Path, vocab_size: int = 320, **config: Any) -> Dict[str, bytes]:
+def made(folder: Path, vocab_size: int = 320, **config: Any) -> dict[str, bytes]:
     return dict(hugging_face.read_tokenizer(folder, config, vocab_size).files)
 
 
-def ids_of(files: Dict[str, bytes], texts: List[str]) -> List[List[int]]:
+def ids_of(files: dict[str, bytes], texts: list[str]) -> list[list[int]]:
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-def theirs(folder: Path, texts: List[str]) -> List[List[int]]:
+def theirs(folder: Path, texts: list[str]) -> list[list[int]]:
     environment = {**os.environ, "TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK": "true"}
     command = [sys.executable, "-c", THEIRS, str(folder), json.dumps(texts)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -145,7 +147,7 @@ def test_template_end_and_added_tokens_are_the_folders(tmp_path: Path) -> None:
     ({"add_bos_token": False, "add_eos_token": True}, [], [2]),
 ])  # fmt: skip
 def test_what_begins_and_ends_a_text(
-    switches: Dict[str, bool], begin: List[int], end: List[int], tmp_path: Path
+    switches: dict[str, bool], begin: list[int], end: list[int], tmp_path: Path
 ) -> None:
     files = made(write_slow(tmp_path / "slow", tokenizer_model(SIZE), {**BASE, **switches}))
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -171,7 +173,7 @@ def test_a_model_that_says_nothing_more_is_what_it_was(tmp_path: Path) -> None:
     assert json.loads(files["tokenizer_config.json"]) == ours.tokenizer_config(pieces)
 
 
-BAD: Dict[str, Any] = {
+BAD: dict[str, Any] = {
     "an id that is a word": ({**BASE, "added_tokens_decoder": {"x": {"content": "a"}}}, {}, "tokenizer_config.json"),
     "a token without content": ({**BASE, "added_tokens_decoder": {"312": {}}}, {}, "tokenizer_config.json"),
     "a list": ({**BASE, "added_tokens_decoder": []}, {}, "tokenizer_config.json"),

@@ -1,8 +1,10 @@
 """tokenizer.json says what SentencePiece says: the same ids for any text, the same text for any ids."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -114,7 +116,7 @@ def test_merges_are_written_so_that_older_libraries_load_them() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_other_kinds_are_refused_by_name(changed: Dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_other_kinds_are_refused_by_name(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer_model(300 if changed.get("byte_fallback", True) else 60, **changed))
     with pytest.raises(reports.Problem) as refused:

@@ -1,5 +1,7 @@
 """The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

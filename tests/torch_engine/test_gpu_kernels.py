@@ -1,5 +1,7 @@
 """The torch engine's code for GPUs gives what plain PyTorch gives; no GPU is needed to know."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import subprocess

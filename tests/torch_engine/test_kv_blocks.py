@@ -1,5 +1,7 @@
 """Blocks of the key/value cache are shared by requests that begin alike, and by nobody else."""
 
+from __future__ import annotations
+
 import random
 
 import drive_engine  # noqa: F401 (finds the engine)

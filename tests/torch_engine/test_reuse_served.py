@@ -1,5 +1,7 @@
 """KV_REUSE=on through a real tritonserver: the same answers, and what was shared is on the metrics page."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

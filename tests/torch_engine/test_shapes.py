@@ -1,5 +1,7 @@
 """Qwen2's biases, attention_bias, mlp_bias and yarn: from the published folder to the served logits, equal to transformers'."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """Weights are read by several readers, byte for byte what safetensors reads."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import drive_engine  # noqa: F401 (finds the engine)

@@ -1,5 +1,7 @@
 """config opens a model's folder as the server will, stays inside it, and refuses by the name of the file what cannot be served."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -7,8 +9,9 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 import pytest
 from project import ROOT
@@ -29,7 +32,7 @@ def described(folder: Path) -> build_config.Described:
     return build_config.describe(Settings(folder, folder / "nowhere"))
 
 
-def config(folder: Path, room: Path) -> "subprocess.CompletedProcess[str]":
+def config(folder: Path, room: Path) -> subprocess.CompletedProcess[str]:
     """The script as make starts it."""
     command = [
         sys.executable,
@@ -55,7 +58,7 @@ def tokenizer(**changed: Any) -> bytes:
 
 
 MODEL = byte_tokenizer()["model"]
-ODD: Dict[str, Dict[str, bytes]] = {
+ODD: dict[str, dict[str, bytes]] = {
     "a list": {"generation_config.json": b"[]"},
     "broken": {"generation_config.json": b"{"},
     "an end that is a word": {"generation_config.json": b'{"eos_token_id": "</s>"}'},
@@ -274,7 +277,7 @@ def test_special_tokens_map_fills_what_tokenizer_config_lacks(tmp_path: Path) ->
     assert made["bos_token"] == {"content": "<|begin|>"} and made["eos_token"] == "<|end|>"
 
 
-def beyond(**more: Any) -> Dict[str, Any]:
+def beyond(**more: Any) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return {
         "tokenizer.json": tokenizer(

@@ -1,9 +1,11 @@
 """Every form a Llama comes in becomes the same checkpoint, and says what transformers says; what is no Llama is refused by name."""
 
+from __future__ import annotations
+
 import base64
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -59,7 +61,7 @@ def edit(folder: Path, **changed: Any) -> Path:
     return folder
 
 
-def ranks_of(room: Path) -> List[Tensors]:
+def ranks_of(room: Path) -> list[Tensors]:
     return [safetensors.torch.load_file(path) for path in sorted(room.glob("rank*.safetensors"))]
 
 
@@ -186,7 +188,7 @@ def joined(room: Path, source: Path) -> Any:
         ({"tie_word_embeddings": True}, 2, (8, 4)),
     ],
 )  # fmt: skip
-def test_padded_heads_change_nothing(changed: Dict[str, Any], tp_size: int, heads: Any, tmp_path: Path) -> None:
+def test_padded_heads_change_nothing(changed: dict[str, Any], tp_size: int, heads: Any, tmp_path: Path) -> None:
     folder = published(tmp_path / "published", **changed)
     room = checkpoint(folder, tmp_path / "room", tp_size, pad_heads=True, dtype="float32")
     config = json.loads((room / "config.json").read_text())
@@ -263,14 +265,14 @@ ROPES = [
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: str(rope["rope_type"]))
-def test_scaled_positions_reach_the_checkpoint(rope: Dict[str, Any], tmp_path: Path) -> None:
+def test_scaled_positions_reach_the_checkpoint(rope: dict[str, Any], tmp_path: Path) -> None:
     folder = published(tmp_path / "published", rope_parameters={"rope_theta": 10000.0, **rope})
     config = json.loads((checkpoint(folder, tmp_path / "room", 3) / "config.json").read_text())
     assert config["rotary_scaling"] == {"type" if name == "rope_type" else name: value for name, value in rope.items()}
 
 
 LLAMA3 = ROPES[2]
-BAD_ROPES: Dict[str, Any] = {
+BAD_ROPES: dict[str, Any] = {
     "no factor": ({"type": "linear"}, "factor: it must be a number above 0; it is None"),
     "a factor of text": ({"type": "linear", "factor": "2"}, "it is '2'"),
     "a factor below 0": ({"rope_type": "dynamic", "factor": -1}, "it is -1"),

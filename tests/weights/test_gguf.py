@@ -1,5 +1,7 @@
 """A GGUF file becomes the model that transformers reads from it: every weight, the tokenizer, the chat template; others are refused."""
 
+from __future__ import annotations
+
 import json
 import os
 import random
@@ -9,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import gguf
 import numpy as np
@@ -39,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 3000)
 
 
-def byte_tokens() -> List[str]:
+def byte_tokens() -> list[str]:
     """GPT-2's writing of the 256 bytes: what is no visible character of Latin-1 moves behind it."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
@@ -68,7 +70,7 @@ def write_gguf(
     type, where it is not float32."""
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
-    fields: Dict[str, Any] = {
+    fields: dict[str, Any] = {
         "llama.block_count": LAYERS, "llama.context_length": 128, "llama.embedding_length": HIDDEN, "llama.feed_forward_length": WIDE,
         "llama.attention.head_count": HEADS, "llama.attention.head_count_kv": KV_HEADS, "llama.attention.key_length": HEAD_SIZE,
         "llama.rope.dimension_count": HEAD_SIZE, "llama.vocab_size": len(TOKENS), **changed,
@@ -201,7 +203,7 @@ def sentencepiece_gguf(folder: Path, **ids: int) -> Any:
 
 
 @pytest.mark.parametrize("ids", [{"bos": 1, "eos": 2, "unknown": 0}, {}])
-def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(ids: Dict[str, int], tmp_path: Path) -> None:
+def test_a_sentencepiece_vocabulary_reads_texts_as_sentencepiece_does(ids: dict[str, int], tmp_path: Path) -> None:
     """Where the file does not say the special tokens, they are llama.cpp's."""
     made = sentencepiece_gguf(tmp_path / "weights", **ids)
     expected = Tokenizer.from_str(
@@ -222,7 +224,7 @@ def test_a_special_token_that_is_no_token_is_a_report(name: str, tmp_path: Path)
     assert f"has no {name[:3]}_token" in caught.value.seen
 
 
-BAD: Dict[str, Tuple[Any, str]] = {
+BAD: dict[str, tuple[Any, str]] = {
     "another architecture": ({"general.architecture": None}, "general.architecture"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count is 8"),
     "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "yarn"),
@@ -262,7 +264,7 @@ def test_a_file_that_was_cut_off_is_a_report(size: int, tmp_path: Path) -> None:
     assert "small.gguf" in caught.value.seen
 
 
-def lengths(data: bytes) -> Dict[str, bytes]:
+def lengths(data: bytes) -> dict[str, bytes]:
     """The file with one number of its header changed to what it cannot be."""
     tokens = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens")
     tensor = data.index(b"output_norm.weight") + len(b"output_norm.weight")
@@ -321,7 +323,7 @@ def test_a_damaged_file_is_a_report_or_a_model(tmp_path: Path) -> None:
 # --- llama.cpp's defaults, parts, scaling, quantized blocks -------------------------------------------------------------------
 
 
-def described(folder: Path) -> Dict[str, Any]:
+def described(folder: Path) -> dict[str, Any]:
     files = build_config.describe(build_config.Settings(folder, folder / "nowhere")).files
     return {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
 
@@ -426,7 +428,7 @@ LLAMA31 = {
 def their_divisors(factor: float) -> Any:
     """By transformers: plain frequencies over scaled ones."""
 
-    def frequencies(scaling: Dict[str, Any]) -> Any:
+    def frequencies(scaling: dict[str, Any]) -> Any:
         config = LlamaConfig(
             hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_SIZE, max_position_embeddings=131072,
             rope_parameters={"rope_theta": 100000.0, **scaling},

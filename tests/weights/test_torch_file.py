@@ -1,5 +1,7 @@
 """A .pth is read as torch.load reads it, without torch; nothing in it is ever run."""
 
+from __future__ import annotations
+
 import functools
 import os
 import pickle
@@ -8,8 +10,9 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any
 
 import pytest
 import torch
@@ -22,21 +25,21 @@ ROOT = Path(__file__).resolve().parents[2]
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def module_state() -> Dict[str, torch.Tensor]:
+def module_state() -> dict[str, torch.Tensor]:
     """An OrderedDict with attributes, as every torch.nn.Module gives it."""
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5)).state_dict()
 
 
-def parameters() -> Dict[str, torch.Tensor]:
+def parameters() -> dict[str, torch.Tensor]:
     return {name: torch.nn.Parameter(tensor) for name, tensor in module_state().items()}
 
 
-def parts_of_one() -> Dict[str, torch.Tensor]:
+def parts_of_one() -> dict[str, torch.Tensor]:
     whole = torch.arange(60.0).reshape(12, 5)
     return {"first": whole[:4], "rest": whole[4:], "all": whole, "again": whole}
 
 
-SAVED: Dict[str, Callable[[], Dict[str, torch.Tensor]]] = {
+SAVED: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     **{name: functools.partial(meta_tensors, GROUPED, dtype) for name, dtype in TYPES.items()},
     "module": module_state,
     "parameters": parameters,

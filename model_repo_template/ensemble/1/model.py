@@ -1,5 +1,7 @@
 """The model `ensemble`: tensorrt_llm_bls under the name that clients of NVIDIA's backend call."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,9 +1,11 @@
 """The model `postprocessing`: token ids in, text out, with the tensors of NVIDIA's model of the same name."""
 
+from __future__ import annotations
+
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from text import Text  # noqa: E402
 class TritonPythonModel:
     """Triton's interface."""
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
@@ -24,10 +26,10 @@ class TritonPythonModel:
         # 0.8.0 and image 24.10 hand log probabilities and logits through this model; later versions do not
         self.handed_through = [tensor["name"][4:] for tensor in config["output"] if tensor["name"].startswith("OUT_")]
 
-    def execute(self, requests: List[Any]) -> List[Any]:
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [sent.answered(request, self._outputs) for request in requests]
 
-    def _outputs(self, given: sent.Sent) -> Dict[str, sent.Array]:
+    def _outputs(self, given: sent.Sent) -> dict[str, sent.Array]:
         ids, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]  # (batch, beams, tokens), (batch, beams)
         if ids.shape[:-1] != lengths.shape:
             raise sent.Refused(

@@ -1,9 +1,12 @@
 """The model `preprocessing`: text in, token ids out, with the tensors of NVIDIA's model of the same name."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from text import Text  # noqa: E402
 class TritonPythonModel:
     """Triton's interface."""
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.text = Text(Path(parameters["tokenizer_dir"]))
@@ -25,9 +28,9 @@ class TritonPythonModel:
         self.limits = sent.Limits.of(parameters, self.text.longest_piece_bytes)
         self.outputs = {tensor["name"] for tensor in config["output"]}
 
-    def execute(self, requests: List[Any]) -> List[Any]:
+    def execute(self, requests: list[Any]) -> list[Any]:
         """All texts of all requests are tokenized in one call. A request may be a batch: its rows are padded to the longest."""
-        responses: List[Any] = [None] * len(requests)
+        responses: list[Any] = [None] * len(requests)
         readable = []
         for n, request in enumerate(requests):
             try:
@@ -44,7 +47,7 @@ class TritonPythonModel:
                 responses[n] = sent.failed(problem)
         return responses
 
-    def _outputs(self, given: sent.Sent, ids: List[List[int]]) -> Dict[str, sent.Array]:
+    def _outputs(self, given: sent.Sent, ids: list[list[int]]) -> dict[str, sent.Array]:
         """ids: of each row."""
         rows = sent.rows(given, len(ids))
         for row, tokens in zip(rows, ids):
@@ -72,13 +75,13 @@ class TritonPythonModel:
         }
         return {name: value for name, value in values.items() if name in self.outputs}
 
-    def _word_lists(self, rows: List[sent.Sent], name: str, tokens: Sequence[int] = ()) -> sent.Array:
+    def _word_lists(self, rows: list[sent.Sent], name: str, tokens: Sequence[int] = ()) -> sent.Array:
         """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1. tokens: see Text.word_list."""
         lists = [self.text.word_list(sent.words(row, name), tokens=tokens)[0] for row in rows]
         return np.stack([padded([ids for ids, _ in lists], 0), padded([ends for _, ends in lists], -1)], axis=1)
 
 
-def padded(rows: List[sent.Array], value: int) -> sent.Array:
+def padded(rows: list[sent.Array], value: int) -> sent.Array:
     """Rows of different lengths as one array (rows, longest)."""
     longest = max(len(row) for row in rows)
     return np.stack([np.pad(row, (0, longest - len(row)), constant_values=value) for row in rows])

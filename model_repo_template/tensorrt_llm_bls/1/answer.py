@@ -1,6 +1,9 @@
 """One answer on its way: what tensorrt_llm says, token by token, becomes the outputs of the text models' responses."""
 
-from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from text import StopStrings, Text
@@ -45,8 +48,8 @@ class Answer:
         self.wanted, self.asked, self.without_value = wanted, asked, without_value
         self.end_ids = frozenset(end_ids)
         self.n_input_tokens, self.n_output_tokens, self.n_waiting = n_input_tokens, 0, 0
-        self.parts: Dict[str, List[Array]] = {name: [] for name in asked}
-        self.waiting: List[str] = []
+        self.parts: dict[str, list[Array]] = {name: [] for name in asked}
+        self.waiting: list[str] = []
         self.stopped = False
 
     def push(self, outputs: Mapping[str, Array]) -> bool:
@@ -81,11 +84,11 @@ class Answer:
             self.waiting += [piece] if self.stopped else [piece, self.stops.finish()]
         return bool(any(self.waiting) or self.n_waiting)
 
-    def take(self) -> Dict[str, Any]:
+    def take(self) -> dict[str, Any]:
         """The outputs of the response that is sent now: everything since the last one. text_output is a str here."""
         counts = {"batch_index": 0, "sequence_index": 0}
         counts.update(num_input_tokens=self.n_input_tokens, num_output_tokens=self.n_output_tokens)
-        values: Dict[str, Any] = {"text_output": "".join(self.waiting)}
+        values: dict[str, Any] = {"text_output": "".join(self.waiting)}
         for name, dtype in self.wanted.items():
             if self.parts.get(name):
                 values[name] = joined(self.parts[name], TOKEN_AXIS.get(name))
@@ -101,7 +104,7 @@ class Answer:
         return values
 
 
-def joined(parts: Sequence[Array], axis: Optional[int]) -> Array:
+def joined(parts: Sequence[Array], axis: int | None) -> Array:
     """The parts of an output as one; a part that has no logits has a stand-in of size 1 for them."""
     if axis is None:
         return parts[-1]

@@ -6,11 +6,14 @@ answer was made of in a thread that does not hold Python's lock (Stub::SendClean
 have no gRPC client, are completed with one (docker/serving.Dockerfile).
 """
 
+from __future__ import annotations
+
 import asyncio
 import functools
 import threading
 import uuid
-from typing import Any, Callable, Coroutine, List, Mapping, Sequence, Tuple
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -61,7 +64,7 @@ class GrpcLink:
     def __init__(self, address: str, decoupled: bool) -> None:
         """An undecoupled tensorrt_llm is asked by unary calls."""
         self._address, self._work = address, self._streamed if decoupled else self._unary
-        self._free: List[Tuple[float, Any]] = []  # since when, the stream
+        self._free: list[tuple[float, Any]] = []  # since when, the stream
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="engine link", daemon=True)

@@ -2,8 +2,9 @@
 the text (docker/contracts/backend-rules, the rules error-*): whose fault it was is told apart by words, and a client sees one sentence.
 """
 
+from __future__ import annotations
+
 import re
-from typing import Tuple
 
 # The request asks for what this engine or model does not do
 AT_FAULT = re.compile(
@@ -26,7 +27,7 @@ NOT_FOR_CLIENTS = re.compile(
 )
 
 
-def told(message: str, is_refusal: bool) -> Tuple[str, str]:
+def told(message: str, is_refusal: bool) -> tuple[str, str]:
     """(the name of a Triton code, one sentence for the client). is_refusal: the code said so."""
     first = message.split("\n", 1)[0].strip()
     text = NOT_FOR_CLIENTS.sub("", first).strip() or "the engine failed; the server's log says more"

@@ -1,7 +1,10 @@
 """What a client sent to a text model, read and checked: what cannot be served is refused in a sentence for the client."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -30,7 +33,7 @@ class Limits:
     prompt_bytes: int
 
     @classmethod
-    def of(cls, parameters: Mapping[str, str], longest_piece_bytes: int) -> "Limits":
+    def of(cls, parameters: Mapping[str, str], longest_piece_bytes: int) -> Limits:
         """From a config's parameters."""
         input_tokens = int(parameters["max_input_len"])
         return cls(input_tokens, int(parameters["max_seq_len"]), input_tokens * longest_piece_bytes)
@@ -48,7 +51,7 @@ class Limits:
             )
 
 
-class Sent(Dict[str, Array]):
+class Sent(dict[str, Array]):
     """All inputs of a Triton request by name, the batch dimension in front.
 
     Triton counts the inputs of a request; whether those that must be there are among them is not its concern.
@@ -107,7 +110,7 @@ def one_text(sent: Sent, name: str, max_bytes: int) -> str:
     return texts(sent, name, max_bytes)[0]
 
 
-def texts(sent: Sent, name: str, max_bytes: int) -> List[str]:
+def texts(sent: Sent, name: str, max_bytes: int) -> list[str]:
     """The texts of a batch, one a row. max_bytes: what is longer cannot fit the engine (Limits)."""
     values = sent[name]
     if values.size != len(values):
@@ -120,7 +123,7 @@ def texts(sent: Sent, name: str, max_bytes: int) -> List[str]:
     return [_utf8(name, value) for value in values.reshape(-1)]
 
 
-def words(sent: Sent, name: str) -> List[str]:
+def words(sent: Sent, name: str) -> list[str]:
     """A list of words; NVIDIA's clients send [""] for none."""
     values = sent[name].reshape(-1) if name in sent else ()
     if len(values) > MAX_WORDS:
@@ -133,7 +136,7 @@ def words(sent: Sent, name: str) -> List[str]:
     return [_utf8(name, value) for value in values if value]
 
 
-def rows(sent: Sent, n_rows: int) -> List[Sent]:
+def rows(sent: Sent, n_rows: int) -> list[Sent]:
     """A batch as one Sent a row, each with a batch dimension of 1."""
     for name, values in sent.items():
         if len(values) != n_rows:
@@ -141,7 +144,7 @@ def rows(sent: Sent, n_rows: int) -> List[Sent]:
     return [Sent({name: values[n : n + 1] for name, values in sent.items()}) for n in range(n_rows)]
 
 
-def weighted_words(sent: Sent, words_name: str, weights_name: str) -> List[Tuple[str, float]]:
+def weighted_words(sent: Sent, words_name: str, weights_name: str) -> list[tuple[str, float]]:
     """Words with their weights, as many of these as of those."""
     values = sent[words_name].reshape(-1).tolist() if words_name in sent else []
     weights = sent[weights_name].reshape(-1).tolist() if weights_name in sent else []

@@ -1,12 +1,15 @@
 """Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer streams."""
 
+from __future__ import annotations
+
 import codecs
 import heapq
 import itertools
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,7 +19,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # How many ways to spell a word are listed at most; a word of six letters has at most 32
 MAX_SPELLINGS = 64
 # What a token stands for: text, or bytes that are a character only together with their neighbours
-Piece = Union[str, bytes]
+Piece = str | bytes
 
 # SentencePiece shows a broken character as one U+FFFD for each byte; byte-level BPE, as Python does, one for each attempt
 codecs.register_error("each_byte", lambda error: (REPLACEMENT * (error.end - error.start), error.end))  # type: ignore[attr-defined]
@@ -45,11 +48,11 @@ class Text:
         for token in kept:
             if self.tokenizer.token_to_id(token["content"]) != token["id"]:
                 raise ValueError(f"the added token {token['content']!r} cannot have the id {token['id']}")
-        self.ids: Dict[str, int] = {**self.tokenizer.get_vocab(), **{token["content"]: token["id"] for token in added}}
+        self.ids: dict[str, int] = {**self.tokenizer.get_vocab(), **{token["content"]: token["id"] for token in added}}
         listed = folder / "generation_config.json"
         named = json.loads(listed.read_text(encoding="utf-8")).get("eos_token_id") if listed.is_file() else None
         own = self._id_of(config.get("eos_token"))
-        self.end_ids: List[int] = [named] if isinstance(named, int) else list(named or ([] if own is None else [own]))
+        self.end_ids: list[int] = [named] if isinstance(named, int) else list(named or ([] if own is None else [own]))
         self.end_id = self.end_ids[0] if self.end_ids else None
         self.bos_id = self._id_of(config.get("bos_token"))
         byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
@@ -61,17 +64,17 @@ class Text:
         # SentencePiece writes a space before a text that has none, and takes it off again
         self.adds_space = self.stream().push(self.encode(["x"], add_special_tokens=False)[0][:1]).startswith(" ")
 
-    def _id_of(self, token: object) -> Optional[int]:
+    def _id_of(self, token: object) -> int | None:
         """A special token of tokenizer_config.json, written as a string or as an object with `content`."""
         content = token.get("content") if isinstance(token, dict) else token
         return self.ids.get(content) if isinstance(content, str) else None
 
-    def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> List[List[int]]:
+    def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of whole texts, BOS in front where the model's rule has it; many texts in one call run in parallel."""
         batch = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
-    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for one answer."""
         return TextStream(self, skip_special_tokens)
 
@@ -86,31 +89,31 @@ class Text:
         from_start = len(ids) > 0 and ids[0] == self.bos_id and skip_special_tokens and self.adds_space
         return text[1:] if from_start and text.startswith(" ") else text
 
-    def spellings(self, word: str) -> List[List[int]]:
+    def spellings(self, word: str) -> list[list[int]]:
         """The token sequences that spell a word, alone and with a space before it: all of them, the shortest MAX_SPELLINGS of each.
 
         Byte tokens count where they are needed: SentencePiece never spells a character in bytes that has a token of its own.
         """
         return [ids for text in (word, " " + word) for ids in itertools.islice(self._cuts(text), MAX_SPELLINGS)]
 
-    def _cuts(self, text: str) -> Iterator[List[int]]:
+    def _cuts(self, text: str) -> Iterator[list[int]]:
         """Every way to cut a text into tokens, those of fewest tokens first: best-first search, bound by what the rest needs."""
         data = text.encode()
-        options: List[List[Tuple[int, int]]] = [[] for _ in data]  # at each byte: (where a token ends, the token)
+        options: list[list[tuple[int, int]]] = [[] for _ in data]  # at each byte: (where a token ends, the token)
         at = 0
         for character in map(str.encode, text):
             if character not in self._tokens_of:
                 for n in range(at, at + len(character)):
                     options[n] += [(n + 1, token) for token in self._byte_tokens_of.get(data[n : n + 1], ())]
             at += len(character)
-        needed: List[float] = [float("inf")] * len(data) + [0]
+        needed: list[float] = [float("inf")] * len(data) + [0]
         for at in range(len(data) - 1, -1, -1):
             for end in range(at + 1, min(len(data), at + self.longest_piece_bytes) + 1):
                 options[at] += [(end, token) for token in self._tokens_of.get(data[at:end], ())]
             options[at] = [(end, token) for end, token in options[at] if needed[end] < float("inf")]
             needed[at] = 1 + min((needed[end] for end, _ in options[at]), default=float("inf"))
         # (tokens at least, minus the bytes spelt: of equals the nearest to its end, tokens so far)
-        waiting: List[Tuple[float, int, List[int]]] = [(needed[0], 0, [])]
+        waiting: list[tuple[float, int, list[int]]] = [(needed[0], 0, [])]
         while waiting:
             _, at, ids = heapq.heappop(waiting)
             at = -at
@@ -120,17 +123,17 @@ class Text:
                 heapq.heappush(waiting, (len(ids) + 1 + needed[end], -end, [*ids, token]))
 
     @cached_property
-    def _tokens_of(self) -> Dict[bytes, List[int]]:
+    def _tokens_of(self) -> dict[bytes, list[int]]:
         """The tokens that stand for a text; with byte-level BPE for any bytes."""
         return self._by_bytes(bytes if self.nothing == b"" else str)
 
     @cached_property
-    def _byte_tokens_of(self) -> Dict[bytes, List[int]]:
+    def _byte_tokens_of(self) -> dict[bytes, list[int]]:
         """SentencePiece's tokens of single bytes."""
         return {} if self.nothing == b"" else self._by_bytes(bytes)
 
-    def _by_bytes(self, kind: type) -> Dict[bytes, List[int]]:
-        found: Dict[bytes, List[int]] = {}
+    def _by_bytes(self, kind: type) -> dict[bytes, list[int]]:
+        found: dict[bytes, list[int]] = {}
         for token, piece in self.pieces.items():
             if isinstance(piece, kind) and piece and token not in self.special:
                 found.setdefault(piece if isinstance(piece, bytes) else piece.encode(), []).append(token)
@@ -138,7 +141,7 @@ class Text:
 
     def word_list(
         self, words: Sequence[str], after: Sequence[int] = (), tokens: Sequence[int] = ()
-    ) -> "np.ndarray[Any, Any]":
+    ) -> np.ndarray[Any, Any]:
         """Words in the form of TensorRT-LLM's stop_words_list and bad_words_list.
 
         tokens: ids that are in the list, each as a sequence by itself.
@@ -153,7 +156,7 @@ class Text:
         ends = np.cumsum([len(ids) for ids in sequences], dtype=np.int32).tolist()
         return np.array([[flat, ends + [-1] * (len(flat) - len(ends))]], dtype=np.int32)
 
-    def embedding_bias(self, weighted_words: Sequence[Tuple[str, float]], vocab_size: int) -> "np.ndarray[Any, Any]":
+    def embedding_bias(self, weighted_words: Sequence[tuple[str, float]], vocab_size: int) -> np.ndarray[Any, Any]:
         """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size).
 
         Of a word's spellings the one at the start of a word counts, as in NVIDIA's preprocessing: the letters that it may be made of
@@ -202,7 +205,7 @@ class StopStrings:
         self.begun = [0] * len(self.stops)  # how much of each the text ends with
         self.held = ""
 
-    def push(self, piece: str) -> Tuple[str, bool]:
+    def push(self, piece: str) -> tuple[str, bool]:
         """Take a piece of text; return (what can be shown now, whether a stop string was reached)."""
         if not self.stops:
             return piece, False
@@ -231,7 +234,7 @@ class StopStrings:
         return rest
 
 
-def _fallbacks(stop: str) -> List[int]:
+def _fallbacks(stop: str) -> list[int]:
     """For each start of `stop`: the length of its longest own end that is a start of `stop` too."""
     lengths = [0] * len(stop)
     for n in range(1, len(stop)):
@@ -242,7 +245,7 @@ def _fallbacks(stop: str) -> List[int]:
     return lengths
 
 
-def sentencepiece_pieces(vocabulary: Mapping[str, int]) -> Dict[int, Piece]:
+def sentencepiece_pieces(vocabulary: Mapping[str, int]) -> dict[int, Piece]:
     """SentencePiece's spelling: U+2581 is a space, <0x0A> is a byte."""
     return {
         token: bytes([int(spelt[3:5], 16)])
@@ -252,7 +255,7 @@ def sentencepiece_pieces(vocabulary: Mapping[str, int]) -> Dict[int, Piece]:
     }
 
 
-def byte_level_pieces(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> Dict[int, Piece]:
+def byte_level_pieces(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> dict[int, Piece]:
     """GPT-2's spelling: each character of a token stands for one byte. Added tokens are spelt as they are.
 
     Printable Latin-1 characters stand for themselves, the other bytes follow in order from U+0100.

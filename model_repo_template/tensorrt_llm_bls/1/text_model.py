@@ -1,12 +1,15 @@
 """Text in, text out: tokenizes requests, asks tensorrt_llm, and streams the text of its answers as they come."""
 
+from __future__ import annotations
+
 import faulthandler
 import json
 import os
 import threading
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional
+from typing import Any
 
 import engine_words
 import numpy as np
@@ -41,11 +44,11 @@ class Call:
         self.request = request
         self.sender: Any = request.get_response_sender() if has_sender else None
         self.inner_id = new_id()
-        self.answer: Optional[Answer] = None
+        self.answer: Answer | None = None
         self.streaming = False
         self.whole = ""
         # what tensorrt_llm has said and nobody has looked at yet
-        self.arrived: Deque[Any] = deque()
+        self.arrived: deque[Any] = deque()
         self.queued = False
         self.begun = False
         self.last: Any = None
@@ -77,7 +80,7 @@ class TritonPythonModel:
     fewer responses, not later ones.
     """
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         faulthandler.enable()  # a crash of this process says where
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
@@ -94,15 +97,15 @@ class TritonPythonModel:
             if output["name"] != "text_output"
         }
         self.link = GrpcLink(os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS), self.decoupled)
-        self.calls: Dict[str, Call] = {}
-        self.ready: Deque[Call] = deque()
+        self.calls: dict[str, Call] = {}
+        self.ready: deque[Call] = deque()
         self.changed = threading.Condition()
         self.closing = threading.Event()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._deliver, self._watch)]
         for thread in self.threads:
             thread.start()
 
-    def execute(self, requests: List[Any]) -> Optional[List[Any]]:
+    def execute(self, requests: list[Any]) -> list[Any] | None:
         """Returns at once; but where Triton has no response sender for unary models, with the last of the responses."""
         calls = [Call(request, self.has_sender) for request in requests]
         given, prompts = {}, {}
@@ -134,7 +137,7 @@ class TritonPythonModel:
         for thread in self.threads:
             thread.join()
 
-    def _ask(self, call: Call, given: sent.Sent, prompt: str, ids: List[int]) -> None:
+    def _ask(self, call: Call, given: sent.Sent, prompt: str, ids: list[int]) -> None:
         """Check a request and hand it to tensorrt_llm.
 
         A request that does not stream gets exactly one response: Triton's HTTP generate takes no other number.
@@ -163,10 +166,10 @@ class TritonPythonModel:
         self.link.ask(call.inner_id, inputs, [*TOKENS, *passed_on], lambda said: self._receive(call, said))
 
     def _engine_inputs(
-        self, given: sent.Sent, ids: List[int], stops: List[str], end_ids: List[int]
+        self, given: sent.Sent, ids: list[int], stops: list[str], end_ids: list[int]
     ) -> Mapping[str, sent.Array]:
         """The tensors that tensorrt_llm is asked with. It takes one end_id; the other end_ids are stop words of one token."""
-        values: Dict[str, sent.Array] = {
+        values: dict[str, sent.Array] = {
             # some inputs come without their axis of one value (`reshape` in the config)
             RENAMED.get(name, name): value if value.ndim > 1 else value.reshape(1, 1)
             for name, value in given.items()
@@ -221,7 +224,7 @@ class TritonPythonModel:
                 except Exception as another:  # its sender does not work; the others are still to be served
                     sent.failed(another)
 
-    def _tell(self, call: Call, said: List[Any]) -> None:
+    def _tell(self, call: Call, said: list[Any]) -> None:
         """One response at most, of everything that tensorrt_llm has said of a request since the last one."""
         answer = call.answer
         assert answer is not None

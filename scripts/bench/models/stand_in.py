@@ -5,10 +5,12 @@ The file `pace` in the model's version folder says how: microseconds of a step, 
 NVIDIA's backend sends them) or all that are ready (as the torch engine does). It is read whenever the engine has been idle.
 """
 
+from __future__ import annotations
+
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -33,9 +35,9 @@ class Running:
         prompt = [token for token in inputs["input_ids"].tolist() if token > 2]
         count = 0 if self.stopped else int(inputs["request_output_len"][0])
         self.coming = [prompt[n % len(prompt)] for n in reversed(range(count))] if prompt else []
-        self.ready: List[int] = []
+        self.ready: list[int] = []
 
-    def take(self, at_once: bool) -> List[int]:
+    def take(self, at_once: bool) -> list[int]:
         """Tokens for a response."""
         if not self.streaming and self.coming:
             return []
@@ -43,7 +45,7 @@ class Running:
         taken, self.ready = self.ready[:n], self.ready[n:]
         return taken
 
-    def send(self, tokens: List[int], is_last: bool) -> None:
+    def send(self, tokens: list[int], is_last: bool) -> None:
         values = {
             **ZEROS,
             "output_ids": np.array([[tokens]], np.int32),
@@ -57,9 +59,9 @@ class Running:
 class TritonPythonModel:
     """Triton's interface."""
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         self.pace = Path(args["model_repository"]) / args["model_version"] / "pace"
-        self.live: List[Running] = []
+        self.live: list[Running] = []
         self.changed = threading.Condition()
         self.closing = False
         self.at_once = True
@@ -67,7 +69,7 @@ class TritonPythonModel:
         for thread in self.threads:
             thread.start()
 
-    def execute(self, requests: List[Any]) -> None:
+    def execute(self, requests: list[Any]) -> None:
         for request in requests:
             running = Running(request)
             if not running.coming:

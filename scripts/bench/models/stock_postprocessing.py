@@ -3,8 +3,10 @@
 The tokens of a response through Hugging Face's tokenizer without those before them; log probabilities and logits copied through.
 """
 
+from __future__ import annotations
+
 import json
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -17,11 +19,11 @@ INPUTS = ("TOKENS_BATCH", "SEQUENCE_LENGTH", *COPIED)
 class TritonPythonModel:
     """Triton's interface."""
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         parameters = json.loads(args["model_config"])["parameters"]
         self.tokenizer = AutoTokenizer.from_pretrained(parameters["tokenizer_dir"]["string_value"])
 
-    def execute(self, requests: List[Any]) -> List[Any]:
+    def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:

@@ -1,10 +1,13 @@
 """The chart and the image are of one mind: what the chart says of a pod is what the image says of itself and what a container does."""
 
+from __future__ import annotations
+
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import pytest
 import yaml
@@ -29,12 +32,12 @@ def values(baked: Baked) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pod(values: Path, render: Render) -> Dict[str, Any]:
+def pod(values: Path, render: Render) -> dict[str, Any]:
     return pod_of(render(values))
 
 
 @pytest.fixture(scope="module")
-def config(baked: Baked) -> Dict[str, Any]:
+def config(baked: Baked) -> dict[str, Any]:
     """The image's own configuration."""
     return dict(json.loads(docker("image", "inspect", baked.tag).stdout)[0]["Config"])
 
@@ -59,7 +62,7 @@ def gibibytes(quantity: str) -> int:
 # --- with the image's configuration ---
 
 
-def test_values_name_the_baked_image(baked: Baked, values: Path, pod: Dict[str, Any]) -> None:
+def test_values_name_the_baked_image(baked: Baked, values: Path, pod: dict[str, Any]) -> None:
     layers = json.loads((baked.variant / "image/layers.json").read_text())
     assert pod["containers"][0]["image"] == f"trtllm-bake/stories@{layers['manifest']}"
     written = yaml.safe_load(values.read_text())
@@ -76,7 +79,7 @@ def test_a_second_make_chart_bakes_nothing(baked: Baked, values: Path) -> None:
     assert done.returncode == 0 and values.read_bytes() == before
 
 
-def test_user_and_writable_folders_are_the_images(config: Dict[str, Any], pod: Dict[str, Any]) -> None:
+def test_user_and_writable_folders_are_the_images(config: dict[str, Any], pod: dict[str, Any]) -> None:
     who = pod["securityContext"]
     assert f"{who['runAsUser']}:{who['runAsGroup']}" == config["User"] and who["runAsNonRoot"] is True
     [server] = pod["containers"]
@@ -84,7 +87,7 @@ def test_user_and_writable_folders_are_the_images(config: Dict[str, Any], pod: D
     assert mounted == {*config["Volumes"], "/dev/shm"} and server["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_ports_are_the_images(config: Dict[str, Any], values: Path, helm: Helm, render: Render, tmp_path: Path) -> None:
+def test_ports_are_the_images(config: dict[str, Any], values: Path, helm: Helm, render: Render, tmp_path: Path) -> None:
     assert [port["containerPort"] for port in pod_of(render(values))["containers"][0]["ports"]] == [9000]
     exposed = tmp_path / "exposed.yaml"
     exposed.write_text(values.read_text() + "triton: {expose: true}\n")
@@ -94,7 +97,7 @@ def test_ports_are_the_images(config: Dict[str, Any], values: Path, helm: Helm, 
     assert {port["name"]: port["port"] for port in one(resources, "Service")["spec"]["ports"]} == PORTS
 
 
-def test_probes_have_the_patience_of_the_images_health_check(config: Dict[str, Any], pod: Dict[str, Any]) -> None:
+def test_probes_have_the_patience_of_the_images_health_check(config: dict[str, Any], pod: dict[str, Any]) -> None:
     [server] = pod["containers"]
     startup = server["startupProbe"]
     start_seconds = config["Healthcheck"]["StartPeriod"] / 1e9
@@ -111,7 +114,7 @@ def test_probes_have_the_patience_of_the_images_health_check(config: Dict[str, A
 # --- with a container ---
 
 
-def flags_of(pod: Dict[str, Any], secret: Path) -> List[str]:
+def flags_of(pod: dict[str, Any], secret: Path) -> list[str]:
     """docker's words for what the pod's specification says of its one container."""
     [server] = pod["containers"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}

@@ -1,5 +1,7 @@
 """A release: what it refuses, what lies in dist/, that signatures hold and a changed byte breaks them, and the push to a registry."""
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import json
@@ -7,8 +9,8 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from baking import Baked, committed, docker

@@ -1,5 +1,7 @@
 """The baked image through a real docker: it serves, it is the same again, it knows what it is, and it refuses in plain words."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -7,8 +9,9 @@ import socket
 import subprocess
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 from baking import PLANTED, Baked, Container, bake, committed, docker, until
@@ -24,13 +27,13 @@ LOCKED_DOWN = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-pri
 TORCH_LIMIT_BYTES = 1_200_000_000
 
 
-def ask(port: int, **body: Any) -> Dict[str, Any]:
+def ask(port: int, **body: Any) -> dict[str, Any]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v2/models/ensemble/generate", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.loads(answer.read()))
 
 
-def refused(baked: Baked, *flags: str, command: Tuple[str, ...] = ()) -> str:
+def refused(baked: Baked, *flags: str, command: tuple[str, ...] = ()) -> str:
     """The report of a container that does not start: status 1, no traceback, nothing loaded."""
     name = f"bake-test-{os.getpid()}"
     try:
@@ -84,7 +87,7 @@ def test_layers_are_told_with_bytes_and_reasons(baked: Baked) -> None:
 def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Path) -> None:
     """No weights, no secret, no compiler, no pip, no test, no CUDA, nobody's setuid program of ours, no file that others may write."""
     docker("save", "--output", str(tmp_path / "image.tar"), baked.tag)
-    names: List[str] = []
+    names: list[str] = []
     with image_archive.Archive(tmp_path / "image.tar") as archive:
         base_layers = len(archive.diff_ids) - 8
         for number in range(len(archive.diff_ids)):

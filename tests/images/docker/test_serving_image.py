@@ -1,10 +1,13 @@
 """docker/serving.Dockerfile on stand-ins for NVIDIA's images: Python of the system (24.02, 24.10), and in a venv (26.07)."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import subprocess
 import sys
-from typing import Any, Dict, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from baking import docker
@@ -61,7 +64,7 @@ def pip_conf() -> str:
 @pytest.fixture(scope="module", params=KINDS)
 def images(
     debian: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator["tuple[str, str, str]"]:
+) -> Iterator[tuple[str, str, str]]:
     """(kind, the stand-in for NVIDIA's image, what serving.Dockerfile makes of it)."""
     kind: str = request.param
     context = tmp_path_factory.mktemp(kind)
@@ -86,12 +89,12 @@ def images(
     docker("image", "rm", "--force", base, serving, check=False)
 
 
-def seen(image: str, python: str = "python3") -> Dict[str, Any]:
+def seen(image: str, python: str = "python3") -> dict[str, Any]:
     said = docker("run", "--rm", "--network", "none", "--entrypoint", "", image, python, "-c", SEEN).stdout
     return dict(json.loads(said))
 
 
-def test_serving_sees_its_own_packages_and_those_of_the_image(images: "tuple[str, str, str]") -> None:
+def test_serving_sees_its_own_packages_and_those_of_the_image(images: tuple[str, str, str]) -> None:
     kind, base, serving = images
     found, before = seen(serving), seen(base)
     assert None not in found["files"].values(), found
@@ -108,7 +111,7 @@ def test_serving_sees_its_own_packages_and_those_of_the_image(images: "tuple[str
     assert f"tokenizers=={found['tokenizers']}" == wanted
 
 
-def test_nothing_that_the_image_holds_is_replaced(images: "tuple[str, str, str]") -> None:
+def test_nothing_that_the_image_holds_is_replaced(images: tuple[str, str, str]) -> None:
     kind, base, serving = images
     python = f"{VENV}/bin/python3" if kind == "venv" else "/usr/bin/python3"
     assert seen(serving, python) == seen(base, python)

@@ -1,9 +1,11 @@
 """ENGINE=tensorrt: the same Dockerfile on a stand-in for NVIDIA's image that has its layout; GPUs and engines are a rehearsal's."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from baking import Baked, committed, docker

@@ -5,12 +5,14 @@ rankN.engine holds the rank's checkpoint, which the torch engine wants to see as
 refuses is refused (strict.py), with the code that it uses for everything: INTERNAL.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[4]
 ENGINE = PROJECT / "model_repo_template" / "tensorrt_llm" / "1"
@@ -35,7 +37,7 @@ TOOLCHAIN = os.environ["REHEARSAL_TRTLLM"]
 class TritonPythonModel(torch_engine_model.TritonPythonModel):  # type: ignore[misc,name-defined]
     """The torch engine's model, over a folder that shows it the engines as it knows them."""
 
-    def initialize(self, args: Dict[str, str]) -> None:
+    def initialize(self, args: dict[str, str]) -> None:
         print("rehearsal: the torch engine stands in for TensorRT-LLM", flush=True)
         version = contracts.toolchain(TOOLCHAIN)["contract"]["backend"]
         config = json.loads(args["model_config"])
@@ -63,11 +65,11 @@ class TritonPythonModel(torch_engine_model.TritonPythonModel):  # type: ignore[m
         """Whatever the torch engine finds by itself is an error of the engine."""
         return pb_utils.TritonError(why, pb_utils.TritonError.INTERNAL)
 
-    def _active(self) -> List[Any]:
+    def _active(self) -> list[Any]:
         with self._ready:
             return [strict.identity(self._strict.version, reply.request_id) for reply in self._live]
 
-    def _understood(self, request: Any, inputs: Dict[str, Any]) -> Any:
+    def _understood(self, request: Any, inputs: dict[str, Any]) -> Any:
         try:
             given = strict.read(self._strict, inputs, request.request_id(), self._active(), self._engine.waiting)
             return understood(given, self._exclude_input)
@@ -86,7 +88,7 @@ class TritonPythonModel(torch_engine_model.TritonPythonModel):  # type: ignore[m
         for reply in found[-1:]:  # with an id twice, the later
             engine.cancel(reply.request)
 
-    def _send(self, reply: Any, pieces: List[Any]) -> None:
+    def _send(self, reply: Any, pieces: list[Any]) -> None:
         try:
             strict.check_outputs(self._strict.version, reply.wanted)
         except strict.Fault as fault:
@@ -100,6 +102,6 @@ class TritonPythonModel(torch_engine_model.TritonPythonModel):  # type: ignore[m
             return
         super()._send(reply, pieces)
 
-    def _arrays(self, reply: Any, pieces: List[Any]) -> Dict[str, Any]:
+    def _arrays(self, reply: Any, pieces: list[Any]) -> dict[str, Any]:
         arrays = super()._arrays(reply, pieces)
         return strict.without_value(self._strict.version, arrays, reply.asked.log_probs, len(reply.asked.prompt))

@@ -3,11 +3,14 @@
 Pure: configs, arrays and ids in, a text out. Rules that name no words are refused in ours. Nothing here knows Triton or PyTorch.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, List, Mapping, Optional
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +97,7 @@ class Loaded:
     chunked: bool
     max_queue_size: int
     max_beam_width: int
-    attention_window: List[int]
+    attention_window: list[int]
     max_input_len: int
     max_seq_len: int
     vocab_size: int
@@ -106,7 +109,7 @@ class Loaded:
 def load(
     version: str,
     config: Mapping[str, Any],
-    engine: Optional[Mapping[str, Any]],
+    engine: Mapping[str, Any] | None,
     table: Mapping[str, Any],
     world: int,
     variables: Mapping[str, str],
@@ -158,7 +161,7 @@ def load(
     )
 
 
-def _engine(version: str, parameters: Mapping[str, str], engine: Optional[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _engine(version: str, parameters: Mapping[str, str], engine: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The engines' config.json, or why there is none."""
     path, encoder = parameters.get("gpt_model_path", ""), parameters.get("encoder_model_path", "")
     if version != V0_8 and encoder and Path(encoder).exists():
@@ -255,7 +258,7 @@ def check_stop(version: str, request_id: str, active: Collection[Any]) -> None:
 
 def read(
     loaded: Loaded, inputs: Mapping[str, Any], request_id: str = "", active: Collection[Any] = (), waiting: int = 0
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The inputs that count, as the engine gets them. inputs: arrays with the batch axis in front."""
     version = loaded.version
     given = _read_0_8(loaded, inputs, request_id, active) if version == V0_8 else _read_later(loaded, inputs)
@@ -268,7 +271,7 @@ def read(
     return given
 
 
-def _read_0_8(loaded: Loaded, inputs: Mapping[str, Any], request_id: str, active: Collection[Any]) -> Dict[str, Any]:
+def _read_0_8(loaded: Loaded, inputs: Mapping[str, Any], request_id: str, active: Collection[Any]) -> dict[str, Any]:
     known = id_number(request_id)
     if known and known in active:
         raise Fault(f"requestId {known} is already in progress, request is ignored.")
@@ -284,7 +287,7 @@ def _read_0_8(loaded: Loaded, inputs: Mapping[str, Any], request_id: str, active
     return dict(inputs)
 
 
-def _read_later(loaded: Loaded, inputs: Mapping[str, Any]) -> Dict[str, Any]:
+def _read_later(loaded: Loaded, inputs: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in inputs.items() if name in loaded.known and name not in NEVER_READ}
     if "input_ids" not in given:
         if loaded.version == V1_2:
@@ -333,7 +336,7 @@ def _check_words(words: Any) -> None:
         before = end
 
 
-def _check_limits(loaded: Loaded, given: Dict[str, Any], waiting: int) -> None:
+def _check_limits(loaded: Loaded, given: dict[str, Any], waiting: int) -> None:
     version, length = loaded.version, given["input_ids"].shape[1]
     asked = given["request_output_len"].item()
     if loaded.max_queue_size and waiting >= loaded.max_queue_size:
@@ -359,8 +362,8 @@ def _value(given: Mapping[str, Any], *names: str) -> Any:
     return next((given[name].item() for name in names if name in given), None)
 
 
-def _sampling_0_14(version: str, given: Dict[str, Any]) -> None:
-    bounds: Dict[str, Callable[[float], bool]] = {
+def _sampling_0_14(version: str, given: dict[str, Any]) -> None:
+    bounds: dict[str, Callable[[float], bool]] = {
         "runtime_top_k": lambda value: value > -1,
         "runtime_top_p": lambda value: -1e-6 < value <= 1,
         "temperature": lambda value: value > -1e-6,
@@ -377,8 +380,8 @@ def _sampling_0_14(version: str, given: Dict[str, Any]) -> None:
         given["runtime_top_k"] = np.ones((1, 1), np.int32)
 
 
-def _sampling_1_2(loaded: Loaded, given: Dict[str, Any], asked: int) -> None:
-    bounds: Dict[str, Callable[[float], bool]] = {
+def _sampling_1_2(loaded: Loaded, given: dict[str, Any], asked: int) -> None:
+    bounds: dict[str, Callable[[float], bool]] = {
         "beam_width": lambda value: 1 <= value <= loaded.max_beam_width,
         "runtime_top_k": lambda value: value >= 0,
         "runtime_top_p": lambda value: 0 < value <= 1,
@@ -411,7 +414,7 @@ def check_outputs(version: str, wanted: Collection[str]) -> None:
             raise Fault(f"Error encountered while populating response: {why}")
 
 
-def without_value(version: str, arrays: Mapping[str, Any], log_probs: bool, n_prompt: int) -> Dict[str, Any]:
+def without_value(version: str, arrays: Mapping[str, Any], log_probs: bool, n_prompt: int) -> dict[str, Any]:
     """The zeros of 24.10 are as long as the prompt."""
     arrays = dict(arrays)
     if version == R24_10 and not log_probs and "output_log_probs" in arrays:

@@ -1,5 +1,7 @@
 """Stand-in for the package tensorrt_llm in a rehearsal: only its Python runtime, and of that only what the version's table has."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path
