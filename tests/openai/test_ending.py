@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -238,19 +239,46 @@ def test_a_rolling_restart_under_load_loses_nothing(two: list[Served], tmp_path:
 
 
 @needs_haproxy
-def test_a_stream_through_the_proxy_comes_as_it_is_made(two: list[Served], tmp_path: Path, certificate: Path) -> None:
-    proxy = Proxy(tmp_path, certificate, [server.openai_port for server in two])
-    try:
-        until(lambda: proxy.state_of("one") == "UP")
-        link = proxy.link()
-        body = {"model": "stories", "prompt": "Once", "max_tokens": 400, "min_tokens": 400, "stream": True}
-        link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        answer = link.getresponse()
-        assert answer.readline().startswith(b"data: {")
-        assert sum(server.active for server in two) == 1, "the first token is here and the answer is still being made"
-        answer.read()
-        link.request("GET", "/metrics")
-        assert link.getresponse().status == 404, "metrics are not for clients"
-    finally:
-        proxy.process.terminate()
-        proxy.process.wait(20)
+def test_a_stream_through_the_proxy_comes_as_it_is_made(tmp_path: Path, certificate: Path) -> None:
+    """The server makes its second event when the client has read the first, so a proxy that collects would deliver neither."""
+    read_first = threading.Event()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b'f\r\ndata: {"n":1}\n\n\r\n')
+            seen = read_first.wait(30)
+            self.wfile.write(b'f\r\ndata: {"n":%d}\n\n\r\n0\r\n\r\n' % (2 if seen else 0))
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        proxy = Proxy(tmp_path, certificate, [server.server_port, server.server_port])
+        try:
+            until(lambda: proxy.state_of("one") == "UP")
+            link = proxy.link()
+            link.request("POST", "/v1/completions", b"{}", {"Content-Type": "application/json"})
+            answer = link.getresponse()
+            assert answer.readline() == b'data: {"n":1}\n'
+            read_first.set()
+            assert answer.read() == b'\ndata: {"n":2}\n\n'
+            link.request("GET", "/metrics")
+            assert link.getresponse().status == 404, "metrics are not for clients"
+        finally:
+            read_first.set()
+            proxy.process.terminate()
+            proxy.process.wait(20)
+            server.shutdown()
