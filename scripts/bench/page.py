@@ -1,6 +1,6 @@
 """bench.html: one page that needs nothing else, with plots as inline SVG, from the dictionary that bench.json holds.
 
-Colour says whose numbers they are, the dash says which load; axes are logarithmic, with plain numbers. Light and dark, wide and narrow.
+Colour says whose numbers they are, the dash says which load; heights are logarithmic, with plain numbers. Light and dark, wide and narrow.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem }
 tbody th { text-align: left; padding-top: .8rem }
 """.strip()
-WIDTH, HEIGHT = 460, 360
+WIDTH, HEIGHT = 500, 390
 # Between two labels of one column
 LABEL_HEIGHT = 10.5
+# Beside the points of the first and the last column
+LABEL_WIDTH = 48
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 36
 
 Row = Mapping[str, Any]
@@ -185,10 +187,11 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     values = [row[name] for row in drawn for name in (middle, *ends) if row.get(name)]
     low, high = 10 ** (math.log10(min(values)) - 0.08), 10 ** (math.log10(max(values)) + 0.12)
     streams = sorted({row["concurrency"] for row in drawn})
-    first, last = streams[0], max(streams[-1], 2 * streams[0])
+    ahead, behind = (LABEL_WIDTH if len(names.loads) > 1 else 12), LABEL_WIDTH
 
-    def x(value: float) -> float:
-        return LEFT + 12 + (WIDTH - LEFT - RIGHT - 58) * math.log(value / first) / math.log(last / first)
+    def x(count: int) -> float:  # every number of streams has the same room for its labels
+        width = WIDTH - LEFT - RIGHT - ahead - behind
+        return LEFT + ahead + width * streams.index(count) / max(1, len(streams) - 1)
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * math.log(high / value) / math.log(high / low)
@@ -207,7 +210,8 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(drawn, key=lambda row: row["concurrency"]):
         lines.setdefault((names.side(row), load_of(row)), []).append(row)
-    columns: dict[float, list[tuple[float, str, str]]] = {}  # of labels: height, colour, text
+    # of labels, by place and anchor: height, colour, text. The first load's stand on the right of their points, the others' on the left
+    columns: dict[tuple[float, str], list[tuple[float, str, str]]] = {}
     for index, ((side, _), points) in enumerate(lines.items()):
         stroke, dash, shift = colour(side), names.dash(points[0]), 2.0 * (index - len(lines) / 2)
         path = " ".join(f"{x(row['concurrency']) + shift:.1f},{y(row[middle]):.1f}" for row in points)
@@ -224,10 +228,12 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
                 f'<circle cx="{at:.1f}" cy="{height:.1f}" r="3"><title>{html.escape(side)}, {load_of(row)}, {row["concurrency"]} streams:'
                 f" {shown} {unit}</title></circle></g>"
             )
-            columns.setdefault(x(row["concurrency"]) + len(lines) + 4, []).append((height, stroke, shown))
+            away = len(lines) + 4
+            side_of = (away, "start") if load_of(row) == names.loads[0] else (-away, "end")
+            columns.setdefault((x(row["concurrency"]) + side_of[0], side_of[1]), []).append((height, stroke, shown))
     labels = [
-        f'<text class="value" x="{at:.1f}" y="{height + 3:.1f}" style="fill:{stroke}">{shown}</text>'
-        for at, column in columns.items()
+        f'<text class="value" x="{at:.1f}" y="{height + 3:.1f}" text-anchor="{anchor}" style="fill:{stroke}">{shown}</text>'
+        for (at, anchor), column in columns.items()
         for height, (_, stroke, shown) in zip(spread([height for height, _, _ in sorted(column)]), sorted(column))
     ]
     return (
