@@ -23,7 +23,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai soak \
+           test test-fuzz test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai soak \
            bench-convert
 .PHONY: $(WORDS) FORCE
 
@@ -186,14 +186,17 @@ $(VENV)/locks/%.txt: requirements/%.txt
 
 TESTED := $(call has,run verify gguf fetch openai bench aiperf clients chart test release)
 BENCH_NEEDS := $(call has,bench openai aiperf $(if $(PEERS),verify)) $(PERF)
-LONG   := tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py \
-          tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
-test: $(TESTED) ## every test that this machine can run, but those of the image
-	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker)
+FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
+LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
+PYTEST  = $(PY) -m pytest -q --durations=25
+test: $(TESTED) ## every test that this machine can run, but those of the image and the fuzzers
+	@$(PYTEST) $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker $(addprefix --ignore ,$(FUZZ)))
+test-fuzz: $(TESTED) ## requests made at random, a hundred of each kind, to a real server
+	@$(PYTEST) $(or $(TESTS),-n 2 --dist loadgroup $(FUZZ))
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root
-	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),tests/images/docker)
+	@$(PYTEST) $(or $(TESTS),tests/images/docker)
 test-long: $(TESTED) ## property tests and fuzzers, fifty times as long (about half an hour)
-	@$(PY) -m pytest -q --hypothesis-profile=long --timeout 3600 $(or $(TESTS),$(LONG))
+	@$(PYTEST) --hypothesis-profile=long --timeout 3600 $(or $(TESTS),$(LONG))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
 lint: $(call has,run openai test dev) ## ruff, mypy, import-linter, shellcheck, mbake, hadolint

@@ -16,14 +16,13 @@ from scripts import reports, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING = {"plan", "doctor"}
+TESTING = {"test", "test-fuzz", "test-image", "test-long"}
 # what is read of a config.json to know its heads; the room config reads all of it
 SMALL_BYTES = 1 << 20
 # words of those who work on this project, and words that use no weights
 WITHOUT_WEIGHTS = {
     "weights",
-    "test",
-    "test-image",
-    "test-long",
+    *TESTING,
     "lint",
     "lock",
     "lock-base",
@@ -33,7 +32,7 @@ WITHOUT_WEIGHTS = {
     "clean",
 }
 # words that need to know no TensorRT-LLM if nobody named one
-WITHOUT_TOOLCHAIN = {*PLANNING, "test", "test-image", "test-long", "lint", "lock", "pin", "help", "clean"}
+WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
 LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
 
 

@@ -24,7 +24,7 @@ def test_stocks_models_are_those_of_nvidia_by_their_own_table() -> None:
 
 
 def test_a_short_run(tree: Path) -> None:
-    done = make(tree, "bench-text", "TP=1", "BENCH=--rounds 1 --seconds 2")
+    done = make(tree, "bench-text", "TP=1", "BENCH=--rounds 1 --seconds 1")
     assert done.returncode == 0, done.stderr
     result = json.loads((tree / "build/bench-text.json").read_text())
     for numbers in result["found"].values():

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from project import copy_of_project
 from server import Served, end_tree_of, processes_below, serve
+from waiting import until
 
 STRANGER = "127.0.0.2"
 # computes for half a minute, takes gigabytes, loops: when a message says so
@@ -101,13 +102,6 @@ def others_served(server: Served) -> Iterator[None]:
         over.set()
         thread.join()
     assert statuses and set(statuses) == {200}
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        threading.Event().wait(0.05)
 
 
 def family(server: Served) -> dict[int, int]:

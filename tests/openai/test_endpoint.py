@@ -12,10 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
@@ -28,6 +27,7 @@ import pytest
 from project import ROOT, copy_of_project, make
 from server import Served, end_tree_of, free_ports, processes_below, serve
 from tokenizers import Tokenizer
+from waiting import until
 
 from scripts import build_model_repo, reports
 from scripts.nvidia import contracts
@@ -52,12 +52,6 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield running
     status = running.end()
     assert status == 0, "".join(running.lines)
-
-
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
 
 
 def endpoint_of(server: Served) -> int:

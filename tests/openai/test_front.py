@@ -7,12 +7,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import uvicorn
 import uvloop
+from waiting import until
 
 from scripts.openai import front, shares
 from scripts.openai.front import Front, Fronts
@@ -171,15 +172,6 @@ def test_one_address_has_a_share_of_the_connections(port: int) -> None:
     for link in [*held, honest]:
         link.close()
     until(lambda: not Front.fronts.open and not Front.fronts.by_client and not Front.fronts.by_name)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = threading.Event()
-    for _ in range(400):
-        if condition():
-            return
-        deadline.wait(0.05)
-    raise AssertionError("it did not come about")
 
 
 def test_ipv6_customers_are_networks() -> None:

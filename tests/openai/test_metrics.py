@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 from project import ROOT, copy_of_project
 from prometheus_client.parser import text_string_to_metric_families
 from server import Served, end_tree_of, processes_below, serve
+from waiting import until
 
 from scripts.openai.engine import Stream
 from scripts.openai.keys import Key, Keys, parsed
@@ -79,13 +80,6 @@ def scraped(server: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], flo
 def value(server: Served, name: str, **labels: str) -> float:
     found = scraped(server)
     return sum(got for (one, own), got in found.items() if one == name and set(labels.items()) <= set(own))
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        threading.Event().wait(0.1)
 
 
 def lines_of(server: Served) -> list[dict[str, Any]]:
@@ -155,13 +149,11 @@ def test_requests_that_run_and_wait_are_the_engines(operated: Served) -> None:
     )
     assert held.getresponse().status == 200
     until(
-        lambda: (value(operated, "bake_num_requests_running"), value(operated, "bake_num_requests_waiting")) == (2, 4),
-        20,
+        lambda: (value(operated, "bake_num_requests_running"), value(operated, "bake_num_requests_waiting")) == (2, 4)
     )
     held.close()
     until(
-        lambda: (value(operated, "bake_num_requests_running"), value(operated, "bake_num_requests_waiting")) == (0, 0),
-        20,
+        lambda: (value(operated, "bake_num_requests_running"), value(operated, "bake_num_requests_waiting")) == (0, 0)
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from project import make
 from server import end_tree_of, free_ports, processes_below, serve
+from waiting import until
 
 from scripts import reports
 from scripts.serving import host
@@ -150,13 +151,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
     except OSError:
         return False
-
-
-def until(wanted: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not wanted():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.1)
 
 
 def test_an_ipv6_address_is_written_as_each_server_reads_it() -> None:

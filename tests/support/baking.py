@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from project import copy_of_project, make
+from waiting import until
 
 IGNORED = "build/\ndist/\n.venv/\n__pycache__/\n*.pyc\n"
 PATIENCE_SECONDS = 180
@@ -24,14 +24,6 @@ def docker(*words: str, check: bool = True, timeout: float = 300) -> subprocess.
     done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=timeout, check=False)
     assert not check or done.returncode == 0, f"docker {' '.join(words)}: {done.stdout}{done.stderr}"
     return done
-
-
-def until(wanted: Callable[[], object], what: str) -> None:
-    """Ask until it is so; never longer than PATIENCE_SECONDS."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not wanted():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.2)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from server import Served
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 PROMPT = "Once upon a time"
 STORY = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
@@ -117,14 +117,6 @@ def core_request(ids: Any, n: int, **values: Any) -> dict[str, Any]:
         "temperature": floats(1.0), "streaming": yes(False), "end_id": ints(2), "pad_id": ints(2), "return_log_probs": yes(False),
         "runtime_top_k": ints(1), "runtime_top_p": floats(0.0), **values,
     }  # fmt: skip
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Watch the server until something is so; a deadline is the only clock."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def is_clean(message: str) -> bool:

@@ -15,14 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server import Served, processes_below
-from triton_requests import PROMPT, STORY, until
+from triton_requests import PROMPT, STORY
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from waiting import until
 
 MODELS = ["ensemble", "tensorrt_llm_bls", "preprocessing", "postprocessing", "tensorrt_llm"]
-# 1,000 examples a test; `make test-long` has the profile "long" (conftest.py)
+# 100 examples a test; `make test-long` has the profile "long" (conftest.py): 5,000
 FUZZ = settings(
     deadline=None,
-    max_examples=10 * settings().max_examples,
+    max_examples=settings().max_examples,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 ANSWER_SECONDS = 60

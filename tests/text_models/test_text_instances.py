@@ -8,7 +8,8 @@ from contextlib import closing
 import pytest
 from project import copy_of_project
 from server import Served, end_tree_of, serve
-from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, until, yes
+from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, yes
+from waiting import until
 
 
 @pytest.fixture(scope="module")

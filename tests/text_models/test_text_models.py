@@ -32,10 +32,10 @@ from triton_requests import (
     tell,
     text_of,
     texts,
-    until,
     yes,
 )
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])

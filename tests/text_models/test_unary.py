@@ -33,10 +33,10 @@ from triton_requests import (
     preprocessed,
     text_of,
     texts,
-    until,
     yes,
 )  # fmt: skip
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 from scripts.ask import ask_over_http
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from server import Served, end_tree_of, serve
-from triton_requests import until
+from waiting import until
 
 BEGINNING = "Once upon a time there was a little girl named Lily. She loved to play with her toys in the park. "
 ENDINGS = ("One day", "Her mom", "One day", "The dog")

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from baking import Baked, Container, docker, until
+from baking import Baked, Container, docker
 from helming import Helm, Render, one, pod_of
 from project import make
 from server import free_ports
+from waiting import until
 
 pytestmark = pytest.mark.timeout(1500)
 KEY = "a-key-of-the-test"

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baking import PLANTED, Baked, Container, bake, committed, docker, until
+from baking import PLANTED, Baked, Container, bake, committed, docker
 from project import ROOT, copy_of_project, make
 from server import free_ports
 from triton_requests import STORY
+from waiting import until
 
 from scripts.images import archive as image_archive
 

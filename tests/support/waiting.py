@@ -1,0 +1,17 @@
+"""The one way that tests wait: ask until it is so, and give the processor away in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+# Much longer than anything takes on a busy machine: it only ends what would hang
+PATIENCE_SECONDS = 180.0
+PAUSE_SECONDS = 0.03
+
+
+def until(condition: Callable[[], object], what: str = "it did not come about") -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(PAUSE_SECONDS)
