@@ -334,7 +334,8 @@ def test_what_is_no_link_of_metas_is_told_and_not_shown(
 def test_what_a_full_disk_cut_off_is_not_counted_again(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {"config.json": b"{}", "model.safetensors": os.urandom(300_000)}
+    """The other file is empty, so that no note of its arrival tells the next try of this one."""
+    files = {"config.json": b"", "model.safetensors": os.urandom(300_000)}
     web.files.update({f"/m/{name}": data for name, data in files.items()})
     monkeypatch.setattr(fetch_weights, "SEGMENT_BYTES", 1 << 20)
     plain_note = room.Filling.note

@@ -196,6 +196,29 @@ def test_a_rank_that_is_killed_or_stopped_while_starting_is_named(tree: Path, se
             end_tree_of(starting.process.pid)
 
 
+def test_a_start_is_tried_again_if_triton_gave_up_on_a_model(tree: Path, served: Served) -> None:
+    """What a busy machine does to a start: Triton takes a model's process for dead. Here it is dead, once."""
+    starting = serve(tree, wait=False)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert time.monotonic() < deadline
+            try:
+                model = process_of(starting, 1, "tensorrt_llm")
+                if "libtorch" in Path(f"/proc/{model}/maps").read_text():  # it is at work, and was seen
+                    os.kill(model, signal.SIGSEGV)
+                    break
+            except (AssertionError, OSError):
+                continue
+        assert starting.ready.wait(120)
+        text = "".join(starting.lines)
+        assert text.count("starting again") == 1 and "ready after" in text, text
+        assert starting.post("ensemble", text_input="Once", max_tokens=3)["status"] == 200
+        assert starting.end() == 0
+    finally:
+        end_tree_of(starting.process.pid)
+
+
 def test_a_rank_that_stops_while_ending_is_no_success(server: Served) -> None:
     client = threading.Thread(target=lambda: _post_quietly(server), daemon=True)
     client.start()

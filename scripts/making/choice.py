@@ -30,6 +30,28 @@ WITHOUT_WEIGHTS = {
     "synthetic",
     "help",
     "clean",
+    "ask",
+    "verify-image",
+    "push",
+    "bench-convert",
+}
+# words whose rooms are made for TP ranks; the others ask a running server, or depend on the model alone
+SPLIT = {
+    "checkpoint",
+    "engines",
+    "verified",
+    "model_repo",
+    "serve",
+    "demo",
+    "image",
+    "size",
+    "release",
+    "chart",
+    "bench",
+    "bench-serve",
+    "bench-text",
+    "bench-openai",
+    "soak",
 }
 # words that need to know no TensorRT-LLM if nobody named one
 WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}

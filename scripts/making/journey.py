@@ -280,7 +280,7 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
         raise settings.problem(refused, {**typed.settings, **values}, choice.presets(), choice.toolchains(), typed.goal)
     said = ""
     if not refused or refused == ["WEIGHTS"]:
-        if not looking and set(typed.goals) - choice.WITHOUT_WEIGHTS:
+        if choice.SPLIT & set(typed.goals):
             choice.check_split(values, typed.goal)
         if not values["TOOLCHAIN"] and values["ENGINE"] != "tensorrt":
             values["TOOLCHAIN"] = choice.toolchains()[0]

@@ -20,6 +20,8 @@ PROJECT = Path(__file__).parents[2]
 # How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
 STOPPED_SECONDS = 3.0
 LOG_LINES = 15
+# What the kernel calls a rank's server and the process of one of its models (the Python backend's; 15 letters are kept)
+SERVER, MODEL = "tritonserver", "triton_python_b"
 # The tables that tritonserver prints at its start tell nothing of a failure.
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
@@ -31,6 +33,11 @@ TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
 REQUESTS_DONE = "All models are stopped"
 # From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
 UNLOAD_SECONDS = 3.0
+# What Triton's Python backend writes when a model's process has not said for a second that it lives. It then frees what that process
+# still reads, which ends by a signal. (Triton 2.51, StubLauncher::ReceiveMessageFromStub; seen on a machine with a load of 30)
+GAVE_UP = re.compile(r"Stub process '[^']*' is not healthy|Failed to obtain the health mutex")
+# How long the last lines of a rank that has ended may take through mpirun
+LAST_WORDS_SECONDS = 3.0
 # What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
 # What it writes when its GPU cannot hold the engine (gpu_llama.py beside it)
@@ -43,24 +50,48 @@ class Ranks:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Output
     ) -> None:
+        self.command, self.environment, self.root, self.run_dir, self.log = command, environment, root, run_dir, log
+        self._start()
+
+    def _start(self) -> None:
         self.mpirun = subprocess.Popen(
-            command, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, text=True, errors="replace",
+            self.command, cwd=self.root, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
-        self.session, self.run_dir = self.mpirun.pid, run_dir
+        self.session = self.mpirun.pid
         self.guard = self._guard()
         self.last_lines: dict[int, deque[str]] = {}
         self.lost_rank: int | None = None
         self.out_of_memory: tuple[int, str] | None = None
+        self.model_given_up = False
         self.ended_first: int | None = None
         self.gone_since: float | None = None
         self.requests_done_at: float | None = None
         self.expected: dict[tuple[int, int], processes.Process] = {}
         self.stopped_since: dict[tuple[int, int], float] = {}
-        self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
-    def _read(self, log: Output) -> None:
+    def start_again(self) -> None:
+        """End what is left of a start that failed, and start anew in the same folder."""
+        self.guard.kill()  # told of the end, it would take the folder away
+        self.end()
+        self._start()
+
+    def hear_out(self) -> None:
+        """After a failure: wait a moment for what mpirun still passes on. A server's last lines say more than its end does."""
+        try:
+            self.mpirun.wait(LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            return
+        self.reader.join(timeout=NAMED_SECONDS)
+
+    @property
+    def model_lost(self) -> bool:
+        """Whether a start failed because a model's process was lost: Triton took it for dead, or waits for ever because it is."""
+        return self.model_given_up or (self.gone_since is not None and self.mpirun.poll() is None)
+
+    def _read(self) -> None:
         """Sort the ranks' output: mpirun marks each line with its rank."""
         assert self.mpirun.stdout is not None
         for line in self.mpirun.stdout:
@@ -79,7 +110,8 @@ class Ranks:
                     self.ended_first = int(first[1] or first[2])
                 if rank == 0 and REQUESTS_DONE in text:
                     self.requests_done_at = time.monotonic()
-                log.line(f"rank {rank}: {text}" if rank >= 0 else text)
+                self.model_given_up |= GAVE_UP.search(text) is not None
+                self.log.line(f"rank {rank}: {text}" if rank >= 0 else text)
 
     def _guard(self) -> subprocess.Popen[bytes]:
         """The process that ends the ranks when this one dies."""
@@ -95,20 +127,24 @@ class Ranks:
         """The last lines that a rank wrote; mpirun's own when it wrote none."""
         return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
 
-    def watch(self) -> None:
-        """From now on every process that is there must stay."""
-        self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
+    def lasting(self, current: Mapping[tuple[int, int], processes.Process]) -> dict[tuple[int, int], processes.Process]:
+        """Of the processes that are there, those that last as long as their rank: its server, and those of its models.
+
+        mpirun started each server. It is not known by its name alone: what tritonserver starts (a model's process, a look at the
+        machine) has its name until it becomes another program, and may be seen before its parent has the name itself.
+        """
+        of_ranks = {key: p for key, p in current.items() if p.rank is not None}
+        servers = {key: p for key, p in of_ranks.items() if p.name == SERVER and p.parent == self.mpirun.pid}
+        pids = {p.pid for p in servers.values()}
+        return {**servers, **{key: p for key, p in of_ranks.items() if p.name == MODEL and p.parent in pids}}
 
     def failure(self, ending: bool = False) -> tuple[int, str] | None:
         """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS.
 
-        Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
+        ending: rank 0's processes may go.
         """
         now, current = time.monotonic(), processes.of_session(self.session)
-        servers = {key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"}
-        # a server that starts another program is two of that name for a moment
-        pids = {p.pid for p in servers.values()}
-        self.expected.update({key: p for key, p in servers.items() if p.parent not in pids})
+        self.expected.update(self.lasting(current))
         gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
         if gone:
             self.gone_since = self.gone_since or now
@@ -120,6 +156,7 @@ class Ranks:
             if first is not None and process.rank != first:  # it was gone before we saw it
                 return first, "it ended"
             return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
+        self.gone_since = None
         self.stopped_since = {key: since for key, since in self.stopped_since.items() if key in current}
         for key, process in current.items():
             if process.state not in "tT":
@@ -145,7 +182,8 @@ class Ranks:
         tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
         a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
         """
-        servers = [p for p in processes.of_session(self.session).values() if p.rank == 0 and p.name == "tritonserver"]
+        lasting = self.lasting(processes.of_session(self.session)).values()
+        servers = [p for p in lasting if p.rank == 0 and p.name == SERVER]
         for server in servers:
             processes.send(server, signal.SIGTERM)
         deadline = time.monotonic() + timeout_seconds

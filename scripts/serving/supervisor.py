@@ -31,6 +31,8 @@ from scripts.serving.pulse import SILENT_SECONDS, Pulse, http_ok
 from scripts.serving.ranks import UNLOAD_SECONDS, Ranks
 from scripts.serving.toolbox import Toolbox, check_mpirun, find_toolbox
 
+# A start fails if a process of a model does not run for a second (ranks.py, GAVE_UP)
+START_TRIES = 2
 PROBE = {"text_input": "Hello", "max_tokens": 1}
 
 
@@ -162,18 +164,22 @@ class Supervisor:
 
     def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
         """Ready: a token came out of all ranks."""
-        watching_all = False
+        tries = 1
         threading.Thread(target=self._ask_until_answered, daemon=True).start()
         while not self.asked_to_end.wait(0.1):
-            if self.loaded.is_set() and not watching_all:
-                # Triton calls itself ready when its models are loaded; from here on each of their processes must live.
-                ranks.watch()
-                watching_all = True
             if self.answered.is_set():
                 return
             if failure := ranks.failure():
+                if "stopped" not in failure[1]:
+                    ranks.hear_out()
                 if ranks.out_of_memory:
                     raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory)
+                if ranks.model_lost and tries < START_TRIES:
+                    room.say("serve", "a model's process was lost; starting again (is this machine busy?)")
+                    tries += 1
+                    self.loaded.clear()
+                    ranks.start_again()
+                    continue
                 raise reports.serving.rank_failed(failure[0], failure[1], "while starting", ranks.tail(failure[0]))
             if self.endpoint is not None and self.endpoint.process.poll() is not None:
                 event = self.endpoint.failure() or ""

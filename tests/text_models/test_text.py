@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from project import ROOT
 from synthetic import tokenizer_model
@@ -130,9 +130,13 @@ def test_streamed_pieces_are_sentencepieces_text_of_a_continuation(
 
 @MANY
 @given(ids=ANY_IDS)
+@example(ids=[1, 300])
+@example(ids=[1, 2, 300, 300])
 def test_a_whole_text_is_sentencepieces_text(stories: Text, ids: list[int]) -> None:
+    """SentencePiece keeps a space at the start that is spelt as a byte. We take it off, as the tokenizers library does."""
     ids = [token for token in ids if token != 0]
-    assume(not ids or ids[0] != SLOW.piece_to_id("<0x20>"))  # SentencePiece keeps a space there that is spelt as a byte
+    shown = [token for token in ids if token not in stories.special]
+    assume(not shown or shown[0] != SLOW.piece_to_id("<0x20>"))
     assert stories.decode([1, *ids]) == SLOW.decode(ids)
 
 
