@@ -4,7 +4,7 @@ Streams of exactly --tokens tokens each, 1 and --streams of them at once, both w
 cpu   microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
 
 With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are asked in turn,
---rounds times; the median of the rounds' ratios. Each answer has a trace, which goes to a collector in this process.
+--rounds times. Each answer has a trace, which goes to a collector in this process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from scripts.serving import launch, processes
 from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
+# how often each of two servers is asked before the other's turn
+TURNS = 4
 
 
 def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
@@ -203,16 +205,21 @@ def measure_traces(settings: launch.Settings, streams: int, tokens: int, rounds:
                 for name, (one, pid) in list(servers.items())[:: 1 if number % 2 else -1]:
                     ask = functools.partial(over_openai, model=served_name(one))
                     before = cpu_seconds(pid or 0)
-                    speed = together(ask, one, [1, 403, 407, 261, 378], tokens, streams)["tokens_per_second"]
+                    speeds = [
+                        together(ask, one, [1, 403, 407, 261, 378], tokens, streams)["tokens_per_second"]
+                        for _ in range(TURNS)
+                    ]
+                    cpu = 1e6 * (cpu_seconds(pid or 0) - before) / (TURNS * streams * tokens)
                     if number:  # the first one warms
-                        found[name].append((speed, 1e6 * (cpu_seconds(pid or 0) - before) / (streams * tokens)))
+                        found[name].append((float(np.median(speeds)), cpu))
         collector.shutdown()
     result: dict[str, Any] = {}
     for column, what in enumerate(("tokens a second", "cpu microseconds a token")):
-        for name, of in found.items():
-            result[f"{what}, traces {name}"] = float(np.median([row[column] for row in of]))
+        means = {name: float(np.mean([row[column] for row in of])) for name, of in found.items()}
+        result.update({f"{what}, traces {name}": mean for name, mean in means.items()})
         ratios = [on[column] / off[column] for off, on in zip(found["off"], found["on"])]
-        result[f"{what}, on / off"] = float(np.median(ratios))
+        result[f"{what}, on / off, means"] = means["on"] / means["off"]
+        result[f"{what}, on / off, median"] = float(np.median(ratios))
         result[f"{what}, on / off, quartiles"] = [float(each) for each in np.percentile(ratios, [25, 75])]
     return result
 
