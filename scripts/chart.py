@@ -28,11 +28,6 @@ CHART = "docker/chart"
 GIB = 1 << 30
 # The largest host that docker/gpus.json knows GPUs of (HGX, DGX)
 GPUS_PER_HOST = 8
-# Programs without model: supervisor, endpoint, Triton, text models, and for each rank tritonserver with the engine's Python and its step.
-# Measured: 594 MiB for the bundled model's image with 2 ranks, of which 60 MiB are weights and KV cache. Twice that is asked for.
-PROGRAM_BYTES, RANK_BYTES = 512 << 20, 384 << 20
-# A rank's CUDA context, and PyTorch's or TensorRT's libraries. ASSUMED, never measured by us.
-GPU_RANK_BYTES = 2 << 30
 # /dev/shm: a limit, of which only what is used is taken (docker/compose.yaml, docker/compose.gpu.yaml)
 SHARED_BYTES_PER_GPU = 1 << 30
 # Triton, text models and endpoint; a rank is a process that works or waits for the others without rest
@@ -151,9 +146,9 @@ def values(
     """What of docker/chart/values.yaml follows from the image. Sizes are whole GiB, as Kubernetes writes them."""
     ranks, gpu = engine.world_size, on_gpus(passport)
     shared_bytes = SHARED_BYTES_PER_GPU * (ranks if passport["engine"]["kind"] == "tensorrt" else 1)
-    program_bytes = PROGRAM_BYTES + ranks * (RANK_BYTES + (GPU_RANK_BYTES if gpu else 0))
-    model_bytes = memory_model.serve_bytes(engine, gpu)
-    memory = f"{math.ceil((model_bytes + program_bytes + shared_bytes) / GIB)}Gi"
+    # as make plan has it
+    planned_bytes = memory_model.serve_bytes(engine, gpu) + memory_model.program_bytes(ranks, gpu)
+    memory = f"{math.ceil((planned_bytes + shared_bytes) / GIB)}Gi"
     cores = str(PROGRAM_CORES + ranks * RANK_CORES)
     places = engine.max_batch_size
     built = passport["engine"]["gpu"]

@@ -402,8 +402,11 @@ def rows(journey: Journey) -> list[Row]:
 
 
 def serve_bytes(journey: Journey) -> int:
-    """Host memory of the servers."""
-    return memory_model.serve_bytes(journey.engine, on_gpus=journey.choice.tensorrt or bool(journey.gpus))
+    """Host memory of the servers; docker/chart asks for it too (scripts/chart.py)."""
+    on_gpus = journey.choice.tensorrt or bool(journey.gpus)
+    return memory_model.serve_bytes(journey.engine, on_gpus) + memory_model.program_bytes(
+        journey.engine.world_size, on_gpus
+    )
 
 
 def programs(journey: Journey) -> dict[str, list[str]]:

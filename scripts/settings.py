@@ -115,6 +115,7 @@ TABLE: tuple[Setting, ...] = (
     Setting("LAME_DUCK_SECONDS", "0", r"0|[1-9][0-9]{0,3}", "a whole number, or 0", "5",
             "before that: how long new ones are still served while `/health` says 503", SERVING),
     _one_of("METRICS", "on", ("on", "off"), "Prometheus' page `/metrics` on the endpoint's port", goals=SERVING),
+    _one_of("TRACES", "off", ("on", "off"), "`on`: a trace of each request for OpenTelemetry (docs/operations.md)", goals=SERVING),
     _one_of("LOG", "text", ("text", "json"), "`json`: also a line for each request to the endpoint", goals=SERVING),
     Setting("CHAT_TEMPLATE", "", ".*", "a Jinja file that is there, or empty for the model's own template", "",
             "a Jinja file", shown="the model's own, or the preset's"),
@@ -162,7 +163,7 @@ NAMES = tuple(setting.name for setting in TABLE)
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
 # Settings that are options too, under their names; LOG's is not --log, which names a file
 OPERATING = (
-    "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",
+    "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "TRACES", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",
 )  # fmt: skip
 
 

@@ -16,10 +16,11 @@ import yaml
 from helming import CHART, Helm, Render, case, one, pod_of
 from project import ROOT
 
-from scripts import chart, reports
+from scripts import chart, reports, settings
 from scripts.nvidia import gpus
 from scripts.nvidia import memory as memory_model
-from scripts.serving import launch
+from scripts.serving import collector, launch
+from scripts.serving.collector import check_collector
 
 CASES = sorted((CHART / "ci").glob("*.yaml"))
 # the oldest that the chart takes, the newest that there are schemas for, and two between them
@@ -208,6 +209,57 @@ def test_keys_come_from_a_secret_as_a_folder(render: Render) -> None:
     assert [each["secret"]["defaultMode"] for each in pod["volumes"] if each["name"] == "keys"] == [0o440]
 
 
+def test_traces_go_to_a_collector_and_its_token_comes_from_a_secret(render: Render) -> None:
+    """Values that the server takes: what each variable says is checked as the server checks it."""
+    [server] = pod_of(render(case("keda")))["containers"]
+    given = {each["name"]: each for each in server["env"]}
+    assert given["TRACES"]["value"] == "on"
+    check_collector({name: each["value"] for name, each in given.items() if "value" in each})
+    headers = given["OTEL_EXPORTER_OTLP_HEADERS"]
+    assert headers["valueFrom"] == {"secretKeyRef": {"name": "collector", "key": "headers"}} and "value" not in headers
+    assert "TRACES" not in {each["name"] for each in pod_of(render(case("cpu")))["containers"][0]["env"]}
+
+
+def test_every_variable_of_a_pod_is_one_that_the_server_reads(render: Render) -> None:
+    """The chart's own, with values that fit the settings' table."""
+    for path in CASES:
+        [server] = pod_of(render(path))["containers"]
+        for each in server["env"]:
+            if each["name"] in settings.BY_NAME:
+                assert settings.fits(settings.BY_NAME[each["name"]], each["value"]), each
+            else:
+                assert each["name"] in collector.NAMES, each
+
+
+def test_probes_volumes_and_spreading_are_as_the_manual_says(render: Render) -> None:
+    """docs/operations.md, Probes; numbers that a rollout lives on."""
+    pod = pod_of(render(case("cpu")))
+    [server] = pod["containers"]
+    asked = [
+        (server[f"{kind}Probe"]["httpGet"], server[f"{kind}Probe"]["periodSeconds"])
+        for kind in ("startup", "readiness", "liveness")
+    ]
+    token, alive = {"path": "/health", "port": "openai"}, {"path": "/health/live", "port": "openai"}
+    assert asked == [(token, 5), (token, 5), (alive, 10)]
+    startup = server["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == launch.STARTUP_SECONDS
+    # /health itself waits 5 s for a token (HEALTH_SECONDS)
+    assert min(startup["timeoutSeconds"], server["readinessProbe"]["timeoutSeconds"]) > 5
+    assert server["lifecycle"]["preStop"]["exec"]["command"][-1] == "import time; time.sleep(5)"
+    volumes = {each["name"]: each["emptyDir"] for each in pod["volumes"]}
+    assert volumes == {"tmp": {"sizeLimit": "1Gi"}, "shm": {"medium": "Memory", "sizeLimit": "1Gi"}}
+    assert {each["mountPath"] for each in server["volumeMounts"]} == {"/tmp", "/dev/shm"}
+    assert {each["topologyKey"] for each in pod["topologySpreadConstraints"]} == {
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    }
+    budget = one(render(case("cpu")), "PodDisruptionBudget")["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+    pod = pod_of(render(case("keda")))
+    assert {"key": "dedicated", "operator": "Equal", "value": "llm", "effect": "NoSchedule"} in pod["tolerations"]
+    assert pod["nodeSelector"] == {"pool": "gpu"} and pod["runtimeClassName"] == "nvidia"
+
+
 def test_a_canary_is_reached_through_its_groups_service_and_belongs_to_its_own_deployment(render: Render) -> None:
     canary = render(case("canary"), release="stories-canary")
     labels = one(canary, "Deployment")["spec"]["template"]["metadata"]["labels"]
@@ -266,7 +318,12 @@ def test_metrics_are_scraped_where_the_table_says(render: Render) -> None:
         ("group=x,service.enabled=false", "serviceMonitor"),
         ("drainSecond=10", "drainSecond"),
         ("drainSeconds=soon", "drainSeconds"),
+        ("drainSeconds=0", "drainSeconds"),
         ("env.HOST=1.2.3.4", "HOST"),
+        ("env.OTEL_EXPORTER_OTLP_HEADERS=secret", "OTEL_EXPORTER_OTLP_HEADERS"),
+        ("traces.endpoint=", "traces.headersSecret"),
+        ("traces.endpoint=http://user:secret@collector:4318", "/traces/endpoint"),
+        ("networkPolicy.egress=[]", "docs/operations.md, 'Traces'"),
         ("env.API_KEY_FILE=/tmp/keys", "API_KEY_FILE"),
         ("networkPolicy.tritonFrom=[]", "tritonFrom"),
     ],
@@ -333,6 +390,19 @@ def test_memory_on_a_cpu_is_what_make_plan_says() -> None:
     memory = int(found(passport_of("torch", "cpu"), config_of(2))["resources"]["requests"]["memory"][:-2]) << 30
     programs = memory - memory_model.torch_host_bytes(engine)
     assert 1 << 30 < programs < 4 << 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "tp_size"), [("tensorrt", "", 8), ("torch", "cuda", 4), ("torch", "cpu", 2)]
+)
+def test_memory_is_make_plans_and_what_lies_in_shared_memory(kind: str, target: str, tp_size: int) -> None:
+    """The plan's row `serve`, whole GiB."""
+    values = found(passport_of(kind, target), config_of(tp_size))
+    engine, on_gpus = chart.engine_of(config_of(tp_size)), target != "cpu"
+    planned = memory_model.serve_bytes(engine, on_gpus) + memory_model.program_bytes(engine.world_size, on_gpus)
+    shared = int(values["sharedMemory"][:-2]) << 30
+    asked = int(values["resources"]["requests"]["memory"][:-2]) << 30
+    assert 0 <= asked - planned - shared < 1 << 30
 
 
 def refusal(tp_size: int, node: str, **passport: Any) -> reports.Problem:

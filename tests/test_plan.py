@@ -327,7 +327,8 @@ def test_the_torch_engine_is_planned_for_gpus_and_for_none() -> None:
     asked = choice(ENGINE="torch")
     on_cpu = plan.journey_of(asked, plan.model_of(asked), [])
     # float32: 2 x (2 x 6.87 GB + 32768 tokens x 2 x 262144)
-    assert plan.serve_bytes(on_cpu) == 2 * (2 * 6_869_753_856 + 32_768 * 524_288)
+    programs = (512 + 2 * 384) << 20
+    assert plan.serve_bytes(on_cpu) == 2 * (2 * 6_869_753_856 + 32_768 * 524_288) + programs
     assert {row.room: row.disk_bytes for row in plan.rows(on_cpu)}["engines"] == 0  # links
 
 

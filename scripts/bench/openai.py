@@ -2,6 +2,9 @@
 
 Streams of exactly --tokens tokens each, 1 and --streams of them at once, both ways in turn; the best of three.
 cpu   microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
+
+With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are asked in turn,
+--rounds times. Each answer has a trace, which goes to a collector in this process.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import argparse
 import functools
 import http.client
+import http.server
 import json
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,8 @@ from scripts.serving import launch, processes
 from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
+# how often each of two servers is asked before the other's turn
+TURNS = 4
 
 
 def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
@@ -168,17 +175,73 @@ def measure(settings: launch.Settings, streams: int, tokens: int) -> dict[str, A
     return result
 
 
+class Deaf(http.server.BaseHTTPRequestHandler):
+    """A collector that takes everything and keeps nothing."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def measure_traces(settings: launch.Settings, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Two servers, asked in turn: tokens a second and CPU a token, and the ratios with traces to without."""
+    moved = [port + 100 for port in settings.ports.values()]
+    other = replace(
+        settings, http_port=moved[0], grpc_port=moved[1], metrics_port=moved[2], openai_port=moved[3],
+        operating=replace(settings.operating, traces="on"),
+    )  # fmt: skip
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Deaf) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector.server_port}"
+        with started(settings) as plain, started(other) as traced:
+            servers = {"off": (settings, plain.endpoint_pid), "on": (other, traced.endpoint_pid)}
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+            for number in range(rounds + 1):
+                for name, (one, pid) in list(servers.items())[:: 1 if number % 2 else -1]:
+                    ask = functools.partial(over_openai, model=served_name(one))
+                    before = cpu_seconds(pid or 0)
+                    speeds = [
+                        together(ask, one, [1, 403, 407, 261, 378], tokens, streams)["tokens_per_second"]
+                        for _ in range(TURNS)
+                    ]
+                    cpu = 1e6 * (cpu_seconds(pid or 0) - before) / (TURNS * streams * tokens)
+                    if number:  # the first one warms
+                        found[name].append((float(np.median(speeds)), cpu))
+        collector.shutdown()
+    result: dict[str, Any] = {}
+    for column, what in enumerate(("tokens a second", "cpu microseconds a token")):
+        means = {name: float(np.mean([row[column] for row in of])) for name, of in found.items()}
+        result.update({f"{what}, traces {name}": mean for name, mean in means.items()})
+        ratios = [on[column] / off[column] for off, on in zip(found["off"], found["on"])]
+        result[f"{what}, on / off, means"] = means["on"] / means["off"]
+        result[f"{what}, on / off, median"] = float(np.median(ratios))
+        result[f"{what}, on / off, quartiles"] = [float(each) for each in np.percentile(ratios, [25, 75])]
+    return result
+
+
 def main() -> None:
     parser = serve.settings_parser()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--compare-traces", action="store_true", help="what TRACES=on costs")
+    parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    result = measure(serve.settings_from(args), args.streams, args.tokens)
+    settings = serve.settings_from(args)
+    if args.compare_traces:
+        result = measure_traces(settings, args.streams, args.tokens, args.rounds)
+    else:
+        result = measure(settings, args.streams, args.tokens)
     Path("build").mkdir(exist_ok=True)
     (Path("build") / "bench-openai.json").write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
-        print(f"{key:<44} {value:.2f}")
+        shown = value if isinstance(value, list) else [value]
+        print(f"{key:<44} {' '.join(f'{one:.3f}' for one in shown)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
+from scripts.serving import collector
+
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
 )  # fmt: skip
@@ -114,6 +116,11 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
             [
                 "--env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1",
                 *(f"--env {name}" for name in PASSED_ON),
+                *(
+                    f"--env {name}"
+                    for name in collector.NAMES
+                    if values["TRACES"] == "on" and job == "serve" and name in os.environ
+                ),
             ]
         )
         lines = [*steps[:-1], f"{steps[-1]} {start}", here, known, *network(job, values)]

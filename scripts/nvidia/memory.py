@@ -33,6 +33,13 @@ CUDA_BYTES = (500_000_000, 850_000_000)
 # NCCL's channels and code, and the two buffers of custom all-reduce (2 x 16 MB; none without peers). ASSUMED, never measured by us.
 PEER_BYTES = (100_000_000, 400_000_000)
 
+# Host memory of programs, without the model: supervisor, endpoint, Triton, text models, and for each rank tritonserver with the engine's
+# Python and its step. Measured: 594 MiB for the bundled model's image with 2 ranks, of which 60 MiB are weights and KV cache. Twice that
+# is counted.
+PROGRAM_BYTES, RANK_BYTES = 512 * MIB, 384 * MIB
+# On a GPU: a rank's CUDA context on the host, and PyTorch's or TensorRT's libraries. ASSUMED, never measured by us.
+GPU_RANK_BYTES = 2048 * MIB
+
 # Conversion streams by rows (make bench-convert measures its anonymous memory): less than this, whatever the model.
 CONVERSION_BYTES = 1 << 30
 
@@ -214,6 +221,11 @@ def torch_host_bytes(engine: Engine) -> int:
 def serve_bytes(engine: Engine, on_gpus: bool) -> int:
     """Host memory that a model takes: on GPUs every rank's file passes through it while it is loaded, on a CPU all of it stays."""
     return checkpoint_bytes(engine) if on_gpus else torch_host_bytes(engine)
+
+
+def program_bytes(world_size: int, on_gpus: bool) -> int:
+    """Host memory of a server's programs, beside what `serve_bytes` says of the model."""
+    return PROGRAM_BYTES + world_size * (RANK_BYTES + (GPU_RANK_BYTES if on_gpus else 0))
 
 
 def _layers(engine: Engine) -> list[int]:

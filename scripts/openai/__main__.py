@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,11 @@ def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
         metrics = Page(Counts(workers), args.name, lambda: shares.load, slots, args.triton_metrics)
     # never from the command line, where every user sees it
     keys = Keys(args.api_key_file, os.environ.pop("BAKE_API_KEY", ""))
+    if args.traces == "on":
+        # here, so that workers share what it takes; whoever does without it never loads it
+        from scripts.openai.tracing import Traces
+
+        options = replace(options, traces=Traces)
     endpoint = Endpoint(
         args.name, engine, text, module.StopStrings, chat is not None, shares, Desk(""), text.end_ids, keys, described, options,
         metrics,
@@ -295,6 +300,7 @@ def main() -> int:
         "--drain-seconds", type=int, default=20, help="how long running requests may take after SIGTERM"
     )
     parser.add_argument("--metrics", default="on", choices=("on", "off"), help="whether there is a page /metrics")
+    parser.add_argument("--traces", default="off", choices=("on", "off"), help="whether each request has a trace")
     parser.add_argument(
         "--triton-metrics", default="", help="the address of Triton's metrics, host:port (default: not asked)"
     )

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.openai import passing
 from scripts.openai.answers import Choice, Job, Part
@@ -29,6 +29,9 @@ from scripts.openai.reader import Asked
 from scripts.openai.shares import BODIES, PLACES, REQUESTS, Shares
 from scripts.openai.tools import Calls
 from scripts.openai.wrong import ApiError, busy
+
+if TYPE_CHECKING:  # with TRACES=on alone it is loaded
+    from scripts.openai.tracing import Traces
 
 log = logging.getLogger("openai")
 
@@ -60,10 +63,12 @@ NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Options:
-    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all)."""
+    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all); traces: what makes a
+    worker's traces, None for none."""
 
     aliases: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    traces: type[Traces] | None = None
 
 
 def capacity_of(max_batch_size: int) -> int:
@@ -104,8 +109,10 @@ class Request:
         self.unread = self.has_body
         self.route = route_of(self.path)
         self.key = Key("")
-        # of LOG=json
+        # of LOG=json and of traces
         self.told: dict[str, Any] = {}
+        self.asked: Asked | None = None
+        self.job: Job | None = None
         self.more: list[tuple[bytes, bytes]] = []
         self.is_last = False
         self.held = 0  # bytes of its body that count in its client's share
@@ -165,6 +172,8 @@ class Endpoint:
         self.name, self.engine, self.text, self.stops, self.shares, self.desk = name, engine, text, stops, shares, desk
         self.end_ids, self.keys = list(end_ids), keys or Keys()
         self.options, self.metrics = options, metrics
+        # made by the worker: they have a thread
+        self.traces: Traces | None = None
         self.limits = engine.limits
         self.capacity = capacity_of(self.limits.max_batch_size)
         longest = 8 * self.limits.max_input_len * max(text.longest_piece_bytes, 12)
@@ -210,6 +219,16 @@ class Endpoint:
         finally:
             passing.here.answered(request.route, request.status)
             self._log(request)
+            if self.traces is not None:
+                self._trace(self.traces, request)
+
+    @staticmethod
+    def _trace(traces: Traces, request: Request) -> None:
+        """A trace that cannot be made is no reason to fail."""
+        try:
+            traces.tell(request)
+        except Exception:
+            log.exception("%s: no trace of it", request.id)
 
     def _greet(self, request: Request) -> None:
         """Headers that every answer has."""
@@ -426,6 +445,7 @@ class Endpoint:
         job.n, job.keep = asked.n, asked.keep
         watching = None
         self.jobs[job.id] = job
+        request.asked, request.job = asked, job
         request.told = {"model": self.name, "prompt_tokens": asked.prompt_tokens}
         try:
             if self.cut_off:

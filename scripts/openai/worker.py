@@ -70,6 +70,11 @@ def serve(endpoint: Endpoint, number: int, listener: socket.socket, drain_second
     if endpoint.metrics is not None:
         endpoint.metrics.counts.worker = number
         passing.here = endpoint.metrics.counts
+    if endpoint.options.traces is not None:
+        try:
+            endpoint.traces = endpoint.options.traces()
+        except Exception:  # what the SDK refuses and serving/collector.py let pass: serving is worth more
+            log.exception("no traces")
     server = Server(
         endpoint, drain_seconds, http=Front, loop="uvloop", ws="none", log_config=None, access_log=False, proxy_headers=False,
         server_header=False, date_header=False, backlog=1024,
@@ -81,4 +86,6 @@ def serve(endpoint: Endpoint, number: int, listener: socket.socket, drain_second
         uvloop.run(run(server, endpoint.shares, listener))
     except SystemExit:
         pass
+    if endpoint.traces is not None:
+        endpoint.traces.end()
     return 0 if server.started else 1

@@ -116,6 +116,17 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
     )
 
 
+def bad_collector(name: str, wanted: str, value: str, example: str) -> Problem:
+    """value: empty where it may hold a secret."""
+    return Problem(
+        "traces have no way out",
+        name,
+        f"With TRACES=on, {name} must be {wanted}{f'; it is {shown(value)}' if value else ''}.",
+        "Correct that variable of the environment, or serve without traces:",
+        f"{name}={shlex.quote(example)} {make('serve', TRACES='on')}",
+    )
+
+
 def gpu_memory_too_small(rank: int, seen: str) -> Problem:
     """seen: the engine's own line, with the numbers and the settings that would help."""
     return Problem(

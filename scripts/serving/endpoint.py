@@ -32,6 +32,8 @@ OPENAI_MODULES = (
     "tokenizers",
     "prometheus_client",
 )
+# and with TRACES=on
+TRACING_MODULES = ("requests", "opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 
 class Endpoint:
@@ -48,7 +50,7 @@ class Endpoint:
             "--port", str(settings.openai_port), "--grpc", settings.grpc_address, "--name", name,
             "--api-key-file", settings.api_key_file and os.path.abspath(settings.api_key_file),
             "--drain-seconds", str(operating.drain_seconds), "--parent", str(os.getpid()), "--workers", settings.openai_workers,
-            "--folder", str(run_dir), "--metrics", operating.metrics, "--log-form", operating.log,
+            "--folder", str(run_dir), "--metrics", operating.metrics, "--traces", operating.traces, "--log-form", operating.log,
             "--triton-metrics", f"{settings.reached_at}:{settings.metrics_port}",
             "--model-aliases", operating.model_aliases, "--cors-origins", operating.cors_origins,
         ]  # fmt: skip
@@ -106,10 +108,10 @@ class Endpoint:
         self.reader.join(timeout=2)
 
 
-def openai_lacks() -> list[str]:
+def openai_lacks(traces: str = "off") -> list[str]:
     """The endpoint's modules that this interpreter has not."""
     missing = []
-    for module in OPENAI_MODULES:
+    for module in (*OPENAI_MODULES, *(TRACING_MODULES if traces == "on" else ())):
         try:
             found = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:  # its parent is missing

@@ -44,6 +44,7 @@ class Operating:
     drain_seconds: int = DRAIN_SECONDS
     lame_duck_seconds: int = 0
     metrics: str = "on"
+    traces: str = "off"
     log: str = "text"
     model_aliases: str = ""
     cors_origins: str = ""

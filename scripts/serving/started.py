@@ -15,6 +15,7 @@ from typing import Iterator
 
 from scripts import reports
 from scripts.serving.launch import Settings
+from scripts.settings import OPERATING, flag
 
 ASK_SECONDS = 0.05
 
@@ -40,6 +41,8 @@ def started(settings: Settings) -> Iterator[Started]:
         for name, port in settings.ports.items():
             command += [f"--{name.lower().replace('_', '-')}", str(port)]
         command += ["--openai-workers", settings.openai_workers] if settings.openai_workers else []
+        for name in OPERATING:
+            command += [f"{flag(name)}={getattr(settings.operating, name.lower())}"]
         server = subprocess.Popen([*command, "--ready-file", str(ready)])
         try:
             while not ready.exists():

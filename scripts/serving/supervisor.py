@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scripts import reports, room
-from scripts.serving import checks, processes
+from scripts.serving import checks, collector, processes
 from scripts.serving.endpoint import Endpoint, openai_lacks
 from scripts.serving.host import (
     check_api_keys,
@@ -66,11 +66,14 @@ class Supervisor:
         check_ports(self.settings)
         check_temporary()
         check_api_keys(self.settings)
+        if self.settings.operating.traces == "on":
+            collector.check_collector()
         check_shared_memory(world_size)
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))
-            # the endpoint's secret is none of Triton's business
-            inherited = {name: value for name, value in os.environ.items() if name != "BAKE_API_KEY"}
+            # the endpoint's secrets are none of Triton's business
+            secret = ("BAKE_API_KEY", *collector.HEADERS)
+            inherited = {name: value for name, value in os.environ.items() if name not in secret}
             environment = server_environment(
                 inherited, toolbox, Path(folder), world_size, os.cpu_count() or 1, self.settings.root
             )
@@ -119,7 +122,7 @@ class Supervisor:
 
     def _opens_endpoint(self, toolbox: Toolbox) -> bool:
         """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
-        missing = openai_lacks() if self.settings.openai_port is not None else []
+        missing = openai_lacks(self.settings.operating.traces) if self.settings.openai_port is not None else []
         if missing and toolbox.backends is not None and "REHEARSAL_BACKENDS" not in os.environ:
             raise reports.packages.openai_package_missing(missing[0])
         if missing:

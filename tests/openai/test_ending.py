@@ -10,6 +10,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from waiting import until
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin")
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed: apt-get install haproxy")
+ROOMS = ("TP=1", "MAX_BATCH_SIZE=4")
 CONFIG = ROOT / "docker" / "haproxy.cfg"
 
 
@@ -31,13 +33,13 @@ CONFIG = ROOT / "docker" / "haproxy.cfg"
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree whose rooms are made once: one rank, two slots."""
     tree = copy_of_project(tmp_path_factory.mktemp("ending") / "tree")
-    first = begin(tree)
-    assert first.end() == 0, "".join(first.lines)
+    command = ["make", f"PYTHON={sys.executable}", "model_repo", *ROOMS]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
     return tree
 
 
-def begin(tree: Path, *words: str) -> Served:
-    return serve(tree, "TP=1", "MAX_BATCH_SIZE=4", *words)
+def begin(tree: Path, *words: str, wait: bool = True) -> Served:
+    return serve(tree, *ROOMS, *words, wait=wait)
 
 
 def health(server: Served, path: str = "/health") -> tuple[int, dict[str, Any]]:
@@ -155,7 +157,9 @@ class Proxy:
 
 @pytest.fixture
 def two(small: Path) -> Iterator[list[Served]]:
-    servers = [begin(small, "LAME_DUCK_SECONDS=5") for _ in range(2)]
+    servers = [begin(small, "LAME_DUCK_SECONDS=5", wait=False) for _ in range(2)]
+    for server in servers:
+        assert server.ready.wait(120) and server.process.poll() is None, "".join(server.lines)
     yield servers
     for server in servers:
         end_tree_of(server.process.pid)
@@ -184,7 +188,7 @@ def test_a_rolling_restart_under_load_loses_nothing(two: list[Served], tmp_path:
 
     def load(number: int) -> None:
         link, stream = proxy.link(), number % 2 == 0
-        while not over.is_set():
+        while not over.wait(0.2):  # a load, not a flood: servers have to start beside it
             body = {
                 "model": "stories",
                 "prompt": "Once",

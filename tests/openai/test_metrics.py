@@ -1,4 +1,4 @@
-"""/metrics, LOG=json, keys and their limits, aliases, CORS: one server with two workers, operated as an operator would."""
+"""/metrics, LOG=json, traces, keys and their limits, aliases, CORS: one server with two workers, operated as an operator would."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from collector import Collector, values_of
 from project import ROOT, copy_of_project
 from prometheus_client.parser import text_string_to_metric_families
 from server import Served, end_tree_of, processes_below, serve
@@ -30,15 +31,29 @@ HOST = "127.0.0.3"
 AGREED = json.loads((ROOT / "docker/dashboards/metrics.json").read_text())["endpoint"]["metrics"]
 KEYS = "old-key\nana: key-of-ana\nbo key-of-bo requests=1\ncy: key-of-cy tokens=30\n"
 ORIGIN = "https://chat.example"
+SECRET = "for-the-collector-alone"
 
 
 @pytest.fixture(scope="module")
-def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def collector() -> Iterator[Collector]:
+    found = Collector()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Served]:
+    """Its proxy for everything is one that nobody is."""
     tree = copy_of_project(tmp_path_factory.mktemp("operated") / "tree")
+    environment = {
+        **os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_EXPORTER_OTLP_HEADERS": f"x-secret={SECRET}",
+        "OTEL_BSP_SCHEDULE_DELAY": "100", "HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "",
+    }  # fmt: skip
     (tree / "keys").write_text(KEYS)
     running = serve(
         tree, "TP=1", "MAX_BATCH_SIZE=2", "OPENAI_WORKERS=2", "API_KEY_FILE=keys", "LOG=json", f"OPENAI_HOST={HOST}",
-        "MODEL_ALIASES=gpt-x,org/tale", f"CORS_ORIGINS={ORIGIN}",
+        "MODEL_ALIASES=gpt-x,org/tale", f"CORS_ORIGINS={ORIGIN}", "TRACES=on",
+        environment=environment,
     )  # fmt: skip
     try:
         yield running
@@ -282,6 +297,58 @@ def test_an_id_that_is_not_clean_is_another(operated: Served) -> None:
     for given in ("a b", "x" * 129, '"}', "ä"):
         _, headers, _ = ask(operated, "/v1/models", X_Request_Id=given.encode().decode("latin-1"))
         assert re.fullmatch(r"req-[0-9a-f]{32}", headers["x-request-id"])
+
+
+# --- traces ---
+
+
+def test_a_request_is_a_trace_below_its_clients(operated: Served, collector: Collector) -> None:
+    """The client's traceparent goes on, times are in order, and tokens are those of the answer."""
+    secret = "The secret dragon Zorblax"
+    traces = ("4bf92f3577b34da6a3ce929d0e0e4736", "5bf92f3577b34da6a3ce929d0e0e4737")
+    for trace, stream in zip(traces, (False, True)):
+        parent = f"00-{trace}-00f067aa0ba902b7-01"
+        body = question(
+            prompt=secret, stream=stream, user="Zorblax", stream_options={"include_usage": True} if stream else None
+        )
+        status, _, said = ask(operated, "/v1/completions", body, "key-of-ana", traceparent=parent, X_Request_Id=trace)
+        assert status == 200
+        told = said.decode().split("data: ")[-2] if stream else said
+        usage = json.loads(told)["usage"]
+        spans = collector.of_trace(trace, until)
+        root = spans.pop("text_completion stories")
+        assert root.parent_span_id.hex() == "00f067aa0ba902b7"
+        assert all(span.parent_span_id == root.span_id for span in spans.values())
+        queue, prompt, generation = spans["queue"], spans["prompt"], spans["generation"]
+        times = [
+            root.start_time_unix_nano, queue.start_time_unix_nano, queue.end_time_unix_nano, prompt.start_time_unix_nano,
+            prompt.end_time_unix_nano, generation.start_time_unix_nano, generation.end_time_unix_nano, root.end_time_unix_nano,
+        ]  # fmt: skip
+        assert times == sorted(times) and times[1] < times[2] < times[4] < times[6]
+        assert times[2] == times[3] and times[4] == times[5]
+        attributes = values_of(root)
+        assert attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+        assert attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"] == 5
+        assert (
+            attributes["http.response.header.x-request-id"] == [trace] and attributes["gen_ai.request.stream"] is stream
+        )
+    assert not any("Zorblax" in str(span) or "ana" in str(values_of(span).values()) for span in collector.spans)
+
+
+def test_the_collectors_secret_is_the_endpoints_alone(operated: Served, collector: Collector) -> None:
+    assert ask(operated, "/v1/completions", question())[0] == 200
+    assert collector.came.wait(60) and collector.headers[0]["x-secret"] == SECRET
+    others = []
+    for pid in processes_below(operated.process.pid):
+        folder = Path(f"/proc/{pid}")
+        command = (folder / "cmdline").read_bytes()
+        assert SECRET.encode() not in command
+        if SECRET.encode() in (folder / "environ").read_bytes() and not re.search(
+            rb"scripts\.(openai|serve|serving\.processes)\0|^make", command
+        ):
+            others.append(command)
+    assert others == []
+    assert SECRET not in next(operated.tree.glob("build/*/*/serve.log")).read_text() + "".join(operated.lines)
 
 
 # --- keys ---

@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,19 @@ class Served:
         return self.process.wait(timeout)
 
 
-def serve(tree: Path, *words: str, wait: bool = True) -> Served:
+def serve(tree: Path, *words: str, wait: bool = True, environment: Mapping[str, str] | None = None) -> Served:
     """`make serve` on free ports, ready unless told not to wait."""
     http_port, grpc_port, metrics_port, openai_port = free_ports(4)
     command = ["make", f"PYTHON={sys.executable}", "serve", f"OPENAI_PORT={openai_port}", *words]
     command += [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
     process = subprocess.Popen(
-        command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment,
     )
     served = Served(tree, process, http_port, grpc_port, metrics_port, openai_port)
     served.reader = threading.Thread(target=served._read, daemon=True)

@@ -39,6 +39,12 @@ trtllm-bake/group: {{ .Values.group | default .Release.Name }}
 {{- if and (not .Values.service.enabled) (not .Values.group) }}
 {{- fail "service.enabled is false and group is empty: nothing would reach the pods. group names the release whose Service they share" }}
 {{- end }}
+{{- if and .Values.traces.headersSecret (not .Values.traces.endpoint) }}
+{{- fail "traces.headersSecret is named and traces.endpoint is empty: nobody would be sent the headers" }}
+{{- end }}
+{{- if and .Values.traces.endpoint .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) }}
+{{- fail (printf "traces.endpoint is %s and networkPolicy.egress lets nothing out. Name the collector and the cluster's DNS there; docs/operations.md, 'Traces', has the rules" .Values.traces.endpoint) }}
+{{- end }}
 {{- if and .Values.serviceMonitor.enabled (not .Values.service.enabled) }}
 {{- fail "serviceMonitor.enabled needs service.enabled. The ServiceMonitor of the group's Service scrapes these pods too" }}
 {{- end }}

@@ -1,0 +1,153 @@
+"""TRACES=on: a span for each request to the model, with queue, prompt and generation below it, sent to a collector over OTLP/HTTP.
+
+OpenTelemetry's SDK makes and sends them, and reads its own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS,
+OTEL_TRACES_SAMPLER, OTEL_BSP_* and so on; scripts/serving/host.py has checked them. Names of attributes are those of OpenTelemetry's
+semantic conventions for generative AI and for HTTP. Nothing of a prompt or an answer is in a span, nor who asked.
+
+A span is made when its request is over, from times that were taken anyway: a token costs nothing more. It then waits in a bounded queue
+(OTEL_BSP_MAX_QUEUE_SIZE) for a thread that sends. A collector that is gone, or hangs, costs spans and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import requests
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from scripts.serving.collector import collector_of, is_loopback
+
+if TYPE_CHECKING:
+    from scripts.openai.app import Request
+
+log = logging.getLogger("openai")
+
+SERVICE = "trtllm-bake"
+# requests that have spans, and what OpenTelemetry calls their operation
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+HEADERS = (b"traceparent", b"tracestate")
+# What is left in the queue when a worker ends has so long to go out
+LAST_SECONDS = 1.0
+
+
+class Link(requests.Session):
+    """One connection for each batch, and no more of an answer than its head: a collector that goes on and on costs nothing."""
+
+    def request(self, *words: Any, **more: Any) -> requests.Response:
+        answer = super().request(*words, **{**more, "stream": True})
+        answer.close()
+        return answer
+
+
+def exporter_of(endpoint: str) -> OTLPSpanExporter:
+    """Sends to the collector; the host's proxies are not asked to reach loopback."""
+    link = Link()
+    link.trust_env = not is_loopback(endpoint)
+    return OTLPSpanExporter(session=link)
+
+
+class Traces:
+    """The spans of one worker. Made in the worker: it has a thread, and whoever forks has none.
+
+    exporter: what sends them; None: the one that the environment describes.
+    """
+
+    def __init__(self, exporter: SpanExporter | None = None) -> None:
+        resource = Resource.create()
+        if str(resource.attributes[SERVICE_NAME]).startswith(
+            "unknown_service"
+        ):  # neither OTEL_SERVICE_NAME nor an attribute
+            resource = resource.merge(Resource({SERVICE_NAME: SERVICE}))
+        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self.provider.add_span_processor(BatchSpanProcessor(exporter or exporter_of(collector_of())))
+        self.tracer = self.provider.get_tracer("trtllm-bake")
+        self.propagator = TraceContextTextMapPropagator()
+
+    def tell(self, request: Request) -> None:
+        """The spans of a request that is over. Strangers, whose key is not known, have none."""
+        operation = OPERATIONS.get(request.route)
+        if operation is None or request.method != "POST" or request.status == 401:
+            return
+        carrier = {
+            name.decode(): request.headers[name].decode("latin-1") for name in HEADERS if name in request.headers
+        }
+        now, wall = time.monotonic(), time.time_ns()
+
+        def at(moment: float) -> int:
+            """A time of time.monotonic(), in nanoseconds since 1970."""
+            return wall - int((now - moment) * 1e9)
+
+        told = request.told
+        name = f"{operation} {told['model']}" if "model" in told else operation
+        span = self.tracer.start_span(
+            name, self.propagator.extract(carrier), SpanKind.SERVER, self._attributes(request, operation), start_time=at(request.began)
+        )  # fmt: skip
+        if not span.is_recording():
+            return
+        if request.status >= 500 or told.get("finish_reason") == "error":
+            span.set_status(StatusCode.ERROR)
+        below = set_span_in_context(span)
+        for part, begins, ends, attributes in parts_of(request):
+            own = self.tracer.start_span(part, below, attributes=attributes, start_time=at(begins))
+            own.end(at(ends))
+        span.end(wall)
+
+    @staticmethod
+    def _attributes(request: Request, operation: str) -> dict[str, Any]:
+        told, asked, job = request.told, request.asked, request.job
+        found: dict[str, Any] = {
+            "gen_ai.operation.name": operation, "gen_ai.provider.name": SERVICE,
+            "http.request.method": request.method, "url.path": request.route, "http.route": request.route,
+            "http.response.header.x-request-id": [request.id],
+        }  # fmt: skip
+        if request.status != 499:  # nothing was answered: the client had left
+            found["http.response.status_code"] = request.status
+        why = told.get("finish_reason")
+        if request.status >= 400:
+            found["error.type"] = "client_left" if request.status == 499 else str(request.status)
+        elif why in ("left", "error"):
+            found["error.type"] = {"left": "client_left", "error": "answer_cut_off"}[why]
+        if asked is not None and job is not None:
+            found |= {
+                "gen_ai.request.model": told["model"], "gen_ai.response.model": told["model"], "gen_ai.response.id": job.id,
+                "gen_ai.request.max_tokens": asked.max_tokens, "gen_ai.request.stream": asked.stream,
+                "gen_ai.usage.input_tokens": asked.prompt_tokens, "gen_ai.usage.output_tokens": told["completion_tokens"],
+            }  # fmt: skip
+            if asked.n != 1:
+                found["gen_ai.request.choice.count"] = asked.n
+            if reasons := [choice.finish_reason for choice in job.choices if choice.finish_reason is not None]:
+                found["gen_ai.response.finish_reasons"] = reasons
+            if "first_token_seconds" in told:
+                found["gen_ai.response.time_to_first_chunk"] = told["first_token_seconds"]
+        return found
+
+    def end(self) -> None:
+        """What waits goes out, if the collector takes it in time."""
+        ending = threading.Thread(target=self.provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(LAST_SECONDS)
+
+
+def parts_of(request: Request) -> list[tuple[str, float, float, dict[str, Any]]]:
+    """What a request's time went into: (name, beginning, end, attributes), as far as it came. Of several answers the first one that
+    has a place, the first token of any, and the last token of all."""
+    job = request.job
+    streams = [choice.stream for choice in job.choices] if job is not None else []
+    placed = min((stream.placed for stream in streams if stream.placed), default=0.0)
+    first = min((stream.first_token for stream in streams if stream.first_token), default=0.0)
+    last = max((stream.last_token for stream in streams), default=0.0)
+    found: list[tuple[str, float, float, dict[str, Any]]] = []
+    if placed:
+        found.append(("queue", request.began, placed, {}))
+    if first:
+        found.append(("prompt", placed, first, {"gen_ai.usage.input_tokens": request.told["prompt_tokens"]}))
+        found.append(("generation", first, last, {"gen_ai.usage.output_tokens": request.told["completion_tokens"]}))
+    return found
