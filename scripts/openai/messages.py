@@ -241,6 +241,8 @@ class Function(Strict):
     name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; it goes to the model as it is")
+    # Open WebUI's tool servers say it here too
+    type: Literal["function"] | None = None
     strict: bool | None = Field(
         None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
     )

@@ -199,7 +199,9 @@ class Reader:
                 raise ApiError(400, f"chat_template_kwargs.{name} is not supported", "chat_template_kwargs")
         calls = self._tools(body, self.template)
         if calls is not None:
-            more["tools"] = [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in body.tools or []]
+            # what is for the server is not for the model
+            hidden: Any = {"cache_control": True, "function": {"type": True, "strict": True}}
+            more["tools"] = [tool.model_dump(exclude_none=True, exclude=hidden) for tool in body.tools or []]
         self._check_bytes(sum(len(text.encode()) for text in texts_of([*turns, more])), "messages")
         try:
             ids = self.template.token_ids(turns, begun="" if calls is None else calls["begun"], more=more)

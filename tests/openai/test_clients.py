@@ -20,7 +20,7 @@ from server import Served, serve
 from scripts.openai.__main__ import TOKENIZER
 
 PYTHON = Path(os.environ.get("CLIENTS_PYTHON", Path(sys.prefix) / "clients/bin/python"))
-CLIENTS = ["openai", "litellm", "langchain", "llama_index", "instructor"]
+CLIENTS = ["openai", "litellm", "langchain", "llama_index", "instructor", "open_webui"]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,25 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 )
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_streams_calls_and_follows_a_schema(chatting: Served, client: str) -> None:
+    short = json.dumps({vocabulary(chatting.tree)["<0x7D>"]: 100})
     asked = subprocess.run(
         [PYTHON, ROOT / "tests/support/ask_clients.py", client, f"{chatting.openai}/v1"],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "HOME": str(chatting.tree), "DO_NOT_TRACK": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "HOME": str(chatting.tree), "DO_NOT_TRACK": "1", "SHORT": short},
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr[-3000:]
     told: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
     assert told["stream"]
     for name in ("call", "schema"):
         jsonschema.validate(told[name], SCHEMA)
+    assert isinstance(told.get("json", {}), dict)
+
+
+def vocabulary(tree: Path) -> dict[str, int]:
+    """The served model's tokens and their ids."""
+    [found] = tree.glob("build/stories/*/" + TOKENIZER + "/tokenizer.json")
+    listed: dict[str, int] = json.loads(found.read_text())["model"]["vocab"]
+    return listed
 
 
 # --- calls, by OpenAI's client ---
@@ -71,9 +81,8 @@ COLOUR = {
 
 def made_to_say_braces(tree: Path) -> dict[str, float]:
     """A logit_bias with which an answer begins with {}: a token that was used is penalised away."""
-    [found] = tree.glob("build/stories/*/" + TOKENIZER + "/tokenizer.json")
-    vocabulary = json.loads(found.read_text())["model"]["vocab"]
-    return {str(vocabulary["<0x7B>"]): 100.0, str(vocabulary["<0x7D>"]): 90.0}
+    ids = vocabulary(tree)
+    return {str(ids["<0x7B>"]): 100.0, str(ids["<0x7D>"]): 90.0}
 
 
 def test_a_call_whole_and_streamed(chatting: Served) -> None:
@@ -121,14 +130,40 @@ def test_strict_tools_guide_their_calls(chatting: Served) -> None:
     assert free.message.content == choice(temperature=0).message.content and not free.message.tool_calls
     # made to begin with <, it calls; made to begin with {, it answers
     asked["tools"] = [STRICT, LOOSE]
-    [found] = chatting.tree.glob("build/stories/*/" + TOKENIZER + "/tokenizer.json")
-    vocabulary = json.loads(found.read_text())["model"]["vocab"]
+    ids = vocabulary(chatting.tree)
     format = {"type": "json_schema", "json_schema": {"name": "hue", "schema": COLOUR}}
     called = choice(
-        temperature=0, response_format=format, parallel_tool_calls=False, logit_bias={str(vocabulary["<0x3C>"]): 100}
+        temperature=0, response_format=format, parallel_tool_calls=False, logit_bias={str(ids["<0x3C>"]): 100}
     )
     assert called.finish_reason == "tool_calls" and called.message.content is None
     [call] = called.message.tool_calls
     jsonschema.validate(json.loads(call.function.arguments), CITY if call.function.name == "city" else NOTHING)
-    answered = choice(temperature=0, response_format=format, logit_bias={str(vocabulary["<0x7B>"]): 100})
+    answered = choice(temperature=0, response_format=format, logit_bias={str(ids["<0x7B>"]): 100})
     assert not answered.message.tool_calls and answered.message.content.startswith('{"hue": ')
+
+
+def test_a_json_object_is_one(chatting: Served) -> None:
+    """Greedy and sampled, whole and streamed, and beside tools; its end is the model's (here it is nudged to it)."""
+    client: Any = openai.OpenAI(base_url=f"{chatting.openai}/v1", api_key="x", max_retries=0, timeout=60)
+    ids = vocabulary(chatting.tree)
+    asked: dict[str, Any] = {
+        "model": "stories", "messages": [USER], "response_format": {"type": "json_object"}, "max_tokens": 150,
+        "logit_bias": {str(ids["<0x7D>"]): 8, str(ids["<0x22>"]): 8},
+    }  # fmt: skip
+    ended = 0
+    for more in (
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "n": 2},
+        {"seed": 1, "tools": [TOOL]},
+        {"seed": 3, "tools": [TOOL]},
+    ):
+        for choice in client.chat.completions.create(**asked, **more).choices:
+            if choice.finish_reason == "stop":
+                assert isinstance(json.loads(choice.message.content), dict)
+                ended += 1
+            assert choice.message.tool_calls or choice.message.content.startswith("{")
+    assert ended >= 3
+    whole = client.chat.completions.create(**asked, seed=1).choices[0].message.content
+    chunks = client.chat.completions.create(**asked, seed=1, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
