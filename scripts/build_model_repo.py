@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 # Names that later versions gave to the same inputs; the torch engine takes both.
 ALSO_CALLED = {"min_length": "min_tokens", "random_seed": "seed", "min_tokens": "min_length", "seed": "random_seed"}
 # What the torch engine takes as parameters of a request (contract.py beside it): no version has an input for all of it
-REQUEST_PARAMETERS = ("guided_decoding_guide", "guided_decoding_guide_type", "min_p", "top_logprobs")
+REQUEST_PARAMETERS = ("guided_decoding_guide", "guided_decoding_guide_type", "min_p", "prompt_logprobs", "top_logprobs")
 # Parameters that are left out on purpose: the backend's own default holds (each is read in a try block, tensorrtllm_backend's
 # model_instance_state.cc), or they are for what Llama does not have: images, encoders, LoRA, draft models, more nodes.
 LEFT_OUT = {

@@ -1,7 +1,9 @@
 """`make bench-openai`: what the OpenAI-compatible endpoint costs, against gRPC straight to tensorrt_llm, in one run on this machine.
 
 Streams of exactly --tokens tokens each, 1 and --streams of them at once, both ways in turn; the best of three.
-cpu   microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
+cpu      microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
+guided   tokens a second of answers that follow a JSON schema, over those of answers that follow none: the two in turn, the median of
+         --rounds rounds' ratios (MAX_BATCH_SIZE=16 for 16 streams that run together)
 
 With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are asked in turn,
 --rounds times. Each answer has a trace, which goes to a collector in this process.
@@ -17,7 +19,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,22 @@ from typing import Any
 import numpy as np
 
 from scripts import reports, serve
+from scripts.openai.__main__ import GUIDES
 from scripts.serving import launch, processes
 from scripts.serving.started import started
 
 PROMPT = "Once upon a time"
 # how often each of two servers is asked before the other's turn
 TURNS = 4
+# what never ends within a measured answer: a list of things with a text, a number and a choice
+GUIDE = {
+    "type": "array", "minItems": 1000,
+    "items": {
+        "type": "object", "additionalProperties": False, "required": ["name", "age", "kind", "notes"],
+        "properties": {"name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                       "kind": {"enum": ["cat", "dog", "bird"]}, "notes": {"type": "array", "items": {"type": "string"}, "maxItems": 3}},
+    },
+}  # fmt: skip
 
 
 def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
@@ -91,12 +103,17 @@ def served_name(settings: launch.Settings) -> str:
     return str(json.loads(said)["data"][0]["id"])
 
 
-def over_openai(settings: launch.Settings, ids: list[int], tokens: int, model: str) -> float:
+# With a bias the end token is never chosen: every stream has all its tokens.
+ALL_TOKENS: Mapping[str, Any] = {"logit_bias": {"2": -100}}
+
+
+def over_openai(
+    settings: launch.Settings, ids: list[int], tokens: int, model: str, more: Mapping[str, Any] = ALL_TOKENS
+) -> float:
     """The same answer through the endpoint; seconds until its first token."""
-    # with a bias the end token is never chosen: every stream has all its tokens
     asked = {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
     connection = http.client.HTTPConnection(settings.reached_at, settings.openai_port, timeout=600)
-    body = json.dumps({**asked, "logit_bias": {"2": -100}, "stream_options": {"include_usage": True}})
+    body = json.dumps({**asked, **more, "stream_options": {"include_usage": True}})
     began = time.monotonic()
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", **key_of(settings)})
     answer = connection.getresponse()
@@ -135,6 +152,24 @@ def together(
     return {"tokens_per_second": count * tokens / seconds, "first_token_ms": 1000 * float(np.median(firsts))}
 
 
+def guided(
+    settings: launch.Settings, ids: list[int], tokens: int, count: int, rounds: int, model: str
+) -> dict[str, float]:
+    """What following a schema costs: `count` answers at once with one and without, in turn. The machine may be shared: the ratio of each
+    round counts, and its median is told."""
+    ways = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
+    ask = {way: functools.partial(over_openai, model=model, more=more) for way, more in ways.items()}
+    together(ask["guided"], settings, ids, tokens, count)  # warm
+    runs: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in sorted(ways, reverse=bool(number % 2)):
+            runs[way].append(together(ask[way], settings, ids, tokens, count)["tokens_per_second"])
+    shares = [one / other for one, other in zip(runs["guided"], runs["plain"])]
+    found = {f"{way} tokens_per_second, {count} at once": float(np.median(speeds)) for way, speeds in runs.items()}
+    return {**found, f"guided / plain, {count} at once": float(np.median(shares)),
+            f"guided / plain, {count} at once, least": min(shares), f"guided / plain, {count} at once, most": max(shares)}  # fmt: skip
+
+
 def cpu_seconds(pid: int) -> float:
     """Of the endpoint and all its processes, those that have ended too."""
     ticks = 0
@@ -144,17 +179,17 @@ def cpu_seconds(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(settings: launch.Settings, streams: int, tokens: int) -> dict[str, Any]:
+def measure(settings: launch.Settings, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Serve, measure, end."""
     result: dict[str, Any] = {}
     with started(settings) as serving:
         if serving.endpoint_pid is None:
             raise reports.serving.server_not_there("the OpenAI-compatible endpoint", "its process is not there")
         endpoint = serving.endpoint_pid
-        ids = [1, 403, 407, 261, 378]
+        ids, model = [1, 403, 407, 261, 378], served_name(settings)
         ways: dict[str, Callable[..., float]] = {
             "grpc": over_grpc,
-            "openai": functools.partial(over_openai, model=served_name(settings)),
+            "openai": functools.partial(over_openai, model=model),
         }
         for one in ways.values():
             together(one, settings, ids, tokens, streams)  # warm
@@ -172,6 +207,8 @@ def measure(settings: launch.Settings, streams: int, tokens: int) -> dict[str, A
             share = best["openai"]["tokens_per_second"] / best["grpc"]["tokens_per_second"]
             result[f"openai / grpc, {count} at once"] = share
             result[f"cpu microseconds a token, {count} at once"] = 1e6 * used / (3 * count * tokens)
+        if rounds and (settings.root / GUIDES).is_file():
+            result.update(guided(settings, ids, tokens, streams, rounds, model))
     return result
 
 
@@ -230,13 +267,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--compare-traces", action="store_true", help="what TRACES=on costs")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7, help="of guided answers (torch engine), and of traces")
     args = parser.parse_args()
     settings = serve.settings_from(args)
-    if args.compare_traces:
-        result = measure_traces(settings, args.streams, args.tokens, args.rounds)
-    else:
-        result = measure(settings, args.streams, args.tokens)
+    how = measure_traces if args.compare_traces else measure
+    result = how(settings, args.streams, args.tokens, args.rounds)
     Path("build").mkdir(exist_ok=True)
     (Path("build") / "bench-openai.json").write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():

@@ -31,6 +31,9 @@ class Choice:
         self.finish_reason: str | None = None
         self.starts_with_space = False
         self.prefix = ""
+        # the prefix's tokens, where they are told of: with its text, when the engine has told how likely they are
+        self.echoed: list[int] = []
+        self.begins = 0
         # where the answer may call tools
         self.calls: Calls | None = None
         # the sum of its tokens' log probabilities, where they are asked for
@@ -53,6 +56,8 @@ class Choice:
         # an end that is a stop word comes with the answer, end_id does not; neither is part of it
         end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
         ids, log_probs, reached_end = ids[:end], log_probs[:end], end is not None
+        if not self.max_tokens:  # the engine makes one at least
+            ids, log_probs, reached_end = [], [], False
         self.n_tokens += len(ids)
         self.log_prob += sum(log_probs)
         shown, stopped = self.stops.push(self._decoded(ids, log_probs))
@@ -71,9 +76,22 @@ class Choice:
             # of the spaces that SentencePiece's decoder takes off again
             shown, self.starts_with_space = shown[1:] if shown[0] == " " else shown, False
         prefix, self.prefix = self.prefix, ""
+        if self.echoed:
+            told = [(self.begins + offset, token, log_prob) for offset, token, log_prob in told]
+            told = self._of_prompt(prefix) + told if prefix else told
         if self.calls is not None:
             return Part(shown, told, self._called(self.calls, shown))
         return Part(prefix + shown, told)
+
+    def _of_prompt(self, prompt: str) -> list[Any]:
+        """The prompt's tokens, as those of the answer are told; None: nothing says how likely the first one is."""
+        stream, told, at = self.text.stream(), [], 0
+        for token, log_prob in zip(self.echoed, [None, *self.stream.prompt_log_probs]):
+            told.append((at, token, log_prob))
+            at += len(stream.push([token]))
+        # of a space that SentencePiece puts in front, and that the prompt has not
+        added = max(0, at + len(stream.finish()) - len(prompt))
+        return [(min(max(0, offset - added), len(prompt)), token, log_prob) for offset, token, log_prob in told]
 
     def _called(self, calls: Calls, shown: str) -> list[Entry]:
         """The deltas of what is new; the answer is over with the last call that it may have."""
@@ -170,7 +188,8 @@ class Job:
         """Server-sent events for everything that is new: whole events, so no character is ever split."""
         out: list[bytes] = []
         for choice in self.choices:
-            if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or choice.prefix):
+            shown = choice.prefix and not choice.echoed
+            if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or shown):
                 continue
             # tokens that arrived together are events of their own, in one write
             self._plain(choice, out)
@@ -289,9 +308,11 @@ class Job:
             "token_logprobs": [log_prob for _, _, log_prob in tokens],
             "top_logprobs": [
                 {spelling(choice.text, t).decode("utf-8", "replace"): value for t, value in log_prob.top}
+                if log_prob is not None
+                else None
                 for _, _, log_prob in tokens
             ]
-            if tokens and getattr(tokens[0][2], "top", None)
+            if any(getattr(log_prob, "top", None) for _, _, log_prob in tokens)
             else None,
             "text_offset": [offset for offset, _, _ in tokens],
         }

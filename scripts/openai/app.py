@@ -487,13 +487,17 @@ class Endpoint:
             message = asked.shared + asked.own[number // asked.n]
             if asked.seed is not None:
                 message += self.engine.message_of({"random_seed": [(asked.seed + number) % (1 << 64)]})
-            stream = self.engine.ask(message, job.changed.set, bucket, request.began, request.id, asked.likeliest)
+            told = asked.told[number // asked.n] if asked.told else []
+            stream = self.engine.ask(
+                message, job.changed.set, bucket, request.began, request.id, asked.likeliest, max(0, len(told) - 1)
+            )
             own = copy.copy(stops)  # the tables of a stop string are made once
             own.begun = list(stops.begun)
             ends = () if asked.ignore_eos else self.end_ids
             choice = Choice(number, stream, self.text, own, asked.max_tokens, ends)
             choice.calls = None if asked.calls is None else Calls(**asked.calls)
             choice.prefix = asked.shown[number // asked.n] if asked.shown else ""
+            choice.echoed, choice.begins = told, len(choice.prefix) if told else 0
             choice.starts_with_space = asked.starts_with_space
             job.choices.append(choice)
 
@@ -523,7 +527,12 @@ class Endpoint:
             for own, choice in zip(parts, job.choices):
                 if choice.stream.ids or choice.stream.ended:
                     own.append(choice.take())
-        await request.answer(200, json.dumps(job.whole(parts), ensure_ascii=False).encode())
+
+        def written() -> bytes:
+            return json.dumps(job.whole(parts), ensure_ascii=False).encode()
+
+        # the tokens of long prompts are much to write (MAX_ECHO_TOKENS)
+        await request.answer(200, await asyncio.to_thread(written) if job.logprobs else written())
 
     async def _streamed(self, request: Request, job: Job) -> None:
         """The answer as server-sent events, as it comes; what is ready goes out in one write."""

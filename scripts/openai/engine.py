@@ -94,6 +94,8 @@ class Question:
     min_p: float = 0.0
     # of so many tokens besides the chosen one
     top_logprobs: int = 0
+    # of the prompt's tokens too, from the second on
+    prompt_logprobs: bool = False
     # what guides the answer: its type and text, as TensorRT-LLM names them
     guide: tuple[str, str] | None = None
     # what ends an answer where the engine can see it only as tokens: int32 (1, 2, n)
@@ -143,6 +145,8 @@ def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab
         values["min_p"] = question.min_p
     if question.top_logprobs:
         values["top_logprobs"] = question.top_logprobs
+    if question.prompt_logprobs:
+        values["prompt_logprobs"] = 1
     if question.guide is not None:
         for name, text in zip(GUIDE, question.guide):
             values[name] = [text.encode()]
@@ -208,16 +212,17 @@ class Engine:
         arrived: float = 0.0,
         name: str = "",
         likeliest: int = 0,
+        of_prompt: int = 0,
     ) -> Stream:
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
         bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
         arrived: when its request came, by time.monotonic(), for measurements; 0: it is a question of our own and not measured.
         name: the id of its request, which then stands in Triton's lines and the engine's too.
-        likeliest: as many tokens as it asks for beside each one (top_logprobs).
+        likeliest: as many tokens as it asks for beside each one (top_logprobs). of_prompt: so many log probabilities are the prompt's.
         """
         stream = Stream(self, message, changed, bucket if self.shares is not None else None, arrived, name)
-        stream.likeliest = likeliest
+        stream.likeliest, stream.of_prompt = likeliest, of_prompt
         if stream.bucket is None:
             stream.start()
         else:
@@ -346,6 +351,9 @@ class Stream:
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.likeliest = 0
+        # of the prompt's tokens from the second on; they come before the answer's first token, perhaps in several responses
+        self.of_prompt = 0
+        self.prompt_log_probs: list[float] = []
         self.ended, self.cancelled = False, False
         self.failure: EngineFailed | None = None
         self.placed, self.first_token, self.last_token = 0.0, 0.0, 0.0
@@ -414,9 +422,14 @@ class Stream:
         final = answer.parameters["triton_final_response"].bool_param
         if final:
             self.ended = True
+        log_probs: list[float] = []
+        if raw := outputs.get("output_log_probs", b""):
+            log_probs = np.frombuffer(raw, dtype="<f4").tolist()
+            log_probs = apart(log_probs, self.likeliest) if self.likeliest else log_probs
+            missing = self.of_prompt - len(self.prompt_log_probs)
+            self.prompt_log_probs += log_probs[:missing]
+            log_probs = log_probs[missing:][: len(ids)]
         if ids:
-            log_probs = np.frombuffer(outputs.get("output_log_probs", b""), dtype="<f4").tolist()
-            log_probs = log_probs[: len(ids)] if not self.likeliest else apart(log_probs, self.likeliest)
             if not self._sought and not final and len(ids) == 1 and not log_probs:
                 self._fast, self._sought = one_token(data, ids[0]), True
             self._took(ids, log_probs)

@@ -174,8 +174,8 @@ class CompletionRequest(Sampling):
     prompt: (
         str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Whole | None = Field(None, ge=1, lt=1 << 31, description="16 where nothing is said")
-    echo: bool | None = None
+    max_tokens: Whole | None = Field(None, ge=0, lt=1 << 31, description="16 where nothing is said; 0 with echo alone")
+    echo: bool | None = Field(None, description="The answer begins with the prompt; with logprobs: torch engine only")
     logprobs: Whole | None = Field(None, ge=0, le=5, description="0: of the chosen tokens; more: torch engine only")
     best_of: Whole | None = Field(
         None, ge=1, le=MAX_CHOICES, description="So many are made, the likeliest n are the answer"
@@ -241,6 +241,8 @@ class Function(Strict):
     name: str = Field(pattern=TOOL_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; it goes to the model as it is")
+    # Open WebUI's tool servers say it here too
+    type: Literal["function"] | None = None
     strict: bool | None = Field(
         None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
     )
@@ -326,8 +328,9 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    # null: of the prompt's first token, which nothing precedes
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -34,8 +34,8 @@ from scripts.openai.wrong import ApiError
 CPU_SECONDS, MEMORY_BYTES = 3, 1 << 30
 # Where the engine sees stop strings as tokens (STREAMING=off): bytes of all of them, times the prompts
 MAX_STOP_WORK = 16 << 10
-# Characters that echo repeats, in all answers together
-MAX_ECHO_CHARACTERS = 4 << 20
+# Characters that echo repeats, in all answers together; with logprobs: tokens that it tells of, the likeliest ones beside each counted
+MAX_ECHO_CHARACTERS, MAX_ECHO_TOKENS = 4 << 20, 1 << 18
 # A schema, a regular expression; what llguidance may spend on one is in guides.py
 MAX_GUIDE_BYTES = 64 << 10
 # a message to or from a reader: its length, then it
@@ -62,6 +62,8 @@ class Asked:
     logprobs: bool = False
     stops: list[str] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
+    # the prompts' tokens, where echo tells of them (with logprobs)
+    told: list[list[int]] = field(default_factory=list)
     # of the first answer, the next ones count on; None: nothing is left to chance
     seed: int | None = None
     starts_with_space: bool = False
@@ -141,23 +143,45 @@ class Reader:
         if best_of > keep and body.stream:
             raise ApiError(400, "best_of is not supported with stream: which is best is known at the end", "best_of")
         body.n = best_of
-        if body.echo and body.logprobs is not None:
+        if body.max_tokens == 0 and not body.echo:
             raise ApiError(
-                400, "echo with logprobs is not supported: the prompt's log probabilities are not known", "logprobs"
+                400,
+                "max_tokens is 0: without echo nothing is left of the answer",
+                "max_tokens",
+                "integer_below_min_value",
             )
         prompts, shown = self._prompts(body)
+        echoed = bool(body.echo) and body.logprobs is not None
+        if echoed:
+            self._check_echoed(body, prompts)
         asked = self._asked(
             body,
             prompts,
-            body.max_tokens or 16,
+            16 if body.max_tokens is None else body.max_tokens,
             chat=False,
             logprobs=body.logprobs is not None,
             compared=best_of > keep,
             likeliest=body.logprobs or 0,
             guide=self._guide(body, None),
+            of_prompt=echoed,
         )
+        asked.told = prompts if echoed else []
         asked.shown, asked.keep = shown, keep if best_of > keep else 0
         return asked
+
+    def _check_echoed(self, body: messages.CompletionRequest, prompts: Sequence[list[int]]) -> None:
+        """Whether the prompts' log probabilities can be told. Raises ApiError."""
+        if not self.engine.takes("prompt_logprobs"):
+            raise ApiError(
+                400, "echo with logprobs is not supported by this engine: it does not tell a prompt's log probabilities", "echo",
+                "unsupported_parameter",
+            )  # fmt: skip
+        count = sum(map(len, prompts)) * (body.n or 1) * (1 + (body.logprobs or 0))
+        if count > MAX_ECHO_TOKENS:
+            raise ApiError(
+                400, f"echo with logprobs tells of {count} tokens in all answers, the likeliest ones counted; at most {MAX_ECHO_TOKENS} "
+                "are told", "echo",
+            )  # fmt: skip
 
     def _chat(self, data: bytes) -> Asked:
         body = checked(messages.ChatRequest, data)
@@ -175,7 +199,9 @@ class Reader:
                 raise ApiError(400, f"chat_template_kwargs.{name} is not supported", "chat_template_kwargs")
         calls = self._tools(body, self.template)
         if calls is not None:
-            more["tools"] = [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in body.tools or []]
+            # what is for the server is not for the model
+            hidden: Any = {"cache_control": True, "function": {"type": True, "strict": True}}
+            more["tools"] = [tool.model_dump(exclude_none=True, exclude=hidden) for tool in body.tools or []]
         self._check_bytes(sum(len(text.encode()) for text in texts_of([*turns, more])), "messages")
         try:
             ids = self.template.token_ids(turns, begun="" if calls is None else calls["begun"], more=more)
@@ -189,8 +215,6 @@ class Reader:
             body, [ids], most, chat=True, logprobs=bool(body.logprobs), likeliest=likeliest, guide=guide
         )
         asked.starts_with_space, asked.calls = self.text.adds_space, calls
-        if calls is not None:
-            del calls["arguments"]
         return asked
 
     @staticmethod
@@ -249,7 +273,6 @@ class Reader:
                 "unsupported_parameter",
             )  # fmt: skip
         names = [tool.function.name for tool in body.tools]
-        arguments = None
         most, begun, reason = int(body.parallel_tool_calls is False), "", "tool_calls"
         if isinstance(choice, messages.NamedTool):
             if choice.function.name not in names:
@@ -259,12 +282,7 @@ class Reader:
         elif choice == "required":
             begun = tools.beginning(form, names[0] if len(names) == 1 else None)
             most = 1 if len(names) == 1 else most
-        if begun and most == 1 and (len(names) == 1 or isinstance(choice, messages.NamedTool)):
-            name = choice.function.name if isinstance(choice, messages.NamedTool) else names[0]
-            # the answer is this tool's arguments and nothing else
-            tool = next(tool for tool in body.tools if tool.function.name == name)
-            arguments = {**(tool.function.parameters or {}), "type": "object"}
-        return {"form": form, "begun": begun, "most": most, "reason": reason, "arguments": arguments}
+        return {"form": form, "begun": begun, "most": most, "reason": reason}
 
     def _guide(self, body: messages.Sampling, calls: dict[str, Any] | None) -> tuple[str, str] | None:
         """What the answer must follow: a guide's type and text (TensorRT-LLM's guided_decoding_guide_type). Raises ApiError."""
@@ -281,14 +299,8 @@ class Reader:
             found["guided_regex"] = ("regex", body.guided_regex)
         if body.guided_choice is not None:
             found["guided_choice"] = ("regex", "|".join(map(escaped, body.guided_choice)))
-        strict = [tool for tool in getattr(body, "tools", None) or [] if tool.function.strict] if calls else []
-        if calls and calls["arguments"] is not None and (strict or self.engine.guides):
-            found["tools"] = ("json_schema", json.dumps(calls["arguments"]))
-        elif strict:
-            raise ApiError(
-                400, "tools: strict is not supported with this tool_choice; name the tool, or require it and give no other", "tools",
-                "unsupported_parameter",
-            )  # fmt: skip
+        if calls is not None and isinstance(body, messages.ChatRequest):
+            self._guide_calls(body, calls, found)
         if len(found) > 1:
             raise ApiError(400, f"only one of {' and '.join(found)} can guide an answer", next(iter(found)))
         for name, (kind, text) in found.items():
@@ -299,11 +311,75 @@ class Reader:
                 )  # fmt: skip
             if body.ignore_eos:
                 raise ApiError(400, f"ignore_eos is not supported with {name}", "ignore_eos", "unsupported_parameter")
-            if len(text.encode()) > MAX_GUIDE_BYTES:
-                raise ApiError(400, f"{name} is larger than {MAX_GUIDE_BYTES} bytes", name)
-            if self.why_not is not None and (why := self.why_not(kind, text)) is not None:
-                raise ApiError(400, f"Invalid '{name}': {why}", name, "invalid_value")
+            self._check_guide(name, kind, text)
         return next(iter(found.values()), None)
+
+    def _guide_calls(
+        self, body: messages.ChatRequest, calls: dict[str, Any], found: dict[str, tuple[str, str]]
+    ) -> None:
+        """Add what guides an answer's calls to what was found, or put it in its place. Raises ApiError.
+
+        The arguments of a strict tool follow its schema. So do those of others if the engine can guide and the schema can be followed.
+        """
+        given, free = body.tools or [], not calls["begun"]
+        strict = [number for number, tool in enumerate(given) if tool.function.strict]
+        if free and not strict and not found:
+            return  # it says what it likes
+        named = [tool for tool in given if isinstance(body.tool_choice, messages.NamedTool)
+                 and tool.function.name == body.tool_choice.function.name]  # fmt: skip
+        meant = named or given
+        if not strict and not found and not self.engine.guides:
+            return
+        if len(meant) == 1 and not free:
+            # the answer is this tool's arguments and nothing else
+            schema = self._schema_of(meant[0], given.index(meant[0]))
+            found["tools"] = ("json_schema", json.dumps(schema))
+            return
+        if self.why_not is None:
+            if strict or found:
+                raise ApiError(
+                    400, f"{'tools: strict' if strict else 'tools'} is not supported by this engine "
+                    + (f"with {next(iter(found))}" if found else "with this tool_choice; name the tool, or require it and give no other"),
+                    "tools", "unsupported_parameter",
+                )  # fmt: skip
+            return
+        schemas = [(tool.function.name, self._schema_of(tool, number)) for number, tool in enumerate(given)]
+        content = None
+        if free and found:
+            # it calls, or it answers in this form
+            [(name, (kind, text)), *others] = found.items()
+            if others or kind not in ("json", "json_schema"):
+                raise ApiError(
+                    400, f"{name} is not supported with tools; response_format is", name, "unsupported_parameter"
+                )
+            self._check_guide(name, kind, text)
+            if not tools.FORMS[calls["form"]].opening:
+                raise ApiError(
+                    400, f"{name} is not supported with tools and this model: how it writes a call is an object like another", name,
+                    "unsupported_parameter",
+                )  # fmt: skip
+            content = {"type": "object"} if kind == "json" else json.loads(text)
+            content = content if isinstance(content, dict) else {"allOf": [content]}
+            found.clear()
+        found["tools"] = ("ebnf_grammar", tools.grammar(calls["form"], schemas, not free, calls["most"], content))
+
+    def _schema_of(self, tool: messages.Tool, number: int) -> dict[str, Any]:
+        """What a tool's arguments follow. Raises ApiError where a strict one's cannot be followed."""
+        schema = {**(tool.function.parameters or {}), "type": "object"}
+        why = None if self.why_not is None else self.why_not("json_schema", json.dumps(schema))
+        if why is None:
+            return schema
+        if tool.function.strict:
+            place = f"tools[{number}].function.parameters"
+            raise ApiError(400, f"Invalid '{place}': {why}", place, "invalid_value")
+        return {"type": "object"}
+
+    def _check_guide(self, name: str, kind: str, text: str) -> None:
+        """Whether the engine can follow a guide, as far as that is known here. Raises ApiError."""
+        if len(text.encode()) > MAX_GUIDE_BYTES:
+            raise ApiError(400, f"{name} is larger than {MAX_GUIDE_BYTES} bytes", name)
+        if self.why_not is not None and (why := self.why_not(kind, text)) is not None:
+            raise ApiError(400, f"Invalid '{name}': {why}", name, "invalid_value")
 
     def _prompts(self, body: messages.CompletionRequest) -> tuple[list[list[int]], list[str]]:
         """Token ids of every prompt, and its text for echo."""
@@ -335,9 +411,10 @@ class Reader:
 
     def _asked(
         self, body: messages.Sampling, prompts: Sequence[list[int]], max_tokens: int, chat: bool, logprobs: bool,
-        compared: bool = False, likeliest: int = 0, guide: tuple[str, str] | None = None,
+        compared: bool = False, likeliest: int = 0, guide: tuple[str, str] | None = None, of_prompt: bool = False,
     ) -> Asked:  # fmt: skip
-        """The engine's requests: what all of them share, and what each prompt adds. compared: answers are, by their likelihood."""
+        """The engine's requests: what all of them share, and what each prompt adds. compared: answers are, by their likelihood;
+        of_prompt: the prompts' tokens are told of too."""
         named = "top_logprobs" if chat else "logprobs"
         for name, asked, value in (("min_p", "min_p", body.min_p), (named, "top_logprobs", likeliest)):
             if value and not self.engine.takes(asked):
@@ -372,9 +449,9 @@ class Reader:
                 "with STREAMING=off the engine is told every way to spell them", "stop",
             )  # fmt: skip
         question = Question(
-            [], max_tokens, _or(body.temperature, 1.0), _or(body.top_p, 1.0), body.top_k or 0, body.presence_penalty or 0.0,
+            [], max(1, max_tokens), _or(body.temperature, 1.0), _or(body.top_p, 1.0), body.top_k or 0, body.presence_penalty or 0.0,
             body.frequency_penalty or 0.0, _or(body.repetition_penalty, 1.0), 0, body.min_tokens or 0,
-            logprobs or compared, bias, float(body.min_p or 0), likeliest, guide,
+            logprobs or compared, bias, float(body.min_p or 0), likeliest, of_prompt, guide,
         )  # fmt: skip
         ends = () if body.ignore_eos else self.engine.end_ids
         values = inputs_of(question, ends, self.engine.streams, self.limits.vocab_size)

@@ -21,8 +21,14 @@ Delta = dict[str, Any]
 MAX_HEAD_CHARACTERS = 64 << 10
 # The name comes first in what models are trained to write; any other order is read when the call has ended
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,256})"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
-# what the head of a call begins with, without spaces
-BEGINS = '{"name":"'
+# what the head of a call begins with, and the same without spaces
+CALL = '{"name": "'
+BEGINS = CALL.replace(" ", "")
+# of a grammar: any text, what begins like a call, and the spaces between an opening, a call and a closing
+ANY, GAP = r"(.|\n)*", r"/[ \n]{0,2}/"
+BEGINS_CALL = r'\s*\{\s*"name"\s*:\s*"'
+# as guides.py beside the engine has them for a schema alone
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 TURN = re.compile(r'["{}\[\]]')
 STRING_END = re.compile(r'["\\]')
 
@@ -49,7 +55,50 @@ def form_of(template: str) -> str | None:
 
 def beginning(form: str, name: str | None) -> str:
     """What the answer must begin with, so that it is a call: of this tool, or of any."""
-    return FORMS[form].opening + '{"name": "' + ("" if name is None else f'{name}", "{FORMS[form].arguments}":')
+    return FORMS[form].opening + CALL + ("" if name is None else f'{name}", "{FORMS[form].arguments}":')
+
+
+def grammar(
+    form: str, tools: list[tuple[str, dict[str, Any]]], begun: bool, most: int, content: dict[str, Any] | None = None
+) -> str:
+    """What an answer may say that calls these tools, (name, schema of the arguments) each, in llguidance's form of Lark's grammars.
+
+    begun: the answer goes on behind `beginning(form, None)`, and calls; else it says what it likes until it opens a call. most: 1 ends it
+    with its first call, 0: any number. content: a schema of what it says instead of calling; None: any text.
+    """
+    opening, closing, arguments = FORMS[form]
+    # a line break may be the last it says
+    more = "" if most == 1 else f" more* {GAP}" if opening else " more*"
+    rules = [
+        "body: " + " | ".join(f"tool_{number}" for number in range(len(tools))),
+        f"call: {GAP} {_lark(CALL)} body",
+        f"more: {GAP} {_lark(opening)} call" if opening else "more: /; ?/ call",
+        f"end: {_lark('}')} {GAP} {_lark(closing)}" if closing else f"end: {_lark('}')}",
+    ]
+    for number, (name, schema) in enumerate(tools):
+        head = name + '", "' + arguments + '": '
+        rules.append(f"tool_{number}: {_lark(head)} %json {_json(schema)} end")
+    if begun:
+        start = [f"start: body{more}"]
+    elif content is not None:
+        start = [f"start: {_lark(opening) if opening else ''} call{more} | content", f"content: %json {_json(content)}"]
+    elif opening:
+        # lazy: it ends as soon as the opening does, so no text holds one
+        start = ["start: open call | TEXT" if most == 1 else "start: (open call)* TEXT", f"TEXT: /{ANY}/"]
+        start.append(f"open[lazy]: /{ANY}{opening}/")
+    else:
+        start = [f"start: call{more} | TEXT", f"TEXT: /{ANY}/ & ~/{BEGINS_CALL}{ANY}/"]
+    return "\n".join([*start, *rules])
+
+
+def _lark(text: str) -> str:
+    """A string of a grammar."""
+    return json.dumps(text)
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """A schema in a grammar, whose spaces are those of guides.py."""
+    return json.dumps({**schema, "x-guidance": SPACES})
 
 
 class Calls:
@@ -213,7 +262,9 @@ class Calls:
         """A call that was not told as it came; or what only looks like one, which is text."""
         try:
             call = json.loads(text)
-            name, given = call["name"], call.get("arguments", call.get("parameters", {}))
+            name, given = call["name"], call.get("arguments", call.get("parameters"))
+            # only what stands in tags may leave its arguments out: a JSON object alone is an answer like another
+            given = {} if given is None and self.form.opening else given
             if not isinstance(name, str) or not isinstance(given, (dict, str)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

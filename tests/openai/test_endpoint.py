@@ -307,7 +307,6 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": ["x"] * 1000}, 400, "prompt"),
     ({"prompt": None}, 400, "prompt"),
     ({"logprobs": 6}, 400, "logprobs"),
-    ({"echo": True, "logprobs": 0}, 400, "logprobs"),
     ({"suffix": "end"}, 400, "suffix"),
     ({"best_of": 1, "n": 2}, 400, "best_of"),
     ({"best_of": 3, "stream": True}, 400, "best_of"),

@@ -109,13 +109,13 @@ def test_an_engine_without_guides_refuses_them_by_name(folder: Path) -> None:
     without.engine.guides, without.engine.parameters = False, frozenset()
     for body, name in (
         ({"guided_json": {}}, "guided_json"), ({"guided_choice": ["a"]}, "guided_choice"), ({"min_p": 0.5}, "min_p"),
-        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": 2}, "logprobs"), ({"echo": True, "logprobs": 0}, "echo with logprobs"),
     ):  # fmt: skip
         asked = json.dumps({**PLAIN, **body}).encode()
         reader_of(folder).read(False, asked)
         with pytest.raises(ApiError, match=f"^{name} is not supported by this engine") as refused:
             without.read(False, asked)
-        assert refused.value.param == name
+        assert refused.value.param == name.partition(" ")[0]
 
 
 def test_stop_words_times_prompts_are_counted_first(folder: Path) -> None:
@@ -135,6 +135,15 @@ def test_what_echo_repeats_is_counted_first(folder: Path, monkeypatch: pytest.Mo
     assert reader_of(folder).read(False, json.dumps({**asked, "n": 25}).encode()).shown == ["x" * 20] * 2
     with pytest.raises(ApiError, match="echo: the prompts have more than 1000 characters"):
         reader_of(folder).read(False, json.dumps({**asked, "n": 26}).encode())
+
+
+def test_what_echo_tells_of_is_counted_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_ECHO_TOKENS", 1000)
+    asked = {**PLAIN, "prompt": [[5] * 25] * 2, "echo": True, "max_tokens": 0}
+    assert reader_of(folder).read(False, json.dumps({**asked, "n": 10, "logprobs": 1}).encode()).told == [[5] * 25] * 2
+    for more in ({"n": 11, "logprobs": 1}, {"n": 10, "logprobs": 2}):
+        with pytest.raises(ApiError, match="echo with logprobs tells of 1[0-9]00 tokens"):
+            reader_of(folder).read(False, json.dumps({**asked, **more}).encode())
 
 
 def test_an_answer_survives_the_way_to_the_worker() -> None:

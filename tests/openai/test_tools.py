@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
-import openai
+import jsonschema
+import llguidance
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from project import ROOT, copy_of_project
-from server import Served, serve
+from project import ROOT
+from server import Served
 
-from scripts.openai.__main__ import TOKENIZER, text_code
+from scripts.openai.__main__ import TOKENIZER, guide_check, text_code
 from scripts.openai.chat_template import ChatTemplate
 from scripts.openai.engine import Engine, Limits
 from scripts.openai.reader import Reader
-from scripts.openai.tools import Calls, beginning, form_of, joined
+from scripts.openai.tools import SPACES, Calls, beginning, form_of, grammar, joined
 from scripts.openai.wrong import ApiError
+
+sys.path.insert(0, str(ROOT / "model_repo_template/tensorrt_llm/1"))
+import guides
 
 HERMES = (ROOT / "tests/support/templates/hermes.jinja").read_text()
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CITY: dict[str, Any] = {
+    "type": "object", "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city"], "additionalProperties": False, "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}  # fmt: skip
+STRICT: dict[str, Any] = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
+LOOSE: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "any", "parameters": {"pattern": "(?=a)b", "$ref": "x:y"}},
+}
 USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Seoul"}'}}
 
@@ -90,18 +103,26 @@ def folder(served: Served) -> Path:
     return found
 
 
-def reader_of(folder: Path, template: str = HERMES) -> Reader:
+def reader_of(folder: Path, template: str = HERMES, guiding: bool = True) -> Reader:
+    """guiding: as with the torch engine; else as with NVIDIA's backend, which is not asked to guide."""
     text = text_code(folder).Text(folder / TOKENIZER)
     config = (folder / "model_repo/tensorrt_llm/config.pbtxt").read_text()
     engine = Engine("127.0.0.1:1", config, Limits(8, 1000, 2000, 2048), [2])
-    return Reader("m", engine, text, ChatTemplate(template, folder / TOKENIZER, text), 72)
+    if not guiding:
+        engine.guides, engine.parameters = False, frozenset()
+    check = guide_check(folder) if guiding else None
+    return Reader("m", engine, text, ChatTemplate(template, folder / TOKENIZER, text), 72, why_not=check)
 
 
 WRONG = [
     ({"tools": [TOOL] * 10_000}, "Invalid 'tools': array too long. Expected at most 128 items, but got 10000."),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "other is not among the tools"),
     ({"tool_choice": "required"}, "tool_choice is only allowed when tools are given"),
-    ({"tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]}, "strict is not supported with this tool_choice"),  # type: ignore[dict-item]
+    ({"tools": [STRICT, {**STRICT, "function": {**STRICT["function"], "parameters": {"pattern": "(?=a)b", "$ref": "x:y"}}}]},
+     "Invalid 'tools[1].function.parameters'"),
+    ({"tools": [STRICT], "guided_regex": "a"}, "guided_regex is not supported with tools"),
+    ({"tools": [STRICT], "tool_choice": "required", "response_format": {"type": "json_object"}},
+     "only one of response_format and tools can guide an answer"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]}]},
      "Invalid 'messages[1].tool_calls[0].function.arguments': it is not valid JSON"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "[1]"}}]}]},
@@ -118,6 +139,84 @@ def test_a_wrong_request_about_tools_is_a_clear_400(folder: Path, wrong: dict[st
     with pytest.raises(ApiError) as refused:
         reader_of(folder).read(True, json.dumps({"model": "m", "messages": [USER], **wrong}).encode())
     assert refused.value.status == 400 and said in refused.value.message, refused.value.message
+
+
+CALLED = '<tool_call>\n{"name": "city", "arguments": {"city": "Seoul", "days": 3}}\n</tool_call>'
+BEGUN = CALLED[CALLED.index("city") :]
+OTHER = '<tool_call>{"name": "any", "arguments": {"x": [1]}}</tool_call>'
+LLAMA = '{"name": "city", "parameters": {"city": "a//b %"}}'
+COLOUR = {"type": "object", "properties": {"hue": {"type": "integer"}}, "required": ["hue"]}
+# (what an answer may be, the form and settings of its grammar): a | is where it may not go on as it does
+MAY = [
+    (["", "any text < <tool", f"Sure. {CALLED}", f"{CALLED}\n{OTHER} and", '<tool_call>{"name": "|x', "<tool_call> |y",
+      '<tool_call>{"|arguments', '<tool_call>{"name": "city", "arguments": {"|town', CALLED.replace("Seoul", "S|aigon")],
+     {"form": "hermes", "begun": False, "most": 0}),
+    (["any text", CALLED, f"{CALLED}|\n"], {"form": "hermes", "begun": False, "most": 1}),
+    ([f"{BEGUN}\n{OTHER}", "|other", BEGUN + " |x", BEGUN + "\n"], {"form": "hermes", "begun": True, "most": 0}),
+    ([BEGUN, BEGUN + "|\n"], {"form": "hermes", "begun": True, "most": 1}),
+    ([CALLED, '{"hue": 5}', "|text"], {"form": "hermes", "begun": False, "most": 0, "content": COLOUR}),
+    (["", "any text", f"{LLAMA}; {LLAMA}", '{"name": 5}', '{"x": 1}', '{"name": "|x', '{"name":|"city', f"{LLAMA}| x"],
+     {"form": "llama3", "begun": False, "most": 0}),
+    ([LLAMA, f"{LLAMA}|;"], {"form": "llama3", "begun": False, "most": 1}),
+    ([f"{LLAMA}; {LLAMA}"[10:], "|other"], {"form": "llama3", "begun": True, "most": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("texts", "how"), MAY, ids=range(len(MAY)))
+def test_a_grammar_of_calls_lets_through_what_it_should(texts: list[str], how: dict[str, Any]) -> None:
+    """By llguidance itself, byte by byte, at the engine's own limits; what is let through is read as what it is."""
+    written = grammar(tools=[("city", CITY), ("any", {"type": "object"})], **how)
+    assert guides.why_not("ebnf_grammar", written) is None
+    for text in texts:
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), written, log_level=0, limits=guides.limits())
+        allowed, found, _ = text.partition("|")
+        tokens = list(text.replace("|", "", 1).encode())
+        assert matcher.validate_tokens(tokens) == (len(allowed.encode()) if found else len(tokens)), text
+        if not found:
+            assert matcher.consume_tokens(tokens) and matcher.is_accepting(), text
+            calls = Calls(how["form"], beginning(how["form"], None) if how["begun"] else "")
+            _, made = joined(calls.push(text) + calls.finish())
+            assert len(made) == text.count('", "arguments"') + text.count('", "parameters"')
+            for call in made:
+                schema = CITY if call["function"]["name"] == "city" else {"type": "object"}
+                jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+
+
+def test_spaces_are_those_of_a_schema_alone() -> None:
+    assert guides.SPACES == SPACES
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "city"}}], ids=str)
+def test_an_engine_that_does_not_guide_refuses_strict_tools_by_name(folder: Path, choice: Any) -> None:
+    """What it cannot promise it does not take; tools that are not strict it takes as before."""
+    without = reader_of(folder, guiding=False)
+    asked = {"model": "m", "messages": [USER], "tool_choice": choice}
+    for some in ([STRICT], [STRICT, TOOL]):
+        reader_of(folder).read(True, json.dumps({**asked, "tools": some}).encode())
+        with pytest.raises(ApiError, match="^tools(: strict)? is not supported by this engine") as refused:
+            without.read(True, json.dumps({**asked, "tools": some}).encode())
+        assert (refused.value.param, refused.value.code) == ("tools", "unsupported_parameter")
+    loose = {**STRICT, "function": {**STRICT["function"], "strict": False}}
+    without.read(True, json.dumps({**asked, "tools": [loose, TOOL]}).encode())
+    with pytest.raises(ApiError, match="response_format"):
+        without.read(
+            True,
+            json.dumps(
+                {"model": "m", "messages": [USER], "tools": [TOOL], "response_format": {"type": "json_object"}}
+            ).encode(),
+        )
+
+
+def test_an_object_that_may_be_a_call_is_not_guided_as_both(folder: Path) -> None:
+    """Llama 3's calls have nothing around them: what begins with a brace could be either."""
+    llama = reader_of(folder, '{{ tools }}{{ messages }}{# tool_calls {"name": , "parameters": #}')
+    asked = {"model": "m", "messages": [USER], "tools": [TOOL]}
+    llama.read(True, json.dumps(asked).encode())
+    with pytest.raises(ApiError, match="response_format is not supported with tools and this model"):
+        llama.read(True, json.dumps({**asked, "response_format": {"type": "json_object"}}).encode())
+    # and an object that is no call is text, whatever it names
+    calls = Calls("llama3")
+    assert joined(calls.push('{"name": "Tom"}') + calls.finish()) == ('{"name": "Tom"}', [])
 
 
 def test_arguments_that_nest_without_end_are_refused(folder: Path) -> None:
@@ -153,46 +252,3 @@ def test_the_template_sees_tools_calls_and_results(folder: Path) -> None:
     assert '{"type": "function", "function": {"name": "weather", "parameters": {"</s>": ["</s>"]}}}' in text
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Seoul"}}\n</tool_call>' in text
     assert "tool: warm</s> (weather)" in text and text.endswith("assistant: </s>")
-
-
-# --- through the real server -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    tree = copy_of_project(tmp_path_factory.mktemp("tools") / "tree")
-    (tree / "hermes.jinja").write_text(HERMES)
-    running = serve(tree, "TP=1", "CHAT_TEMPLATE=hermes.jinja")
-    yield running
-    assert running.end() == 0, "".join(running.lines)
-
-
-def made_to_say_braces(tree: Path) -> dict[str, float]:
-    """A logit_bias with which an answer begins with {}: a token that was used is penalised away."""
-    [found] = tree.glob("build/stories/*/" + TOKENIZER + "/tokenizer.json")
-    vocabulary = json.loads(found.read_text())["model"]["vocab"]
-    return {str(vocabulary["<0x7B>"]): 100.0, str(vocabulary["<0x7D>"]): 90.0}
-
-
-def test_a_call_whole_and_streamed(calling: Served) -> None:
-    client = openai.OpenAI(base_url=f"{calling.openai}/v1", api_key="x", max_retries=0, timeout=60)
-    asked: dict[str, Any] = {
-        "model": "stories", "messages": [USER], "tools": [TOOL], "temperature": 0, "max_tokens": 16,
-        "tool_choice": {"type": "function", "function": {"name": "weather"}}, "logit_bias": made_to_say_braces(calling.tree),
-        "extra_body": {"repetition_penalty": 100},
-    }  # fmt: skip
-    whole = client.chat.completions.create(**asked).choices[0]
-    [call] = whole.message.tool_calls
-    assert (call.type, call.function.name, call.function.arguments) == ("function", "weather", "{}")
-    assert whole.message.content is None and whole.finish_reason == "stop"
-    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
-    pieces = [piece for chunk in chunks for piece in chunk.delta.tool_calls or []]
-    assert pieces[0].function.name == "weather" and pieces[0].id and pieces[0].type == "function"
-    assert "".join(piece.function.arguments for piece in pieces) == "{}"
-    assert [piece.index for piece in pieces] == [0] * len(pieces) and chunks[-1].finish_reason == "stop"
-    required = client.chat.completions.create(
-        **{**asked, "tool_choice": "required", "parallel_tool_calls": False}
-    ).choices[0]
-    assert required.finish_reason == "tool_calls" and required.message.tool_calls[0].function.arguments == "{}"
-    free = client.chat.completions.create(**{**asked, "tool_choice": "auto", "logit_bias": {}}).choices[0]
-    assert free.message.content and not free.message.tool_calls and free.finish_reason == "length"

@@ -7,13 +7,17 @@ Needs no project code. The model is a small one that cannot call tools by itself
 from __future__ import annotations
 
 import json
+import os
 import sys
+import urllib.request
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 MODEL = "stories"
 USER: Any = [{"role": "user", "content": "Tell me of a cat."}]
+# a logit_bias that ends an object at once: the test knows the tokens
+SHORT: Any = json.loads(os.environ.get("SHORT", "{}"))
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 60}
 
 
@@ -100,11 +104,10 @@ def of_instructor(url: str) -> dict[str, Any]:
     import instructor  # type: ignore[import-not-found]
     import openai
 
-    def ask(mode: Any) -> dict[str, Any]:
+    def ask(mode: Any, kind: Any, **more: Any) -> dict[str, Any]:
         client: Any = instructor.from_openai(openai.OpenAI(base_url=url, api_key="x", max_retries=0), mode=mode)
-        kind: Any = KindOfPet
         made: dict[str, Any] = client.chat.completions.create(
-            model=MODEL, messages=USER, response_model=kind, max_retries=0, **SAMPLING
+            model=MODEL, messages=USER, response_model=kind, max_retries=0, **SAMPLING, **more
         ).model_dump()
         return made
 
@@ -114,9 +117,72 @@ def of_instructor(url: str) -> dict[str, Any]:
     partial = client.chat.completions.create_partial(model=MODEL, messages=USER, response_model=KindOfPet, **SAMPLING)
     return {
         "stream": str([pet.model_dump() for pet in partial][-1]),
-        "call": ask(instructor.Mode.TOOLS),
-        "schema": ask(instructor.Mode.JSON_SCHEMA),
+        "call": ask(instructor.Mode.TOOLS, KindOfPet),
+        "schema": ask(instructor.Mode.JSON_SCHEMA, KindOfPet),
+        # JSON mode promises an object and no more: its schema stands in a system message, which a small model cannot follow
+        "json": ask(instructor.Mode.JSON, Anything, logit_bias=SHORT),
     }
+
+
+def of_open_webui(url: str) -> dict[str, Any]:
+    """What Open WebUI's server sends, in its order of names (open-webui 0.6: backend/open_webui/routers/openai.py and tasks.py,
+    utils/middleware.py and tools.py): it is a program with a database and no package that a test can call."""
+    headers = {
+        "Authorization": "Bearer x", "Content-Type": "application/json", "X-OpenWebUI-User-Name": "Ana", "X-OpenWebUI-User-Id": "u1",
+        "X-OpenWebUI-User-Email": "ana@example.com", "X-OpenWebUI-User-Role": "user", "X-OpenWebUI-Chat-Id": "c1",
+    }  # fmt: skip
+
+    def asked(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=120) as answer:
+            if not answer.headers["Content-Type"].startswith("text/event-stream"):
+                return json.loads(answer.read())
+            lines = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+            assert lines.pop() == "[DONE]"
+            return [json.loads(line) for line in lines]
+
+    [model] = asked("/models")["data"]
+    assert model["id"] == MODEL and model["object"] == "model"
+    streamed = {"stream": True, "model": MODEL, "stream_options": {"include_usage": True}, **SAMPLING}
+    chunks = asked("/chat/completions", {**streamed, "messages": [{"role": "system", "content": "Be kind."}, *USER]})
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
+    # a tool server's tools say twice that they are functions; tool_choice and response_format come from a model's custom parameters
+    spec = {"type": "function", **TOOL["function"]}
+    tooled = {**streamed, "messages": USER, "tools": [{"type": "function", "function": spec}]}
+    deltas = [
+        chunk["choices"][0]["delta"]
+        for chunk in asked("/chat/completions", {**tooled, "tool_choice": CHOICE})
+        if chunk["choices"]
+    ]
+    made: dict[str, Any] = {}
+    for piece in (piece for delta in deltas for piece in delta.get("tool_calls", [])):
+        # the pieces of a call are put together as its middleware does, and go back with their index
+        call = made.setdefault("call", {**piece, "function": {**piece["function"], "arguments": ""}})
+        call["function"]["arguments"] += piece["function"].get("arguments", "")
+    turns = [*USER, {"role": "assistant", "content": "", "tool_calls": [made["call"]]},
+             {"role": "tool", "tool_call_id": made["call"]["id"], "content": "a cat"}]  # fmt: skip
+    after = asked("/chat/completions", {**tooled, "messages": turns})
+    schema = asked("/chat/completions", {**streamed, "messages": USER, "response_format": FORMAT})
+    # tasks in the background: a title, tags, questions to go on with
+    task = {"model": MODEL, "messages": USER, "stream": False, "max_completion_tokens": 40}
+    title = asked("/chat/completions", task)["choices"][0]["message"]["content"]
+    tags = asked(
+        "/chat/completions", {**task, "metadata": {"task": "tags_generation", "task_body": {"x": [1]}, "chat_id": "c1"}}
+    )
+
+    def text(chunks: Any) -> str:
+        return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+
+    return {
+        "stream": text(chunks), "call": json.loads(made["call"]["function"]["arguments"]), "after": text(after),
+        "schema": json.loads(text(schema)), "title": title, "tags": tags["choices"][0]["message"]["content"],
+    }  # fmt: skip
+
+
+class Anything(BaseModel):
+    """An object."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class KindOfPet(BaseModel):

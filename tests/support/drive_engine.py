@@ -47,7 +47,8 @@ class Answer:
         on_piece: Mapping[int, Callable[[], object]] = MappingProxyType({}),
         **options: Any,
     ) -> None:
-        flags = {name: options.pop(name, False) for name in ("log_probs", "context_logits", "generation_logits")}
+        names = ("log_probs", "prompt_log_probs", "context_logits", "generation_logits", "likeliest")
+        flags = {name: options.pop(name) for name in names if name in options}
         self.pieces: list[Piece] = []
         self._queue: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self.request = Request(tuple(prompt), max_new_tokens, self._receive, Sampling(**options), **flags)

@@ -20,19 +20,22 @@ from engine_config import parse_config
 from llama import rotary_frequencies
 from ranks import has_code_for
 from safetensors.numpy import load_file, save_file
-from split_checkpoint import Arrays, engine_config, meta_to_hf, write_engine
+from split_checkpoint import Arrays, engine_config, write_engine
 from step import Chunk, Step, decode, encode
-from tiny_model import DTYPE, TINY, TINY_BUILD, random_weights
+from tiny_model import (
+    STORIES,
+    STORIES_NETWORK,
+    TINY,
+    TINY_BUILD,
+    log_probs_of_next,
+    oracle,
+    random_weights,
+    story_weights,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
-STORIES = ROOT / "models" / "stories"
-STORIES_NETWORK: dict[str, Any] = {
-    "dtype": DTYPE, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-}  # fmt: skip
 STORIES_BUILD = {"max_batch_size": 8, "max_input_len": 256, "max_seq_len": 512, "max_num_tokens": 64}
 STORY_PROMPTS = [
     "Once upon a time", "The little dog", "One day, Tom", "A cat and a mouse", "In the forest", "She was very happy",
@@ -40,13 +43,6 @@ STORY_PROMPTS = [
     "The old man had", "At the beach", "My favorite", "The bird sang", "Every morning", "Why did", "Max the rabbit",
     "Once there was a king who",
 ]  # fmt: skip
-
-
-def oracle(network: dict[str, Any], hf: Arrays) -> LlamaForCausalLM:
-    """transformers' own model, float32 on the stored values."""
-    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**{**network, "dtype": "float32"})).float().eval()
-    model.load_state_dict({name: torch.from_numpy(array).float() for name, array in hf.items()})
-    return model
 
 
 @torch.inference_mode()
@@ -88,8 +84,7 @@ def tiny_oracle(tiny: Arrays) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def stories() -> Arrays:
-    meta = torch.load(STORIES / "consolidated.00.pth", weights_only=True)
-    return meta_to_hf({name: tensor.numpy() for name, tensor in meta.items() if name != "rope.freqs"}, 8, 4)
+    return story_weights()
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +287,28 @@ def test_log_probs_are_those_of_transformers(engine: Engine, tiny_oracle: LlamaF
         logits = tiny_oracle(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(answer.log_probs), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "likeliest"), [(1, 0), (6, 2), (45, 0), (45, 3)])
+def test_log_probs_of_a_prompt_are_those_of_transformers(
+    engine: Engine, tiny_oracle: LlamaForCausalLM, length: int, likeliest: int
+) -> None:
+    """45 tokens come in five pieces, beside another request that does not ask for them."""
+    prompt, other = some_tokens(length, 5), Answer(engine, some_tokens(6, 3), 9)
+    answer = Answer(engine, prompt, 3, log_probs=True, prompt_log_probs=True, likeliest=likeliest).wait()
+    told = torch.tensor([value for piece in answer.pieces for value in piece.prompt_log_probs]).view(
+        -1, 1 + 2 * likeliest
+    )
+    expected = log_probs_of_next(tiny_oracle, prompt)
+    assert len(told) == length - 1
+    torch.testing.assert_close(
+        told[:, 0], expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0], rtol=0, atol=1e-4
+    )
+    best = expected.topk(likeliest)
+    assert torch.equal(told[:, 1::2].long(), best.indices)
+    torch.testing.assert_close(told[:, 2::2], best.values, rtol=0, atol=1e-4)
+    assert answer.tokens == greedy(tiny_oracle, prompt, 3)
+    assert other.wait().tokens == greedy(tiny_oracle, some_tokens(6, 3), 9)
 
 
 @pytest.mark.parametrize(

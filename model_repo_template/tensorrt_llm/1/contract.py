@@ -84,6 +84,7 @@ class Asked:
     num_input_tokens: bool = False
     num_output_tokens: bool = False
     likeliest: int = 0
+    prompt_log_probs: bool = False
 
 
 def understood(
@@ -126,6 +127,9 @@ def understood(
     sampling["min_p"] = number("min_p", parameters, 0.0, 1.0)
     likeliest = int(number("top_logprobs", parameters, 0, MAX_LIKELIEST))
     flags = {ours: bool(scalar(name, inputs[name])) for name, ours in FLAGS.items() if name in inputs}
+    of_prompt = bool(number("prompt_logprobs", parameters, 0, 1))
+    if of_prompt and not flags.get("log_probs"):
+        raise Refused("prompt_logprobs needs return_log_probs: output_log_probs holds them, before those of the answer")
     return Asked(
         prompt=tuple(ids[0, :length].tolist()),
         max_new_tokens=int(scalar("request_output_len", inputs["request_output_len"])),
@@ -135,6 +139,7 @@ def understood(
             stop_words=words("stop_words_list", inputs),
         ),
         likeliest=likeliest,
+        prompt_log_probs=of_prompt,
         **{"exclude_input": exclude_input, **flags},
     )
 
@@ -207,7 +212,8 @@ def outputs(
     generation = [piece.generation_logits for piece in pieces if piece.generation_logits is not None]
 
     def log_probs() -> Array:
-        values = [value for piece in pieces for value in piece.log_probs] if asked.log_probs else [0.0] * len(new)
+        told = (value for piece in pieces for value in (*piece.prompt_log_probs, *piece.log_probs))
+        values = list(told) if asked.log_probs else [0.0] * len(new)
         return np.array(values, dtype=np.float32).reshape(1, 1, -1)
 
     has_value = {

@@ -26,12 +26,14 @@ from engine_config import EngineConfig, read_config
 from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
-from sampling import Sampling, adjusted, choose, ends_with, log_probs, refusal, with_likeliest
+from sampling import Sampling, adjusted, choose, ends_with, log_probs, of_prompt, refusal, with_likeliest
 from step import HELD_IDS, ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
 log = logging.getLogger("torch engine")
 
+# Positions of prompts whose log probabilities one step tells: their logits are in memory together (0.5 GB at 128,256 tokens)
+PROMPT_ROWS = 1024
 CLOSE_SECONDS = 10.0  # how long a last step may take; Triton has drained the requests before
 
 
@@ -47,6 +49,9 @@ class Piece:
     log_probs: tuple[
         float, ...
     ] = ()  # one per token, when asked for; with its likeliest tokens (sampling.with_likeliest)
+    prompt_log_probs: tuple[
+        float, ...
+    ] = ()  # the same for the prompt's tokens of this step, from its second on, when asked for
     context_logits: Tensor | None = None  # (prompt tokens of this step, vocab_size), when asked for
     generation_logits: Tensor | None = None  # (tokens, vocab_size), when asked for
     final: bool = False
@@ -62,6 +67,7 @@ class Request:
     receive: Callable[[Piece], None]
     sampling: Sampling = field(default_factory=Sampling)
     log_probs: bool = False
+    prompt_log_probs: bool = False
     context_logits: bool = False
     generation_logits: bool = False
     likeliest: int = 0  # with log_probs: of so many tokens besides
@@ -95,6 +101,7 @@ class Running:
             not request.sampling.best_of_logits
             or (request.sampling.held and not (self._on_device and len(request.sampling.end_ids) <= HELD_IDS))
             or request.log_probs
+            or request.prompt_log_probs
             or request.context_logits
             or request.generation_logits
         )
@@ -106,7 +113,13 @@ class Running:
             return Chunk(self.slot, self.cached, (token,), 1)
         token_ids = self.request.prompt[self.cached : self.cached + room]
         at_end = self.cached + len(token_ids) == len(self.request.prompt)
-        return Chunk(self.slot, self.cached, token_ids, len(token_ids) if self.request.context_logits else int(at_end))
+        everywhere = self.request.context_logits or self.request.prompt_log_probs
+        return Chunk(self.slot, self.cached, token_ids, len(token_ids) if everywhere else int(at_end))
+
+    def prompt_log_probs(self, chunk: Chunk, logits: Tensor) -> tuple[float, ...]:
+        """Of the prompt's tokens that follow a chunk's, out of its logits (n_logits, vocab_size)."""
+        following = self.request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.n_logits]
+        return of_prompt(logits[: len(following)], following, self.request.likeliest)
 
     def generated(self, chunk: Chunk) -> int:
         """How many tokens were generated before the choice after a chunk."""
@@ -124,23 +137,31 @@ class Running:
     def draw(self) -> float:
         return float(torch.rand((), generator=self._generator))
 
-    def take(self, chunk: Chunk, token: int, log_prob: list[float] | None, logits: Tensor | None) -> Piece:
+    def take(
+        self,
+        chunk: Chunk,
+        token: int,
+        log_prob: list[float] | None,
+        logits: Tensor | None,
+        prompt_log_probs: tuple[float, ...] = (),
+    ) -> Piece:
         """What a step that has ended gave. token: the choice after the chunk; logits: the chunk's, (n_logits, vocab_size)."""
         request, sampling = self.request, self.request.sampling
         context = logits if request.context_logits and chunk.start < len(request.prompt) else None
         if not self.ends_with(chunk):
-            return Piece(context_logits=context)
+            return Piece(prompt_log_probs=prompt_log_probs, context_logits=context)
         if token < 0:
             return Piece(
                 final=True, error="no token is left to choose: bad_words_list, min_length or the guide ban every one"
             )
         if token in sampling.end_ids:  # not part of the output
-            return Piece(context_logits=context, final=True)
+            return Piece(prompt_log_probs=prompt_log_probs, context_logits=context, final=True)
         self.tokens.append(token)
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return Piece(
             tokens=(token,),
             log_probs=tuple(log_prob[: 1 + 2 * request.likeliest]) if log_prob is not None else (),
+            prompt_log_probs=prompt_log_probs,
             context_logits=context,
             generation_logits=logits[-1:] if logits is not None and request.generation_logits else None,
             final=full or ends_with(self.tokens, sampling.stop_words),
@@ -280,7 +301,8 @@ class Engine:
         while self._waiting and self._free_slots:
             request = self._waiting[0]
             # whoever wants logits of the whole prompt has it computed
-            taken = self.blocks.take(self._blocks_for(request), () if request.context_logits else request.prompt)
+            computed = request.context_logits or request.prompt_log_probs
+            taken = self.blocks.take(self._blocks_for(request), () if computed else request.prompt)
             if taken is None:
                 return
             slot, (blocks, shared) = heapq.heappop(self._free_slots), taken
@@ -318,10 +340,14 @@ class Engine:
                 left = sum(len(one.request.prompt) - one.cached for one in prompts)
                 left += sum(len(request.prompt) for request in self._waiting)
                 room = min(room, self._model.prompt_tokens_beside_streams(left))
+            rows = PROMPT_ROWS
             for one in prompts[: self._model.most_prompts]:
-                if room > 0:
-                    batch.append((one, one.next_chunk(room)))
-                    room -= len(batch[-1][1].token_ids)
+                taken = min(room, rows) if one.request.prompt_log_probs else room
+                if taken > 0:
+                    batch.append((one, one.next_chunk(taken)))
+                    length = len(batch[-1][1].token_ids)
+                    room -= length
+                    rows -= length if one.request.prompt_log_probs else 0
             for one, chunk in batch:
                 one.cached += len(chunk.token_ids)
             return batch
@@ -372,21 +398,24 @@ class Engine:
         chances = choice.log_probs.tolist() if choice.log_probs is not None else []
         row = index = 0
         for one, chunk in batch:
-            token, chance, logits = ON_DEVICE, None, None
+            token, chance, logits, told = ON_DEVICE, None, None, ()
             if chunk.n_logits:
                 token = tokens[index]
                 chance = chances[index] if one.request.log_probs else None
                 if one.request.context_logits or one.request.generation_logits:
                     assert outcome.logits is not None
                     logits = outcome.logits[row : row + chunk.n_logits].cpu()
+                if one.request.prompt_log_probs and chunk.start < len(one.request.prompt):
+                    assert outcome.logits is not None
+                    told = one.prompt_log_probs(chunk, outcome.logits[row : row + chunk.n_logits])
                 index, row = index + 1, row + chunk.n_logits
             with self._changed:
                 if one not in self._running:
                     continue  # it ended before this step did: cancelled, failed, or with a token of the step before
-                piece = one.take(chunk, token, chance, logits)
+                piece = one.take(chunk, token, chance, logits, told)
                 if piece.final:
                     self._end([one.request], piece)
-                elif piece.tokens or piece.context_logits is not None:
+                elif piece.tokens or piece.prompt_log_probs or piece.context_logits is not None:
                     one.request.receive(piece)
 
 

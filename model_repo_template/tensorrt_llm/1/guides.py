@@ -48,6 +48,8 @@ def grammar_of(kind: str, text: str) -> str:
     if kind == "json":
         return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=SPACES))
     if kind == "json_schema":
+        # the schema that is true allows any value, as the empty one does
+        text = "{}" if text.strip() == "true" else text
         return str(matcher.grammar_from_json_schema(text, overrides=SPACES))
     if kind == "regex":
         return str(matcher.grammar_from_regex(text))

@@ -50,6 +50,7 @@ class Reply:
             receive=self.receive,
             sampling=asked.sampling,
             log_probs=asked.log_probs,
+            prompt_log_probs=asked.prompt_log_probs,
             context_logits=asked.context_logits,
             generation_logits=asked.generation_logits,
             likeliest=asked.likeliest,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Words = tuple[tuple[int, ...], ...]
+# Rows of logits whose probabilities are computed at a time, of prompts: each takes a row's memory again
+ROWS_AT_ONCE = 64
 # Logits divided by less are no longer finite in float32.
 MIN_TEMPERATURE = 1e-6
 
@@ -198,3 +200,14 @@ def with_likeliest(logits: Tensor, chances: Tensor, most: int) -> Tensor:
     best, ids = logits.topk(most, dim=-1)
     best = best - logits.logsumexp(dim=-1, keepdim=True)
     return torch.cat((chances[:, None], torch.stack((ids.float(), best), dim=-1).flatten(1)), dim=1)
+
+
+def of_prompt(logits: Tensor, following: Sequence[int], most: int) -> tuple[float, ...]:
+    """Log probabilities of a prompt's tokens, each out of the logits (rows, vocab_size) of the position before it, in the form of
+    `with_likeliest`: 1 + 2 * most numbers for each."""
+    told: list[float] = []
+    for first in range(0, len(following), ROWS_AT_ONCE):
+        rows = logits[first : first + ROWS_AT_ONCE]
+        tokens = torch.tensor(following[first : first + ROWS_AT_ONCE]).to(logits.device)
+        told += with_likeliest(rows, log_probs(rows, tokens), most).flatten().tolist()
+    return tuple(told)
