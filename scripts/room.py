@@ -54,8 +54,8 @@ class FileRecord:
 class Filling:
     """A room while it is being filled; `path` is its .partial folder.
 
-    Of an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun` holds
-    the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors_file.write_together goes on behind them).
+        After an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun`
+    holds the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors.write_together goes on after them).
     """
 
     room: Path
@@ -152,7 +152,7 @@ def sha256_of(path: Path) -> FileRecord:
 
 
 def manifest_bytes(room: Path) -> bytes:
-    """A room's manifest as it lies there; a Problem where there is none."""
+    """A room's manifest as it lies there; a Problem if there is none."""
     try:
         with open(room / MANIFEST, "rb") as file:
             return file.read(MANIFEST_MAX_BYTES)

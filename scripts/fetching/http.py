@@ -119,7 +119,7 @@ class HttpSource:
         return reports.fetching.fetch_refused(name, self.name, status)
 
     def small(self, key: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """The content of a small file; None if there is none."""
         response = self._tried(key)
         if response.status in (404, 416):  # 416: it is there, and empty
             response.close()
@@ -145,7 +145,7 @@ class HttpSource:
     def remote(
         self, name: str, key: str, digests: Mapping[str, str] | None = None, size_bytes: int | None = None
     ) -> Remote:
-        """A file with its size, as its server says; a Problem where it is not there, or has not the size that was promised."""
+        """A file with its size, as its server says; a Problem if it is not there, or has not the size that was promised."""
         response = self._tried(key)
         response.close()
         if response.status >= 400 and response.status != 416:

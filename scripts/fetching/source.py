@@ -68,11 +68,11 @@ class Source(Protocol):
     def revision(self) -> str | None: ...
 
     def files(self) -> list[Remote]:
-        """Every file of the model; a Problem where that cannot be told."""
+        """Every file of the model; a Problem if that cannot be told."""
         ...
 
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
-        """Bytes [start, end) of a file, in pieces. Broken where it is worth another try, a Problem where it is not."""
+        """Bytes [start, end) of a file, in pieces. Broken where it is worth another try, a Problem if it is not."""
         ...
 
 
@@ -114,7 +114,7 @@ def checklist(data: bytes, name: str, source: str) -> dict[str, str]:
     matches = [CHECKLIST_LINE.fullmatch(line.strip()) for line in lines]
     found = {match[2]: match[1] for match in matches if match and NAME.fullmatch(match[2])}
     if not found or len(found) != len(lines):
-        raise reports.fetching.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
+        raise reports.fetching.fetch_odd(name, source, f"it is not a list of md5 sums: {data[:60]!r}")
     for ours in found:
         if ours in (room.MANIFEST, room.ARGS, room.FINISHED) or ours.endswith((".part", ".writing")):
             raise reports.fetching.fetch_odd(
@@ -135,11 +135,11 @@ def _named_by(data: bytes, index: str, suffix: str, source: str) -> list[str]:
     try:
         names = sorted(set(json.loads(data)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise reports.fetching.fetch_odd(index, source, f"it is no index ({type(error).__name__})") from None
+        raise reports.fetching.fetch_odd(index, source, f"it is not an index ({type(error).__name__})") from None
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name) or not name.endswith(suffix):
             raise reports.fetching.fetch_odd(
-                index, source, f"it names {name!r}, which is no {suffix} file of this folder"
+                index, source, f"it names {name!r}, which is not a {suffix} file of this folder"
             )
     return names
 

@@ -160,7 +160,7 @@ class Archive:
 
 def canonical_members(tar: tarfile.TarFile, below: set[str]) -> list[tarfile.TarInfo]:
     """The entries of a layer of ours: in the order of their names (hard links after what they name), of no time, root's, readable by
-    all and writable by nobody else. Folders that a layer below has already are left out; `below` learns the new ones."""
+    all and writable by root alone. Folders that a layer below has already are left out; `below` learns the new ones."""
     members = []
     for member in tar.getmembers():
         kept = copy.copy(member)
@@ -219,7 +219,7 @@ def canonical_config(
 
 @dataclass(frozen=True)
 class Base:
-    """What of an image is its base. tar: where it is one layer that was made here, that very file (buildah writes it anew, in another
+    """The part of an image that is its base. tar: the file of its layer if that was made here (buildah writes it again, in another
     order); history: to take the place of the base's own, or None."""
 
     layers: int

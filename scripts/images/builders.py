@@ -57,7 +57,7 @@ class Builder:
         raise NotImplementedError
 
     def digest(self, image: str) -> str | None:
-        """The digest under which a registry has it; None where it came from none."""
+        """The digest under which a registry has it; None if it came from none."""
         raise NotImplementedError
 
     def remove(self, tag: str) -> None:

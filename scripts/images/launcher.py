@@ -25,7 +25,7 @@ PACKAGE = re.compile(r"scripts(\.\w+)+")
 
 
 def path_of(module: str) -> Path:
-    """Where a module lies: its file, or its package's; a path that is not there for what is no module."""
+    """Where a module lies: its file, or its package's; for what is not a module, a path that does not exist."""
     place = ROOT / module.replace(".", "/")
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 

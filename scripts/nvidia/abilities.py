@@ -18,7 +18,7 @@ ROPE_OF_TORCH = ("yarn",)
 
 
 def lacks(shape: LlamaShape, rope: str, version: str, engine: str, tp_size: int = 1, quant: str = "") -> str | None:
-    """What a version lacks for a model, in words; None where it can take it. rope: the kind of rope scaling; tp_size: heads may be padded.
+    """What a version lacks for a model, in words; None if it can take it. rope: the kind of rope scaling; tp_size: heads may be padded.
 
     Biases: all versions read attn_bias and mlp_bias from the checkpoint's config.json (check_config of models/llama/model.py, 0.8.0 on);
     NVIDIA's tools for QUANT are given Llamas only, and so know no bias of a Qwen2.
@@ -47,7 +47,7 @@ def check(
     quant: str = "",
     goal: str = "checkpoint",
 ) -> None:
-    """A Problem where a version cannot take a model; it names those that can. where: the model, for the report; goal: what is made."""
+    """A Problem if a version cannot take a model; it names those that can. where: the model, for the report; goal: what is made."""
     lacking = lacks(shape, rope, version, engine, tp_size, quant)
     if lacking is None:
         return

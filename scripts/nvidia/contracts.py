@@ -52,7 +52,7 @@ def table(kind: str, trtllm_version: str) -> dict[str, Any]:
 
 
 def sent_without_value(trtllm_version: str) -> list[str]:
-    """The outputs of tensorrt_llm that this version sends, as zeros, also when nobody asked for their value."""
+    """The outputs of tensorrt_llm that this version sends, as zeros, even if no input asks for their value."""
     rules = json.loads((DOCKER / "contracts" / "backend-rules" / "rules.json").read_text())
     return cast("list[str]", rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
 

@@ -27,7 +27,7 @@ SECONDS = 60
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. compute_capability as nvidia-smi writes it: '7.0'; driver: None where it is assumed."""
+    """One GPU. compute_capability as nvidia-smi writes it: '7.0'; driver: None if it is assumed."""
 
     name: str
     memory_bytes: int
@@ -127,7 +127,7 @@ def here() -> list[Gpu]:
     try:
         return parse_query(done.stdout)
     except ValueError as error:
-        raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is no GPU: {error}") from None
+        raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is not a GPU: {error}") from None
 
 
 def links_here(count: int) -> Links:

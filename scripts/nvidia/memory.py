@@ -1,7 +1,8 @@
 """How much memory and disk the journey takes: arithmetic from the model's shape, before anything is built.
 
-Core only: numbers in, numbers out. A byte count is exact where the format is ours (files of weights, KV cache), a pair of bounds where
-TensorRT decides (activations, CUDA, NCCL). Measurements that the bounds are held to (tests/test_plan.py):
+Core only: numbers in, numbers out. A byte count is exact where the format is ours (files of weights, KV cache), a pair
+of bounds where TensorRT decides (activations, CUDA, NCCL). Measurements that the bounds are held to
+(tests/test_plan.py):
   [memory]  docs/source/reference/memory.md of TensorRT-LLM, the log of a Llama-2-7B in FP8 on an H100
   [1188]    TensorRT-LLM issue 1188, two logs of a Qwen2.5-0.5B in INT8 on an A4000
 """
@@ -16,21 +17,25 @@ from scripts.weights.shape import LlamaShape
 
 MIB = 1 << 20
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-# Bytes of a linear layer's weight, and of its scales for each row of the output. AWQ: a scale of 2 bytes for each group of 128 weights,
-# 0.5 + 2 / 128 a weight. lm_head and the embedding stay as they are (exclude_modules of NVIDIA's quantize.py).
+# Bytes of a linear layer's weight, and of its scales for each row of the output. AWQ: a scale of 2 bytes for each group
+# of 128 weights, 0.5 + 2 / 128 a weight. lm_head and the embedding stay as they are (exclude_modules of NVIDIA's
+# quantize.py).
 QUANT_BYTES = {"int8_wo": (1.0, 2), "int4_awq": (0.5 + 2 / 128, 0), "fp8": (1.0, 0), "sq": (1.0, 4)}
 
 # kv_cache_free_gpu_mem_fraction, as scripts/build_model_repo.py fills it in: of what is free when the engine is loaded.
 KV_FRACTION = 0.85
-# cuBLASLt's workspace: the 32 MiB by which 43.26 MiB at 512 tokens [1188] exceed the tensors alive in the feed-forward part.
+# cuBLASLt's workspace: the 32 MiB by which 43.26 MiB at 512 tokens [1188] exceed the tensors alive in the feed-forward
+# part.
 WORKSPACE_BYTES = 32 * MIB
 # Buffers of the runtime and of the sampler, in copies of (batch, vocabulary) float32:
 # 2.66 + 5.76 GB at 2048 x 151936 [1188] are 6.8, 43.29 + 180.30 MB at 256 x 32000 [memory] are 6.8.
 SAMPLING_COPIES = 7
-# CUDA's context with the kernels' code: 79.10 - 70.48 GiB taken, less 6678 and 1134 MiB and 224 MB, leave 0.85 GB [memory]. Older GPUs
-# and fewer kernels take less: 0.5 GB is the least that is seen (590 MiB in issue 3058, of a process that only opened the GPU).
+# CUDA's context with the kernels' code: 79.10 - 70.48 GiB taken, less 6678 and 1134 MiB and 224 MB, leave 0.85 GB
+# [memory]. Older GPUs and fewer kernels take less: 0.5 GB is the least that is seen (590 MiB in issue 3058, of a
+# process that only opened the GPU).
 CUDA_BYTES = (500_000_000, 850_000_000)
-# NCCL's channels and code, and the two buffers of custom all-reduce (2 x 16 MB; none without peers). ASSUMED, never measured by us.
+# NCCL's channels and code, and the two buffers of custom all-reduce (2 x 16 MB; none without peers). ASSUMED, never
+# measured by us.
 PEER_BYTES = (100_000_000, 400_000_000)
 
 # Conversion streams by rows (make bench-convert measures its anonymous memory): less than this, whatever the model.
@@ -68,8 +73,9 @@ def parameters(shape: LlamaShape) -> int:
 def stage_bytes(engine: Engine) -> list[int]:
     """Bytes of the weights of one rank, for each pipeline stage. Its checkpoint file has them, and so has its engine.
 
-    Replicated: embedding (first stage), norms. Divided by TP: lm_head (last stage, padded), and of each layer qkv, dense, fc, gate, proj.
-    At TP=2 in float16: 7B 6869753856, 13B 13180119040, 70B 69240111104 (docker/contracts/rank-tensors).
+    Every rank has the embedding (first stage) and the norms. TP divides the rest: lm_head (last stage, padded), and of
+    each layer qkv, dense, fc, gate, proj. At TP=2 in float16: 7B 6869753856, 13B 13180119040, 70B 69240111104
+    (docker/contracts/rank-tensors).
     """
     shape, tp_size, item = engine.shape, engine.tp_size, engine.item_bytes
     weight_bytes, scale_bytes = QUANT_BYTES.get(engine.quant, (float(item), 0))
@@ -113,9 +119,10 @@ def kv_bytes_per_token(engine: Engine) -> int:
 def activation_bytes(engine: Engine) -> tuple[int, int]:
     """What TensorRT sets aside for one step of max_num_tokens: (at least, at most).
 
-    At least what is alive in the feed-forward part at once: residual and normed input (hidden each), fc and gate (intermediate / TP
-    each). At most every tensor of a layer without any reuse - 7 of hidden size (input, norm, dense, its all-reduced sum, residual, norm,
-    proj), qkv, attention's output, fc, gate and their product -, the workspace and the logits.
+    At least what is alive in the feed-forward part at once: residual and normed input (hidden each), fc and gate
+    (intermediate / TP each). At most every tensor of a layer without any reuse - 7 of hidden size (input, norm, dense,
+    its all-reduced sum, residual, norm, proj), qkv, attention's output, fc, gate and their product -, the workspace and
+    the logits.
     """
     shape, item = engine.shape, engine.item_bytes
     hidden, wide = shape.hidden_size, shape.intermediate_size // engine.tp_size
@@ -131,7 +138,8 @@ def activation_bytes(engine: Engine) -> tuple[int, int]:
 class Fit:
     """What a rank takes of one GPU, in bytes; pairs are (at least, at most). The KV cache gets kv_fraction of the rest.
 
-    needed_tokens: what the KV cache must hold, or the engine does not start; block_tokens: it comes in blocks of so many.
+    needed_tokens: what the KV cache must hold, or the engine does not start; block_tokens: it comes in blocks of so
+    many.
     """
 
     gpu_bytes: int
@@ -198,21 +206,24 @@ def fit(engine: Engine, gpu_bytes: int, block_tokens: int) -> Fit:
 def torch_fit(engine: Engine, gpu_bytes: int) -> Fit:
     """The same for the torch engine, if all its requests are to run at once: max_batch_size rows of max_seq_len.
 
-    Without its kernels it takes them all at start; with them it starts with what fits, and requests wait for each other.
+    Without its kernels it takes them all at start; with them it starts with what fits, and requests wait for each
+    other.
     """
     rows = engine.max_batch_size * engine.max_seq_len
     return dataclasses.replace(fit(engine, gpu_bytes, 1), needed_tokens=rows, kv_fraction=1.0)
 
 
 def torch_host_bytes(engine: Engine) -> int:
-    """What all ranks of the torch engine hold on a CPU, where they compute in float32 whatever the dtype: weights and KV cache."""
+    """What all ranks of the torch engine hold on a CPU, where they compute in float32 whatever the dtype: weights and
+    KV cache."""
     single = dataclasses.replace(engine, dtype="float32")
     cache = engine.max_batch_size * engine.max_seq_len * kv_bytes_per_token(single)
     return engine.world_size * (max(stage_bytes(single)) + cache)
 
 
 def serve_bytes(engine: Engine, on_gpus: bool) -> int:
-    """Host memory that a model takes: on GPUs every rank's file passes through it while it is loaded, on a CPU all of it stays."""
+    """Host memory that a model takes: on GPUs every rank's file passes through it while it is loaded, on a CPU all of
+    it stays."""
     return checkpoint_bytes(engine) if on_gpus else torch_host_bytes(engine)
 
 

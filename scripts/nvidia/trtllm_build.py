@@ -124,7 +124,7 @@ def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> list[str
 
 
 def workers_that_fit(world_size: int, gpus: int, rank_file_bytes: int, free_bytes: int) -> int:
-    """How many ranks are built at the same time: each needs a GPU of its own and BUILDER_COPIES of its rank file in host memory.
+    """How many ranks are built at the same time: each needs its own GPU and BUILDER_COPIES of its rank file in host memory.
 
     One where memory is short: then ranks are built one after another on the first GPU.
     """
@@ -157,7 +157,7 @@ NEEDS = {
 def refusal(
     gpu: Gpu, dtype: str, quant_algo: str | None, version: str, toolchains: Mapping[str, Mapping[str, Any]]
 ) -> reports.Problem | None:
-    """Why engines of this kind cannot be built or run on this GPU by this version; None where nothing speaks against it.
+    """Why engines of this kind cannot be built or run on this GPU by this version; None if nothing speaks against it.
 
     toolchains: docker/toolchains.json; its `architectures` are the compute capabilities a version has kernels for.
     """
@@ -179,7 +179,7 @@ BY_QUANTIZER = ("int4_awq", "fp8")
 
 
 def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> reports.Problem | None:
-    """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None where it can.
+    """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None if it can.
 
     toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
     """
@@ -193,7 +193,7 @@ def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str,
 
 
 def no_kv_reuse(gpu: Gpu) -> reports.Problem | None:
-    """Why engines for this GPU cannot share the KV cache of equal beginnings; None where they can."""
+    """Why engines for this GPU cannot share the KV cache of equal beginnings; None if they can."""
     if gpu.capability >= PAGED_CONTEXT_FMHA:
         return None
     reason = "It needs paged-context FMHA, which is an assertion failure there (fmhaRunner.cpp, TensorRT-LLM #1671)."
@@ -277,13 +277,13 @@ CAUSES = (
     Cause(
         r"Required but not provided tensors|Provided but not (?:expected|required) tensors",
         "The checkpoint's tensors are not those that this version wants.",
-        "Make the checkpoint anew for this toolchain:",
+        "Make the checkpoint again for this toolchain:",
         "checkpoint",
     ),
     Cause(r"No space left on device", "The disk is full.", "Make room; what the journey takes is told by:", "doctor"),
 )
 KILLED = Cause("", "It was killed, as the system does when the host's memory is full.", MORE_RANKS, double=("TP",))
-UNKNOWN = Cause("", "The reason is not one that is known here.", "Read its log; then, when that is mended:")
+UNKNOWN = Cause("", "The reason is not one that is known here.", "Read its log; then, when that is fixed:")
 
 
 def cause_of(status: int, lines: Sequence[str]) -> Cause:

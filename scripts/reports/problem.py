@@ -19,7 +19,7 @@ WIDTH = 100
 PLANNING = ("plan", "doctor")
 # words of the journey: whoever typed one of them is not advised another
 JOURNEY = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "image")
-# Of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
+# Limits of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
 WORD_MAX, TEXT_MAX = 300, 8_000
 COMMAND_WORD_MAX = 5_000
 
@@ -27,8 +27,8 @@ COMMAND_WORD_MAX = 5_000
 class Problem(Exception):
     """A foreseen failure. It is shown as a report that ends in a command, never as a traceback; the exit status is 1.
 
-    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence that
-    introduces the command; command: what the user types next.
+    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence
+    that introduces the command; command: what the user types next.
     """
 
     def __init__(self, title: str, where: PathLike, seen: str, advice: str, command: str) -> None:
@@ -67,14 +67,15 @@ class Outdated(Problem):
 
 
 class Finished(Exception):
-    """Nothing is left to do: what was asked is already there. Not a failure."""
+    """Nothing is left to do: what the user wants is already there. Not a failure."""
 
 
 def plain(text: str, word_max: int = WORD_MAX) -> str:
-    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one screen.
+    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one
+    screen.
 
-    Nothing that a terminal obeys is left: control characters and marks of writing direction are written as their escapes. A word of more
-    than word_max characters is cut, and so is what is longer than TEXT_MAX altogether.
+    Nothing that a terminal obeys is left: control characters and marks of writing direction are written as their
+    escapes. A word of more than word_max characters is cut, and so is what is longer than TEXT_MAX altogether.
     """
     short = re.sub(
         rf"\S{{{word_max + 1},}}", lambda word: f"{word[0][: word_max // 2]}... ({len(word[0]):,} characters)", text
@@ -92,11 +93,13 @@ def shown(path: PathLike) -> str:
 
 
 def make(target: str, **changed: object) -> str:
-    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`.
+    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and
+    `changed`.
 
     With `changed` it is the user's own command corrected, so their own word (BAKE_GOAL) where both are of the journey.
 
-    None leaves a setting away. In an image there is no make: where a variable helps, it is docker's command; else the image is made anew.
+    None leaves a setting away. In an image there is no make: where a variable helps, it is docker's command; else the
+    image must be made again.
     """
     if baked := os.environ.get("BAKED_IMAGE"):
         variables = "".join(f"--env {name}={value} " for name, value in changed.items() if value is not None)

@@ -69,7 +69,7 @@ def weights_two_forms(folder: PathLike, one: str, ours: Sequence[str], other: st
         "two models in one folder",
         folder,
         f"The folder has {forms[one]} ({some(ours)}) and {forms[other]} ({some(theirs)}), so make cannot tell which one you mean.",
-        "Move one of them to a folder of its own, for instance:",
+        "Move one of them to its own folder, for instance:",
         f"cd {shown(folder)} && mkdir {other} && mv {' '.join(theirs)} {other}/",
     )
 
@@ -164,7 +164,7 @@ def template_unbounded(path: PathLike) -> Problem:
         path,
         f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one word; every chat request "
         "would.",
-        "Mend it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
+        "Fix it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
         f"less {shlex.quote(shown(path))}",
     )
 

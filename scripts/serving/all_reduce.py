@@ -1,6 +1,6 @@
 """One rank of the preflight's test: do all ranks add up one number together, over MPI and over what their engines use, NCCL?
 
-Started by scripts/serving/checks.py, one process per rank under mpirun. Without GPUs (a rehearsal) gloo takes NCCL's place.
+scripts/serving/checks.py starts one process per rank under mpirun. Without GPUs (a rehearsal) gloo takes NCCL's place.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ LAST_LINES = 12
 
 @dataclass(frozen=True)
 class Host:
-    """What was looked up on this host. engines: the room; trtllm_version: None where the Python package is not installed;
-    memlock_bytes: None where there is no limit."""
+    """What was looked up on this host. engines: the room; trtllm_version: None if the Python package is not installed;
+    memlock_bytes: None if there is no limit."""
 
     engines: Path
     gpus: Sequence[Gpu]
@@ -85,7 +85,7 @@ def check_driver(facts: Mapping[str, Any], host: Host, minimum: str) -> None:
 
 
 def check_shared_memory(facts: Mapping[str, Any], host: Host) -> None:
-    """Docker gives 64 MB when nobody asks for more."""
+    """Docker gives 64 MB by default."""
     needed_bytes = MODELS_SHM_BYTES + RANK_SHM_BYTES * facts["world_size"]
     if host.shared_memory_bytes < needed_bytes:
         raise reports.serving.shared_memory_too_small(host.shared_memory_bytes, needed_bytes)
@@ -98,7 +98,7 @@ def check_mpi(facts: Mapping[str, Any], host: Host) -> None:
     if relocated and host.opal_prefix is None:
         raise reports.planning.opal_prefix_wrong("not set", host.mpirun)
     if host.opal_prefix is not None and not host.opal_prefix.is_dir():
-        raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is no folder", host.mpirun)
+        raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is not a folder", host.mpirun)
 
 
 def remarks(facts: Mapping[str, Any], host: Host) -> list[str]:

@@ -35,7 +35,7 @@ OPENAI_MODULES = (
 
 
 class Endpoint:
-    """The OpenAI-compatible endpoint: one process and its children, in a session of its own so that signals meant for us do not reach it.
+    """The OpenAI-compatible endpoint: one process and its children, in its own session so that signals meant for us do not reach it.
 
     It says every second, through a pipe, that it lives. Its port is not asked: that answers clients, who may keep it busy.
     """

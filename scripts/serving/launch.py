@@ -21,7 +21,7 @@ DRAIN_SECONDS = 20
 CUT_SECONDS = 3
 # A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
-# More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
+# More ranks than cores may run, and none is bound to a core: a rank is tritonserver with all its threads.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
 
@@ -127,7 +127,7 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
     to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
     shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away; what only the
-    server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens to a key that nobody is told (key).
+    server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens only to a key that no client is told (key).
     """
     # An IPv6 address, as each of Triton's two servers reads it: gRPC joins address and port with a colon, evhtp knows it by a prefix
     # (evhtp_bind_socket).

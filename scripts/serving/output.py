@@ -19,7 +19,7 @@ MAX_WAITING = 10_000
 
 
 class Output:
-    """Lines for a file or for standard output, written by a thread of its own.
+    """Lines for a file or for standard output, written by its own thread.
 
     A full disk, a closed pipe and a reader that stopped cost the lines, not the server.
     """

@@ -38,7 +38,7 @@ OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memor
 
 
 class Ranks:
-    """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
+    """One mpirun and everything below it, in its own session: signals meant for us do not reach it."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Output

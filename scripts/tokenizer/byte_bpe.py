@@ -112,7 +112,7 @@ def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Tiktoken:
-    """The tokens of such a file, bytes by rank; behind them come Llama 3's special tokens."""
+    """The tokens of such a file, bytes by rank; Llama 3's special tokens come after them."""
 
     tokens: tuple[bytes, ...]
     special: tuple[str, ...]
@@ -156,7 +156,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
-    """Read and check such a file; a Problem where it is cut off or anything else."""
+    """Read and check such a file; a Problem if it is cut off or anything else."""
     with path.open("rb") as file:
         data = file.read(TIKTOKEN_MAX_BYTES + 1)
     tokens: list[bytes] = []

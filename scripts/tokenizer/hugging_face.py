@@ -28,7 +28,7 @@ COPIED = (GENERATION, CONFIG, SPECIAL, ADDED, "chat_template.jinja")
 FILE_MAX_BYTES = 64 << 20
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-# Of a slow tokenizer's tokenizer_config.json: what names its code or its files
+# Fields of a slow tokenizer's tokenizer_config.json that name its code or its files
 OF_SLOW = ("use_fast", "auto_map", "legacy", "sp_model_kwargs", "tokenizer_file", "name_or_path", "add_prefix_space")
 
 
@@ -42,7 +42,7 @@ class HfTokenizer:
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -> HfTokenizer:
-    """A folder's tokenizer for a model whose embedding has vocab_size rows; a Problem where the two do not fit. config: config.json."""
+    """A folder's tokenizer for a model whose embedding has vocab_size rows; a Problem if the two do not fit. config: config.json."""
     files = {name: small_file(folder / name) for name in COPIED if (folder / name).is_file()}
     said: dict[str, dict[str, Any]] = {}
     for name in files:
@@ -112,7 +112,7 @@ def json_bytes(value: object) -> bytes:
 
 
 def small_file(path: Path) -> bytes:
-    """The content of a file that is no weights; a Problem where it is too large to be one."""
+    """The content of a file that is not weights; a Problem if it is too large to be one."""
     with path.open("rb") as file:
         data = file.read(FILE_MAX_BYTES + 1)
     if len(data) > FILE_MAX_BYTES:
@@ -231,7 +231,7 @@ def _added(folder: Path, said: Mapping[str, Mapping[str, Any]], special: set[str
 def _refuse_needed(
     path: Path, left_out: Mapping[str, int], vocab_size: int, settings: Mapping[str, Any], post_processor: Any
 ) -> None:
-    """A Problem where a text begins or ends with a token that the embedding has no row for."""
+    """A Problem if a text begins or ends with a token that the embedding has no row for."""
     needed = {content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
     used = json.dumps(post_processor)
     for token, token_id in left_out.items():

@@ -20,7 +20,7 @@ from scripts.weights.bounded import bounded
 TEXT = Path(__file__).parents[2] / "model_repo_template/tensorrt_llm_bls/1/text.py"
 # The endpoint's module. Not imported by name: what a room is made of does not depend on it, and only the endpoint's packages have Jinja.
 TEMPLATES = "scripts.openai", "chat_template"
-# Of a processor and of memory, for one conversation of one word; the endpoint gives a template 2 s and goes on without it
+# Limits of CPU time and of memory, for one conversation of one word; the endpoint gives a template 2 s and goes on without it
 TEMPLATE_SECONDS = 10
 ONE_WORD_SECONDS = 0.1
 TEMPLATE_BYTES = 1 << 30
@@ -31,7 +31,7 @@ UNREADABLE, UNBOUNDED = 3, 4
 
 
 def open_as_served(files: Mapping[str, bytes], source: Callable[[str], Path], vocab_size: int = 1 << 31) -> None:
-    """A Problem where the server could not open what the room is to hold, or where a text becomes ids that the embedding has no row for.
+    """A Problem if the server could not open what the room is to hold, or where a text becomes ids that the embedding has no row for.
 
     files: name -> content; source: the foreign file of a name.
     """

@@ -75,7 +75,7 @@ def read_tokenizer_model(path: Path) -> SentencePieceModel:
 
 
 def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePieceModel:
-    """tokenizer.model's bytes -> the model. ValueError where the bytes are no protobuf, a Problem where it is no Llama kind.
+    """tokenizer.model's bytes -> the model. ValueError where the bytes are not protobuf, a Problem if it is not a Llama kind.
 
     Field numbers: sentencepiece's src/sentencepiece_model.proto.
     """
@@ -105,7 +105,7 @@ def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePi
     for name, kind in (("unk_id", UNKNOWN), ("bos_id", CONTROL), ("eos_id", CONTROL)):
         if not 0 <= ids[name] < len(pieces) or pieces[ids[name]].type != kind:
             raise reports.weights.tokenizer_unfit(
-                path, f"Its {name} is {ids[name]}, which is no such piece among its {len(pieces)}"
+                path, f"Its {name} is {ids[name]}, which is not such a piece among its {len(pieces)}"
             )
     return SentencePieceModel(tuple(pieces), **ids)
 
@@ -259,7 +259,7 @@ def _refuse_other_kinds(
     if not trainer.get(35, 0):
         raise unfit("It has no byte fallback")
     if trainer.get(24, 0):
-        raise unfit("It writes spaces behind words (treat_whitespace_as_suffix), not before them")
+        raise unfit("It writes spaces after words (treat_whitespace_as_suffix), not before them")
     # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces: on where the file says nothing
     switches = tuple(bool(normalizer.get(number, 1)) for number in (3, 4, 5))
     name = _message(normalizer.get(1, b"")).decode()
@@ -272,7 +272,7 @@ def _refuse_other_kinds(
 
 
 def check_pieces(path: str | Path, pieces: Sequence[Piece]) -> None:
-    """A Problem where the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
+    """A Problem if the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
 
     def unfit(what: str) -> reports.Problem:
         return reports.weights.tokenizer_unfit(path, what)
@@ -295,10 +295,10 @@ def check_pieces(path: str | Path, pieces: Sequence[Piece]) -> None:
             raise unfit(
                 f"Its piece {piece.text!r} holds a space, which the list of merges in tokenizer.json cannot write"
             )
-        # SentencePiece also joins characters that are no pieces themselves, Hugging Face does not
+        # SentencePiece also joins characters that are not pieces themselves, Hugging Face does not
         alone = set(piece.text) - known
         if alone:
-            raise unfit(f"Its piece {piece.text!r} holds {min(alone)!r}, which is no piece by itself")
+            raise unfit(f"Its piece {piece.text!r} holds {min(alone)!r}, which is not a piece by itself")
     # equal scores: SentencePiece takes the leftmost of different pieces, which an order of pairs cannot say
     joined = [piece.score for piece in pieces if piece.type == NORMAL and len(piece.text) > 1]
     if len(set(joined)) != len(joined):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 
 
-# Why the thresholds are what they are; the report says it to its reader. Measured on the bundled model with TP=2, largest and mean:
+# Why the thresholds are what they are; the report says it to its reader. Measurements on the bundled model with TP=2, largest and mean:
 # float32 on a processor 0.00002 and 0.000002; on two H100 float16 0.04 and 0.004, bfloat16 (engine only) 0.19 and 0.024. With fc and
 # gate of one layer of one rank exchanged in bfloat16: 3.5 and 0.34.
 ARITHMETIC = (
@@ -106,7 +106,7 @@ class Difference:
     equal_tokens: int
     compared_tokens: int
     gap: float | None  # where the answers part: how much likelier the reference's token was; None: they do not part
-    turned: bool  # they part, and it was no near tie
+    turned: bool  # they part, and it was not a near tie
     worst: Worst
     total: float  # sum of the differences
     count: int  # how many
@@ -212,7 +212,7 @@ def verdict(pairs: Sequence[tuple[Reference, Answer]], found: Sequence[Differenc
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
-    """exp of the mean negative log probability; 1 for no token, infinite where a value is no number."""
+    """exp of the mean negative log probability; 1 for no token, infinite where a value is not a number."""
     mean = -sum(log_probs) / max(1, len(log_probs))
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 

@@ -110,10 +110,10 @@ def page(said: Mapping[str, Any]) -> str:
             f"<title>verified: {'passed' if said['passed'] else 'failed'}</title><style>{STYLE}</style></head><body>",
             f'<h1 class="{"passed" if said["passed"] else "failed"}">{verdict}.</h1>',
             REHEARSAL if engine.get("rehearsal") else "",
-            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. Compared at "
+            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. They are compared at "
             f"{said['positions']} positions: the {asked['top_k']} likeliest tokens' log probabilities. Engine: {engine['engine']}, "
             f"{engine['world_size']} ranks, {engine['dtype']}, TensorRT-LLM {engine['trtllm_version']} checkpoint. Hugging Face's "
-            f"weights: {said['stored_dtype']}. Computed on {where}.</p>",
+            f"weights: {said['stored_dtype']}. This was computed on {where}.</p>",
             _table(
                 ["Check", "*measured", "*limit", ""],
                 [
@@ -169,7 +169,7 @@ def _mark(passed: bool) -> str:
 
 
 def _texts(one: Mapping[str, Any]) -> list[str]:
-    """Both answers as HTML; from where they part they are marked, when that was no near tie."""
+    """Both answers as HTML; from where they part they are marked, when that was not a near tie."""
     ours, theirs = one["hugging_face"], one["engine"]
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
     tag = "code" if one.get("parted", {"near_tie": True})["near_tie"] else "mark"

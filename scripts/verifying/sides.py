@@ -1,4 +1,4 @@
-"""Who is asked in the room verified: Hugging Face's model, and the torch engine's ranks under mpirun; a process of its own each.
+"""Who is asked in the room verified: Hugging Face's model, and the torch engine's ranks under mpirun; one process each.
 
 python -m scripts.verifying.sides hf HF QUESTIONS.json REFERENCES.json
 mpirun -n 2 python -m scripts.verifying.sides torch ENGINES REFERENCES.json ANSWERS.json
@@ -79,7 +79,7 @@ def continue_group(
     import torch
 
     length = len(prompts[0])
-    tokens = torch.tensor(prompts, device=model.device)  # (prompts, length), grows by a token a step
+    tokens = torch.tensor(prompts, device=model.device)  # (prompts, length), grows by one token per step
     fresh, past, best_ids, best = tokens, None, [], []
     own: Any = torch.empty(len(prompts), 0)
     with torch.inference_mode():

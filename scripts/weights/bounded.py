@@ -12,7 +12,7 @@ from typing import Callable
 
 from scripts import reports
 
-# Of a processor. Llama 3's 280,147 merges take some 5 s, 100 GB of weights' headers less.
+# CPU time. Llama 3's 280,147 merges take some 5 s, 100 GB of weights' headers less.
 SECONDS = 300
 # Beside what this process has: a tokenizer.json of 64 MB, the largest that is read, takes 2 GB
 MEMORY_BYTES = 6 << 30
@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def bounded(
     work: Callable[[], int | None], where: Path, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
 ) -> int:
-    """Run `work` in a child, as a script's main: its Problem is reported there. Returns the child's exit status; raises a Problem where
+    """Run `work` in a child, as a script's main: its Problem is reported there. Returns the child's exit status; raises a Problem if
     the child broke a bound or crashed.
 
     where: what is read, for that report. Address space is not bounded, because files are mapped; what is written to is (RLIMIT_DATA).

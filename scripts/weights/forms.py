@@ -38,7 +38,7 @@ class Weights(Protocol):
         ...
 
     def blocks(self, hf_name: str) -> Iterator[Raw]:
-        """The rows of a tensor in order, some at a time; a Problem where they are not what was saved."""
+        """The rows of a tensor in order, some at a time; a Problem if they are not what was saved."""
         ...
 
     def origin(self, hf_name: str) -> tuple[Path, str]:
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
 
 def form_of(folder: Path) -> str:
-    """Which form the model of a folder has: meta, hf, or gguf; a Problem where it has none or two, or what is no plain file inside it."""
+    """Which form the model of a folder has: meta, hf, or gguf; a Problem if it has none or two, or what is not a plain file inside it."""
     check_folder(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     meta = [
@@ -92,7 +92,7 @@ def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
 
 @contextmanager
 def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
-    """Gives a function that raises a Problem where a file of weights is not the one that it was at the beginning: what was read may be
+    """Gives a function that raises a Problem if a file of weights is not the one that it was at the beginning: what was read may be
     of both. So it does, too, where reading fails.
 
     Every file is held open, so that no file system gives its number to another one meanwhile.

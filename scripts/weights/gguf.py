@@ -50,7 +50,7 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 NO_TOKEN = 0xFFFFFFFF
 # what the lists of the tokenizer hold
 LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-# bytes of GGUF's kinds of values by their number (ggml's docs/gguf.md); strings and arrays have lengths of their own
+# bytes of GGUF's kinds of values by their number (ggml's docs/gguf.md); strings and arrays have their own lengths
 KIND_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 # The package makes an object of each entry, 3 us; Llama 3 has 280,147 merges, the most of any Llama's list.
@@ -90,7 +90,7 @@ class GgufWeights:
         rows, *rest = self.tensors[hf_name][1]
         row_bytes = 4 * int(np.prod(rest))
         permuted = hf_name.endswith(("q_proj.weight", "k_proj.weight"))
-        # a norm is one row for GGUF: its bytes are no rows of ours where it is quantized
+        # a norm is one row for GGUF: its bytes are not rows of ours where it is quantized
         spans = row_blocks(0, rows, row_bytes, self.shape.head_size if permuted else 1) if rest else [(0, rows)]
         for first, end in spans:
             try:
@@ -120,7 +120,7 @@ class GgufModel:
         return "output.weight" not in self.stored
 
     def number(self, name: str, default: Any = None) -> Any:
-        """A field of the architecture; a Problem where it is missing, and for what is no plain number."""
+        """A field of the architecture; a Problem if it is missing, or not a plain number."""
         value = self.fields.get(f"llama.{name}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
             raise reports.weights.weights_contradict(
@@ -176,7 +176,7 @@ class GgufModel:
         return config
 
     def _stretched(self, head_dim: int, theta: float) -> dict[str, Any] | None:
-        """Llama 3.1's scaling by the divisors that the file has, None where all are 1; a Problem for any others."""
+        """Llama 3.1's scaling by the divisors that the file has, None if all are 1; a Problem for any others."""
         import gguf
 
         stored = self.stored[ROPE_FREQS]
@@ -198,7 +198,7 @@ class GgufModel:
         return str(self.fields.get("llama.rope.scaling.type", "none"))
 
     def weights(self, shape: LlamaShape) -> GgufWeights:
-        """Its tensors, held against the shape; a Problem where they are others."""
+        """Its tensors, held against the shape; a Problem if they are others."""
         names = {hf: ours for ours, hf in GLOBAL.items()}
         for layer in range(shape.n_layers):
             names.update(
@@ -277,7 +277,7 @@ class GgufModel:
         return ends.end_ids([], found, len(tokens))
 
     def _token_id(self, name: str, n_tokens: int, needed: bool, default: int | None) -> int | None:
-        """The id of a special token, or None; a Problem where one that is needed is none of the tokens."""
+        """The id of a special token, or None; a Problem if the model needs one that is not among the tokens."""
         value = self.fields.get(f"tokenizer.ggml.{name}_token_id", default)
         if value is None or value == NO_TOKEN:
             return None
@@ -306,7 +306,7 @@ class GgufModel:
 
 
 def read_gguf(folder: Path) -> GgufModel:
-    """The model of a folder's GGUF file, or of all parts that one was split into; only metadata is read. A Problem where it is damaged or
+    """The model of a folder's GGUF file, or of all parts that one was split into; only metadata is read. A Problem if it is damaged or
     no Llama."""
     paths = parts_of(folder)
     path = paths[0]
@@ -361,7 +361,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, tensors) of one file; a Problem where it is damaged."""
+    """(metadata, tensors) of one file; a Problem if it is damaged."""
     import gguf
 
     try:
@@ -373,7 +373,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, kind in LISTS.items():
             values = fields.get(f"tokenizer.ggml.{name}", [])
             if not isinstance(values, list) or any(type(value) is not kind for value in values):
-                raise ValueError(f"tokenizer.ggml.{name} is no list of {kind.__name__}")
+                raise ValueError(f"tokenizer.ggml.{name} is not a list of {kind.__name__}")
     except (
         OSError,
         ValueError,

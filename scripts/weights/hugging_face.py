@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
-# Of a synthetic model: which tensors have whose numbers
+# In a synthetic model: which tensors have whose numbers
 REPEATED = "repeated.json"
 
 
@@ -76,7 +76,7 @@ class HfConfig:
 
 
 def read_hf_config(path: Path) -> HfConfig:
-    """A config.json; a Problem where it is no plain Llama's."""
+    """A config.json; a Problem unless it is a plain Llama's."""
     values = read_json(path)
     return HfConfig(path, values, shape_of_config(values, path))
 
@@ -150,7 +150,7 @@ def repeated(folder: Path) -> dict[str, str]:
 
 
 def read_bin(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run. A Problem where it is anything else."""
+    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run. A Problem if it is anything else."""
     found = read_torch_file(path)
     for name, tensor in found.items():
         if tensor.dtype not in ITEM_BYTES:
@@ -199,7 +199,7 @@ def weight_files(folder: Path) -> list[str]:
     for name in files:
         if not re.fullmatch(r"[\w.-]+" + re.escape(kind[1:]), name):
             raise reports.weights.weights_unreadable(
-                folder / index, f"it names {name!r}, which is no {kind[1:]} file of this folder"
+                folder / index, f"it names {name!r}, which is not a {kind[1:]} file of this folder"
             )
         if not (folder / name).is_file():
             raise reports.weights.weights_file_missing(folder, name, here)

@@ -63,7 +63,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path) -> Shard:
-    """The tensors of one .pth; only its directory is read. A Problem where it is damaged, cut off, no torch file or not only weights."""
+    """The tensors of one .pth; only its directory is read. A Problem if it is damaged, cut off, no torch file or not only weights."""
     shard = {}
     for name, tensor in read_torch_file(path).items():
         if name == DROPPED:

@@ -40,7 +40,7 @@ EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "mod
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The numbers that decide every tensor's shape. head_dim: None where it is hidden_size / n_heads, as in Meta's models.
+    """The numbers that decide every tensor's shape. head_dim: None if it is hidden_size / n_heads, as in Meta's models.
 
     attention_bias: which of attention's layers have a bias: '' none, 'qkv' all but the last (Qwen2), 'all'. mlp_bias: all three have one.
     """
@@ -100,7 +100,7 @@ class Params:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    vocab_size: int | None  # None where the file says -1: as many as the tokenizer has
+    vocab_size: int | None  # None if the file says -1: as many as the tokenizer has
     multiple_of: int
     ffn_dim_multiplier: float | None
     norm_eps: float
@@ -183,7 +183,7 @@ def max_positions(asked: int | None, params: Params) -> tuple[int, str]:
 
 
 def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
-    """config.json -> dimensions; a Problem where it is no plain Llama."""
+    """config.json -> dimensions; a Problem if it is not a plain Llama."""
     architectures = config.get("architectures")
     if architectures not in ARCHITECTURES:
         raise reports.weights.model_unfit(
@@ -276,7 +276,7 @@ def shape_of_checkpoint(config: Mapping[str, Any]) -> LlamaShape:
 
 
 def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
-    """A Problem where a kind of rope scaling lacks one of its numbers, or it cannot be."""
+    """A Problem if a kind of rope scaling lacks one of its numbers, or it cannot be."""
     if kind == "default":
         return
     if number(rope, "factor", path) < 1:
@@ -316,7 +316,7 @@ def number(config: Mapping[str, Any], name: str, path: Path, default: float | No
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the user's; a Problem where there is none."""
+    """A JSON object from a file of the user's; a Problem if there is none."""
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(JSON_MAX_BYTES))

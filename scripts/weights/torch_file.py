@@ -32,7 +32,7 @@ STORAGES = {"torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.
 class FileTensor:
     """One tensor of a .pth. start: offset of its first byte in the file.
 
-    crc32: what the file says of its bytes; None where the tensor is only a part of what was saved together.
+    crc32: what the file says of its bytes; None if the tensor is only a part of what was saved together.
     dtype: F16, BF16, F32, or torch's name of the storage where it is none of these (start is 0 then).
     """
 
@@ -65,7 +65,7 @@ class _Tensor:
 
 
 def read_torch_file(path: Path) -> dict[str, FileTensor]:
-    """Name -> tensor; a Problem where the file is damaged, cut off, no torch file, or holds something else than named tensors."""
+    """Name -> tensor; a Problem if the file is damaged, cut off, no torch file, or holds something else than named tensors."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return _read(path, file, archive)
@@ -116,7 +116,7 @@ def directory(pickle: bytes) -> Any:
                 items = after_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
                 if not all(isinstance(key, str) for key in items[::2]):
                     # a tuple of tuples of the same tuple has no end to its hash
-                    raise ValueError("it names something by what is no text")
+                    raise ValueError("it names something by what is not text")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             elif name in ("APPENDS", "APPEND"):
                 items = after_mark() if name == "APPENDS" else [stack.pop()]
@@ -181,7 +181,7 @@ def _located(name: str, tensor: _Tensor, root: str, infos: dict[str, zipfile.Zip
         raise ValueError(
             f"{name} needs {(tensor.offset + n_items) * ITEM_BYTES[dtype]} bytes, {info.filename} has {info.file_size}"
         )
-    # the local header repeats name and extra field with lengths of its own (PKWARE's APPNOTE.TXT, 4.3.7)
+    # the local header repeats name and extra field with its own lengths (PKWARE's APPNOTE.TXT, 4.3.7)
     file.seek(info.header_offset)
     signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":
@@ -218,5 +218,5 @@ def _result(function: Any, arguments: Any) -> Any:
 
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 48:
-        raise ValueError("a size in its directory is no number of items")
+        raise ValueError("a size in its directory is not a number of items")
     return value

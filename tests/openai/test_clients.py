@@ -1,4 +1,4 @@
-"""The clients that people use, as they are published, in an environment of their own: each streams, calls a tool, follows a schema."""
+"""The clients that people use, as they are published, in their own environment: each streams, calls a tool, follows a schema."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
 
 
 class Child:
-    """A reader as a process of its own, asked over its socket."""
+    """A reader as its own process, asked over its socket."""
 
     def __init__(self, made: Reader, path: Path) -> None:
         listener = socket.socket(socket.AF_UNIX)

@@ -42,7 +42,7 @@ class TritonPythonModel:
             self.text.decode(beam[:length].tolist(), skip).encode()
             for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
-        # one axis, as NVIDIA's: all beams of all rows behind each other
+        # one axis, as NVIDIA's: all beams of all rows, one after the other
         values = {"OUTPUT": np.array(texts, dtype=object)}
         values.update({f"OUT_{name}": given[name] for name in self.handed_through if name in given})
         return values

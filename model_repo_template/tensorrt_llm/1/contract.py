@@ -197,7 +197,7 @@ def outputs(
 ) -> dict[str, Array]:
     """The tensors of one response that carries `pieces`; `cum_log_prob` counts all tokens up to here.
 
-    without_value: the outputs that this version sends also when nobody asked for their value, as zeros of the smallest shape; all
+    without_value: the outputs that this version sends even if no input asks for their value, as zeros of the smallest shape; all
     others are then left out (docker/contracts/backend-rules, `without_value`). wanted: those that the client named; None: all.
     """
     new = [token for piece in pieces for token in piece.tokens]

@@ -75,7 +75,7 @@ class Running:
         self.tokens = list(request.prompt)
         self.cached = cached  # tokens that are in the cache: those it shares, and those of the steps launched so far
         self._on_device = on_device
-        # A generator of its own: what a request draws does not depend on who else is in the batch.
+        # One generator per request: what it draws does not depend on who else is in the batch.
         self._generator = torch.Generator().manual_seed(request.sampling.random_seed)
 
     @property
@@ -227,7 +227,7 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's thread and the other ranks; requests that are still there get an error."""
         if self._failure is not None:
-            return  # closed already, or nobody is left to end together with
+            return  # closed already, or no other rank is left to stop
         self.fail("the engine is shutting down")
         self._thread.join(timeout=CLOSE_SECONDS)
         if not self._thread.is_alive():
@@ -262,7 +262,7 @@ class Engine:
         self.fail(f"rank {rank} of the engine {why}")
 
     def _end(self, requests: Sequence[Request], piece: Piece) -> None:
-        """Takes requests out, frees their slots and gives them their last piece. Called with the lock held."""
+        """Takes requests out, frees their slots and gives them their last piece. The caller holds the lock."""
         for request in requests:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -276,7 +276,7 @@ class Engine:
             one.request.receive(piece)
 
     def _admit(self) -> None:
-        """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache. The caller holds the lock."""
         while self._waiting and self._free_slots:
             request = self._waiting[0]
             # whoever wants logits of the whole prompt has it computed
@@ -293,7 +293,7 @@ class Engine:
             self._held.append((slot, until, *ends, *(-1,) * (HELD_IDS - len(ends))))
 
     def _hold(self, one: Running, tokens: Sequence[int], told: int) -> None:
-        """These tokens are in a request's blocks, for others that begin with them; `told` of them were known. Called with the lock held."""
+        """These tokens are in a request's blocks, for others that begin with them; `told` of them were known. The caller holds the lock."""
         self.blocks.hold(one.blocks, tokens, told // self._model.block_tokens)
 
     def _next_batch(self) -> Batch | None:
@@ -428,7 +428,7 @@ def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> M
         return Llama(config, load_weights(path, config, ranks.device, torch.float32), ranks, reuse)
     dtype = getattr(torch, config.dtype)
     if (why := ranks.share(why_no_kernels(ranks.size))) != "":
-        log.warning("without kernels of its own, much slower: %s", why)
+        log.warning("without its own kernels, much slower: %s", why)
         return Llama(config, load_weights(path, config, ranks.device, dtype), ranks, reuse)
     from gpu_llama import GpuLlama, OutOfMemory
 

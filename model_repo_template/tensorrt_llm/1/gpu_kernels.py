@@ -65,7 +65,7 @@ def embed_kernel(tokens, slots, table, gain, x, normed, width, epsilon, BLOCK: t
     tl.store(normed + row * width + column, out.to(normed.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling anew while a request waits
+@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling again while a request waits
 def join_kernel(
     x, parts, signals, epochs, at, gain, normed, n_rows, width, epsilon,
     BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
@@ -211,7 +211,7 @@ def matvec_kernel(
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < n_out)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling anew while a request waits
+@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling again while a request waits
 def rows_kernel(
     x, weight, out, n_rows, n_out, n_in, out_stride,
     GATED: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,

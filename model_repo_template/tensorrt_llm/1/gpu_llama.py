@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 log = logging.getLogger("torch engine")
 
-# Rows of a decode step that has a graph of its own; others take the next larger one.
+# Rows of a decode step that has its own graph; others take the next larger one.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Tokens of prompts in a step that has a graph of its own; others take the next larger one, and no step has more. The largest keeps an
+# Tokens of prompts in a step that has its own graph; others take the next larger one, and no step has more. The largest keeps an
 # H100 busy with 7B's shape (12 ms for 1,024 tokens at TP=2), and launches nothing that a stream beside it has to wait long for.
 PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 # Tokens of prompts in a step that streams wait for (7B's shape, TP=2, H100: 12 ms), unless more than MANY_WAITING tokens wait
@@ -46,7 +46,7 @@ PUSH_ROWS = 64
 # Programs that keep an H100 (132 multiprocessors) busy while attending
 ATTEND_PROGRAMS = 264
 MAX_SPLITS = 16
-# Of the memory that is free once the weights are there, what the cache leaves to graphs, libraries and fragmentation
+# Once the weights are loaded, the cache leaves so much of the free memory to graphs, libraries and fragmentation
 SPARE_BYTES = 1 << 30
 
 

@@ -93,7 +93,7 @@ class Guides:
         self._tokenizer: Future[Any] | None = None
 
     def tokenizer(self) -> Any:
-        """llguidance's view of the vocabulary. Called by threads of the pool."""
+        """llguidance's view of the vocabulary. Threads of the pool call this."""
         assert self._tokenizer is not None
         return self._tokenizer.result()
 

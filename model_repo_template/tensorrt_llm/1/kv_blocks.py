@@ -2,7 +2,7 @@
 
 Keys and values of a token depend on that token and on those before it, on nothing else. So two requests that begin with the same tokens
 may read the same blocks. A block is known by a digest of its tokens and of the block before it (a chain, as in vLLM and TensorRT-LLM), and
-its tokens are compared as well: an equal digest alone gives nobody another request's data. Blocks that no request has stay, until room is
+its tokens are compared as well: an equal digest alone gives no request another one's data. Blocks that no request has stay, until room is
 needed: the least recently used one goes first, and of one sequence the last one.
 """
 
@@ -102,7 +102,7 @@ class Blocks:
         for index in range(first, len(tokens) // self.size):
             before = self._known.get(blocks[index - 1]) if index else None
             if index and before is None:
-                return  # its beginning is another block's, so nobody would find it
+                return  # its beginning is another block's, so no search would find it
             piece = tuple(tokens[index * self.size : (index + 1) * self.size])
             digest = self._digest(piece, before)
             if digest not in self._by_digest and blocks[index] not in self._known:
@@ -111,7 +111,7 @@ class Blocks:
 
     def release(self, blocks: Sequence[int]) -> None:
         """A request has ended. What its blocks hold stays for others while there is room."""
-        for block in reversed(blocks):  # a sequence's last block is of use to nobody without those before it
+        for block in reversed(blocks):  # a sequence's last block is useless without those before it
             self._users[block] -= 1
             if self._users[block]:
                 continue

@@ -61,7 +61,7 @@ class Reply:
             self._ready.notify()
 
     def take(self) -> list[Piece]:
-        """The pieces to send now: for a request that does not stream, all or none. Called with `ready` held."""
+        """The pieces to send now: for a request that does not stream, all or none. The caller holds `ready`."""
         if not self.pieces or not (self.asked.streaming or self.pieces[-1].final):
             return []
         pieces, self.pieces = self.pieces, []

@@ -137,7 +137,7 @@ class NcclRanks(MpiRanks):
 
         local, gpus = int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"rank {self.rank} needs a GPU of its own; this host has {gpus}")
+            raise ValueError(f"rank {self.rank} needs its own GPU; this host has {gpus}")
         self.device = torch.device("cuda", local)
         torch.cuda.set_device(self.device)
         port = 0
@@ -233,8 +233,8 @@ def use_own_cores() -> None:
 class Pulse(threading.Thread):
     """Tells each peer once a second that this process lives, and says so when a peer's own beat ends.
 
-    A rank that waits inside MPI would wait for a dead peer for ever, so this is a thread of its own, with sockets of
-    its own. A peer's silence counts from its first beat on: it may still be loading.
+    A rank that waits inside MPI would wait for a dead peer for ever, so this is a separate thread with its own
+    sockets. A peer's silence counts from its first beat on: it may still be loading.
     """
 
     def __init__(self, peers: dict[int, socket.socket], on_lost: Callable[[int, str], None]) -> None:

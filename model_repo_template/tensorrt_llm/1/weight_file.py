@@ -24,7 +24,7 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def tensors_of(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...], int, int]]:
-    """Name -> (dtype, None where it is not one of ours; shape; first byte in the file; bytes), from the header (safetensors' format)."""
+    """Name -> (dtype, None if it is not one of ours; shape; first byte in the file; bytes), from the header (safetensors' format)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

@@ -55,7 +55,7 @@ class Answer:
     def push(self, outputs: Mapping[str, Array]) -> bool:
         """Take one response of tensorrt_llm, output_ids int32 (1, 1, n) and what was asked for; whether there is text to send.
 
-        What lies behind sequence_length (1, 1) is padding.
+        What comes after sequence_length (1, 1) is padding.
         """
         ids = outputs["output_ids"].reshape(-1).tolist()
         if "sequence_length" in outputs:

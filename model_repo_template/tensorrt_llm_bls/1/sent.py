@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 Array = np.ndarray[Any, Any]
 REQUIRED = object()
-# Of a list of words: each is looked for in every piece of text, and spelt in tokens
+# Limits of a list of words: each word is looked for in every piece of text, and spelt in tokens
 MAX_WORDS, MAX_WORD_BYTES, MAX_WORDS_BYTES = 128, 512, 4096
 
 
@@ -84,7 +84,7 @@ def response(request: Any, values: Mapping[str, Array]) -> Any:
 
 
 def failed(problem: Exception) -> Any:
-    """The response to a request that failed: the client learns why when it can mend it, else the log does."""
+    """The response to a request that failed: the client is told why if it can fix the cause, else the log is."""
     if isinstance(problem, Refused):
         return error(str(problem), pb_utils.TritonError.INVALID_ARG)
     if isinstance(problem, Busy):

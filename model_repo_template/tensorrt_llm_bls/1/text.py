@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-# U+FFFD, what a byte that is no part of a character is shown as
+# U+FFFD, what a byte that is not a part of a character is shown as
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # How many ways to spell a word are listed at most; a word of six letters has at most 32
 MAX_SPELLINGS = 64
@@ -92,7 +92,7 @@ class Text:
     def spellings(self, word: str) -> list[list[int]]:
         """The token sequences that spell a word, alone and with a space before it: all of them, the shortest MAX_SPELLINGS of each.
 
-        Byte tokens count where they are needed: SentencePiece never spells a character in bytes that has a token of its own.
+        Byte tokens count where they are needed: SentencePiece never spells a character in bytes that has its own token.
         """
         return [ids for text in (word, " " + word) for ids in itertools.islice(self._cuts(text), MAX_SPELLINGS)]
 
@@ -159,7 +159,7 @@ class Text:
     def embedding_bias(self, weighted_words: Sequence[tuple[str, float]], vocab_size: int) -> np.ndarray[Any, Any]:
         """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size).
 
-        Of a word's spellings the one at the start of a word counts, as in NVIDIA's preprocessing: the letters that it may be made of
+        The spelling that counts is the one at the start of a word, as in NVIDIA's preprocessing: the letters that it may be made of
         elsewhere are in many other words.
         """
         bias = np.zeros((1, vocab_size), dtype=np.float32)

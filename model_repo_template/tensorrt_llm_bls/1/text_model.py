@@ -47,7 +47,7 @@ class Call:
         self.answer: Answer | None = None
         self.streaming = False
         self.whole = ""
-        # what tensorrt_llm has said and nobody has looked at yet
+        # what tensorrt_llm has sent and no thread has looked at yet
         self.arrived: deque[Any] = deque()
         self.queued = False
         self.begun = False
@@ -193,7 +193,7 @@ class TritonPythonModel:
         return values
 
     def _receive(self, call: Call, said: Any) -> None:
-        """Called in the link's thread."""
+        """The link's thread calls this."""
         with self.changed:
             call.arrived.append(said)
             if not call.queued:
