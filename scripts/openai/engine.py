@@ -31,7 +31,7 @@ MODEL = "tensorrt_llm"
 MIN_TEMPERATURE = 1e-5
 # Two names that versions gave to one input
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
-# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+# Since TensorRT-LLM 0.10 a request that names outputs must name both, or its first token becomes an error.
 TOKENS = ("output_ids", "sequence_length")
 # What guides an answer (since 0.17)
 GUIDE = ("guided_decoding_guide_type", "guided_decoding_guide")

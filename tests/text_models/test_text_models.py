@@ -340,7 +340,7 @@ NO_LOG_PROBS = {"CUM_LOG_PROBS": floats(0), "OUTPUT_LOG_PROBS": floats(0)[None]}
         (
             "postprocessing",
             {"TOKENS_BATCH": ints(1, 2)[None], "SEQUENCE_LENGTH": ints(1, 1), **NO_LOG_PROBS},
-            "one length is for one beam",
+            "there must be one length per beam",
         ),
     ],
 )  # fmt: skip

@@ -33,7 +33,8 @@ class TritonPythonModel:
         ids, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]  # (batch, beams, tokens), (batch, beams)
         if ids.shape[:-1] != lengths.shape:
             raise sent.Refused(
-                f"TOKENS_BATCH has shape {list(ids.shape)} and SEQUENCE_LENGTH {list(lengths.shape)}; one length is for one beam"
+                f"TOKENS_BATCH has shape {list(ids.shape)} and SEQUENCE_LENGTH {list(lengths.shape)};"
+                " there must be one length per beam"
             )
         if lengths.size and not 0 <= lengths.min() <= lengths.max() <= ids.shape[-1]:
             raise sent.Refused(f"SEQUENCE_LENGTH is {lengths.tolist()}; TOKENS_BATCH has {ids.shape[-1]} tokens")
