@@ -43,7 +43,7 @@ print("bake", "%d.%d" % sys.version_info[:2], trtllm)"""
 
 @dataclass(frozen=True)
 class Settings:
-    """base_image: empty for Debian; trtllm_version: what it has to have, empty where it has to have none."""
+    """base_image: empty for Debian; trtllm_version: what it has to have, empty if it has to have none."""
 
     output: Path
     base_image: str

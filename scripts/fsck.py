@@ -58,7 +58,7 @@ class Checked:
 
 
 def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple[str, str, str]]:
-    """(part, expected, actual) for everything in which a file is not what its record says; nothing where it is."""
+    """(part, expected, actual) for everything in which a file is not what its record says; nothing if it is."""
     if expected.size_bytes != found.size_bytes:
         return [("", f"{expected.size_bytes} bytes", f"{found.size_bytes} bytes")]
     if expected.sha256 == found.sha256:

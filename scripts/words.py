@@ -74,7 +74,10 @@ PATTERNS = (
         "Rank 0 writes it. Used files stay.",
     ),
     Pattern(
-        r"\b(Problem|Error|refused|None|raises?) where\b", "if", "A Problem where it is large.", "It is where it was."
+        r"\b(Problem|\w*Error|refused|None|nothing|empty|raises?) where\b",
+        "if",
+        "A Problem where it is large.",
+        "It is where it was.",
     ),
     Pattern(
         r"\b(know|need|want|fit)s? (it|them|you|us) not\b", "does not know", "It knows you not.", "It is not known."

@@ -358,7 +358,7 @@ def host() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this tree, with +changes where files differ from it; empty where git says nothing."""
+    """The commit of this tree, with +changes where files differ from it; empty if git says nothing."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -96,7 +96,7 @@ def _sizes(response: Any) -> tuple[int | None, bool]:
 
 
 def _version(response: Any) -> str:
-    """A strong ETag, else the time of the last change; nothing where the server says neither."""
+    """A strong ETag, else the time of the last change; nothing if the server says neither."""
     etag = str(response.headers.get("ETag", ""))
     return etag if etag.startswith('"') else str(response.headers.get("Last-Modified", ""))
 
@@ -190,7 +190,7 @@ class HttpSource:
 
 
 def _secret_url(name: str, unreadable: Callable[[str], reports.Problem]) -> str:
-    """What the variable `name` holds, or the file that `name`_FILE names; nothing where neither is set."""
+    """What the variable `name` holds, or the file that `name`_FILE names; nothing if neither is set."""
     path = os.environ.get(f"{name}_FILE", "")
     try:
         url = os.environ.get(name, "") or (Path(path).read_text() if path else "")

@@ -21,7 +21,7 @@ from scripts.fetching.source import (
 
 def mirror_url(source: str) -> str:
     """The URL of a mirror with what is secret in it (user:password@, or ?token=): MIRROR_URL, or the content of the file that
-    MIRROR_URL_FILE names; nothing where neither is set. SOURCE is the same URL without these."""
+    MIRROR_URL_FILE names; nothing if neither is set. SOURCE is the same URL without these."""
     url = _secret_url("MIRROR_URL", reports.fetching.mirror_url_odd)
     if not url and not os.environ.get("MIRROR_URL_FILE", ""):
         return ""

@@ -62,7 +62,7 @@ def meaning(source: bytes) -> bytes:
     say a line.
 
     By positions in the text, not by the parser's tree, whose form differs between the Pythons of the host and of
-    NVIDIA's containers. SyntaxError where this Python is too old for the module.
+    NVIDIA's containers. SyntaxError if this Python is too old for the module.
     """
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)

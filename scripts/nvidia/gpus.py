@@ -74,7 +74,7 @@ def assumed_links(gpus: list[Gpu]) -> Links:
 
 
 def parse_query(text: str) -> list[Gpu]:
-    """The answer to QUERY, one line per GPU; ValueError where a line is not one."""
+    """The answer to QUERY, one line per GPU; ValueError if a line is not one."""
     found = []
     for line in text.splitlines():
         if not line.strip() or line.startswith("WARNING"):  # for instance: infoROM is corrupted

@@ -89,7 +89,7 @@ class Asked:
 
 
 def unpacked(data: bytes) -> Asked:
-    """The other way. Raises ApiError where the reader refused."""
+    """The other way. Raises ApiError if the reader refused."""
     behind = LENGTH.size + LENGTH.unpack_from(data)[0]
     told = json.loads(data[LENGTH.size : behind])
     if (error := told.pop("error", None)) is not None:

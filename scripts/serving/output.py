@@ -25,7 +25,7 @@ class Output:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """path: None is standard output. Raises BlockingIOError where another server has the file."""
+        """path: None is standard output. Raises BlockingIOError if another server has the file."""
         self.path = path
         self.descriptor = os.dup(1) if path is None else self._open(path)
         self.size = 0

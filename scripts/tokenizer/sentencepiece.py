@@ -75,7 +75,7 @@ def read_tokenizer_model(path: Path) -> SentencePieceModel:
 
 
 def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePieceModel:
-    """tokenizer.model's bytes -> the model. ValueError where the bytes are not protobuf, a Problem if it is not a Llama kind.
+    """tokenizer.model's bytes -> the model. ValueError if the bytes are not protobuf, a Problem if it is not a Llama kind.
 
     Field numbers: sentencepiece's src/sentencepiece_model.proto.
     """

@@ -182,7 +182,7 @@ class Child:
         reader.receive(self.link, reader.LENGTH.size)
 
     def ask(self, chat: bool, body: object) -> bytes:
-        """Its answer; nothing where it died."""
+        """Its answer; nothing if it died."""
         data = json.dumps(body).encode()
         self.link.sendall(reader.LENGTH.pack(len(data)) + bytes([chat]) + data)
         try:
