@@ -88,7 +88,7 @@ def environment_of_sides(
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
     No client waits for a single answer here, and on a busy machine spinning is what takes the time. On two cores beside other
-    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
+    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the CPU time
     time when MPI yields.
     """
     server = launch.server_environment(inherited, toolbox, folder, world_size, cores, root)

@@ -20,20 +20,20 @@ PROJECT = Path(__file__).parents[2]
 # How long a stopped process (SIGSTOP, a debugger, a frozen disk) or a silent HTTP port counts as answering.
 STOPPED_SECONDS = 3.0
 LOG_LINES = 15
-# The tables that tritonserver prints at its start tell nothing of a failure.
+# The tables that tritonserver prints at its start say nothing about a failure.
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
 ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")
-# ... which it does a moment after all have ended
+# ... and how long it may take until it does so
 NAMED_SECONDS = 1.0
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
-# What Triton's core writes when the last running request of a server that was told to end is done
+# Triton's core writes this when a server that is ending has finished its last request
 REQUESTS_DONE = "All models are stopped"
-# From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
+# After that line the last answer is on its way to its client, and the models are unloaded; that takes 2 s here
 UNLOAD_SECONDS = 3.0
-# What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
+# The torch engine writes this when another rank no longer answers (model_repo_template/tensorrt_llm/1/ranks.py)
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
-# What it writes when its GPU cannot hold the engine (gpu_llama.py beside it)
+# It writes this when its GPU cannot hold the engine (gpu_llama.py beside it)
 OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memory: .*?or lower MAX_BATCH_SIZE)")
 
 
@@ -92,32 +92,32 @@ class Ranks:
             self.guard = self._guard()
 
     def tail(self, rank: int) -> list[str]:
-        """The last lines that a rank wrote; mpirun's own when it wrote none."""
+        """The last lines of a rank; if there are none, those of mpirun."""
         return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
 
     def watch(self) -> None:
-        """From now on every process that is there must stay."""
+        """From now on every process that runs must go on running."""
         self.expected = {key: p for key, p in processes.of_session(self.session).items() if p.rank is not None}
 
     def failure(self, ending: bool = False) -> tuple[int, str] | None:
         """(rank, what happened) as soon as a process of a rank is gone or has been stopped for STOPPED_SECONDS.
 
-        Before watch() only the servers count, from when they are there. ending: rank 0's processes may go.
+        Before watch() only the servers count, once they run. ending: rank 0's processes may end.
         """
         now, current = time.monotonic(), processes.of_session(self.session)
         servers = {key: p for key, p in current.items() if p.rank is not None and p.name == "tritonserver"}
-        # a server that starts another program is two of that name for a moment
+        # while a server starts another program, two processes have its name for a moment
         pids = {p.pid for p in servers.values()}
         self.expected.update({key: p for key, p in servers.items() if p.parent not in pids})
         gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
         if gone:
             self.gone_since = self.gone_since or now
-            # When one rank falls, the others follow within moments: a peer or mpirun says which was the first.
+            # When one rank ends, the others follow within moments: a peer or mpirun says which was the first.
             first = self.lost_rank if self.ended_first is None else self.ended_first
             if first is None and now - self.gone_since < NAMED_SECONDS:
                 return None
             process = min(gone, key=lambda p: (p.rank != first, p.rank == 0))
-            if first is not None and process.rank != first:  # it was gone before we saw it
+            if first is not None and process.rank != first:  # the first one was gone before we saw it
                 return first, "it ended"
             return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
         self.stopped_since = {key: since for key, since in self.stopped_since.items() if key in current}
@@ -129,21 +129,21 @@ class Ranks:
         if self.lost_rank is not None and not ending:
             return self.lost_rank, "it no longer answers the other ranks"
         if self.mpirun.poll() is not None and not ending:
-            self.reader.join(timeout=NAMED_SECONDS)  # its last words name the rank
+            self.reader.join(timeout=NAMED_SECONDS)  # mpirun's last lines name the rank
             return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 
     def settled_failure(self) -> tuple[int, str] | None:
-        """As failure(), after the moment in which a process is gone and it is not yet known whose end was the first."""
+        """Like failure(), but waits until it is known which rank ended first."""
         while (failure := self.failure()) is None and self.gone_since is not None:
             time.sleep(0.05)
         return failure
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Let rank 0 finish its requests; True when none was cut off. A Problem when a rank fails meanwhile.
+        """Let rank 0 finish its requests; True if none was cut off. A Problem if a rank fails meanwhile.
 
-        tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
-        a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
+        On SIGTERM tritonserver refuses new work, finishes the running requests, unloads its models and exits. It never
+        exits while a client holds an idle gRPC stream open (Triton 2.51), so we do not wait for its exit.
         """
         servers = [p for p in processes.of_session(self.session).values() if p.rank == 0 and p.name == "tritonserver"]
         for server in servers:
@@ -160,7 +160,7 @@ class Ranks:
         return False
 
     def end(self) -> None:
-        """End everything at once; nothing is left behind."""
+        """End everything at once and leave nothing behind."""
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
         self.guard.communicate()

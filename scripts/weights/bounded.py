@@ -40,7 +40,7 @@ def bounded(
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGXCPU:
-            raise reports.weights.reading_unbounded(where, f"it took more than {seconds} s of a processor")
+            raise reports.weights.reading_unbounded(where, f"it took more than {seconds} s of CPU time")
         raise reports.weights.reading_unbounded(where, f"the reader was ended by {signal.Signals(number).name}")
     if os.WEXITSTATUS(status) == NO_MEMORY:
         raise reports.weights.reading_unbounded(where, f"it took more than {memory_bytes >> 30} GiB of memory")

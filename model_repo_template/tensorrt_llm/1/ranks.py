@@ -333,7 +333,7 @@ class LeaderLink:
 
 
 class FollowerLink:
-    """The socket of a rank above 0: waits for plans without using the processor."""
+    """The socket of a rank above 0: waits for plans without using CPU time."""
 
     def __init__(self, rank: int, plans: socket.socket, pulse: socket.socket) -> None:
         self.rank = rank
