@@ -368,7 +368,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the folder that holds the room model_repo")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each window; half of it, at most a second, warms up before")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of each window; half of it, at most a second, warms up before"
+    )
     args = parser.parse_args()
     made = args.root / "model_repo"
     prompt, ids, expected = prompt_of(made / build_model_repo.TOKENIZER)

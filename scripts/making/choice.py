@@ -31,13 +31,8 @@ WITHOUT_WEIGHTS = {
     "help",
     "clean",
 }
-<<<<<<< HEAD
-# words that need to know no TensorRT-LLM if nobody named one
-WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
-=======
 # words that need no TensorRT-LLM version if none was named
-WITHOUT_TOOLCHAIN = {*PLANNING, "test", "test-image", "test-long", "lint", "lock", "pin", "help", "clean"}
->>>>>>> 246812c (A check in make lint keeps the worst habits out of the prose)
+WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
 LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
 
 
