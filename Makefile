@@ -199,7 +199,8 @@ test-long: $(TESTED) ## property tests and fuzzers, fifty times as long (about h
 	@$(PYTEST) --hypothesis-profile=long --timeout 3600 $(or $(TESTS),$(LONG))
 pin: ## write the digests of NVIDIA's images into docker/toolchains.json; needs docker and network
 	@scripts/toolchain.sh pin
-lint: $(call has,run openai test dev) ## ruff, mypy, import-linter, shellcheck, mbake, hadolint
+lint: $(call has,run openai test dev) ## ruff, mypy, import-linter, shellcheck, mbake, hadolint, and the prose
+	@$(PY) -m scripts.words
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check --diff scripts tests model_repo_template
 	@$(PY) -m mypy && for folder in model_repo_template/*/1; do $(PY) -m mypy $$folder/*.py; done
 	@$(dir $(PY))lint-imports --no-logo

@@ -27,7 +27,7 @@ from scripts.nvidia import contracts
 SUITE = "bookworm"
 # Python with its shared library, which Triton's stub links, and the C++ library; the rest is Debian's Essential set.
 INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "libstdc++6", "ca-certificates")
-# Manuals and translations serve nobody here; copyright files stay.
+# Manuals and translations are of no use here; copyright files stay.
 DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
         "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
 # What Debian's tools leave behind of the day they ran on
@@ -43,7 +43,7 @@ print("bake", "%d.%d" % sys.version_info[:2], trtllm)"""
 
 @dataclass(frozen=True)
 class Settings:
-    """base_image: empty for Debian; trtllm_version: what it has to have, empty where it has to have none."""
+    """base_image: empty for Debian; trtllm_version: what it has to have, empty if it has to have none."""
 
     output: Path
     base_image: str

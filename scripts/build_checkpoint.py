@@ -34,7 +34,7 @@ from scripts.weights.split import RankTensor, _rows_of, _zeros, rank_tensors
 class Settings:
     """What the room is asked to be: tp_size * pp_size ranks. dtype None: the source's own.
 
-    model: a room with config.json and tokenizer, config or hf; weights: the folder of the weights, None where the room has them.
+    model: a room with config.json and tokenizer, config or hf; weights: the folder of the weights, None if the room has them.
     pad_heads: heads of zeros where the heads cannot be divided among tp_size ranks. engine: what will load it, torch or tensorrt.
     """
 

@@ -177,7 +177,7 @@ def passport(
 ) -> dict[str, Any]:
     """What must be true of a host that serves these engines, and how they were made; no path of this machine.
 
-    custom_all_reduce: None where the version decides at run time.
+    custom_all_reduce: None if the version decides at run time.
     """
     fixed = "--use_custom_all_reduce" in flags
     return {
@@ -273,7 +273,7 @@ def build_tensorrt(
     intent = intent_of(config, sizes, host, links, workers, TIMING_CACHE if cached else None)
     announce(settings, config, sizes, f"; on {host[0].name}, {workers} at a time")
     with filling(settings, sizes, tools) as engines:
-        # It runs in a folder of its own, because config.json keeps the name of the timing cache: a bare name is no path of this machine.
+        # It runs in its own folder, because config.json keeps the name of the timing cache: a bare name is not a path of this machine.
         work = engines.path / "building"
         work.mkdir()
         kept = timing_cache_file(settings, host[0])
@@ -291,7 +291,7 @@ def build_tensorrt(
             "trtllm_reported": contracts.reported(version),
             **passport(intent, flags, version, host[0], links),
             "timing_cache_sha256": None,
-            # stand-ins made them (docker/rehearsal): they are no TensorRT engines, and no image or release takes them
+            # stand-ins made them (docker/rehearsal): they are not TensorRT engines, and no image or release takes them
             **({"rehearsal": True} if "REHEARSAL_GPUS" in os.environ else {}),
         }
         if kept and (work / TIMING_CACHE).is_file():

@@ -89,7 +89,7 @@ def hole_values(
     engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
     streaming: Triton's decoupled mode, for all models that answer with text or tokens; without it they answer exactly once.
     unary_response_sender: whether a Python model may answer a request of the latter kind after execute() has returned.
-    without_value: outputs that this version sends also when nobody asked for their value.
+    without_value: outputs that this version sends even if no input asks for their value.
     """
     build, network = engine["build_config"], engine["pretrained_config"]
     return {
@@ -421,7 +421,7 @@ def ends_of(config: Path) -> list[int]:
 
 
 def read_chat_template(path: Path | None) -> bytes | None:
-    """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is no template."""
+    """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is not a template."""
     if path is None:
         return None
     check_file(path)
@@ -439,7 +439,7 @@ def read_chat_template(path: Path | None) -> bytes | None:
 
 
 def try_chat_template(config: Path, path: Path, template: bytes) -> None:
-    """A Problem where the endpoint could not use CHAT_TEMPLATE with the model's tokenizer. (The room config has tried the model's own.)"""
+    """A Problem if the endpoint could not use CHAT_TEMPLATE with the model's tokenizer. (The room config has tried the model's own.)"""
     names = [name for name in TOKENIZER_FILES if (config / name).is_file() and name != CHAT_TEMPLATE]
     files = {**{name: (config / name).read_bytes() for name in names}, CHAT_TEMPLATE: template}
     proof.open_as_served(files, lambda name: path if name == CHAT_TEMPLATE else config / name)

@@ -3,7 +3,7 @@
 Reads   the rooms engines and hf, models/prompts.txt
 Writes  report.json, report.html: greedy tokens, log probabilities and perplexity of both sides against stated thresholds
 Needs   torch, transformers, accelerate; mpirun; for TensorRT engines their TensorRT-LLM and a GPU per rank. Memory of one side at a
-        time: each is asked in processes of its own.
+        time: each is asked in its own processes.
 
 An engine that fails is not published: there is no manifest, the report stays in the .partial folder, and the status is 1.
 """
@@ -87,8 +87,8 @@ def environment_of_sides(
 ) -> dict[str, str]:
     """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
 
-    Nobody waits for a single answer here, and on a busy machine spinning is what takes the time. Measured on two cores beside other
-    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the processor
+    No client waits for a single answer here, and on a busy machine spinning is what takes the time. On two cores beside other
+    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the CPU time
     time when MPI yields.
     """
     server = launch.server_environment(inherited, toolbox, folder, world_size, cores, root)

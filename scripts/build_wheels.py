@@ -25,7 +25,7 @@ PROJECT = Path(__file__).parent.parent
 GLIBC_MINOR = 35
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC_MINOR, 4, -1)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
-# Of all lists together, about
+# All lists together, about
 DOWNLOADS = {"cpu": "600 MB", "cuda": "4 GB"}
 
 
@@ -51,7 +51,7 @@ def for_target(lock: str, target: str) -> str:
 
 
 def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> list[str]:
-    """pip, for the base's interpreter instead of its own."""
+    """pip, for the base's interpreter, not for the one that runs pip."""
     words = [
         sys.executable,
         "-m",

@@ -97,7 +97,7 @@ def fit_on(passport: Mapping[str, Any], engine: memory_model.Engine, memory_byte
 
 
 def host_of(node: str) -> list[gpus.Gpu]:
-    """'8x H100-80GB' -> eight of them; [] where nobody said. A Problem for a GPU that is not known."""
+    """'8x H100-80GB' -> eight of them; [] if none is named. A Problem for a GPU that is not known."""
     try:
         return gpus.assumed(node) if node else []
     except reports.Problem as problem:
@@ -107,7 +107,7 @@ def host_of(node: str) -> list[gpus.Gpu]:
 
 
 def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: str, host: Sequence[gpus.Gpu]) -> None:
-    """A Problem where one host cannot hold the model, or its GPUs cannot run these engines. Images for CPUs ask for no GPU."""
+    """A Problem if one host cannot hold the model, or its GPUs cannot run these engines. Images for CPUs ask for no GPU."""
     if not on_gpus(passport):
         return
     model, count = passport["model"], len(host) or GPUS_PER_HOST
@@ -217,7 +217,7 @@ def which_image(settings: Settings) -> tuple[dict[str, Any], str, str]:
 
 
 def engines_config(root: Path, passport: Mapping[str, Any]) -> dict[str, Any]:
-    """The engines' config.json; a Problem where the room is not the one that the image has."""
+    """The engines' config.json; a Problem if the room is not the one that the image has."""
     folder, described = root / "engines", passport["rooms"]["engines"]
     room.read_manifest(folder)
     if room.manifest_sha256(folder) != described["manifest_sha256"]:
@@ -233,7 +233,7 @@ def write_values(settings: Settings) -> None:
     found = values(passport, engine, repository, digest, len(host) or GPUS_PER_HOST)
     head = [
         f"{passport['model']}, {passport['engine']['kind']} engines, {engine.world_size} ranks; git {passport['revision'] or 'unknown'}.",
-        "Written by make chart. Keep what you change in a file of yours, and give that to helm after this one.",
+        "make chart wrote this file. Keep what you change in a file of yours, and give that to helm after this one.",
     ]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     partial = settings.output.with_name(settings.output.name + ".partial")

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def toolchain(self) -> str | None:
-        """The TensorRT-LLM that is asked for, else the one that the GPU decides; None where neither says."""
+        """The TensorRT-LLM that is asked for, else the one that the GPU decides; None if neither says."""
         return self.choice["TOOLCHAIN"] or (plan.toolchain_for(self.host[0]) if self.host else None)
 
     def rows(self) -> dict[str, plan.Row]:
@@ -216,7 +216,7 @@ def check_ports(case: Case) -> str:
 
 
 def check_memory(case: Case) -> str:
-    """Host memory against the hungriest room. An estimate that nobody has measured stops nothing."""
+    """Host memory against the hungriest room. An estimate that was never measured stops nothing."""
     available = build_engines.free_memory_bytes()
     rows = case.rows()
     needs = {"conversion": memory.CONVERSION_BYTES}

@@ -284,7 +284,7 @@ def _check_not_there(output: Path, name: str) -> None:
 
 
 def _still_to_come(filling: room.Filling, remotes: list[source.Remote]) -> list[source.Remote]:
-    """What is not whole yet. Of an earlier try only that is kept of which the source says the same as then."""
+    """What is not whole yet. A file of an earlier try is kept only if the source still says the same about it."""
     same = {remote.name for remote in remotes if remote.is_promised(filling.promised.get(remote.name))}
     for name in (*filling.kept, *filling.begun):
         of = name[: -len(PART)] if name in filling.begun else name

@@ -25,7 +25,7 @@ from scripts.weights import safetensors
 from scripts.weights.hugging_face import read_bin
 from scripts.weights.meta import read_shard
 
-# of manifests that were written before they had a sha256 of their own
+# of manifests that were written before they had their own sha256
 OLDER_KEYS = {"room", "arguments", "reads", "tools", "facts", "files"}
 # Reading and hashing release the interpreter's lock.
 AT_ONCE = min(8, os.cpu_count() or 1)
@@ -44,7 +44,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Checked:
-    """One room. held_to: what its bytes were compared with, files: how many that was; notes: what is no damage, and worth a word."""
+    """One room. held_to: what its bytes were compared with, files: how many that was; notes: what is worth a word and not damage."""
 
     room: str
     files: int
@@ -58,7 +58,7 @@ class Checked:
 
 
 def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple[str, str, str]]:
-    """(part, expected, actual) for everything in which a file is not what its record says; nothing where it is."""
+    """(part, expected, actual) for everything in which a file is not what its record says; nothing if it is."""
     if expected.size_bytes != found.size_bytes:
         return [("", f"{expected.size_bytes} bytes", f"{found.size_bytes} bytes")]
     if expected.sha256 == found.sha256:
@@ -74,7 +74,7 @@ def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple
 
 
 def manifest_damage(data: bytes) -> tuple[str, str] | None:
-    """(expected, actual) where a manifest is not as it was written; None where it is, or where it is too old to say."""
+    """(expected, actual) where a manifest is not as it was written; None if it is, or where it is too old to say."""
     manifest = json.loads(data)
     said, actual = manifest.get(room.OWN_SHA256), room.own_sha256(manifest)
     if said is None and set(manifest) == OLDER_KEYS:
@@ -99,7 +99,7 @@ def check_room(
         damage = manifest_damage(room.manifest_bytes(folder))
     except reports.Problem as problem:
         damage = ("as it was written", problem.seen)
-    if damage:  # then it is no measure for the others
+    if damage:  # then the other rooms cannot be compared with it
         return Checked(str(folder), 1, 0, "itself", (Damage(str(folder), room.MANIFEST, "", *damage),))
     records = {name: room.record_of(manifest, name) for name in manifest["files"]}
 
@@ -129,7 +129,7 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
     damages, notes = [], []
     has_sums = room.OWN_SHA256 in manifest
     if not has_sums:
-        notes.append("made before manifests had a checksum of their own: its manifest and args could not be checked")
+        notes.append("made before manifests had their own checksum: its manifest and args could not be checked")
     for name in (room.ARGS, room.ARGS_SUM) if has_sums else ():
         if not (folder / name).is_file():
             damages.append(Damage(str(folder), name, "", "a file", "no such file"))
@@ -171,7 +171,7 @@ def _says_its_own_sha256(folder: Path) -> bool:
     try:
         return room.OWN_SHA256 in room.read_manifest_only(folder)
     except reports.Problem:
-        return True  # a damage of its own
+        return True  # reported as damage of the room itself
 
 
 def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:

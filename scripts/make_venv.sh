@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
 # make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. aiperf and clients, programs whose
-# needs are not ours, go into virtual environments of their own: VENV/aiperf, VENV/clients.
+# needs are not ours, go into separate virtual environments: VENV/aiperf, VENV/clients.
 # make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
 venv=$1 name=${2:-}
@@ -47,12 +47,12 @@ check() {
     version=$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$base" -c 'import ensurepip, venv' 2>/dev/null || report "PYTHON HAS NO VENV MODULE" \
         "$base ($version) lacks the module venv or ensurepip." \
-        "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install python$version-venv && make serve"
+        "Debian and Ubuntu keep it in its own package:" "sudo apt-get install python$version-venv && make serve"
 
     # Triton's Python backend links the interpreter as a library.
     "$base" - <<'PY' || report "NO SHARED LIBPYTHON" \
         "Triton's Python backend needs libpython$version.so.1.0; neither $base nor the system has it." \
-        "Debian and Ubuntu keep it in a package of its own:" "sudo apt-get install libpython$version && make serve"
+        "Debian and Ubuntu keep it in its own package:" "sudo apt-get install libpython$version && make serve"
 import ctypes, os, sys, sysconfig
 name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
 if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR") or "", name)):

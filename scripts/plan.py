@@ -78,7 +78,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before it is converted. stored_bytes: of its weight files; None where they are not here."""
+    """What is known of a model before it is converted. stored_bytes: of its weight files; None if they are not here."""
 
     name: str
     shape: LlamaShape
@@ -254,7 +254,7 @@ def planning(problem: reports.Problem, choice: Choice) -> reports.Problem:
 
 
 def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:
-    """What a choice comes to on these GPUs; a Problem where it cannot work. Without a GPU, only what needs none is looked at."""
+    """What a choice comes to on these GPUs; a Problem if it cannot work. Without a GPU, only what needs none is looked at."""
     engine, toolchain = engine_of(choice, model), choice["TOOLCHAIN"]
     toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
     if not toolchain and choice.tensorrt and host:
@@ -364,7 +364,7 @@ def shares(fit: memory_model.Fit) -> str:
 
 
 def rows(journey: Journey) -> list[Row]:
-    """The table: what each room takes. Times are left out where nobody has measured them for such a model."""
+    """The table: what each room takes. A time is left out if it was never measured for such a model."""
     engine, model, choice = journey.engine, journey.model, journey.choice
     hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
     rank_bytes, all_bytes = max(memory_model.stage_bytes(engine)), memory_model.checkpoint_bytes(engine)
@@ -457,7 +457,7 @@ def words(journey: Journey) -> str:
         "-: not known, or nothing to speak of. host memory: at most, at once; of one building process, there is one a GPU.",
     ]
     if journey.fit:
-        lines += ["", f"Of each GPU a rank takes ({engine.world_size} ranks):", "", shares(journey.fit), ""]
+        lines += ["", f"A rank takes of its GPU ({engine.world_size} ranks):", "", shares(journey.fit), ""]
         lines += verdict(journey, journey.fit)
     elif choice.tensorrt:
         lines += [

@@ -19,7 +19,7 @@ from scripts.images import builders, signing
 from scripts.nvidia import contracts
 
 BASE_LOCK = Path(__file__).parents[1] / "docker" / "base.txt"
-# What a licence wants to be passed on with the model, as files, and as a text of its own.
+# What a licence wants to be passed on with the model, as files, and as a separate text.
 PASSED_ON = ("LICENSE", "USE_POLICY")
 NOTICES = {
     "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",

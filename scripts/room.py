@@ -54,8 +54,8 @@ class FileRecord:
 class Filling:
     """A room while it is being filled; `path` is its .partial folder.
 
-    Of an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun` holds
-    the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors_file.write_together goes on behind them).
+        After an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun`
+    holds the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors.write_together goes on after them).
     """
 
     room: Path
@@ -142,7 +142,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sha256_of(path: Path) -> FileRecord:
-    """Size and sha256 of a file that was not written by us (so that it must be read once)."""
+    """Size and sha256 of a file that we did not write (so it must be read once)."""
     digest, size_bytes = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
@@ -152,7 +152,7 @@ def sha256_of(path: Path) -> FileRecord:
 
 
 def manifest_bytes(room: Path) -> bytes:
-    """A room's manifest as it lies there; a Problem where there is none."""
+    """A room's manifest as it lies there; a Problem if there is none."""
     try:
         with open(room / MANIFEST, "rb") as file:
             return file.read(MANIFEST_MAX_BYTES)
@@ -359,7 +359,7 @@ def _newer_than_needs(path: Path) -> bool:
 
 
 def interrupted_arguments(room: Path) -> dict[str, Any]:
-    """What an interrupted try to fill a room was made with; nothing where there is none."""
+    """What an interrupted try to fill a room was made with; nothing if there is none."""
     try:
         return dict(
             json.loads((room.with_name(room.name + ".partial") / FINISHED).read_bytes())["question"]["arguments"]
@@ -443,7 +443,7 @@ class Spoken:
 
 
 def progress(total_bytes: int, room: str, spoken: bool = True) -> Any:
-    """A progress bar in bytes where a terminal watches, else Spoken. With update(bytes) and close(). spoken: False where the caller
+    """A progress bar in bytes where a terminal watches, else Spoken. With update(bytes) and close(). spoken: False if the caller
     itself writes the lines for a log."""
     if not sys.stderr.isatty():
         return Spoken(total_bytes, room, spoken)

@@ -156,7 +156,7 @@ TABLE: tuple[Setting, ...] = (
     Setting("SECONDS", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "60", "how long to soak", ("soak",), shown="1800"),
     _one_of("PEERS", "", ("", "on"), "`on`: measure other servers too", goals=("bench",)),
     Setting("VLLM_PYTHON", "", r"[\w./-]*", "an interpreter that has vLLM", "",
-            "an interpreter that has vLLM, in an environment of its own, for `PEERS=on`", ("bench",)),
+            "an interpreter that has vLLM, in its own environment, for `PEERS=on`", ("bench",)),
     _one_of("FORM", "", ("", "gguf"), "of a preset: `gguf` if that is the form of its weights", shown="found in the folder"),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
@@ -172,7 +172,7 @@ def flag(name: str) -> str:
     return "--log-form" if name == "LOG" else "--" + name.lower().replace("_", "-")
 
 
-# Paths have a report of their own if make could not take their characters.
+# Paths have their own report if make could not take their characters.
 PATHS = ("MODEL", "WEIGHTS", "SOURCE", "PYTHON", "CHAT_TEMPLATE", "API_KEY_FILE", "ROOM")
 MODELS_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -1,10 +1,13 @@
-"""`make synthetic`: a model of a Llama 2's shape with seeded random weights, in Hugging Face's form, for measuring speed.
+"""`make synthetic`: a model of a Llama 2's shape with seeded random weights, in Hugging Face's form,
+for measuring speed.
 
-Writes  weights/synthetic-7b (or -13b, -70b, as MODEL says): config.json, model-*.safetensors, tokenizer.model; for 70B repeated.json,
-        because only its first four layers have numbers of their own: 7.9 GB, so that a disk has to hold the ranks' files alone
-Needs   PyTorch; a GPU, where there is one, makes the numbers in seconds, a processor in minutes (and other ones)
+Writes  weights/synthetic-7b (or -13b, -70b, as MODEL says): config.json, model-*.safetensors, tokenizer.model; for 70B
+        repeated.json, because only its first four layers have their own numbers: 7.9 GB, so that a disk has to hold the
+        ranks' files alone
+Needs   PyTorch; a GPU makes the numbers in seconds, a CPU in minutes (and different ones)
 
-It says nothing of sense. Its tokenizer is the bundled model's with words made up to 32000, so that every token has a text.
+It says nothing of sense. Its tokenizer is the bundled model's with words made up to 32000,
+so that every token has a text.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ SHAPES = {
     "synthetic-13b": LlamaShape(5120, 13824, 40, 40, 40, 32000),
     "synthetic-70b": LlamaShape(8192, 28672, 80, 64, 8, 32000),
 }
-# How many layers have numbers of their own; the others repeat them in turn
+# How many layers have their own numbers; the others repeat them in turn
 OWN_LAYERS = {"synthetic-70b": 4}
 POSITIONS = 4096
 # of a normal distribution; Llama's own matrices have about as much
@@ -48,10 +51,11 @@ def hf_config(shape: LlamaShape) -> dict[str, Any]:
 
 
 def tokenizer_model(bundled: bytes, size: int) -> bytes:
-    """The bundled tokenizer.model with pieces appended up to `size`: in a protobuf, a repeated field may go on at the end.
+    """The bundled tokenizer.model with pieces appended up to `size`: in a protobuf,
+    a repeated field may go on at the end.
 
-    Field numbers: sentencepiece's src/sentencepiece_model.proto (pieces = 1; piece = 1, score = 2). No text has these words, so the
-    encoding of any text stays as it is.
+    Field numbers: sentencepiece's src/sentencepiece_model.proto (pieces = 1; piece = 1, score = 2). No text has these
+    words, so the encoding of any text stays as it is.
     """
     from scripts.tokenizer.sentencepiece import parse_model
 

@@ -58,7 +58,7 @@ check() { # image, gpu or nothing
         "ENGINE=tensorrt builds and serves in NVIDIA's container; there is no docker on PATH." \
         "Install docker and NVIDIA's container toolkit (https://docs.nvidia.com/datacenter/cloud-native/container-toolkit), then:" "$(typed serve)"
     seen=$(docker info --format '{{range $name, $runtime := .Runtimes}}{{$name}} {{end}}' 2>&1) || report "DOCKER DOES NOT ANSWER" \
-        "docker says: $seen" "It is not running, or $(id -un) may not use it. Mend that and look:" \
+        "docker says: $seen" "It is not running, or $(id -un) may not use it. Fix that and look:" \
         "sudo systemctl start docker; sudo usermod -aG docker $(id -un)   # then log in again"$'\n'"docker info"
     if [ "${2:-}" = gpu ] && [[ " $seen " != *" nvidia "* ]] && ! type -P nvidia-container-runtime-hook nvidia-container-cli nvidia-ctk >/dev/null; then
         report "DOCKER HAS NO NVIDIA RUNTIME" \

@@ -421,7 +421,7 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
 
 
 def run(code: str, hf: Path, room: Path) -> subprocess.CompletedProcess[str]:
-    """Run build_checkpoint at TP=4 in a process of its own, after `code`."""
+    """Run build_checkpoint at TP=4 in its own process, after `code`."""
     imports = "import os, sys, errno\nfrom scripts import build_checkpoint, reports\n"
     imports += "from scripts.weights import safetensors as s\ns.SYNC_BYTES = 200_000"
     script = f"{imports}\n{code}\nreports.run(build_checkpoint.main)"
@@ -523,7 +523,7 @@ def test_after_a_pulled_plug_or_a_full_disk_what_was_on_the_disk_is_kept_and_the
 
 
 def test_what_was_kept_is_not_trusted_unread(tmp_path: Path) -> None:
-    """A bit that flips between two tries: the files are begun anew, and are what they should be."""
+    """A bit that flips between two tries: the files are begun again, and are what they should be."""
     hf, room = hf_room(tmp_path), tmp_path / "checkpoint"
     run(BREAK_IN_RANK_2.format("os.kill(os.getpid(), 9)"), hf, room)
     path = tmp_path / "checkpoint.partial/rank1.safetensors"

@@ -537,7 +537,7 @@ def named_twice(header: dict[str, Any]) -> str:
 
 
 BAD_HF: dict[str, Any] = {
-    "offsets with a point": (edit_header(as_floats), "which are no whole numbers"),
+    "offsets with a point": (edit_header(as_floats), "which are not whole numbers"),
     "a name twice": (edit_header(named_twice), "twice"),
     "far too many layers": (
         lambda f: edit_json(num_hidden_layers=10**9)(f / "config.json"),
@@ -611,7 +611,7 @@ def test_a_folder_that_is_not_there_gets_a_report(tmp_path: Path) -> None:
 
 
 def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run build_hf in a process of its own, after `code`."""
+    """Run build_hf in its own process, after `code`."""
     script = "from scripts import build_hf, reports\nfrom scripts.weights import safetensors as s\n"
     script += f"import os, errno\n{code}\nreports.run(build_hf.main)"
     return subprocess.run(

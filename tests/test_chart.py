@@ -50,7 +50,7 @@ def strict(model: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def check() -> Callable[[dict[str, Any], str], None]:
-    """Raises where a resource is not one, for Kubernetes by its own strict schema, for operators by their models'."""
+    """Raises if a resource is not one, for Kubernetes by its own strict schema, for operators by their models'."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="requirements/chart.txt is not installed")
     import jsonschema
     from cloudcoil.models.keda import v1alpha1 as keda

@@ -154,7 +154,7 @@ def test_a_room_from_before_manifests_could_be_checked_says_so_and_is_held_to_wh
     del manifest[room.OWN_SHA256]
     path.write_bytes(room.as_bytes(manifest))
     done = fsck(own, "config")
-    assert done.returncode == 0 and "made before manifests had a checksum of their own" in done.stdout
+    assert done.returncode == 0 and "made before manifests had their own checksum" in done.stdout
     [damage] = damages(own, "checkpoint")
     assert (damage["file"], damage["part"]) == ("manifest.json", "what it says of config")
 

@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made_tree(made: Path, tmp_path: Path) -> Path:
-    """A copy of `made` that a test may change. Copied with its times, so that make has nothing to do there."""
+    """A copy of `made` that a test may change. It keeps the files' times, so that make has nothing to do there."""
     shutil.copytree(made, tmp_path / "copy", symlinks=True)
     return tmp_path / "copy"
 

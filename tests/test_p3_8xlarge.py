@@ -87,7 +87,7 @@ def test_trtllm_build_takes_the_command_that_plan_prints(tree: Path, version: st
 
 @pytest.mark.parametrize("version", ON_VOLTA)
 def test_the_quantizers_take_what_a_v100_can_run(version: str) -> None:
-    """Of the kinds of QUANT only int8_wo has kernels for Volta (scripts/nvidia/trtllm_build.py, NEEDS)."""
+    """Only int8_wo, among the kinds of QUANT, has kernels for Volta (scripts/nvidia/trtllm_build.py, NEEDS)."""
     settings = quantize.Settings(Path("hf"), Path("out"), "int8_wo", "float16", 2, 1, version, Path("examples"))
     flags = contracts.flags("convert", version)
     command = quantize.argv(settings, flags, "convert_checkpoint.py", "hf", "out")

@@ -345,7 +345,7 @@ def test_several_kinds_of_gpus_are_judged_by_the_smallest_that_is_used() -> None
     assert journey.fit and journey.fit.gpu_bytes == mixed[1].memory_bytes
 
 
-# --- models that are no presets ---
+# --- models that are not presets ---
 
 
 def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:

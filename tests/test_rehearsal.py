@@ -101,7 +101,7 @@ def test_the_stand_ins_take_nothing_but_what_the_tables_have(tmp_path: Path) -> 
 
 
 def docker_says(*words: str) -> str:
-    """Empty where docker is missing or its daemon does not answer."""
+    """Empty if docker is missing or its daemon does not answer."""
     if not shutil.which("docker"):
         return ""
     return subprocess.run(["docker", *words], capture_output=True, text=True, timeout=60, check=False).stdout.strip()

@@ -139,7 +139,7 @@ def test_what_was_made_meanwhile_for_something_else_is_made_again(
 
 @pytest.mark.parametrize("moved", ["nothing", "old"])
 def test_a_room_that_was_whole_when_killed_only_gets_its_name(tmp_path: Path, asked_by_make: Path, moved: str) -> None:
-    """Killed after the manifest was written: before both renames, or between them."""
+    """The room is killed after its manifest was written: before both renames, or between them."""
     fill(tmp_path / "hf", "whole")
     os.rename(tmp_path / "hf", tmp_path / "hf.partial")
     (tmp_path / ("hf" if moved == "nothing" else "hf.old")).mkdir()
@@ -257,7 +257,7 @@ def test_a_long_step_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_terminal_sees_the_seconds_in_place() -> None:
-    """In a terminal of its own: one line that is written over, and nothing is left of it."""
+    """In its own terminal: one line that is written over, and nothing is left of it."""
     leader, follower = os.openpty()
     code = "from scripts import room; over = room.threading.Event()\n"
     code += "def awaited(): over.set(); return 'a friend'\n"

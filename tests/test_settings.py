@@ -98,7 +98,7 @@ def test_each_wrong_value_is_a_report_whose_command_is_taken(name: str, monkeypa
 def test_the_advice_keeps_the_wish(words: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     asked = dict(word.split("=", 1) for word in words.split())
-    if "/" in asked.get("MODEL", ""):  # with -n missing weights are no fault
+    if "/" in asked.get("MODEL", ""):  # with -n missing weights are not a fault
         monkeypatch.setattr(choice.Typed, "asked", False)
         goal = "serve"
         values = choice.values_of(asked)

@@ -87,7 +87,7 @@ async def _one(url: str, body: bytes) -> dict[str, Any]:
         if b" 200 " not in status:
             raise reports.serving.request_refused((status + await reader.read(2000)).decode(errors="replace")[:300])
         arrivals, tokens = list[float](), 0
-        # A piece is one line; the lengths of HTTP's chunks stand on lines of their own between them.
+        # A piece is one line; the lengths of HTTP's chunks stand on their own lines between them.
         async for line in reader:
             if not line.startswith(b"data: {"):
                 continue

@@ -358,7 +358,7 @@ def host() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this tree, with +changes where files differ from it; empty where git says nothing."""
+    """The commit of this tree, with +changes where files differ from it; empty if git says nothing."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -499,7 +499,7 @@ def peers(
     args: argparse.Namespace, points: Sequence[Point], pretrained: Mapping[str, Any], limits: Mapping[str, int], folder: Path,
     note: Note, not_run: dict[str, str], generators: dict[str, str],
 ) -> None:  # fmt: skip
-    """The same weights and lengths through others. They are not ours to mend: what fails is named."""
+    """The same weights and lengths through others. They are not our code: one that fails is named in the result."""
     if not args.peers:
         not_run["transformers generate"] = not_run["vLLM"] = "not asked for (PEERS=on)"
         return

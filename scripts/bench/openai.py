@@ -171,7 +171,7 @@ def guided(
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of the endpoint and all its processes, those that have ended too."""
+    """CPU time of the endpoint and all its processes, also of those that have ended."""
     ticks = 0
     for process in processes.of_session(pid).values():
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(") ", 1)[1].split()

@@ -131,12 +131,12 @@ def reached(run: Mapping[str, Any]) -> list[str]:
     for side, how in (("OpenAI's API", "through the same API"), ("Triton", "over gRPC, vLLM over its API")):
         ratios = against(rows, side, "vLLM")
         if ratios:
-            behind = {key: ratio for key, ratio in ratios.items() if ratio < 1}
+            slower = {key: ratio for key, ratio in ratios.items() if ratio < 1}
             said.append(
-                f"Ahead of vLLM, {how}, at {len(ratios) - len(behind)} of {len(ratios)} loads"
+                f"Ahead of vLLM, {how}, at {len(ratios) - len(slower)} of {len(ratios)} loads"
                 + (
-                    "; behind, with ours over theirs, at " + ", ".join(shown(*one) for one in behind.items())
-                    if behind
+                    "; slower, with ours over theirs, at " + ", ".join(shown(*one) for one in slower.items())
+                    if slower
                     else ""
                 )
                 + "."

@@ -1,10 +1,10 @@
 """`make bench-text`: the text models against NVIDIA's of v0.8.0, side by side on a real tritonserver, over an engine without weights.
 
 alone   tensorrt_llm asked with token ids: a stand-in (scripts/bench/models/stand_in.py), the most that anything over it can reach
-stock   Triton's ensemble of NVIDIA's pre- and postprocessing, its behaviour said anew (scripts/bench/models/stock_*.py)
+stock   Triton's ensemble of NVIDIA's pre- and postprocessing, written from its behaviour (scripts/bench/models/stock_*.py)
 ours    the ensemble that `make model_repo` makes
 
-Each client keeps one request on its way over a gRPC stream of its own: 128 tokens in, 64 out, streamed. Every answer of ours is compared
+Each client keeps one request on its way over its own gRPC stream: 128 tokens in, 64 out, streamed. Every answer of ours is compared
 with the text of its tokens. Ratios are of one run; a round asks all three in turn, the numbers are medians over the rounds.
 """
 
@@ -75,7 +75,7 @@ class Measured:
 
 
 def stock_configs(tokenizer_dir: str) -> dict[str, str]:
-    """config.pbtxt of NVIDIA's three models of v0.8.0 under names of their own, from the version's contract table."""
+    """config.pbtxt of NVIDIA's three models of v0.8.0 under their own names, from the version's contract table."""
     table = contracts.table("backend", VERSION)
     renamed = {"preprocessing": "stock_preprocessing", "postprocessing": "stock_postprocessing"}
     configs = {}
@@ -339,7 +339,7 @@ PACES: dict[str, tuple[str, int, str]] = {
     "one": (
         "1000 one",
         32,
-        "the engine sends one token a response, as NVIDIA's does: where stock's numbers were first taken",
+        "the engine sends one token per response, as NVIDIA's does: where stock's numbers were first taken",
     ),
     "ready": ("1000 ready", 32, "the engine sends all tokens that are ready, as the torch engine does"),
     "paced": (

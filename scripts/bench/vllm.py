@@ -1,4 +1,4 @@
-"""vLLM as a peer of `make bench PEERS=on`: served from an environment of its own (VLLM_PYTHON), asked by the generator that asks us."""
+"""vLLM as a peer of `make bench PEERS=on`: served from its own environment (VLLM_PYTHON), asked by the generator that asks us."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.weights.hugging_face import REPEATED
 
 # Loading, compiling and capturing
 START_SECONDS = 300
-# It asks nobody and tells nobody; each of its workers starts from nothing, as CUDA wants it.
+# It contacts no other server; each of its workers starts from nothing, as CUDA wants it.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -45,7 +45,7 @@ def version(python: str) -> str:
 def command(
     python: str, model: Path, name: str, dtype: str, tp_size: int, limits: Mapping[str, int], port: int, dummy: bool
 ) -> list[str]:
-    """The same limits as our engine; no prefix is reused, as our prompts have none in common. dummy: random weights of its own."""
+    """The same limits as our engine; no prefix is reused, as our prompts have none in common. dummy: random its own weights."""
     return [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name, "--dtype", dtype,
         "--tensor-parallel-size", f"{tp_size}", "--max-model-len", f"{limits['max_seq_len']}", "--max-num-seqs",
@@ -60,7 +60,7 @@ def folder_of(config: Path, weights: Path, folder: Path) -> bool:
     for path in sorted(config.iterdir()):
         if path.name not in ("manifest.json", "args"):
             (folder / path.name).symlink_to(path.absolute())
-    # whose layers repeat each other nobody else can read
+    # whose layers repeat each other can be read by us alone
     found = (
         []
         if (weights / REPEATED).is_file()

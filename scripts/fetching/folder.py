@@ -12,7 +12,7 @@ from scripts.fetching.source import NAME, Broken, Remote, _of_listing, public_na
 
 
 class Folder:
-    """A folder of this machine, mounted perhaps; its files are copied, so that it need not stay."""
+    """A folder of this machine, perhaps a mount. Its files are copied, so the folder may go away later."""
 
     revision: str | None = None
 
@@ -23,7 +23,7 @@ class Folder:
         if not self.path.is_dir():
             raise reports.fetching.fetch_odd(self.path.name, self.name, "no folder is there")
         found = {path.name: path.stat() for path in self.path.iterdir() if path.is_file() and NAME.fullmatch(path.name)}
-        for name in ("tokenizer.model", "tokenizer_checklist.chk"):  # where Meta's download leaves them for all sizes
+        for name in ("tokenizer.model", "tokenizer_checklist.chk"):  # Meta's download leaves them here for all sizes
             above = self.path.resolve().parent / name
             if name not in found and "params.json" in found and above.is_file():
                 found[name] = above.stat()
@@ -33,7 +33,7 @@ class Folder:
 
     @staticmethod
     def _version(stat: os.stat_result) -> str:
-        # not the inode: a file system in user space may give a file another one while it is read
+        # without the inode: a file system in user space may change it while the file is read
         return f"of {stat.st_mtime_ns}, {stat.st_ctime_ns}"
 
     def _at(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Sources over HTTPS: requests, ranges, what a server says of a file."""
+"""Sources over HTTPS: requests, ranges, and what a server says about a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
 
 
 class Http:
-    """GET with ranges. Redirects are followed; a header with a secret is not sent on to another host (urllib3's own rule)."""
+    """GET with ranges. It follows redirects; a header with a secret is not sent to another host (a rule of urllib3)."""
 
     def __init__(self, url_of_proxy_for: str, headers: Mapping[str, str] | None = None) -> None:
         import urllib3
@@ -35,9 +35,10 @@ class Http:
         self.pool: Any = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
     def get(self, url: str, start: int, end: int | None, version: str = "") -> Any:
-        """The response to a request for [start, end), not read yet; end None: to the end. Broken where there is none.
+        """The response to a request for [start, end), not read yet; end None: to the end.
+        Raises Broken if there is none.
 
-        version: which one is meant; where the server has another one by now it answers with the whole of that (If-Range).
+        version: the version that is wanted; if the server has another one by now, it sends all of that one (If-Range).
         """
         import urllib3
 
@@ -59,7 +60,7 @@ class Http:
         return response
 
     def pieces(self, response: Any, start: int, end: int) -> Iterator[bytes]:
-        """The body for [start, end), whether the server heeded the range or not. Broken where it ends early."""
+        """The body for [start, end), whether the server respects the range or not. Raises Broken if it ends early."""
         import urllib3
 
         skip = start if response.status == 200 else 0  # of the whole file
@@ -72,20 +73,20 @@ class Http:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Broken(_without_url(error)) from None
         finally:
-            # what is left of it is not wanted; only a body that was read whole leaves a connection to use again
+            # the rest is not wanted; a connection can be used again only if its body was read to the end
             response.release_conn() if not left and response.status == 206 else response.close()
         if left:
             raise Broken(f"the connection ended {left} bytes early")
 
 
 def _without_url(error: Exception) -> str:
-    """What went wrong in a word or two: urllib3's messages hold the URL, and that may be a secret."""
+    """What went wrong, in a word or two. urllib3's messages hold the URL, which may be a secret."""
     reason = getattr(error, "reason", None)
     return type(reason if isinstance(reason, Exception) else error).__name__
 
 
 def _sizes(response: Any) -> tuple[int | None, bool]:
-    """(size of the whole file, whether ranges are heeded), from the answer to a request for a range."""
+    """(size of the whole file, whether the server respects ranges), from the answer to a request for a range."""
     if response.status == 206:
         total = str(response.headers.get("Content-Range", "")).rpartition("/")[2]
         return (int(total) if total.isdigit() else None), True
@@ -96,13 +97,13 @@ def _sizes(response: Any) -> tuple[int | None, bool]:
 
 
 def _version(response: Any) -> str:
-    """A strong ETag, else the time of the last change; nothing where the server says neither."""
+    """A strong ETag, else the time of the last change; nothing if the server says neither."""
     etag = str(response.headers.get("ETag", ""))
     return etag if etag.startswith('"') else str(response.headers.get("Last-Modified", ""))
 
 
 class HttpSource:
-    """What Meta's download, mirrors and the hub share."""
+    """The common part of Meta's download, mirrors and the hub."""
 
     name = ""
     revision: str | None = None
@@ -111,15 +112,15 @@ class HttpSource:
         self.http = http
 
     def url(self, key: str) -> str:
-        """Where a file is; may hold a secret."""
+        """The URL of a file; it may hold a secret."""
         raise NotImplementedError
 
     def refused(self, name: str, status: int) -> reports.Problem:
-        """What a status from 400 on means."""
+        """The report for a status of 400 or above."""
         return reports.fetching.fetch_refused(name, self.name, status)
 
     def small(self, key: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """The content of a small file; None if there is none."""
         response = self._tried(key)
         if response.status in (404, 416):  # 416: it is there, and empty
             response.close()
@@ -145,7 +146,7 @@ class HttpSource:
     def remote(
         self, name: str, key: str, digests: Mapping[str, str] | None = None, size_bytes: int | None = None
     ) -> Remote:
-        """A file with its size, as its server says; a Problem where it is not there, or has not the size that was promised."""
+        """A file with the size that its server names; a Problem if it is missing or has another size than promised."""
         response = self._tried(key)
         response.close()
         if response.status >= 400 and response.status != 416:
@@ -163,7 +164,7 @@ class HttpSource:
         if response.status < 400 and encoding not in ("", "identity"):
             response.close()
             raise reports.fetching.fetch_odd(
-                name, self.name, f"the server sends it packed ({encoding[:20]}), though it was asked for as it is"
+                name, self.name, f"the server sends it packed ({encoding[:20]}), but the request was for the plain file"
             )
         return response
 
@@ -180,7 +181,7 @@ class HttpSource:
                 remote.name, self.name, "size", str(remote.size_bytes), str(size)
             )
         version = _version(response)
-        # a part need not say again of what it is a part (RFC 9110, 15.3.7); a whole file instead of a part does
+        # a partial answer need not repeat the version (RFC 9110, 15.3.7); a whole file instead of a part does
         if remote.version and version != remote.version and (version or (remote.ranges and response.status == 200)):
             response.close()
             raise reports.fetching.fetched_file_changed(
@@ -190,7 +191,7 @@ class HttpSource:
 
 
 def _secret_url(name: str, unreadable: Callable[[str], reports.Problem]) -> str:
-    """What the variable `name` holds, or the file that `name`_FILE names; nothing where neither is set."""
+    """What the variable `name` holds, or the file that `name`_FILE names; nothing if neither is set."""
     path = os.environ.get(f"{name}_FILE", "")
     try:
         url = os.environ.get(name, "") or (Path(path).read_text() if path else "")

@@ -11,7 +11,8 @@ from scripts.fetching.source import HF_FILES, HF_INDEXES, NAME, Remote, _first_l
 
 
 class Hub(HttpSource):
-    """A repository of the Hugging Face hub, at one commit. The library huggingface_hub knows where and with which token (HF_TOKEN)."""
+    """A repository of the Hugging Face hub, at one commit. The library huggingface_hub knows the address and the token
+    (HF_TOKEN)."""
 
     def __init__(self, repository: str, revision: str | None, source: str) -> None:
         import huggingface_hub
@@ -49,7 +50,7 @@ class Hub(HttpSource):
             )
         if weights[0].endswith(".gguf") and len(weights) > 1:
             raise reports.fetching.fetch_odd(
-                weights[0], self.name, f"it has {len(weights)} GGUF files; which one is meant cannot be told"
+                weights[0], self.name, f"it has {len(weights)} GGUF files; nothing says which one is meant"
             )
         return [self._remote(by_name[name]) for name in sorted(wanted)]
 
@@ -73,7 +74,7 @@ class Hub(HttpSource):
                 raise reports.fetching.hub_refused(
                     self.repository, error.response.status_code, bool(self.token)
                 ) from None
-            except known.RepositoryNotFoundError:  # the hub answers so for what one may not see, too
+            except known.RepositoryNotFoundError:  # the hub says the same for a repository that this token may not see
                 raise reports.fetching.hub_refused(
                     self.repository, 404 if self.token else 401, bool(self.token)
                 ) from None
@@ -86,6 +87,8 @@ class Hub(HttpSource):
                 if status < 500:
                     raise reports.fetching.fetch_refused("the list of files", self.name, status) from None
                 reason = f"the server answers {status}"
-            except Exception as error:  # the HTTP library's own, which huggingface_hub has changed before
+            except (
+                Exception
+            ) as error:  # an exception of the HTTP library; huggingface_hub has changed that library before
                 reason = f"{type(error).__name__}: {_first_line(error)}"
         raise reports.fetching.fetch_broken("the list of files", self.name, reason, 0, None)

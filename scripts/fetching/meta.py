@@ -24,7 +24,7 @@ def meta_url() -> str:
 
 
 class Meta(HttpSource):
-    """As Meta's download.sh: the name of each file takes the place of the * in the URL."""
+    """Like Meta's download.sh: the name of each file replaces the * in the URL."""
 
     def __init__(self, folder: str, url: str) -> None:
         super().__init__(Http(url))

@@ -20,8 +20,8 @@ from scripts.fetching.source import (
 
 
 def mirror_url(source: str) -> str:
-    """The URL of a mirror with what is secret in it (user:password@, or ?token=): MIRROR_URL, or the content of the file that
-    MIRROR_URL_FILE names; nothing where neither is set. SOURCE is the same URL without these."""
+    """The URL of a mirror with its secrets (user:password@, or ?token=): MIRROR_URL, or the content of the file that
+    MIRROR_URL_FILE names; empty if neither is set. SOURCE is the same URL without the secrets."""
     url = _secret_url("MIRROR_URL", reports.fetching.mirror_url_odd)
     if not url and not os.environ.get("MIRROR_URL_FILE", ""):
         return ""
@@ -36,7 +36,7 @@ def mirror_url(source: str) -> str:
 
 
 class Mirror(HttpSource):
-    """A plain server with the files of one model, in Meta's form (told by its checklist.chk) or in Hugging Face's."""
+    """A plain server with the files of one model, in Meta's form (it has a checklist.chk) or in Hugging Face's."""
 
     def __init__(self, url: str) -> None:
         import urllib3
@@ -71,7 +71,7 @@ class Mirror(HttpSource):
         read = {name: data for name in HF_FILES if (data := self.small(name)) is not None}
         if "config.json" not in read:
             raise reports.fetching.fetch_odd(
-                "checklist.chk", self.name, "neither it (Meta's form) nor config.json (Hugging Face's) is there"
+                "checklist.chk", self.name, "it has neither this file (Meta's form) nor config.json (Hugging Face's)"
             )
         for suffix, index in HF_INDEXES.items():
             single = index.replace(".index.json", "")

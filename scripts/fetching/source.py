@@ -1,4 +1,4 @@
-"""What a source of weights is: its files, with their sizes and what it promises of each."""
+"""A source of weights: its files, with their sizes and what it promises about each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 from scripts import reports, room
 
 PIECE_BYTES = 1 << 20
-# Checklists, indexes and configs, which say what else there is.
+# Checklists, indexes and configs, which name the other files.
 SMALL_MAX_BYTES = 64 << 20
 # A file of a model; no name leaves the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHECKLIST_LINE = re.compile(r"([0-9a-f]{32})\s+\*?(?:\./)?(\S+)")
-# What belongs to a model in Hugging Face's form, besides its weights. Never code.
+# Files of a model in Hugging Face's form besides its weights. Never code.
 HF_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,8 +39,10 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to be fetched. key: what its source calls it; digests: what it says of the bytes (md5, sha256, git-sha1); ranges: whether
-    a part of it can be asked for; version: where there are no digests, what tells it from another file of the same size."""
+    """A file to fetch. key: its name at the source; digests: what the source says about its bytes (md5, sha256,
+    git-sha1);
+    ranges: whether the source sends parts of it; version: without digests, what distinguishes it from another file of
+    the same size."""
 
     name: str
     key: str
@@ -50,16 +52,16 @@ class Remote:
     version: str = ""
 
     def promise(self) -> dict[str, Any]:
-        """What its source says of it. Only a file of the same promise is gone on with."""
+        """What its source says about it. An interrupted transfer goes on only with the same promise."""
         return {"size_bytes": self.size_bytes, "digests": dict(self.digests), "version": self.version}
 
     def is_promised(self, promise: object) -> bool:
-        """Whether a promise of an earlier try is of this very file; never where the source says nothing but the size."""
+        """Whether a promise of an earlier try is about this very file; never if the source names only the size."""
         return bool(self.digests or self.version) and promise == self.promise()
 
 
 class Source(Protocol):
-    """name: as the manifest keeps it, without secrets; revision: the commit, where there are any."""
+    """name: as the manifest keeps it, without secrets; revision: the commit, if the source has commits."""
 
     @property
     def name(self) -> str: ...
@@ -68,23 +70,24 @@ class Source(Protocol):
     def revision(self) -> str | None: ...
 
     def files(self) -> list[Remote]:
-        """Every file of the model; a Problem where that cannot be told."""
+        """Every file of the model; a Problem if the source does not say which these are."""
         ...
 
     def open(self, remote: Remote, start: int, end: int) -> Iterator[bytes]:
-        """Bytes [start, end) of a file, in pieces. Broken where it is worth another try, a Problem where it is not."""
+        """Bytes [start, end) of a file, in pieces. Raises Broken if another try is worth it, else a Problem."""
         ...
 
 
 def public_name(source: str) -> str:
-    """What a manifest says of a source: no user and password, no query of a URL; of a package its name and version."""
+    """The name of a source in a manifest: a URL without user, password and query;
+    for a package its name and version."""
     if source.startswith("pip:"):
         lines = Path(source.partition(":")[2]).read_text().splitlines()
         return "pip:" + next(line.split()[0] for line in lines if line and not line.startswith("#"))
     if "://" in source:
         try:
             return _public_url(source)
-        except ValueError:  # of the port, or of brackets
+        except ValueError:  # a wrong port, or wrong brackets
             raise (
                 reports.fetching.secret_in_source() if "@" in source else reports.fetching.no_such_source(source)
             ) from None
@@ -100,7 +103,7 @@ def _public_url(url: str) -> str:
 
 
 def without_secret(source: str) -> str:
-    """SOURCE as it was typed; a Problem that does not show it, where it holds a secret."""
+    """SOURCE as the user typed it. If it holds a secret, a Problem that does not show it."""
     if "://" in source:
         public_name(source)
         if "?" in source or (source.startswith("http") and "@" in urlsplit(source).netloc):
@@ -109,22 +112,21 @@ def without_secret(source: str) -> str:
 
 
 def checklist(data: bytes, name: str, source: str) -> dict[str, str]:
-    """File name -> md5, from a checklist.chk (md5sum's form); a Problem for anything else, for instance an error page."""
+    """File name -> md5, from a checklist.chk (md5sum's form); a Problem for anything else,
+    for instance an error page."""
     lines = [line for line in data.decode(errors="replace").splitlines() if line.strip()]
     matches = [CHECKLIST_LINE.fullmatch(line.strip()) for line in lines]
     found = {match[2]: match[1] for match in matches if match and NAME.fullmatch(match[2])}
     if not found or len(found) != len(lines):
-        raise reports.fetching.fetch_odd(name, source, f"it is no list of md5 sums: {data[:60]!r}")
+        raise reports.fetching.fetch_odd(name, source, f"it is not a list of md5 sums: {data[:60]!r}")
     for ours in found:
         if ours in (room.MANIFEST, room.ARGS, room.FINISHED) or ours.endswith((".part", ".writing")):
-            raise reports.fetching.fetch_odd(
-                name, source, f"it names {ours}, which is a name for what make writes itself"
-            )
+            raise reports.fetching.fetch_odd(name, source, f"it names {ours}; make itself writes a file of that name")
     return found
 
 
 def _sha256(data: bytes) -> dict[str, str]:
-    """The digests of a file that was read already: it has to come with the same bytes again."""
+    """The digests of a file that was read before: the next read must give the same bytes."""
     return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -135,11 +137,11 @@ def _named_by(data: bytes, index: str, suffix: str, source: str) -> list[str]:
     try:
         names = sorted(set(json.loads(data)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise reports.fetching.fetch_odd(index, source, f"it is no index ({type(error).__name__})") from None
+        raise reports.fetching.fetch_odd(index, source, f"it is not an index ({type(error).__name__})") from None
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name) or not name.endswith(suffix):
             raise reports.fetching.fetch_odd(
-                index, source, f"it names {name!r}, which is no {suffix} file of this folder"
+                index, source, f"it names {name!r}, which is not a {suffix} file of this folder"
             )
     return names
 
@@ -149,7 +151,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> list[Remote]:
-    """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file (llama_weights.form_of)."""
+    """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file
+    (llama_weights.form_of)."""
     patterns = {
         "consolidated.00.pth": r"consolidated\.\d\d\.pth",
         "model.safetensors": r"model.*\.safetensors",

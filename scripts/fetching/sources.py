@@ -1,11 +1,12 @@
-"""Where weights may be fetched from: Meta's download, the Hugging Face hub, an HTTPS mirror, an object store, a folder, a Python package.
+"""Where weights may be fetched from: Meta's download, the Hugging Face hub, an HTTPS mirror, an object store,
+a folder, a Python package.
 
-    meta:llama-2-7b                  Meta's download; the URL of the licence mail is in META_URL, or in the file that META_URL_FILE names
-    hf:meta-llama/Llama-2-7b-hf      the hub, at a commit: hf:NAME@COMMIT, or the one that is the newest at the first try
-    https://mirror/llama-2-7b        a plain mirror, in Meta's or Hugging Face's form; a login or a query: see mirror_url()
-    s3://bucket/llama-2-7b           an object store that the library obstore knows (also gs://, az://)
-    /mnt/llama-2-7b                  a folder, mounted perhaps
-    pip:FILE                         a GGUF file in a Python package; FILE names it with its hash, as pip's requirements do
+    meta:llama-2-7b               Meta's download; the URL of the licence mail is in META_URL, or in META_URL_FILE's
+    file hf:meta-llama/Llama-2-7b-hf   the hub, at a commit: hf:NAME@COMMIT, or the newest one at the first try
+    https://mirror/llama-2-7b     a plain mirror, in Meta's or Hugging Face's form; a login or a query: see mirror_url()
+    s3://bucket/llama-2-7b        an object store that the library obstore knows (also gs://, az://)
+    /mnt/llama-2-7b               a folder, perhaps a mount
+    pip:FILE                      a GGUF file in a Python package; FILE names it with its hash, as pip's requirements do
 
 Secrets come from the environment or from files, never from the command line; no message and no manifest holds one.
 """
@@ -38,16 +39,3 @@ def find(source: str, output: Path, revision: str | None = None) -> Source:
     if "/" in source and not colon:
         return Folder(source)
     raise reports.fetching.no_such_source(source)
-
-
-"""Where weights may be fetched from: Meta's download, the Hugging Face hub, an HTTPS mirror, an object store, a folder, a Python package.
-
-    meta:llama-2-7b                  Meta's download; the URL of the licence mail is in META_URL, or in the file that META_URL_FILE names
-    hf:meta-llama/Llama-2-7b-hf      the hub, at a commit: hf:NAME@COMMIT, or the one that is the newest at the first try
-    https://mirror/llama-2-7b        a plain mirror, in Meta's or Hugging Face's form; a login or a query: see mirror_url()
-    s3://bucket/llama-2-7b           an object store that the library obstore knows (also gs://, az://)
-    /mnt/llama-2-7b                  a folder, mounted perhaps
-    pip:FILE                         a GGUF file in a Python package; FILE names it with its hash, as pip's requirements do
-
-Secrets come from the environment or from files, never from the command line; no message and no manifest holds one.
-"""

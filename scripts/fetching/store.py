@@ -12,7 +12,8 @@ from scripts.fetching.source import NAME, Broken, Remote, _first_line, _of_listi
 
 
 class Store:
-    """A folder of an object store. Credentials, region and endpoint come from the environment, as the store's own tools have them."""
+    """A folder of an object store. Credentials, region and endpoint come from the environment,
+    as for the store's own tools."""
 
     revision: str | None = None
 
@@ -59,7 +60,7 @@ class Store:
         except FileNotFoundError:
             raise reports.fetching.fetch_refused(name, self.name, 404) from None
         except Exception as error:
-            if type(error).__name__ == "InvalidPathError":  # of a key with .. in it, for instance, which its text names
+            if type(error).__name__ == "InvalidPathError":  # for instance a key with .. in it, which the text names
                 raise reports.fetching.fetch_odd(name or "the list of files", self.name, _first_line(error)) from None
             status = re.search(r"\b40[13] \w+", str(error))  # listing gives a GenericError for these
             if status or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):

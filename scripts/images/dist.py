@@ -1,11 +1,15 @@
-"""Writes dist/<model>-<version>/: the image as an OCI archive, and what a company asks of it. `make release VERSION=x.y.z [KEY=file]`.
+"""Writes dist/<model>-<version>/: the image as an OCI archive, and the documents that companies ask for.
+`make release`.
 
 Reads   the room image and the rooms before it; docker/base.txt; the image from docker or buildah; git
-Writes  image.oci.tar, passport.json, sbom.cdx.json, provenance.intoto.json, RELEASE.md, SHA256SUMS; with KEY their signatures
+Writes  image.oci.tar, passport.json, sbom.cdx.json, provenance.intoto.json, RELEASE.md, SHA256SUMS; with KEY their
+        signatures
 Needs   cyclonedx-python-lib; openssl, to sign
 
-Nothing in it has the time of its making: the same commit and rooms give the same files (signatures apart: ECDSA's are new each time).
-Formats: OCI image layout; CycloneDX 1.6; in-toto Statement v1 with SLSA provenance v1; cosign's (specs/SIGNATURE_SPEC.md, sign-blob, DSSE).
+No file holds the time of its making: the same commit and rooms give the same files (except signatures: ECDSA's are new
+each time).
+Formats: OCI image layout; CycloneDX 1.6; in-toto Statement v1 with SLSA provenance v1; cosign's
+(specs/SIGNATURE_SPEC.md, sign-blob, DSSE).
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ class Settings:
 
 
 def notes(about: Mapping[str, Any], image: image_archive.Image, version: str, name: str, signed: bool) -> str:
-    """RELEASE.md: everything in it is the passport's."""
+    """RELEASE.md; all its facts come from the passport."""
     engine, toolchain, base = about["engine"], about["toolchain"], about["base"]
     report = about["accuracy"]
     checks = "\n".join(
@@ -115,7 +119,7 @@ The engines against Hugging Face's model, over {report["asked"]["prompts"]} prom
 
 
 def check_base(base: Path, about: Mapping[str, Any]) -> None:
-    """The base can be had again: an image by digest, or Debian packages that docker/base.txt pins."""
+    """A Problem unless the base can be made again: an image by digest, or Debian packages that docker/base.txt pins."""
     facts = about["base"]
     if facts.get("image"):
         if not facts.get("digest") and "@sha256:" not in facts["image"]:

@@ -1,8 +1,9 @@
-"""What the image runs: `serve` (its default), `health`, `doctor`, `passport`. Process 1 is the supervisor of scripts/serve.py itself.
+"""What the image runs: `serve` (its default), `health`, `doctor`, `passport`. Process 1 is the supervisor of
+scripts/serve.py itself.
 
-Reads   /srv: the rooms engines and model_repo, passport.json; from the environment HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, OPENAI_PORT,
-        OPENAI_WORKERS, API_KEY_FILE, and those of settings.OPERATING
-Needs   nothing that the image does not have; writes to /dev/shm alone
+Reads   /srv: the rooms engines and model_repo, passport.json; from the environment HOST, HTTP_PORT, GRPC_PORT,
+        METRICS_PORT, OPENAI_PORT, OPENAI_WORKERS, API_KEY_FILE, and those of settings.OPERATING
+Needs   only what the image has; writes only to /dev/shm
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
 
 SRV = Path("/srv")
 PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
-# A token takes milliseconds; a queue in front of it, seconds. HEALTHCHECK's own limit is 20 s, and Python has to start in it.
+# A token takes milliseconds, a full queue seconds. HEALTHCHECK's limit is 20 s, which includes the start of Python.
 HEALTH_SECONDS = 15.0
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
 
@@ -34,7 +35,7 @@ def read_passport(srv: Path) -> dict[str, Any]:
 
 
 def settings_of(srv: Path) -> launch.Settings:
-    """Where to listen: on all addresses of the container, unless the environment says otherwise."""
+    """The server's settings: it listens on all addresses of the container, unless the environment says otherwise."""
     parser = serve.settings_parser()
     words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
     for name, port in PORTS.items():
@@ -52,7 +53,7 @@ def settings_of(srv: Path) -> launch.Settings:
 
 
 def health(srv: Path) -> int:
-    """One token through all ranks, or status 1 with the reason: docker keeps both."""
+    """Asks for one token through all ranks; else status 1 with the reason. docker keeps both."""
     url = settings_of(srv).url
     body = json.dumps(supervisor.PROBE).encode()
     try:
@@ -81,7 +82,7 @@ def check_rooms(srv: Path) -> str:
 
 
 def check_memory(srv: Path) -> str:
-    """Engines of the torch engine on CPUs lie in memory; it computes in float32, so that float16 files take twice their size."""
+    """On CPUs the torch engine's weights lie in memory, in float32, so float16 files take twice their size."""
     about = read_passport(srv)
     if about["engine"]["kind"] != "torch":
         return "the engines go to the GPUs"
@@ -95,7 +96,7 @@ def check_memory(srv: Path) -> str:
 
 
 def memory_available() -> int:
-    """What the kernel and, in a container with a limit, its cgroup leave us."""
+    """Memory that the kernel leaves us, and, in a container with a limit, its cgroup."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     try:
@@ -124,7 +125,7 @@ def check_ports(srv: Path) -> str:
 
 
 def check_host(srv: Path) -> str:
-    """What the engine kind asks of the host: GPUs, driver, links, a sum over all ranks."""
+    """The checks of this kind of engine: GPUs, driver, links, a sum over all ranks."""
     toolbox.check_mpirun()
     about = read_passport(srv)
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
@@ -151,7 +152,7 @@ CHECKS: list[tuple[str, Callable[[Path], str]]] = [
 
 
 def doctor(srv: Path) -> int:
-    """Every check, cheap ones first; 1 where the server would refuse."""
+    """Every check, cheap ones first; 1 if the server would refuse."""
     stopped = False
     for name, check in CHECKS:
         try:
@@ -183,7 +184,7 @@ def main() -> int:
         prog="docker run IMAGE", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=list(COMMANDS))
-    # reports end in what is typed to docker, not to make
+    # in an image, reports end in a docker command, not in a make command
     os.environ["BAKED_IMAGE"] = os.environ.get("BAKED_IMAGE") or "IMAGE"
     return COMMANDS[parser.parse_args().command](SRV)
 

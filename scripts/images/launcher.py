@@ -1,4 +1,5 @@
-"""Which files of this project are in an image: what its entry points import or start, and the tables that these read."""
+"""Which files of this project are in an image: what its entry points import or start,
+and the tables that these read."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Iterator
 from scripts.making import ingredients
 
 ROOT = ingredients.ROOT
-# The image's program. What it starts is named in it and in what it imports, as `-m` wants it: "scripts.serving.processes".
+# The image's program. It and its imports name the programs that they start in the form of `-m`:
+# "scripts.serving.processes".
 ENTRY = "scripts.images.entry"
 DATA = (
     "scripts/openai/page.html",
@@ -19,19 +21,19 @@ DATA = (
     "docker/toolchains.json",
     "docker/gpus.json",
 )
-# A report names any module; it starts none.
+# Reports may name any module; they start none.
 STARTS_NOTHING = "scripts.reports"
 PACKAGE = re.compile(r"scripts(\.\w+)+")
 
 
 def path_of(module: str) -> Path:
-    """Where a module lies: its file, or its package's; a path that is not there for what is no module."""
+    """The path of a module: its file, or its package's; for what is not a module, a path that does not exist."""
     place = ROOT / module.replace(".", "/")
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 def named_in(module: str) -> Iterator[str]:
-    """The project's modules that a module imports, or starts as programs. In a package, those of its own __init__."""
+    """The project's modules that a module imports or starts as programs. For a package, those of its __init__."""
     for node in ast.walk(ast.parse(path_of(module).read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and str(node.module).partition(".")[0] == "scripts":
             yield str(node.module)
@@ -43,7 +45,7 @@ def named_in(module: str) -> Iterator[str]:
 
 
 def modules(entry: str = ENTRY) -> list[str]:
-    """An entry point, what it needs, and the packages that these lie in; as module names, sorted."""
+    """An entry point, its needs, and the packages that contain these; as module names, sorted."""
     found: set[str] = set()
     queue = [entry]
     while queue:

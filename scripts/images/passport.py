@@ -1,4 +1,5 @@
-"""The image's passport: what it is made of, from the weights' hashes to the git revision, and the labels that say the same in short.
+"""The image's passport: what it is made of, from the weights' hashes to the git revision,
+and short labels with the same facts.
 
 Reads   the manifests of the rooms and of the rooms they were made from; the weights, to hash them
 """
@@ -15,14 +16,14 @@ from scripts.nvidia import contracts
 
 VERSION = 1
 LABEL = "trtllm-bake"
-# of a weights folder, what a journey may read; everything else in it is not ours to hash
+# the files of a weights folder that a journey may read; other files are not hashed
 WEIGHT_FILES = ("*.pth", "*.safetensors", "*.bin", "*.gguf", "*.json", "tokenizer.model", "*.jinja", "checklist.chk")
 
 
 def chain(rooms: Sequence[Path], places: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Every room that these were made from, themselves included: name -> {'manifest_sha256', 'manifest'}.
 
-    places: folders in which the rooms before them are looked for. A room that is not the one that was read is a Problem.
+    places: folders to search for the rooms before them. A room that changed since it was read is a Problem.
     """
     found: dict[str, dict[str, Any]] = {}
     queue = list(rooms)
@@ -42,7 +43,7 @@ def chain(rooms: Sequence[Path], places: Sequence[Path]) -> dict[str, dict[str, 
 
 
 def weights_of(folder: Path, rooms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the weights' files: as a room noted them when it read them, else read now."""
+    """Size and sha256 of the weights' files: from a room that noted them when it read them, else read now."""
     for described in rooms.values():
         noted = described["manifest"]["facts"].get("weights")
         if isinstance(noted, dict) and noted:
@@ -58,7 +59,7 @@ def passport(
     model: str, rooms: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Any],
     report: Mapping[str, Any], engine_config: Mapping[str, Any], revision: str | None, licence: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The passport. revision: of git, with '+changes' where the tree had some; None outside of a repository."""
+    """The passport. revision: of git, with '+changes' if the tree had any; None outside of a repository."""
     engines = rooms["engines"]["manifest"]
     facts = engines["facts"]
     row = contracts.toolchain(facts["trtllm_version"])
@@ -94,7 +95,8 @@ def passport(
 
 
 def as_bytes(value: Mapping[str, Any]) -> bytes:
-    """As it lies in the image. Keys keep their order: a manifest in it gives the bytes of its file again (manifest_bytes)."""
+    """Its bytes in the image. Keys keep their order,
+    so a manifest in it gives the bytes of its file again (manifest_bytes)."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -132,7 +134,7 @@ def sha256(data: bytes) -> str:
 
 
 def files_of(passport: Mapping[str, Any]) -> dict[str, room.FileRecord]:
-    """What of the rooms lies in the image: path in the image -> record."""
+    """The files of the rooms that are in the image: path in the image -> record."""
     found = {}
     for name in ("engines", "model_repo"):
         files: list[str] = passport["rooms"][name]["manifest"]["files"]

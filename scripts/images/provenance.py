@@ -9,7 +9,7 @@ from scripts.images.archive import ARCHIVE
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
-# ours: what the fields of externalParameters mean is in docker/README.md
+# our own build type: docker/README.md says what the fields of externalParameters mean
 BUILD_TYPE = "trtllm-bake/make-image/v1"
 
 

@@ -16,7 +16,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
 def pre_authentication(payload: bytes) -> bytes:
-    """What a DSSE envelope's signature is over (github.com/secure-systems-lab/dsse, protocol.md)."""
+    """The bytes that a DSSE envelope signs (github.com/secure-systems-lab/dsse, protocol.md)."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
@@ -36,14 +36,15 @@ def openssl(key: Path, *words: str, data: bytes | None = None) -> bytes:
 
 
 def check_key(key: Path) -> None:
-    """A key that cosign's formats can be signed with: EC on P-256, and openssl can read it."""
+    """A Problem unless the key fits cosign's formats: EC on P-256, and readable by openssl."""
     said = openssl(key, "pkey", "-in", str(key), "-noout", "-text")
     if b"P-256" not in said:
         raise reports.images.not_signed(key, "a private key of another kind")
 
 
 def sign(key: Path, folder: Path, statement: bytes, image: image_archive.Image, name: str) -> None:
-    """cosign's: a signature of the archive (sign-blob), of the image (simple signing), and of the provenance (DSSE)."""
+    """Signatures in cosign's formats: of the archive (sign-blob), of the image (simple signing),
+    and of the provenance (DSSE)."""
     (folder / "cosign.pub").write_bytes(openssl(key, "pkey", "-in", str(key), "-pubout"))
 
     def signature(*data: str, of: bytes | None = None) -> str:

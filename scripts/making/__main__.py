@@ -1,9 +1,9 @@
-"""Asked by the Makefile once: what was typed -> the variables that follow from it, as text for make; or a report.
+"""The Makefile asks this once: what was typed -> the variables that follow from it, as text for make; or a report.
 
 python3 -m scripts.making [--asked] [--below] WORDS GOALS [NAME=VALUE...]
 
 WORDS: the words of the Makefile; GOALS: those that were typed; --asked: make -n or -q, so nothing is written; --below: a make above
-this one may have settings of its own. The answer is one line, because make's $(shell) takes no line breaks: `{newline}` stands for them.
+this one may have its own settings. The answer is one line, because make's $(shell) takes no line breaks: `{newline}` stands for them.
 """
 
 from __future__ import annotations

@@ -53,13 +53,13 @@ SPLIT = {
     "bench-openai",
     "soak",
 }
-# words that need to know no TensorRT-LLM if nobody named one
+# words that need no TensorRT-LLM version if none was named
 WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
 LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
 
 
 class Typed(NamedTuple):
-    """What was typed. settings: name -> value; asked: make -n or -q; below: by another make, which may have settings of its own."""
+    """What was typed. settings: name -> value; asked: make -n or -q; below: by another make, which may have its own settings."""
 
     goals: Sequence[str]
     settings: Mapping[str, str]
@@ -196,7 +196,7 @@ def sizes_known(values: Mapping[str, str]) -> set[int]:
     """The numbers of heads and of key/value heads, if a small file tells; for a first look that costs nothing."""
     folder = Path(values["WEIGHTS"])
     for path in (folder / "params.json", folder / "config.json", ROOT / "models" / "shapes.json"):
-        if not path.is_file():  # it may be a pipe that nobody writes to
+        if not path.is_file():  # it may be a pipe without a writer
             continue
         try:
             with path.open("rb") as file:

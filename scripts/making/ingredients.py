@@ -1,10 +1,13 @@
-"""What a room's content was made from: the modules and tables that were used while it was filled, as a compiler writes a depfile.
+"""What a room's content was made from: the modules and tables that were used while it was filled, as a compiler writes
+a depfile.
 
-A room keeps the list in its file RECORD, with a sum of each; make fills it again if a sum is another one now (journey.py). The list is not
-in the manifest: it holds for one state of this project, while two states that give the same bytes give the same manifest.
+A room keeps the list in its file RECORD, with a sum of each; make fills it again if a sum is another one now
+(journey.py). The list is not in the manifest: it holds for one state of this project, while two states that give the
+same bytes give the same manifest.
 
-Of a module the meaning counts: comments, docstrings, empty lines and the lines that a room says do not. Of any other file every byte
-counts. What only decides whether and how a room is made, not what is in it, is no ingredient (NO_INGREDIENTS).
+A module counts by its meaning: its comments, docstrings, empty lines and the lines that a room prints do not count. In
+any other file every byte counts. What only decides whether and how a room is made, not what is in it, is not an
+ingredient (NO_INGREDIENTS).
 
 The standard library only, any Python from 3.8 on: the Makefile asks this at every make.
 """
@@ -25,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "made_from.json"
 # In the environment of what a room starts: the file to which each program of ours adds what it used, when it ends.
 CHILDREN = "ROOM_USED"
-# An image holds the words of its reports and the whole launcher: it notes those files by their bytes (scripts/images/launcher.py).
+# An image holds the words of its reports and the whole launcher: it notes those files by their bytes
+# (scripts/images/launcher.py).
 NO_INGREDIENTS = (
     "scripts/reports/*",  # wording
     "scripts/settings.py",  # what a room is asked is in its file `args`
@@ -49,14 +53,16 @@ _noted: dict[str, str] = {}
 _seen: dict[tuple[str, int, int], str] = {}
 
 
-# --- core: values in, values out --------------------------------------------------------------------------------------------
+# --- core: values in, values out
+# --------------------------------------------------------------------------------------------
 
 
 def meaning(source: bytes) -> bytes:
-    """A module without what changes nothing that it makes: comments, docstrings, empty lines, and statements that only say a line.
+    """A module without what changes nothing that it makes: comments, docstrings, empty lines, and statements that only
+    say a line.
 
-    By positions in the text, not by the parser's tree, whose form differs between the Pythons of the host and of NVIDIA's containers.
-    SyntaxError where this Python is too old for the module.
+    By positions in the text, not by the parser's tree, whose form differs between the Pythons of the host and of
+    NVIDIA's containers. SyntaxError if this Python is too old for the module.
     """
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)
@@ -128,11 +134,12 @@ def is_ingredient(path: str) -> bool:
     return not any(fnmatch(path, pattern) for pattern in NO_INGREDIENTS)
 
 
-# --- shell ------------------------------------------------------------------------------------------------------------------
+# --- shell ------------------------------------------------------------------------------------------------------------
 
 
 def note(pattern: str) -> None:
-    """A file, or all that match a pattern with *, is used as it is. pattern: relative to the project; other files are not ours to note."""
+    """A file, or all that match a pattern with *, is used as it is. pattern: relative to the project; other files are
+    not ours to note."""
     if is_ingredient(pattern):
         _noted[pattern] = files_now(pattern)
 
@@ -175,7 +182,8 @@ def row_now(path: str, key: str) -> str:
 
 
 def code_now(path: str, recorded: str = "") -> str:
-    """The sums of a module: of its bytes, and of its meaning; the recorded ones if the first, or the second, is still the same."""
+    """The sums of a module: of its bytes, and of its meaning; the recorded ones if the first, or the second, is still
+    the same."""
     try:
         source = (ROOT / path).read_bytes()
     except OSError:

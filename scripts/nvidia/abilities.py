@@ -1,6 +1,6 @@
-"""What a TOOLCHAIN can: the one place that says which models an engine of which version takes. plan, doctor, checkpoint and engines ask it.
+"""Which models each TOOLCHAIN can take. This is the only place that knows; plan, doctor, checkpoint and engines ask it.
 
-Needs nothing but the standard library.
+It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from scripts import reports
 from scripts.nvidia import contracts
 from scripts.weights.shape import LlamaShape, padded_heads
 
-# Kinds of rope scaling that came with a version; none and linear and dynamic are in all. llama3: upstream's release notes of 0.12.
+# The version that introduced a kind of rope scaling; all versions have none, linear and dynamic. llama3:
+# upstream's release notes of 0.12.
 ROPE_SINCE: dict[str, tuple[int, ...]] = {"llama3": (0, 12)}
-# Kinds that no version's Llama has (layers/attention.py: yarn is for DeepSeek, with its own position embedding); the torch engine has them.
+# Kinds that no version's Llama has (layers/attention.py: yarn is for DeepSeek, with its own position embedding);
+# the torch engine has them.
 ROPE_OF_TORCH = ("yarn",)
 
 
 def lacks(shape: LlamaShape, rope: str, version: str, engine: str, tp_size: int = 1, quant: str = "") -> str | None:
-    """What a version lacks for a model, in words; None where it can take it. rope: the kind of rope scaling; tp_size: heads may be padded.
+    """What a version lacks for a model, in words; None if it can take the model. rope: the kind of rope scaling;
+    tp_size: heads may be padded.
 
-    Biases: all versions read attn_bias and mlp_bias from the checkpoint's config.json (check_config of models/llama/model.py, 0.8.0 on);
-    NVIDIA's tools for QUANT are given Llamas only, and so know no bias of a Qwen2.
+    Biases: all versions read attn_bias and mlp_bias from the checkpoint's config.json (check_config of
+    models/llama/model.py, 0.8.0 on); NVIDIA's tools for QUANT are for Llamas only,
+    so they do not know the biases of a Qwen2.
     """
     n_heads = padded_heads(shape, tp_size)[0]
     if n_heads * shape.head_size != shape.hidden_size and "head_size" not in contracts.table(
@@ -47,7 +51,8 @@ def check(
     quant: str = "",
     goal: str = "checkpoint",
 ) -> None:
-    """A Problem where a version cannot take a model; it names those that can. where: the model, for the report; goal: what is made."""
+    """A Problem if a version cannot take a model; it names those that can. where: the model, for the report; goal:
+    what is made."""
     lacking = lacks(shape, rope, version, engine, tp_size, quant)
     if lacking is None:
         return

@@ -10,7 +10,7 @@ from typing import Any, Mapping, Sequence, Union, cast
 from scripts import reports
 from scripts.making import ingredients
 
-# What a flag is to say: on or off, a number, a word; None: nothing. And a version's flags by name, as its table has them.
+# The value for a flag: on or off, a number, a word; None: leave it out. And the flags of a version's table, by name.
 Wish = Union[bool, int, str, None]
 Flags = Mapping[str, Mapping[str, Any]]
 
@@ -35,9 +35,10 @@ def toolchain(trtllm_version: str) -> dict[str, Any]:
 
 
 def reported(trtllm_version: str) -> str:
-    """What `tensorrt_llm.__version__` says in the image of a TOOLCHAIN, and what engines built there carry as their version.
+    """`tensorrt_llm.__version__` in the image of a TOOLCHAIN; engines built there carry it as their version.
 
-    Image 24.10 holds a development version five weeks older than the release whose name it goes by (docker/README.md).
+    Image 24.10 holds a development version that is five weeks older than the release that it is named after
+    (docker/README.md).
     """
     return str(toolchain(trtllm_version)["trtllm"])
 
@@ -52,18 +53,20 @@ def table(kind: str, trtllm_version: str) -> dict[str, Any]:
 
 
 def sent_without_value(trtllm_version: str) -> list[str]:
-    """The outputs of tensorrt_llm that this version sends, as zeros, also when nobody asked for their value."""
+    """The outputs of tensorrt_llm that this version sends, as zeros, even if no input asks for their value."""
     rules = json.loads((DOCKER / "contracts" / "backend-rules" / "rules.json").read_text())
     return cast("list[str]", rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
 
 
 def flags(kind: str, trtllm_version: str) -> dict[str, dict[str, Any]]:
-    """The flags of one of NVIDIA's programs ('trtllm-build', 'convert', 'quantize'), by name: type, choices, default, nargs, aliases."""
+    """The flags of one of NVIDIA's programs ('trtllm-build', 'convert', 'quantize'), by name: type, choices,
+    default, nargs, aliases."""
     return {flag["flag"]: flag for flag in cast("list[dict[str, Any]]", table(kind, trtllm_version))}
 
 
 def spell(flag: Mapping[str, Any], wish: Wish) -> list[str]:
-    """One flag as this version wants it: a bare switch, the words enable and disable, a number or a word of its choices."""
+    """One flag as this version expects it: a bare switch, the words enable and disable, a number,
+    or one of its choices."""
     if wish is None:
         return []
     if flag["type"].startswith("flag"):
@@ -75,9 +78,10 @@ def spell(flag: Mapping[str, Any], wish: Wish) -> list[str]:
 
 
 def flag_parser(program: str, flags: Flags) -> argparse.ArgumentParser:
-    """A parser that takes what NVIDIA's takes by the table (names, types, choices, arity) and refuses everything else.
+    """A parser that takes what NVIDIA's program takes by the table (names, types, choices, arity) and refuses all else.
 
-    What cannot be run here is held to this: tests give it every command line, the rehearsal's stand-ins parse with it.
+    It stands for programs that cannot run here: tests give it every command line,
+    and the rehearsal's stand-ins parse with it.
     """
     types: dict[str, Any] = {"int": int, "float": float}
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)

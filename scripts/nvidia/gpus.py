@@ -1,10 +1,10 @@
-"""What NVIDIA's GPUs of this machine are, as nvidia-smi tells it, or what ASSUME_GPU says they would be.
+"""NVIDIA's GPUs of this machine, as nvidia-smi reports them, or as ASSUME_GPU names them.
 
-docker/gpus.json holds what can be assumed. Its memory_mib is memory.total of nvidia-smi (Modal's table "Actual, MiB" at
-thundergolfer.com/blog/nvidia-gpu-memory-capacity for T4 to H200, outputs in public repositories, several for each and all the same, for
-A10, A30, A40, L40, B200 and the RTX cards, whose bridges are not assumed); of a V100 drivers have
-reported two values, the table has the smaller one, which CUDA also reports. compute_capability is NVIDIA's list,
-developer.nvidia.com/cuda-gpus. nvlink: four of them on one host are linked pairwise.
+docker/gpus.json holds the GPUs that can be assumed. Its memory_mib is memory.total of nvidia-smi. Sources: for T4 to
+H200, Modal's table "Actual, MiB" at thundergolfer.com/blog/nvidia-gpu-memory-capacity; for A10, A30, A40, L40, B200 and
+the RTX cards (without bridges), outputs in public repositories, several for each, all with the same value. Drivers have
+reported two values for a V100; the table has the smaller one, which CUDA also reports. compute_capability is NVIDIA's
+list, developer.nvidia.com/cuda-gpus. nvlink: four such GPUs on one host are linked pairwise.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from scripts import reports
 TABLE = Path(__file__).parents[2] / "docker" / "gpus.json"
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
-# A driver that hangs on a lost GPU answers never; one that answers takes seconds when it has to wake eight of them.
+# A driver that hangs on a lost GPU never answers; a good one takes seconds if it has to wake eight GPUs.
 SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. compute_capability as nvidia-smi writes it: '7.0'; driver: None where it is assumed."""
+    """One GPU. compute_capability as nvidia-smi writes it: '7.0'; driver: None if it is assumed."""
 
     name: str
     memory_bytes: int
@@ -42,7 +42,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Links:
-    """How GPUs reach each other, over every pair; None: not known. peer_access: they read each other's memory."""
+    """How GPUs reach each other, for all pairs; None: not known. peer_access: they can read each other's memory."""
 
     peer_access: bool | None
     nvlink: bool | None
@@ -52,7 +52,7 @@ class Links:
 
 
 def assumed(text: str) -> list[Gpu]:
-    """'4x V100-SXM2-16GB' -> four of them. A name may be cut short where only one can be meant: '2x H100'."""
+    """'4x V100-SXM2-16GB' -> four of them. A name may be shortened if only one GPU begins so: '2x H100'."""
     table = json.loads(TABLE.read_text())
     match = re.fullmatch(r"(?:([1-9]\d?)\s*x\s*)?(\S+)", text.strip())
     name = match[2].upper() if match else ""
@@ -74,7 +74,7 @@ def assumed_links(gpus: list[Gpu]) -> Links:
 
 
 def parse_query(text: str) -> list[Gpu]:
-    """The answer to QUERY, one line per GPU; ValueError where a line is not one."""
+    """The answer to QUERY, one line per GPU; ValueError if a line is not one."""
     found = []
     for line in text.splitlines():
         if not line.strip() or line.startswith("WARNING"):  # for instance: infoROM is corrupted
@@ -87,9 +87,10 @@ def parse_query(text: str) -> list[Gpu]:
 
 
 def parse_matrix(text: str, count: int) -> list[list[str]]:
-    """The first `count` GPUs of a matrix that `nvidia-smi topo` prints, row by row; [] where it does not show so many.
+    """The first `count` GPUs of a matrix that `nvidia-smi topo` prints, row by row; [] if it shows fewer.
 
-    The head line is underlined with escape sequences on some drivers; columns for network cards and CPUs follow the GPUs' own.
+    Some drivers underline the head line with escape sequences.
+    Columns for network cards and CPUs follow those of the GPUs.
     """
     rows = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
@@ -100,7 +101,8 @@ def parse_matrix(text: str, count: int) -> list[list[str]]:
 
 
 def parse_links(p2p: str, topology: str, count: int) -> Links:
-    """The answers to `nvidia-smi topo -p2p r` (OK, or why not) and `topo -m` (NV and the number of links, or the way over PCIe)."""
+    """The links, from `nvidia-smi topo -p2p r` (OK, or why not) and `topo -m` (NV and the number of links,
+    or a path over PCIe)."""
     if count < 2:
         return Links(None, None)
 
@@ -115,7 +117,8 @@ def parse_links(p2p: str, topology: str, count: int) -> Links:
 
 
 def here() -> list[Gpu]:
-    """This machine's GPUs; [] without nvidia-smi. A Problem when nvidia-smi is there and does not answer as it should."""
+    """This machine's GPUs; [] without nvidia-smi.
+    A Problem if nvidia-smi is there but its answer is wrong or missing."""
     if not shutil.which(QUERY[0]):
         return []
     try:
@@ -127,11 +130,12 @@ def here() -> list[Gpu]:
     try:
         return parse_query(done.stdout)
     except ValueError as error:
-        raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is no GPU: {error}") from None
+        raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is not a GPU: {error}") from None
 
 
 def links_here(count: int) -> Links:
-    """How the first `count` GPUs of this machine reach each other. Not known is an answer: nothing here is worth a failure."""
+    """How the first `count` GPUs of this machine reach each other. If it cannot be found out, the answer is "not
+    known", never a failure."""
     return parse_links(_topology("-p2p", "r"), _topology("-m"), count) if count > 1 else Links(None, None)
 
 

@@ -1,7 +1,8 @@
 """How much memory and disk the journey takes: arithmetic from the model's shape, before anything is built.
 
-Core only: numbers in, numbers out. A byte count is exact where the format is ours (files of weights, KV cache), a pair of bounds where
-TensorRT decides (activations, CUDA, NCCL). Measurements that the bounds are held to (tests/test_plan.py):
+Core only: numbers in, numbers out. A byte count is exact if the format is ours (files of weights, KV cache), and a pair
+of bounds if TensorRT decides (activations, CUDA, NCCL). The measurements that the bounds must contain
+(tests/test_plan.py):
   [memory]  docs/source/reference/memory.md of TensorRT-LLM, the log of a Llama-2-7B in FP8 on an H100
   [1188]    TensorRT-LLM issue 1188, two logs of a Qwen2.5-0.5B in INT8 on an A4000
 """
@@ -16,21 +17,26 @@ from scripts.weights.shape import LlamaShape
 
 MIB = 1 << 20
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-# Bytes of a linear layer's weight, and of its scales for each row of the output. AWQ: a scale of 2 bytes for each group of 128 weights,
-# 0.5 + 2 / 128 a weight. lm_head and the embedding stay as they are (exclude_modules of NVIDIA's quantize.py).
+# Bytes of a linear layer's weight, and of its scales for each row of the output. AWQ: a scale of 2 bytes for each group
+# of 128 weights, 0.5 + 2 / 128 a weight. lm_head and the embedding stay as they are (exclude_modules of NVIDIA's
+# quantize.py).
 QUANT_BYTES = {"int8_wo": (1.0, 2), "int4_awq": (0.5 + 2 / 128, 0), "fp8": (1.0, 0), "sq": (1.0, 4)}
 
-# kv_cache_free_gpu_mem_fraction, as scripts/build_model_repo.py fills it in: of what is free when the engine is loaded.
+# kv_cache_free_gpu_mem_fraction, as scripts/build_model_repo.py fills it in:
+# a share of what is free once the engine is loaded.
 KV_FRACTION = 0.85
-# cuBLASLt's workspace: the 32 MiB by which 43.26 MiB at 512 tokens [1188] exceed the tensors alive in the feed-forward part.
+# cuBLASLt's workspace: the 32 MiB by which 43.26 MiB at 512 tokens [1188] exceed the tensors alive in the feed-forward
+# part.
 WORKSPACE_BYTES = 32 * MIB
 # Buffers of the runtime and of the sampler, in copies of (batch, vocabulary) float32:
 # 2.66 + 5.76 GB at 2048 x 151936 [1188] are 6.8, 43.29 + 180.30 MB at 256 x 32000 [memory] are 6.8.
 SAMPLING_COPIES = 7
-# CUDA's context with the kernels' code: 79.10 - 70.48 GiB taken, less 6678 and 1134 MiB and 224 MB, leave 0.85 GB [memory]. Older GPUs
-# and fewer kernels take less: 0.5 GB is the least that is seen (590 MiB in issue 3058, of a process that only opened the GPU).
+# CUDA's context with the kernels' code: 79.10 - 70.48 GiB taken, less 6678 and 1134 MiB and 224 MB, leave 0.85 GB
+# [memory]. Older GPUs and fewer kernels take less: 0.5 GB is a lower bound (590 MiB in issue 3058, for a
+# process that only opened the GPU).
 CUDA_BYTES = (500_000_000, 850_000_000)
-# NCCL's channels and code, and the two buffers of custom all-reduce (2 x 16 MB; none without peers). ASSUMED, never measured by us.
+# NCCL's channels and code, and the two buffers of custom all-reduce (2 x 16 MB; none without peers). ASSUMED, never
+# measured by us.
 PEER_BYTES = (100_000_000, 400_000_000)
 
 # Host memory of programs, without the model: supervisor, endpoint, Triton, text models, and for each rank tritonserver with the engine's
@@ -46,7 +52,7 @@ CONVERSION_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Engine:
-    """What the engines are to be. quant: '' or a key of QUANT_BYTES; the limits are tokens, but for max_batch_size."""
+    """What engines to build. quant: '' or a key of QUANT_BYTES; the limits are in tokens, except max_batch_size."""
 
     shape: LlamaShape
     dtype: str
@@ -75,8 +81,9 @@ def parameters(shape: LlamaShape) -> int:
 def stage_bytes(engine: Engine) -> list[int]:
     """Bytes of the weights of one rank, for each pipeline stage. Its checkpoint file has them, and so has its engine.
 
-    Replicated: embedding (first stage), norms. Divided by TP: lm_head (last stage, padded), and of each layer qkv, dense, fc, gate, proj.
-    At TP=2 in float16: 7B 6869753856, 13B 13180119040, 70B 69240111104 (docker/contracts/rank-tensors).
+    Every rank has the embedding (first stage) and the norms. TP divides the rest: lm_head (last stage, padded), and of
+    each layer qkv, dense, fc, gate, proj. At TP=2 in float16: 7B 6869753856, 13B 13180119040, 70B 69240111104
+    (docker/contracts/rank-tensors).
     """
     shape, tp_size, item = engine.shape, engine.tp_size, engine.item_bytes
     weight_bytes, scale_bytes = QUANT_BYTES.get(engine.quant, (float(item), 0))
@@ -100,12 +107,12 @@ def stage_bytes(engine: Engine) -> list[int]:
 
 
 def checkpoint_bytes(engine: Engine) -> int:
-    """All rank files together."""
+    """Bytes of all rank files together."""
     return engine.tp_size * sum(stage_bytes(engine))
 
 
 def kv_heads_per_rank(engine: Engine) -> int:
-    """Key/value heads of a rank: where there are more ranks than heads, each head lies on several."""
+    """Key/value heads of a rank. If there are more ranks than heads, several ranks hold the same head."""
     return max(1, engine.shape.n_kv_heads // engine.tp_size)
 
 
@@ -118,11 +125,12 @@ def kv_bytes_per_token(engine: Engine) -> int:
 
 
 def activation_bytes(engine: Engine) -> tuple[int, int]:
-    """What TensorRT sets aside for one step of max_num_tokens: (at least, at most).
+    """Bytes that TensorRT sets aside for one step of max_num_tokens: (at least, at most).
 
-    At least what is alive in the feed-forward part at once: residual and normed input (hidden each), fc and gate (intermediate / TP
-    each). At most every tensor of a layer without any reuse - 7 of hidden size (input, norm, dense, its all-reduced sum, residual, norm,
-    proj), qkv, attention's output, fc, gate and their product -, the workspace and the logits.
+    At least: what is alive at once in the feed-forward part, namely residual and normed input (hidden each), fc and
+    gate (intermediate / TP each). At most: every tensor of a layer without any reuse, the workspace and the logits. The
+    tensors of a layer are 7 of hidden size (input, norm, dense, its all-reduced sum, residual, norm, proj), qkv,
+    attention's output, fc, gate and their product.
     """
     shape, item = engine.shape, engine.item_bytes
     hidden, wide = shape.hidden_size, shape.intermediate_size // engine.tp_size
@@ -138,7 +146,7 @@ def activation_bytes(engine: Engine) -> tuple[int, int]:
 class Fit:
     """What a rank takes of one GPU, in bytes; pairs are (at least, at most). The KV cache gets kv_fraction of the rest.
 
-    needed_tokens: what the KV cache must hold, or the engine does not start; block_tokens: it comes in blocks of so many.
+    needed_tokens: what the KV cache must hold, or the engine does not start; block_tokens: tokens of one block.
     """
 
     gpu_bytes: int
@@ -167,12 +175,12 @@ class Fit:
 
     @property
     def batch(self) -> int:
-        """Requests of max_seq_len that surely run at once, at most what the engine takes."""
+        """Requests of max_seq_len that surely run at once, up to the engine's limit."""
         return min(self.max_batch_size, self.kv_tokens[0] // self.max_seq_len)
 
     @property
     def verdict(self) -> str:
-        """'fits', 'tight' or 'no': whether needed_tokens have room for sure, at best, or not even then."""
+        """Whether needed_tokens have room: 'fits' surely, 'tight' at best, 'no' not even then."""
         least, most = self.kv_tokens
         return "fits" if least >= self.needed_tokens else "tight" if most >= self.needed_tokens else "no"
 
@@ -203,23 +211,24 @@ def fit(engine: Engine, gpu_bytes: int, block_tokens: int) -> Fit:
 
 
 def torch_fit(engine: Engine, gpu_bytes: int) -> Fit:
-    """The same for the torch engine, if all its requests are to run at once: max_batch_size rows of max_seq_len.
+    """The same for the torch engine, if all its requests run at once: max_batch_size rows of max_seq_len.
 
-    Without its kernels it takes them all at start; with them it starts with what fits, and requests wait for each other.
+    Without its kernels it takes all that memory at start. With them it starts with what fits, and requests wait.
     """
     rows = engine.max_batch_size * engine.max_seq_len
     return dataclasses.replace(fit(engine, gpu_bytes, 1), needed_tokens=rows, kv_fraction=1.0)
 
 
 def torch_host_bytes(engine: Engine) -> int:
-    """What all ranks of the torch engine hold on a CPU, where they compute in float32 whatever the dtype: weights and KV cache."""
+    """Weights and KV cache of all ranks of the torch engine on a CPU, which computes in float32 whatever the dtype."""
     single = dataclasses.replace(engine, dtype="float32")
     cache = engine.max_batch_size * engine.max_seq_len * kv_bytes_per_token(single)
     return engine.world_size * (max(stage_bytes(single)) + cache)
 
 
 def serve_bytes(engine: Engine, on_gpus: bool) -> int:
-    """Host memory that a model takes: on GPUs every rank's file passes through it while it is loaded, on a CPU all of it stays."""
+    """Host memory that a model takes. With GPUs every rank's file passes through it while loading;
+    on a CPU all of it stays."""
     return checkpoint_bytes(engine) if on_gpus else torch_host_bytes(engine)
 
 

@@ -3,8 +3,9 @@
 Room:   checkpoint (instead of scripts/build_checkpoint.py's own split, when QUANT is set)
 Reads:  hf
 Writes: config.json, rank0.safetensors ... rankN-1.safetensors
-Needs:  TensorRT-LLM's container, and the examples of its repository at the version's tag: they are in no image. A GPU; where texts are
-        needed to measure the activations (QUANT other than int8_wo), the network: the tools fetch cnn_dailymail from Hugging Face.
+Needs:  TensorRT-LLM's container; the examples of its repository at the version's tag, which are in no image; a GPU;
+and, to
+        measure activations (QUANT other than int8_wo), the network: the tools fetch cnn_dailymail from Hugging Face.
 
 The KV cache stays at 16 bits: FP8 for it gave wrong answers together with paged context attention (TensorRT-LLM #1169).
 """
@@ -27,7 +28,8 @@ from scripts.weights.hugging_face import read_hf_model
 
 @dataclass(frozen=True)
 class Way:
-    """How one kind of quantization is asked for. tool: a kind of table in docker/contracts; quant_algo: how config.json's word begins."""
+    """How to request one kind of quantization. tool: a kind of table in docker/contracts; quant_algo: how config.json's
+    word begins."""
 
     tool: str
     quant_algo: str
@@ -45,7 +47,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the room is asked to be. examples: the folder of TensorRT-LLM's repository at the tag of trtllm_version."""
+    """The room's settings. examples: the folder of TensorRT-LLM's repository at the tag of trtllm_version."""
 
     hf: Path
     output: Path
@@ -80,13 +82,14 @@ def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) ->
         "pp_size": settings.pp_size,
         **WAYS[settings.quant].flags,
     }
-    # All of them are needed: one that the table lacks is a KeyError, not a quieter checkpoint.
+    # All of them are needed: a flag that the table lacks is a KeyError, not a silently different checkpoint.
     words = [word for name, wish in asked.items() for word in spell(flags[f"--{name}"], wish)]
     return [sys.executable, script, *words]
 
 
 def difference(config: Mapping[str, Any], settings: Settings) -> tuple[str, Any, Any] | None:
-    """What in the checkpoint's config.json is not as asked: (what, asked, written); None when all is right."""
+    """The first difference between the checkpoint's config.json and the settings: (what, asked, written);
+    None if there is none."""
     mapping, algo = config["mapping"], str(config["quantization"]["quant_algo"])
     expected = WAYS[settings.quant].quant_algo
     found = (
@@ -107,7 +110,7 @@ def toolchains() -> dict[str, dict[str, Any]]:
 
 
 def check_gpu(settings: Settings) -> None:
-    """The GPU that measures must be one that the engines can run on: hours of quantizing are not for nothing."""
+    """A Problem unless the engines can run on the GPU that measures: quantizing takes hours."""
     host = gpus.here()
     if not host:
         raise reports.nvidia.no_gpu("TensorRT-LLM's tool for quantizing")

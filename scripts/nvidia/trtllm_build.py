@@ -1,7 +1,8 @@
-"""What is asked of `trtllm-build`: one description of intent becomes the command line of any version, spelled by its flag table.
+"""The command line of `trtllm-build`: one description of intent is spelled by the flag table of any version.
 
-Nothing here names a version: a flag is used where the version's table (docker/contracts/trtllm-build) has it. What a version has no
-flag for is either its only way (XQA later) or decided at run time (multi-block mode later).
+No version is named here: a flag is used if the version's table (docker/contracts/trtllm-build) has it. If a version has
+no flag for something, it either has no choice (XQA in later versions) or decides at run time (multi-block mode in later
+versions).
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from scripts.limits import limits_of
 from scripts.nvidia.contracts import Flags, Wish, spell
 from scripts.nvidia.gpus import Gpu
 
-# Tokens of a block of the paged KV cache. Upstream's default went 128 (0.8), 64 (0.10), 32 (1.x); the attention kernels of all of them
-# take 64, and one value makes one arithmetic of memory.
+# Tokens of a block of the paged KV cache. Upstream's default was 128 (0.8), 64 (0.10), then 32 (1.x). The attention
+# kernels of all these versions take 64, and with one value the arithmetic of memory is the same.
 TOKENS_PER_BLOCK = 64
-# the compute capability from which its kernels exist: not on Volta
+# the lowest compute capability with such kernels: not Volta
 PAGED_CONTEXT_FMHA = 8.0
-# Where a newer flag says the same as an older one, the newer is used.
+# If a newer flag means the same as an older one, the newer one is used.
 SUPERSEDED = {"max_output_len": "max_seq_len", "paged_kv_cache": "kv_cache_type"}
-# Host memory of one building process: weights in torch, a copy in numpy, the serialized engine, and the builder's libraries (read from
-# the code of 0.8.0, not measured). A fifth of the memory is left alone.
+# Host memory of one building process: weights in torch, a copy in numpy, the serialized engine, and the builder's
+# libraries (from reading the code of 0.8.0, not measured). A fifth of the memory stays free.
 BUILDER_COPIES, BUILDER_BYTES, MEMORY_USED = 3, 3_000_000_000, 0.8
 
 
@@ -32,9 +33,10 @@ BUILDER_COPIES, BUILDER_BYTES, MEMORY_USED = 3, 3_000_000_000, 0.8
 class Intent:
     """What engines are built for. Lengths in tokens.
 
-    capability: of the GPU that builds, and will serve; custom_all_reduce: the ranks' GPUs read each other's memory; quant_algo: the
-    checkpoint's own word for its quantization ('FP8', 'W8A16', ...), None for none; workers: processes that build at the same time;
-    timing_cache: measured kernel times are read from and written to this file, where the version can.
+    capability: of the GPU that builds and will serve; custom_all_reduce: the ranks' GPUs read each other's memory;
+    quant_algo: the checkpoint's word for its quantization ('FP8', 'W8A16', ...), None for none; workers: processes that
+    build at the same time; timing_cache: measured kernel times are read from and written to this file,
+    if the version can do that.
     """
 
     dtype: str
@@ -56,7 +58,8 @@ class Intent:
 
 
 def wishes(intent: Intent, flags: Flags) -> dict[str, Wish]:
-    """Every decision, by the name of its flag without dashes. True and False: on and off, however the version says it; None: nothing.
+    """Every decision, by the name of its flag without dashes. True and False: on and off,
+    in any version's spelling; None: leave out.
 
     All flags whose default differs between supported versions are here, so that no version decides by itself.
     """
@@ -67,34 +70,37 @@ def wishes(intent: Intent, flags: Flags) -> dict[str, Wish]:
         "max_input_len": intent.max_input_len,
         "max_seq_len": intent.max_seq_len,
         "max_output_len": intent.max_seq_len - intent.max_input_len,
-        # tokens of one packed step; upstream (0.8 on) raises it to a block and cuts it to a full batch, each with a warning
+        # tokens of one packed step; upstream (0.8 on) raises it to a block and cuts it to a full batch,
+        # each with a warning
         "max_num_tokens": max(intent.max_num_tokens, TOKENS_PER_BLOCK),
         "max_beam_width": 1,
-        # In-flight batching stands on these four: attention plugin, packed input, paged KV cache, and GEMMs by cuBLASLt, without which
-        # builds were seen to ask for excessive GPU memory (TensorRT-LLM #1543).
+        # In-flight batching stands on these four: attention plugin, packed input, paged KV cache, and GEMMs by
+        # cuBLASLt, without which builds were seen to ask for excessive GPU memory (TensorRT-LLM #1543).
         "gpt_attention_plugin": dtype,
         "gemm_plugin": dtype,
         "remove_input_padding": True,
         "paged_kv_cache": True,
         "kv_cache_type": "paged",
         "tokens_per_block": TOKENS_PER_BLOCK,
-        # 0.8 has no flag for it: NCCL is used when there is more than one rank
+        # 0.8 has no flag for it: it uses NCCL if there is more than one rank
         "nccl_plugin": _auto(flags, "--nccl_plugin", dtype) if several else "disable",
         # parts of other models
         "bert_attention_plugin": _auto(flags, "--bert_attention_plugin", dtype),
         "lookup_plugin": "disable",
         "lora_plugin": "disable",
-        # Fused attention is for 16 bits. FP32 accumulation is an assertion failure on Volta (0.8: gptAttentionCommon.cpp).
+        # Fused attention is for 16 bits. FP32 accumulation is an assertion failure on Volta (0.8:
+        # gptAttentionCommon.cpp).
         "context_fmha": half,
         "context_fmha_fp32_acc": False,
         "attention_qk_half_accumulation": False,
         "use_context_fmha_for_generation": False,
-        # KV cache reuse and chunked context need it. On from the version on whose makers have it on: 0.8 was seen to answer worse with
-        # it (TensorRT-LLM #1216). An assertion failure on Volta (fmhaRunner.cpp, #1671).
+        # KV cache reuse and chunked context need it. It is on in versions whose default is on: 0.8 was seen to answer
+        # worse with it (TensorRT-LLM #1216). It is an assertion failure on Volta (fmhaRunner.cpp, #1671).
         "use_paged_context_fmha": half
         and intent.capability >= PAGED_CONTEXT_FMHA
         and _own(flags, "--use_paged_context_fmha"),
-        # on by default in 1.x; only FP8 models with an FP8 KV cache gain, and broken outputs were reported (#1539, #2447)
+        # on by default in 1.x; only FP8 models with an FP8 KV cache gain,
+        # and broken outputs were reported (#1539, #2447)
         "use_fp8_context_fmha": False,
         "enable_xqa": True,
         "multi_block_mode": False,
@@ -104,7 +110,7 @@ def wishes(intent: Intent, flags: Flags) -> dict[str, Wish]:
         "user_buffer": False,
         "multiple_profiles": False,
         "use_custom_all_reduce": intent.tp_size > 1 and intent.custom_all_reduce,
-        # FP8 needs it where it can still be chosen (examples/llama/README.md of 0.8)
+        # FP8 needs it in versions that still have the choice (examples/llama/README.md of 0.8)
         "strongly_typed": intent.quant_algo is not None and intent.quant_algo.startswith("FP8"),
         "input_timing_cache": intent.timing_cache,
         "output_timing_cache": intent.timing_cache,
@@ -124,28 +130,29 @@ def argv(intent: Intent, flags: Flags, checkpoint: str, output: str) -> list[str
 
 
 def workers_that_fit(world_size: int, gpus: int, rank_file_bytes: int, free_bytes: int) -> int:
-    """How many ranks are built at the same time: each needs a GPU of its own and BUILDER_COPIES of its rank file in host memory.
+    """How many ranks are built at the same time:
+    each needs its own GPU and BUILDER_COPIES of its rank file in host memory.
 
-    One where memory is short: then ranks are built one after another on the first GPU.
+    It is one if memory is short: then ranks are built one after another on the first GPU.
     """
     one = BUILDER_COPIES * rank_file_bytes + BUILDER_BYTES
     return max(1, min(world_size, gpus, int(free_bytes * MEMORY_USED) // one))
 
 
 def _auto(flags: Flags, flag: str, dtype: str) -> str:
-    """'auto' (the model's own type) where the version has the word."""
+    """'auto' (the model's own type) if the version has the word."""
     return "auto" if "auto" in (flags.get(flag, {}).get("choices") or []) else dtype
 
 
 def _own(flags: Flags, flag: str) -> bool:
-    """What the version's makers chose, to be spelled out."""
+    """The version's default, to spell it out."""
     return flags.get(flag, {}).get("default") in (True, "enable")
 
 
 # --- what cannot work ---
 
-# Compute capability that each needs, and why. Sources: the precision tables of TensorRT-LLM 0.8.0's README (SM70: FP32, FP16, INT8 but no
-# SmoothQuant, INT4 but no AWQ, no BF16, no FP8) and of its later support matrix.
+# Compute capability that each needs, and why. Sources: the precision tables of TensorRT-LLM 0.8.0's README (SM70: FP32,
+# FP16, INT8 but no SmoothQuant, INT4 but no AWQ, no BF16, no FP8) and of its later support matrix.
 NEEDS = {
     "bfloat16": (8.0, "Volta and Turing have no bfloat16 arithmetic."),
     "FP8": (8.9, "FP8 arithmetic came with Ada and Hopper."),
@@ -157,7 +164,7 @@ NEEDS = {
 def refusal(
     gpu: Gpu, dtype: str, quant_algo: str | None, version: str, toolchains: Mapping[str, Mapping[str, Any]]
 ) -> reports.Problem | None:
-    """Why engines of this kind cannot be built or run on this GPU by this version; None where nothing speaks against it.
+    """Why engines of this kind cannot be built or run on this GPU by this version; None if nothing speaks against it.
 
     toolchains: docker/toolchains.json; its `architectures` are the compute capabilities a version has kernels for.
     """
@@ -174,12 +181,13 @@ def refusal(
     return None
 
 
-# Kinds of QUANT that TensorRT-LLM's quantize.py makes; the others come from its convert_checkpoint.py (scripts/nvidia/quantize.py).
+# Kinds of QUANT that TensorRT-LLM's quantize.py makes; the others come from its convert_checkpoint.py
+# (scripts/nvidia/quantize.py).
 BY_QUANTIZER = ("int4_awq", "fp8")
 
 
 def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> reports.Problem | None:
-    """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None where it can.
+    """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None if it can.
 
     toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
     """
@@ -193,7 +201,7 @@ def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str,
 
 
 def no_kv_reuse(gpu: Gpu) -> reports.Problem | None:
-    """Why engines for this GPU cannot share the KV cache of equal beginnings; None where they can."""
+    """Why engines for this GPU cannot share the KV cache of requests that begin alike; None if they can."""
     if gpu.capability >= PAGED_CONTEXT_FMHA:
         return None
     reason = "It needs paged-context FMHA, which is an assertion failure there (fmhaRunner.cpp, TensorRT-LLM #1671)."
@@ -207,9 +215,11 @@ def no_kv_reuse(gpu: Gpu) -> reports.Problem | None:
 
 
 def difference(config: Mapping[str, Any], intent: Intent, version: str) -> tuple[str, Any, Any] | None:
-    """The first thing in the engines' config.json that is not as asked: (what, asked, built); None when all is right.
+    """The first difference between the engines' config.json and the intent: (what, asked, built);
+    None if there is none.
 
-    Only what serving depends on. max_num_tokens may come out larger (a block) or cut to a full batch: upstream does that by itself.
+    Only values that serving depends on count. Upstream itself may make max_num_tokens larger (a block) or cut it to a
+    full batch.
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     mapping = pretrained["mapping"]
@@ -231,7 +241,7 @@ def difference(config: Mapping[str, Any], intent: Intent, version: str) -> tuple
 
 @dataclass(frozen=True)
 class Cause:
-    """A known reason why trtllm-build fails: how it shows in the log, what it means, and the make command that helps.
+    """A known reason why trtllm-build fails: how the log shows it, what it means, and the make command that helps.
 
     halve, double: settings that the command changes.
     """
@@ -277,17 +287,19 @@ CAUSES = (
     Cause(
         r"Required but not provided tensors|Provided but not (?:expected|required) tensors",
         "The checkpoint's tensors are not those that this version wants.",
-        "Make the checkpoint anew for this toolchain:",
+        "Make the checkpoint again for this toolchain:",
         "checkpoint",
     ),
-    Cause(r"No space left on device", "The disk is full.", "Make room; what the journey takes is told by:", "doctor"),
+    Cause(r"No space left on device", "The disk is full.", "Make room. This says what the journey takes:", "doctor"),
 )
-KILLED = Cause("", "It was killed, as the system does when the host's memory is full.", MORE_RANKS, double=("TP",))
-UNKNOWN = Cause("", "The reason is not one that is known here.", "Read its log; then, when that is mended:")
+KILLED = Cause(
+    "", "It was killed. Usually the kernel does that because the host's memory ran out.", MORE_RANKS, double=("TP",)
+)
+UNKNOWN = Cause("", "Its log shows none of the reasons that we know.", "Read its log; then, when that is fixed:")
 
 
 def cause_of(status: int, lines: Sequence[str]) -> Cause:
-    """The known reason that the log shows, from its last line upwards: what comes first is often a mere warning."""
+    """The known reason that the log shows, from its last line upwards: the first lines are often mere warnings."""
     if status in (-9, 137):
         return KILLED
     for line in reversed(lines):

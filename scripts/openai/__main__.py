@@ -56,7 +56,7 @@ CORES_PER_WORKER, MAX_WORKERS = 4, 8
 READERS_PER_WORKER = 2
 # A worker whose loop has not run for so long is ended: its clients wait for nothing. A busy machine is not so busy.
 STUCK_SECONDS = 60.0
-# So many workers that end within a minute are a fault that another start does not mend
+# If so many workers end within a minute, another start does not help
 MAX_DEATHS = 5
 BEAT_SECONDS = 1.0
 
@@ -73,12 +73,12 @@ def text_code(root: Path) -> Any:
 
 
 def names_of(listed: str) -> tuple[str, ...]:
-    """Of a list with commas."""
+    """The parts of a list with commas."""
     return tuple(filter(None, listed.split(",")))
 
 
 def guide_check(root: Path) -> Callable[[str, str], str | None] | None:
-    """The torch engine's own check of a guide; None where the room has another engine, which checks for itself."""
+    """The torch engine's own check of a guide; None if the room has another engine, which checks for itself."""
     file = root / GUIDES
     if not file.is_file():
         return None

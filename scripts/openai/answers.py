@@ -191,7 +191,7 @@ class Job:
             shown = choice.prefix and not choice.echoed
             if choice.finish_reason is not None or not (choice.stream.ids or choice.stream.ended or shown):
                 continue
-            # tokens that arrived together are events of their own, in one write
+            # tokens that arrived together are their own events, in one write
             self._plain(choice, out)
             if not choice.stream.ids and not choice.stream.ended:
                 continue

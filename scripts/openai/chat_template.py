@@ -51,7 +51,7 @@ class Refused(ValueError):
 
 
 def template_of(folder: Path) -> str | None:
-    """The template of a tokenizer folder; None where it has none (a base model).
+    """The template of a tokenizer folder; None if it has none (a base model).
 
     As transformers has it: chat_template.jinja counts before tokenizer_config.json, and of several the one called `default`.
     """
@@ -112,7 +112,7 @@ class ChatTemplate:
 
     @cached_property
     def template(self) -> Template:
-        """Compiled when it is first used, where its work is bounded: Jinja computes what is constant while it compiles."""
+        """It is compiled when it is first used, where its work is bounded: Jinja computes constants while it compiles."""
         return environment().from_string(self.source)
 
     @cached_property
@@ -144,7 +144,7 @@ class ChatTemplate:
         return bool(ids != [token_id, *alone])
 
     def render(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any] = {}) -> str:
-        """The conversation as text, special tokens spelt out. Raises Refused where the template says so or fails."""
+        """The conversation as text, special tokens spelt out. Raises Refused if the template says so or fails."""
         try:
             pieces, size = [], 0
             with deadline(MAX_SECONDS):
@@ -224,7 +224,7 @@ class ChatTemplate:
         return [self._masked_all(one, mark) for one in value] if isinstance(value, list) else value
 
     def _masked(self, value: str, mark: str) -> str:
-        """A message's text with a mark inside whatever spells a special token, or would together with text before or behind it.
+        """A message's text with a mark inside whatever spells a special token, or would together with text before or after it.
 
         Nothing else changes, so that a template which looks into a message (for `</think>`, for its end) sees what is there.
         """
@@ -284,7 +284,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def _unused(texts: Sequence[str]) -> str:
-    """A private-use character that occurs in none of the texts. Raises Refused where they have every one."""
+    """A private-use character that occurs in none of the texts. Raises Refused if they have every one."""
     used = set().union(*map(set, texts))
     for first, last in ((0xF0000, 0x10FFFD), (0xE000, 0xF8FF)):
         for code in range(last, first - 1, -1):

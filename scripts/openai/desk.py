@@ -1,4 +1,4 @@
-"""A worker's side of its readers: each client's bodies wait in a line of their own, and the lines are served in turn.
+"""A worker's side of its readers: each client's bodies wait in their own line, and the lines are served in turn.
 
 So one client's dear requests delay that client. A line has an end, beyond which the answer is 429.
 """

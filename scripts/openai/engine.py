@@ -31,7 +31,7 @@ MODEL = "tensorrt_llm"
 MIN_TEMPERATURE = 1e-5
 # Two names that versions gave to one input
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
-# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+# Since TensorRT-LLM 0.10 a request that names outputs must name both, or its first token becomes an error.
 TOKENS = ("output_ids", "sequence_length")
 # What guides an answer (since 0.17)
 GUIDE = ("guided_decoding_guide_type", "guided_decoding_guide")
@@ -46,7 +46,7 @@ LOOK_SECONDS = 0.02
 
 
 class EngineFailed(Exception):
-    """The engine did not answer a request as it should; the server's log says more. unavailable: nobody was there to ask."""
+    """The engine did not answer a request as it should; the server's log says more. unavailable: no engine was there to ask."""
 
     def __init__(self, unavailable: bool = False) -> None:
         super().__init__("the engine could not serve the request")
@@ -217,7 +217,7 @@ class Engine:
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
         bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
-        arrived: when its request came, by time.monotonic(), for measurements; 0: it is a question of our own and not measured.
+        arrived: when its request came, by time.monotonic(), for measurements; 0: we ask it ourselves, and it is not measured.
         name: the id of its request, which then stands in Triton's lines and the engine's too.
         likeliest: as many tokens as it asks for beside each one (top_logprobs). of_prompt: so many log probabilities are the prompt's.
         """
@@ -416,7 +416,7 @@ class Stream:
         answer = response.infer_response
         outputs = {output.name: raw for output, raw in zip(answer.outputs, answer.raw_output_contents)}
         ids = np.frombuffer(outputs.get("output_ids", b""), dtype="<i4").tolist()
-        if len(length := outputs.get("sequence_length", b"")) >= 4:  # what lies behind is padding
+        if len(length := outputs.get("sequence_length", b"")) >= 4:  # the rest is padding
             ids = ids[: int.from_bytes(length[:4], "little")]
         # with the last token, where the backend says so; else the end of the call does
         final = answer.parameters["triton_final_response"].bool_param

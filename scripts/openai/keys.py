@@ -1,6 +1,6 @@
 """API keys of the endpoint's clients: a file that is read again when it changes.
 
-A line is a key, `name: key` or `name key`; behind it may stand what the key may use: `requests=4` at once, `tokens=20000` a minute. The
+A line is a key, `name: key` or `name key`; then may come what the key may use: `requests=4` at once, `tokens=20000` a minute. The
 standard library only: the supervisor checks the file with this code before anything is loaded.
 """
 
@@ -40,7 +40,7 @@ def parsed(text: str) -> dict[str, Key]:
         if not words:
             continue
         if len(words) > 2:
-            raise ValueError(f"line {number} is neither a key, nor `name: key`, with requests=N or tokens=N behind it")
+            raise ValueError(f"line {number} is neither a key, nor `name: key`, then requests=N or tokens=N")
         name = f"line {number}"
         if len(words) == 2:
             name = words[0][:-1] if words[0].endswith(":") else words[0]
@@ -81,7 +81,7 @@ def decoded(data: bytes) -> dict[str, Key]:
     try:
         return parsed(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise ValueError("it is no text") from None
+        raise ValueError("it is not text") from None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Known:
 
 
 class Keys:
-    """All keys of a server. Made by the parent: the last good content of the file is in memory that its children share, so that a
+    """All keys of a server. The parent makes it: the last good content of the file is in memory that its children share, so that a
     worker that begins while the file is broken has what the others have.
 
     path: of the file, empty for none; alone: a key that is not in a file. Raises OSError and ValueError.

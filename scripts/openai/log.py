@@ -7,7 +7,7 @@ import logging
 import os
 import time
 
-# Whose request is being worked on; empty where it is nobody's
+# Whose request is being worked on; empty if there is none
 client_of_request: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
 # Lines of one client, and of all, in a period; and how many clients are told apart
 LINES, ALL_LINES, SECONDS, CLIENTS = 20, 200, 60.0, 1000
@@ -41,7 +41,7 @@ class Bounded(logging.Handler):
             self.lines[client] = count + 1
             self.lines_of_all += 1
             self._write(self.format(record))
-        except Exception:  # a log that fails is no reason to fail
+        except Exception:  # the server goes on without its log
             self.left_out += 1
 
     def _write(self, text: str) -> None:

@@ -22,7 +22,7 @@ MAX_PROMPTS, MAX_TOKENS, MAX_TURNS, MAX_BIASES = 1024, 1 << 17, 4096, 1024
 MAX_TOOLS, TOOL_NAME = 128, r"^[a-zA-Z0-9_-]{1,64}$"
 # Answers of guided_choice
 MAX_CHOICES_OF = 1024
-# what a name in an error's place looks like; pydantic's own alternatives (str, list[str]) are no names of the API
+# what a name in an error's place looks like; pydantic's own alternatives (str, list[str]) are not names of the API
 NAME = re.compile(r"(?!str$)[a-z_]+")
 
 
@@ -61,7 +61,7 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fa
 class Strict(BaseModel):
     """No key is unknown, no "5" is a number."""
 
-    # NaN and Infinity are no JSON, but Python's parsers take them
+    # NaN and Infinity are not JSON, but Python's parsers take them
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")

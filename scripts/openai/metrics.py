@@ -1,7 +1,7 @@
 """The page /metrics: counts of all worker processes in Prometheus' text form, written by its official client.
 
 Names, units and bounds of buckets are vLLM's with another prefix (docker/dashboards/metrics.json). The counts are in memory that all
-workers share, made before they are forked: each worker adds to a row of its own, and whoever is scraped adds the rows up. A worker that
+workers share, made before they are forked: each worker adds to its own row, and whoever is scraped adds the rows up. A worker that
 dies leaves its row to the one that takes its place, so that no counter ever goes back. (The client's own multiprocess mode keeps a file
 for each process that there ever was, and takes a lock and several microseconds for each token.)
 
@@ -99,7 +99,7 @@ def route_of(path: str) -> str:
 
 
 class Counts(Passing):
-    """Made by the parent; every worker sets `worker` to its own number after the fork."""
+    """The parent makes it; every worker sets `worker` to its own number after the fork."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -146,7 +146,7 @@ class Counts(Passing):
         self._observe(WHOLE, seconds)
 
     def all(self, column: int) -> float:
-        """Of all workers."""
+        """The sum over all workers."""
         return sum(self.cells[worker * COLUMNS + column] for worker in range(self.workers))
 
 
@@ -154,7 +154,7 @@ class Page:
     """What /metrics answers in one worker.
 
     model: its name; load: how many answers wait in the endpoint, and how many it has given to the engine; triton: its metrics'
-    address, host:port, empty where nobody is to be asked.
+    address, host:port, empty if there is none to ask.
     """
 
     def __init__(

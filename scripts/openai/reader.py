@@ -91,7 +91,7 @@ class Asked:
 
 
 def unpacked(data: bytes) -> Asked:
-    """The other way. Raises ApiError where the reader refused."""
+    """The other way. Raises ApiError if the reader refused."""
     behind = LENGTH.size + LENGTH.unpack_from(data)[0]
     told = json.loads(data[LENGTH.size : behind])
     if (error := told.pop("error", None)) is not None:
@@ -256,7 +256,7 @@ class Reader:
 
     @staticmethod
     def _tools(body: messages.ChatRequest, template: ChatTemplate) -> dict[str, Any] | None:
-        """How the answer's calls are read; None where there are no tools, or none is to be called. Raises ApiError."""
+        """How the answer's calls are read; None if there are no tools, or none is to be called. Raises ApiError."""
         choice = body.tool_choice
         if not body.tools:
             if choice not in (None, "none", "auto"):
@@ -438,7 +438,7 @@ class Reader:
         for token in bias:
             if token >= self.limits.vocab_size:
                 raise ApiError(
-                    400, f"logit_bias: {token} is no token id; they go to {self.limits.vocab_size - 1}", "logit_bias"
+                    400, f"logit_bias: {token} is not a token id; they go to {self.limits.vocab_size - 1}", "logit_bias"
                 )
         stops = [stop for stop in body.stops if stop]
         # where the engine streams the worker sees a stop string itself, however it is spelt
@@ -501,7 +501,9 @@ class Reader:
         wrong = next((token for token in ids if not 0 <= token < self.limits.vocab_size), None)
         if wrong is not None:
             raise ApiError(
-                400, f"{param}: {str(wrong)[:20]} is no token id; they go from 0 to {self.limits.vocab_size - 1}", param
+                400,
+                f"{param}: {str(wrong)[:20]} is not a token id; they go from 0 to {self.limits.vocab_size - 1}",
+                param,
             )
 
 
@@ -525,14 +527,14 @@ def checked(kind: type[Body], data: bytes) -> Body:
 def invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, in words that never repeat what was sent at length."""
     found = error.errors(include_url=False)
-    # Of several forms that a value may have, the one that it has is told of: not "it is no text" of a list with a mistake in it.
+    # If a value may have several forms, the error is about the form that it has: a list with a mistake is not called "not text".
     same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
     told = [one for one in same if not one["type"].endswith("_type")] or same
     # the deepest mistake is in the form that was sent
     first = max(
         told, key=lambda one: (not isinstance(one["input"], dict) or one["type"] != "literal_error", len(one["loc"]))
     )
-    # the names of pydantic's own alternatives (str, list[str]) are no names of the API
+    # the names of pydantic's own alternatives (str, list[str]) are not names of the API
     names = [part for part in first["loc"] if not isinstance(part, str) or messages.NAME.fullmatch(part)]
     kind, context = first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
@@ -657,7 +659,7 @@ def serve(reader: Reader, path: str, parent: int) -> NoReturn:
 
 
 def receive(link: socket.socket, size: int) -> bytes:
-    """Exactly so many bytes; none where the other side has ended."""
+    """Exactly so many bytes; none if the other side has ended."""
     data = bytearray()
     while len(data) < size:
         piece = link.recv(size - len(data))

@@ -1,6 +1,6 @@
 """Limits that hold across worker processes: how much each client has of what there is for all.
 
-The numbers are in memory that all workers share, made before they are forked. Each worker writes rows of its own, so that what a worker had
+The numbers are in memory that all workers share, made before they are forked. Each worker writes its own rows, so that what a worker had
 is known, and given back, when it dies. A client is a bucket: a keyed hash of its API key, else of its address. Two clients in one bucket
 share a share; the key is new with every start.
 """
@@ -39,7 +39,7 @@ def client_of(address: str) -> str:
 
 
 class Shares:
-    """Made by the parent; every worker sets `worker` to its own number after the fork."""
+    """The parent makes it; every worker sets `worker` to its own number after the fork."""
 
     def __init__(self, workers: int) -> None:
         self.workers, self.worker = workers, 0
@@ -60,7 +60,7 @@ class Shares:
         return int.from_bytes(digest, "big") % BUCKETS
 
     def bucket_of_key(self, digest: bytes) -> int:
-        """A key has a bucket of its own, in all workers, as long as there are any: what it may use is told exactly."""
+        """A key has its own bucket, in all workers, as long as there are any: what it may use is told exactly."""
         owner = int.from_bytes(digest[:8], "little") or 1
         first = owner % BUCKETS
         bucket: int

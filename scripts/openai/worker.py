@@ -1,4 +1,4 @@
-"""One worker: a loop that answers on the shared port. Several share the port, each with a socket of its own (SO_REUSEPORT)."""
+"""One worker: a loop that answers on the shared port. Several share the port, each with its own socket (SO_REUSEPORT)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m scripts.reports: docs/troubleshooting.md, made of every report with words in capitals for what differs from case to case."""
+"""python -m scripts.reports prints docs/troubleshooting.md: every report, with words in capitals for what differs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ Every foreseen failure ends in a report like this one. The last line is a comman
 
         make engines MODEL=llama-2-7b
 
-A traceback is a bug: please report it with the output of `make doctor JSON=1`. If nothing below fits, `make doctor` looks at
-the machine and `make plan` at the model. The server's log is `build/<model>/<variant>/serve.log`.
+A traceback is a bug: please report it with the output of `make doctor JSON=1`. If nothing below fits, `make doctor`
+checks the machine and `make plan` the model. The server's log is `build/<model>/<variant>/serve.log`.
 
-This page is made by `python -m scripts.reports` from the reports themselves. Words in capitals stand for what differs from case to case.
+`python -m scripts.reports` makes this page from the reports themselves. Words in capitals stand for what differs from
+case to case.
 """
 
 
 def sample(name: str, annotation: Any) -> Any:
-    """A value of a parameter, so that a report can be written: its name in capitals if it is text."""
+    """A sample value of a parameter: its name in capitals if it is text."""
     text = str(annotation)
     if "stat_result" in text:
         return os.stat_result((0,) * 10)
@@ -60,7 +61,7 @@ def cell(text: str) -> str:
 
 
 def here(text: str) -> str:
-    """Without what is so on this machine alone."""
+    """The text without what is special to this machine."""
     text = text.replace(sys.executable, "PYTHON").replace(str(Path.cwd()), "FOLDER")
     return re.sub(r"[\d.]+ ([kMG]B) are free", r"N \1 are free", re.sub(rf"\buser {os.getuid()}\b", "user UID", text))
 

@@ -22,7 +22,8 @@ def text_is_wrong(model: str) -> Problem:
     return Problem(
         "wrong text",
         model,
-        f"Some answers of {model} were not the text of their tokens (the table above has the count), so its speed means nothing.",
+        f"Some answers of {model} were not the text of their tokens (the table above has the count), so its speed "
+        "means nothing.",
         "Run the text models' tests:",
         make("test", TESTS="tests/text_models/test_text.py tests/text_models/test_text_models.py"),
     )
@@ -43,7 +44,7 @@ def no_bench_run(path: PathLike, seen: str) -> Problem:
     return Problem(
         "not a result of make bench",
         path,
-        f"It cannot be read as one: {seen}.",
+        f"This file is not such a result: {seen}.",
         "make bench writes such a file:",
         make("bench"),
     )

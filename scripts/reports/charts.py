@@ -11,7 +11,7 @@ MULTI_NODE = "docs/leaderworkerset.yaml"
 
 
 def host_cannot_hold(model: str, host: str, reason: str, fewer_ranks: int) -> Problem:
-    """reason: in a sentence; fewer_ranks: a TP with which the host can hold it, or 0."""
+    """reason: a sentence; fewer_ranks: a TP with which the host can hold the model, or 0."""
     if fewer_ranks:
         advice, command = "With fewer ranks one host holds it:", make("chart", TP=fewer_ranks, PP=None)
     else:
@@ -22,8 +22,8 @@ def host_cannot_hold(model: str, host: str, reason: str, fewer_ranks: int) -> Pr
     return Problem(
         f"one host cannot hold {model}",
         host,
-        f"{reason} All ranks of an engine run in one pod, and a pod runs on one host. More replicas serve more clients; they do "
-        "not make room for a larger model.",
+        f"{reason} All ranks of an engine run in one pod, and a pod runs on one host. More replicas serve more "
+        "clients; they do not make room for a larger model.",
         advice,
         command,
     )
@@ -33,8 +33,8 @@ def engines_for_another_host(model: str, built_on: str, built_for: str, host: st
     return Problem(
         "the engines do not fit that host",
         host,
-        f"The engines of {model} were built on {built_on} for compute capability {built_for}; {host} has {capability}. TensorRT "
-        "engines do not work on another GPU generation.",
+        f"The engines of {model} were built on {built_on} for compute capability {built_for}; {host} has "
+        f"{capability}. TensorRT engines do not work on another GPU generation.",
         "On a machine with such GPUs:",
         make("image"),
     )
@@ -54,7 +54,8 @@ def no_image_name(image: str) -> Problem:
     return Problem(
         "not the name of an image",
         "IMAGE",
-        f"IMAGE is {image[:200]!r}; the chart wants the name under which the cluster finds the image, with or without a tag.",
+        f"IMAGE is {image[:200]!r}; the chart wants the name under which the cluster finds the image, with or "
+        "without a tag.",
         "For instance:",
         f"make chart IMAGE={shlex.quote('registry.example/models/llama')}",
     )

@@ -11,12 +11,14 @@ from scripts.reports.weights import look
 
 
 def examples_missing(script: PathLike, examples: PathLike, version: str, revision: str) -> Problem:
-    """version: as the image reports it; revision: the tag or commit of TensorRT-LLM's repository that it was built from."""
+    """version: as the image reports it; revision:
+    the tag or commit of TensorRT-LLM's repository that it was built from."""
     return Problem(
         "no examples of TensorRT-LLM",
         examples,
         f"QUANT uses TensorRT-LLM's own {Path(script).name}, which no image contains; {shown(script)} does not exist.",
-        f"Fetch the repository as it was when TensorRT-LLM {version} was built ({revision}), then type your make command again:",
+        f"Fetch the repository as it was when TensorRT-LLM {version} was built ({revision}), then type your make "
+        "command again:",
         f"git init -q {shown(examples)} && cd {shown(examples)} && export GIT_LFS_SKIP_SMUDGE=1 && "
         f"git fetch --depth 1 https://github.com/NVIDIA/TensorRT-LLM {revision} && git checkout -q FETCH_HEAD",
     )
@@ -27,7 +29,8 @@ def quantizer_missing(quant: str, toolchain: str, package: str, other: str) -> P
     return Problem(
         f"QUANT={quant} is not possible with TensorRT-LLM {toolchain}",
         f"TOOLCHAIN={toolchain}",
-        f"Its tool for QUANT={quant} needs the package {package}, which is not in NVIDIA's image and not on a package index any more.",
+        f"Its tool for QUANT={quant} needs the package {package}, which is not in NVIDIA's image and not on a "
+        "package index any more.",
         "A later toolchain has what it needs:",
         make("checkpoint", TOOLCHAIN=other),
     )
@@ -85,7 +88,7 @@ def toolchain_lacks(
 ) -> Problem:
     change: dict[str, str | None]
     if able:
-        others, change = f"Those that have it: {', '.join(able)}.", {"TOOLCHAIN": able[0]}
+        others, change = f"Versions that have it: {', '.join(able)}.", {"TOOLCHAIN": able[0]}
     elif quant:
         others, change = "None has it.", {"QUANT": None}
     else:
@@ -93,7 +96,7 @@ def toolchain_lacks(
     return Problem(
         f"this version has no {lacking.partition(' (')[0].removeprefix('a ')}",
         where,
-        f"The model needs {lacking}, which is not there with TensorRT-LLM {version}. {others}",
+        f"The model needs {lacking}, which TensorRT-LLM {version} does not have. {others}",
         "For instance:" if "TOOLCHAIN" in change and able else "Without it:",
         make(goal, **change),
     )
@@ -115,8 +118,8 @@ def cast_overflows(
     return Problem(
         f"weights do not fit into {target}",
         path,
-        f"{count} of the {total} values of {tensor} are too large for {target}: the largest is {largest:g}, the limit is {limit:g}. "
-        f"The source is {source}.",
+        f"{count} of the {total} values of {tensor} are too large for {target}: the largest is {largest:g}, the "
+        f"limit is {limit:g}. The source is {source}.",
         "Use a type with a larger range:",
         make("checkpoint", DTYPE="bfloat16" if target == "float16" else source),
     )

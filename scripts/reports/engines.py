@@ -27,8 +27,8 @@ def step_smaller_than_prompt(max_input_len: int, max_num_tokens: int) -> Problem
     return Problem(
         "MAX_NUM_TOKENS is too small",
         "Makefile",
-        f"MAX_NUM_TOKENS is {max_num_tokens}; MAX_INPUT_LEN is {max_input_len}. TensorRT-LLM reads a whole prompt in one step (chunked "
-        "context is off), so longer prompts would be accepted and then fail.",
+        f"MAX_NUM_TOKENS is {max_num_tokens}; MAX_INPUT_LEN is {max_input_len}. TensorRT-LLM reads a whole prompt in "
+        "one step (chunked context is off), so longer prompts would be accepted and then fail.",
         "Raise it, or lower MAX_INPUT_LEN:",
         make("engines", MAX_NUM_TOKENS=max_input_len),
     )
@@ -48,7 +48,8 @@ def holes_do_not_match(template: PathLike, unfilled: Sequence[str], unused: Sequ
     return Problem(
         "template and values do not match",
         template,
-        f"Holes without a value: {', '.join(unfilled) or 'none'}. Values without a hole: {', '.join(unused) or 'none'}.",
+        f"Holes without a value: {', '.join(unfilled) or 'none'}. Values without a hole: "
+        f"{', '.join(unused) or 'none'}.",
         "Correct the template or scripts/build_model_repo.py, then:",
         make("model_repo"),
     )

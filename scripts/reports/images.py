@@ -57,8 +57,8 @@ def no_mmdebstrap() -> Problem:
     return Problem(
         "no mmdebstrap",
         "PATH",
-        "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. Any image with CPython "
-        "3.11 or 3.12, its shared library and glibc 2.35 works as BASE_IMAGE instead.",
+        "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. Any image "
+        "with CPython 3.11 or 3.12, its shared library and glibc 2.35 works as BASE_IMAGE instead.",
         "Install it, or name a base:",
         "sudo apt-get install mmdebstrap && "
         + make("image")
@@ -100,8 +100,8 @@ def base_of_another_version(image: str, expected: str, actual: str) -> Problem:
     return Problem(
         "the base has another TensorRT-LLM",
         image,
-        f"The engines were built by TensorRT-LLM {expected}; {image} has {actual or 'none that it names'}. An engine runs only on the "
-        "version that built it.",
+        f"The engines were built by TensorRT-LLM {expected}; {image} has {actual or 'none that it names'}. An engine "
+        "runs only on the version that built it.",
         "Leave BASE_IMAGE unset, or build the engines for its version:",
         make("image"),
     )
@@ -217,7 +217,8 @@ def which_license() -> Problem:
     return Problem(
         "the model's licence is not known",
         "LICENSE",
-        "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. Presets name theirs; a folder does not.",
+        "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. Presets name theirs; "
+        "a folder does not.",
         "Name it:",
         make("release", LICENSE="llama2"),
     )
@@ -227,8 +228,8 @@ def license_files_missing(license: str, folder: PathLike, missing: Sequence[str]
     return Problem(
         "the model's licence is not with it",
         folder,
-        f"LICENSE is {license}, which must be shipped with {' and '.join(missing)}. "
-        f"Neither {shown(folder)} nor its parent folder has it.",
+        f"LICENSE is {license}, which must be shipped with {' and '.join(missing)}. Neither {shown(folder)} nor its "
+        "parent folder has it.",
         "Meta's download puts them above the models' folders. Copy them, and continue:",
         f"cp LICENSE USE_POLICY.md {shlex.quote(shown(folder))}/ && {make('release')}",
     )
@@ -258,8 +259,8 @@ def not_signed(key: PathLike, reason: str) -> Problem:
     return Problem(
         "could not sign",
         key,
-        f"openssl says: {reason}. The key must be an EC P-256 private key in PEM form, as `cosign import-key-pair` accepts; "
-        "COSIGN_PASSWORD holds its password, if it has one.",
+        f"openssl says: {reason}. The key must be an EC P-256 private key in PEM form, as `cosign import-key-pair` "
+        "accepts; COSIGN_PASSWORD holds its password, if it has one.",
         "Make one, and continue:",
         "openssl ecparam -genkey -name prime256v1 -noout -out key.pem && " + make("release"),
     )

@@ -14,7 +14,8 @@ def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem
     return Problem(
         f"no {kind} table for TensorRT-LLM {trtllm_version}",
         path,
-        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} does not exist, so the flags and files of that version are not known.",
+        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} does not exist, so the flags and files of that "
+        "version are not known.",
         "Use a version whose tables are complete:",
         make("serve", TOOLCHAIN=""),
     )
@@ -61,7 +62,8 @@ def gpu_not_in_toolchain(
     return Problem(
         "TensorRT-LLM does not run on this GPU",
         "docker/toolchains.json",
-        f"{name} has compute capability {capability}; TensorRT-LLM {version} has kernels for {', '.join(architectures)}.",
+        f"{name} has compute capability {capability}; TensorRT-LLM {version} has kernels for "
+        f"{', '.join(architectures)}.",
         advice,
         command,
     )
@@ -81,9 +83,9 @@ def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes
     return Problem(
         "engines do not fit this GPU",
         engines,
-        f"{gpu} has {gpu_bytes / (1 << 30):.1f} GiB; the weights of one rank take {weights_bytes / (1 << 30):.1f} GiB. "
-        f"Beside one step and CUDA itself, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so the engines would "
-        "not start.",
+        f"{gpu} has {gpu_bytes / (1 << 30):.1f} GiB; the weights of one rank take {weights_bytes / (1 << 30):.1f} "
+        f"GiB. Beside them, one step and CUDA, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so "
+        "the engines would not start.",
         "See the numbers, and what would fit:",
         make("plan"),
     )
@@ -93,20 +95,20 @@ def not_in_toolchain(program: str, version: str) -> Problem:
     return Problem(
         f"no {program}",
         program,
-        f"{program} is not installed. It is part of TensorRT-LLM {version}, which comes in NVIDIA's container; only that can build or run "
-        "TensorRT engines.",
+        f"{program} is not installed. It is part of TensorRT-LLM {version}, which comes in NVIDIA's container; only "
+        "that can build or run TensorRT engines.",
         "See what this machine lacks for the container:",
         make("doctor"),
     )
 
 
 def toolchain_is_another(asked: str, expected: str, found: str) -> Problem:
-    """expected, found: the versions that the package tensorrt_llm should report and does."""
+    """expected, found: the version that the package tensorrt_llm should report, and the one that it reports."""
     return Problem(
         "another TensorRT-LLM is installed",
         sys.executable,
-        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; installed here is {found}. Its flags and its engines are "
-        "those of another version.",
+        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; installed here is {found}. Its flags and "
+        "engines are those of another version.",
         "Run this in the image of docker/toolchains.json, with nothing installed over it:",
         make("engines", TOOLCHAIN=asked),
     )
@@ -139,8 +141,9 @@ def which_gpu() -> Problem:
     return Problem(
         "which GPU?",
         "nvidia-smi",
-        "ENGINE=tensorrt without TOOLCHAIN: the GPU decides which TensorRT-LLM is used, and this machine has no nvidia-smi to ask.",
-        "Say which GPU it will be (to see the journey; nothing is built for it here), or use the torch engine:",
+        "ENGINE=tensorrt without TOOLCHAIN: the GPU decides which TensorRT-LLM is used, and this machine has no "
+        "nvidia-smi to ask.",
+        "Name the GPU to see the plan (nothing is built for it here), or use the torch engine:",
         f"{make('plan', ASSUME_GPU='4x V100-SXM2-16GB')}\n{make('serve', ENGINE='torch')}",
     )
 
@@ -159,7 +162,7 @@ def several_kinds_of_gpu(seen: Sequence[str], newest: str) -> Problem:
     return Problem(
         "GPUs of more than one kind",
         "nvidia-smi",
-        f"This machine has {'; '.join(seen)}. An engine runs on the architecture it was built for, on no other.",
+        f"This machine has {'; '.join(seen)}. An engine runs only on the architecture it was built for.",
         "Name the TensorRT-LLM, and see what fits:",
         make("doctor", TOOLCHAIN=newest),
     )

@@ -7,7 +7,7 @@ from typing import Sequence
 
 from scripts.reports.problem import Problem, make
 
-# modules whose package is in another list than run.txt and torch.txt
+# modules whose package is in another list, not in run.txt or torch.txt
 LISTED = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obstore": ["fetch"]}
 
 
@@ -37,8 +37,8 @@ def interpreter_missing(value: str) -> Problem:
     return Problem(
         "no such interpreter",
         value,
-        f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of requirements/run.txt and "
-        "torch.txt.",
+        f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of "
+        "requirements/run.txt and torch.txt.",
         "Leave PYTHON unset, and make installs the packages into .venv:",
         make("serve", PYTHON=""),
     )
@@ -48,8 +48,8 @@ def verify_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}, which `make verified` uses to ask Hugging Face's model. "
-        "requirements/verify.txt has it.",
+        f"The interpreter {sys.executable} lacks the module {module}, which `make verified` uses to ask Hugging "
+        "Face's model. requirements/verify.txt has it.",
         *install(["verify"]),
     )
 
@@ -58,8 +58,10 @@ def no_grpc_client() -> Problem:
     return Problem(
         "no package tritonclient",
         sys.executable,
-        f"The interpreter {sys.executable} lacks tritonclient. Over its gRPC client the text models ask the engine.",
-        "Install it there; or, with ENGINE=tensorrt, leave BASE_IMAGE and PYTHON unset so that make completes NVIDIA's image:",
+        f"The interpreter {sys.executable} lacks tritonclient, whose gRPC client the text models need to ask the "
+        "engine.",
+        "Install it there; or, with ENGINE=tensorrt, leave BASE_IMAGE and PYTHON unset so that make completes "
+        "NVIDIA's image:",
         f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
     )
 

@@ -13,7 +13,8 @@ def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: 
     return Problem(
         "more ranks than GPUs",
         "Makefile",
-        f"TP {tp_size} x PP {pp_size} = {tp_size * pp_size} ranks, and each rank needs its own GPU. This machine has {count} ({found}).",
+        f"TP {tp_size} x PP {pp_size} = {tp_size * pp_size} ranks, and each rank needs its own GPU. This machine has "
+        f"{count} ({found}).",
         "See what fits with fewer:",
         command,
     )
@@ -23,7 +24,8 @@ def does_not_fit(model: str, found: str, shares: str, advice: str, command: str)
     return Problem(
         f"{model} does not fit",
         found,
-        "The KV cache has no room for the tokens that it must hold, so the engine would not start. One rank takes of its GPU:"
+        "The KV cache has no room for the tokens that it must hold, so the engine would not start. What one rank "
+        "takes of its GPU:"
         f"\n\n{shares}",
         advice,
         command,
@@ -56,8 +58,8 @@ def engine_for_another_gpu(engines: PathLike, built_on: str, built_for: str, her
     return Problem(
         "engine does not fit this GPU",
         engines,
-        f"The engines were built on {built_on} for compute capability {built_for}; {here} has {capability}. TensorRT engines do not "
-        "work on another GPU generation.",
+        f"The engines were built on {built_on} for compute capability {built_for}; {here} has {capability}. TensorRT "
+        "engines do not work on another GPU generation.",
         "Build them here:",
         f"rm -r {shown(engines)} && {make('engines')}",
     )
@@ -75,11 +77,13 @@ def engine_needs_peer_access(engines: PathLike, peer_access: bool | None) -> Pro
 
 
 def engine_of_another_version(engines: PathLike, built_by: str, found: str, toolchain: str) -> Problem:
-    """built_by, found: versions as the package tensorrt_llm reports them; toolchain: what the user types to get the first one."""
+    """built_by, found: versions as the package tensorrt_llm reports them; toolchain:
+    what the user types to get the first one."""
     return Problem(
         "engine of another TensorRT-LLM",
         engines,
-        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. TensorRT-LLM runs only engines of its own version.",
+        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. TensorRT-LLM runs only "
+        "engines of its own version.",
         "Serve them in the toolchain that built them:",
         make("serve", TOOLCHAIN=toolchain),
     )
@@ -99,8 +103,8 @@ def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
     return Problem(
         "Open MPI cannot find itself",
         mpirun,
-        f"OPAL_PREFIX is {seen}; mpirun is {mpirun}. NVIDIA's image sets OPAL_PREFIX to the folder of its Open MPI; an image that was "
-        "exported and imported, or a cleaned environment, loses it.",
+        f"OPAL_PREFIX is {seen}; mpirun is {mpirun}. NVIDIA's image sets OPAL_PREFIX to the folder of its Open MPI; "
+        "an image that was exported and imported, or a cleaned environment, loses it.",
         "Use NVIDIA's image itself. If you cannot, set it and serve again:",
         f"export OPAL_PREFIX={shlex.quote(str(Path(mpirun).parent.parent))}",
     )
@@ -112,8 +116,8 @@ def ranks_do_not_add_up(world_size: int, status: int | None, seconds: float, lin
         "the ranks do not reach each other",
         "scripts/serving/all_reduce.py",
         f"A sum over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{indented(lines)}\n\n"
-        "GPUs that hang here often cannot read each other's memory although they report that they can (virtual machines, IOMMU, ACS), "
-        "or /dev/shm is too small.",
+        "GPUs that hang here often cannot read each other's memory although they report that they can (virtual "
+        "machines, IOMMU, ACS), or /dev/shm is too small.",
         "See NCCL's messages; with NCCL_P2P_DISABLE=1 the GPUs do not read each other's memory:",
         f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.serving.all_reduce "$(mktemp -d)" 60',
     )

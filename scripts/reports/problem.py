@@ -17,9 +17,9 @@ PathLike = Union[str, Path]
 WIDTH = 100
 # the goals that ASSUME_GPU is for
 PLANNING = ("plan", "doctor")
-# words of the journey: whoever typed one of them is not advised another
+# words of the journey: a user who typed one of them gets a corrected command with the same word
 JOURNEY = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "image")
-# Of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
+# Limits of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
 WORD_MAX, TEXT_MAX = 300, 8_000
 COMMAND_WORD_MAX = 5_000
 
@@ -27,8 +27,8 @@ COMMAND_WORD_MAX = 5_000
 class Problem(Exception):
     """A foreseen failure. It is shown as a report that ends in a command, never as a traceback; the exit status is 1.
 
-    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence that
-    introduces the command; command: what the user types next.
+    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence
+    that introduces the command; command: what the user types next.
     """
 
     def __init__(self, title: str, where: PathLike, seen: str, advice: str, command: str) -> None:
@@ -52,7 +52,7 @@ class Problem(Exception):
 
 
 class Reported(Problem):
-    """A report that another program has already put into words, ending in a command as ours do."""
+    """A report that another of our programs has printed; it ends in a command too."""
 
     def __init__(self, report: str) -> None:
         title = next((line.strip("- ") for line in report.splitlines() if line.startswith("-- ")), "see below")
@@ -63,18 +63,19 @@ class Reported(Problem):
 
 
 class Outdated(Problem):
-    """A report after which nothing of what was made so far may be kept for the next try."""
+    """A report that also drops the files made so far: the next try must not keep them."""
 
 
 class Finished(Exception):
-    """Nothing is left to do: what was asked is already there. Not a failure."""
+    """Nothing is left to do: what the user wants is already there. Not a failure."""
 
 
 def plain(text: str, word_max: int = WORD_MAX) -> str:
-    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one screen.
+    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one
+    screen.
 
-    Nothing that a terminal obeys is left: control characters and marks of writing direction are written as their escapes. A word of more
-    than word_max characters is cut, and so is what is longer than TEXT_MAX altogether.
+    Control characters and marks of writing direction are written as escapes, so that a terminal obeys nothing. Words
+    longer than word_max and texts longer than TEXT_MAX are cut.
     """
     short = re.sub(
         rf"\S{{{word_max + 1},}}", lambda word: f"{word[0][: word_max // 2]}... ({len(word[0]):,} characters)", text
@@ -84,7 +85,7 @@ def plain(text: str, word_max: int = WORD_MAX) -> str:
 
 
 def shown(path: PathLike) -> str:
-    """A path as the user knows it: relative to where make runs when it lies below."""
+    """A path as the user knows it: relative to the folder where make runs, if it lies below."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
@@ -92,11 +93,14 @@ def shown(path: PathLike) -> str:
 
 
 def make(target: str, **changed: object) -> str:
-    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and `changed`.
+    """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and
+    `changed`.
 
-    With `changed` it is the user's own command corrected, so their own word (BAKE_GOAL) where both are of the journey.
+    With `changed` it is the user's own command, corrected: if both words are of the journey, it keeps the user's word
+    (BAKE_GOAL).
 
-    None leaves a setting away. In an image there is no make: where a variable helps, it is docker's command; else the image is made anew.
+    None leaves a setting out. An image has no make: if a variable helps, the command is a docker command; else it makes
+    the image again.
     """
     if baked := os.environ.get("BAKED_IMAGE"):
         variables = "".join(f"--env {name}={value} " for name, value in changed.items() if value is not None)
@@ -166,5 +170,5 @@ def some(names: Sequence[str], most: int = 6) -> str:
 
 
 def indented(lines: Iterable[str]) -> str:
-    """Lines of a log or a program as a paragraph of a report; of each, its first 300 characters."""
+    """Lines of a log or a program as a paragraph of a report, each cut to 300 characters."""
     return "\n".join(f"    {line[:300]}" for line in lines) or "    (it wrote nothing)"

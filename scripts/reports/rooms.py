@@ -17,8 +17,9 @@ def disk_full(where: PathLike, reason: str | None = None) -> Problem:
     return Problem(
         "disk is full",
         where,
-        f"Writing stopped: {reason or os.strerror(errno.ENOSPC)}. {free_bytes / 1e6:.1f} MB are free on the file system that holds "
-        f"{shown(folder)}. Finished files are kept in the .partial folder. No half-written file has its final name.",
+        f"Writing stopped: {reason or os.strerror(errno.ENOSPC)}. {free_bytes / 1e6:.1f} MB are free on the file "
+        f"system that holds {shown(folder)}. Finished files are kept in the .partial folder. No half-written file "
+        "has its final name.",
         "Find what takes the space, free some, and type your make command again. It continues where it stopped:",
         f"df -h {shlex.quote(shown(folder))}; ulimit -f; du -sh build/*",
     )
@@ -28,7 +29,8 @@ def not_allowed(where: PathLike, reason: str | None) -> Problem:
     return Problem(
         "the system does not allow it",
         where,
-        f"{shown(where)}: {reason or os.strerror(errno.EACCES)}. make writes rooms below build/ and only reads everything else.",
+        f"{shown(where)}: {reason or os.strerror(errno.EACCES)}. make writes rooms below build/ and only reads "
+        "everything else.",
         "Check the owner and the permissions:",
         f"id -un; ls -ld {shlex.quote(shown(where))} {shlex.quote(shown(Path(where).parent))}",
     )
@@ -80,7 +82,8 @@ def nothing_made() -> Problem:
     return Problem(
         "nothing to check yet",
         "build/",
-        "No room exists for this model with these settings, and its weights have neither a manifest.json nor a .pth file.",
+        "No room exists for this model with these settings, and its weights have neither a manifest.json nor a .pth "
+        "file.",
         "Make one:",
         make("checkpoint"),
     )
@@ -90,7 +93,8 @@ def nothing_to_check(folder: PathLike) -> Problem:
     return Problem(
         "nothing to compare with",
         folder,
-        f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth file, so there are no checksums to compare with.",
+        f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth file, so there are no checksums to "
+        "compare with.",
         "Weights that make fetched have a manifest. Compare these with their source yourself:",
         f"sha256sum {shown(folder)}/*",
     )

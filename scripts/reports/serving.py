@@ -27,7 +27,8 @@ def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) 
     return Problem(
         f"port {port} cannot be used",
         f"{host}:{port}",
-        f"{name} is {port}; the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = :{port}'",
+        f"{name} is {port}; the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = "
+        f":{port}'",
         "Stop it, or use another port (this one is free now):",
         make("serve", **{name: free_port}),
     )
@@ -37,8 +38,9 @@ def host_not_here(host: str, reason: str) -> Problem:
     return Problem(
         "not an address of this machine",
         host,
-        f"HOST is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. Nothing was loaded.",
-        "For this machine only (0.0.0.0 would be for every machine that reaches it):",
+        f"HOST is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. "
+        "Nothing was loaded.",
+        "To serve this machine only (0.0.0.0 serves every machine that can reach it):",
         make("serve", HOST="127.0.0.1"),
     )
 
@@ -78,7 +80,8 @@ def no_temporary_folder(folder: str) -> Problem:
     return Problem(
         f"{folder} cannot be written",
         folder,
-        f"Triton's Python backend needs a folder in {folder}; user {os.getuid()} cannot create one. Nothing was loaded.",
+        f"Triton's Python backend needs a folder in {folder}; user {os.getuid()} cannot create one. Nothing was "
+        "loaded.",
         "Allow it:",
         f"docker run --read-only --tmpfs {folder} {baked}" if baked else f"sudo chmod 1777 {folder}",
     )
@@ -109,8 +112,8 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
     return Problem(
         "no API key in the file",
         path,
-        f"API_KEY_FILE is {shown(path)}: {reason}. "
-        "With API_KEY_FILE, every client of the OpenAI-compatible endpoint needs one of its keys.",
+        f"API_KEY_FILE is {shown(path)}: {reason}. With API_KEY_FILE, every client of the OpenAI-compatible endpoint "
+        "needs one of its keys.",
         "Write a key into it, or leave API_KEY_FILE unset to serve without keys:",
         f"head -c 24 /dev/urandom | base64 > {shlex.quote(str(path))} && {make('serve')}",
     )
@@ -164,11 +167,13 @@ def server_not_there(address: str, reason: str) -> Problem:
 
 
 def answer_cut_off(address: str, reason: str) -> Problem:
-    """reason: gRPC's words. A GOAWAY with error code 0 says that tritonserver was told to end, as mpirun does when a rank has ended."""
+    """reason: gRPC's words. A GOAWAY with error code 0 means that tritonserver was told to end; mpirun does that when a
+    rank has ended."""
     return Problem(
         "the answer stopped in the middle",
         address,
-        f"The server closed the connection before the answer was complete: {reason.splitlines()[0] if reason else 'no reason given'}\n\n"
+        "The server closed the connection before the answer was complete: "
+        f"{reason.splitlines()[0] if reason else 'no reason given'}\n\n"
         "Usually a rank has failed or the server was ended. The terminal of `make serve` and serve.log say which.",
         "If it does not serve any more, start it again:",
         make("serve"),
@@ -189,7 +194,8 @@ def no_rehearsal_image(seen: str) -> Problem:
     return Problem(
         "no image for the rehearsal",
         "docker/rehearsal",
-        f"A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's packages. {seen}",
+        "A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's "
+        f"packages. {seen}",
         "Install the package mmdebstrap, or rehearse without docker:",
         f"REHEARSAL_DOCKER=no {make('demo')}",
     )

@@ -20,7 +20,7 @@ def bad_setting(name: str, value: object, allowed: str, command: str) -> Problem
 
 
 def several_wrong(problems: Sequence[Problem], command: str) -> Problem:
-    """Settings that are wrong together: what is wrong with each, and the command with all of them corrected."""
+    """Several wrong settings: what is wrong with each, and the command with all of them corrected."""
     return Problem(
         f"{len(problems)} settings cannot be",
         "Makefile",
@@ -41,7 +41,7 @@ def no_such_word(word: str, words: Sequence[str], near: str) -> Problem:
 
 
 def model_of_the_hub(model: str, goal: str) -> Problem:
-    """A name as the hub has them: a folder of that name is not there, and its weights can be fetched."""
+    """A name like one of the hub: no folder has that name, but the weights can be fetched."""
     folder = f"weights/{model.partition('/')[2]}"
     return Problem(
         "no such folder",
@@ -68,8 +68,8 @@ def path_not_for_make(name: str, value: str, characters: Sequence[str], goal: st
     return Problem(
         f"{name} is a path that make cannot take",
         value,
-        f"The path holds {listed}. make and the shell treat these characters specially: a path cannot have a space, a quote or any "
-        "of $ # % : ; & | < > ( ) [ ] { } * ? ! ~ \\ in it.",
+        f"The path holds {listed}. make and the shell treat these characters specially: a path cannot have a space, "
+        f"a quote or any of $ # % : ; & | < > ( ) [ ] {{ }} * ? ! ~ \\ in it.",
         "Make a link with a plain name and use that:",
         f"ln -sfn {shlex.quote(os.path.expanduser(value))} /tmp/linked && {make(goal, **{name: '/tmp/linked'})}",
     )
@@ -89,7 +89,8 @@ def weights_named_twice(model: str, weights: str) -> Problem:
     return Problem(
         "two places for the weights",
         "Makefile",
-        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for presets only, so make cannot tell which folder you mean.",
+        f"MODEL is the folder {model}, WEIGHTS is {weights}. WEIGHTS is for presets only, so make cannot tell which "
+        "folder you mean.",
         "Give one of them:",
         f"make serve MODEL={weights if '/' in weights else './' + weights}",
     )
@@ -97,8 +98,8 @@ def weights_named_twice(model: str, weights: str) -> Problem:
 
 def weights_not_there(name: str, folder: PathLike, source: str = "") -> Problem:
     seen = (
-        f"{name} is {folder}; there is no such folder. It should hold a model in Meta's form (params.json, consolidated.NN.pth), "
-        "in Hugging Face's form (config.json, .safetensors or .bin), or one .gguf file."
+        f"{name} is {folder}; there is no such folder. It should hold a model in Meta's form (params.json, "
+        "consolidated.NN.pth), in Hugging Face's form (config.json, .safetensors or .bin), or one .gguf file."
     )
     if source:
         return Problem(

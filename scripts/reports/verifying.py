@@ -14,7 +14,8 @@ def side_failed(side: str, status: int, last_lines: Sequence[str]) -> Problem:
     return Problem(
         f"{side} gave no answers",
         "verified",
-        f"It ended with {how} {abs(status)} before it had answered every prompt.{memory}\n\nIts last lines:\n\n{indented(last_lines)}",
+        f"It ended with {how} {abs(status)} before it had answered every prompt.{memory}\n\nIts last "
+        f"lines:\n\n{indented(last_lines)}",
         "Correct the cause, then type:",
         make("verified"),
     )
@@ -38,15 +39,17 @@ def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike)
         return "no number" if value is None else f"{value:g}"
 
     failed = "; ".join(
-        f"{check['name']}: {shown_value(check['measured'])}, must be at {'least' if check['at_least'] else 'most'} {check['limit']:g}"
+        f"{check['name']}: {shown_value(check['measured'])}, must be at {'least' if check['at_least'] else 'most'} "
+        f"{check['limit']:g}"
         for check in report["checks"]
         if not check["passed"]
     )
     one = report["prompts"][0]
     worst = one.get("worst")
     values = (
-        f" At position {worst['position']} the log probability of {worst['token']!r} is {shown_value(worst['hugging_face'])} for Hugging "
-        f"Face's model and {shown_value(worst['engine'])} for the engine."
+        f" At position {worst['position']} the log probability of {worst['token']!r} is "
+        f"{shown_value(worst['hugging_face'])} for Hugging Face's model and {shown_value(worst['engine'])} for the "
+        "engine."
         if worst
         else ""
     )
@@ -54,8 +57,9 @@ def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike)
     return Problem(
         "the engine says something else",
         page,
-        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model continues with {one['hugging_face']!r}, the "
-        f"engine with {one['engine']!r}.\n\nThe page named above has the whole report. The room verified was not made.",
+        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model continues with "
+        f"{one['hugging_face']!r}, the engine with {one['engine']!r}.\n\nThe page named above has the whole report. "
+        "The room verified was not made.",
         "Make the engines again from the weights, and verify again:",
         f"rm -r {shown(checkpoint)} {shown(engines)} && {make('verified')}",
     )

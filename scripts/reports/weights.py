@@ -12,8 +12,8 @@ from scripts.reports.problem import Outdated, PathLike, Problem, make, shown, so
 
 
 def look(path: PathLike) -> str:
-    """What to type where the content of a folder, or of a file's folder, is not what it should be: a room of ours is made again,
-    Meta's download is checked by its own list, anything else is looked at."""
+    """The command for a folder, or a file's folder, with wrong content: make one of our rooms again, check Meta's
+    download by its own list, list anything else."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / "manifest.json").is_file() and (folder / "args").is_file():
         return f"rm -r {shown(folder)} && {make(folder.name)}"
@@ -56,8 +56,8 @@ def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
     return Problem(
         "no model in this folder",
         folder,
-        "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json and "
-        f".safetensors. Here is: {some(found, 12)}.",
+        "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json "
+        f"and .safetensors. Here is: {some(found, 12)}.",
         "Give the folder of the model:",
         make("hf", MODEL="/path/to/folder"),
     )
@@ -68,8 +68,9 @@ def weights_two_forms(folder: PathLike, one: str, ours: Sequence[str], other: st
     return Problem(
         "two models in one folder",
         folder,
-        f"The folder has {forms[one]} ({some(ours)}) and {forms[other]} ({some(theirs)}), so make cannot tell which one you mean.",
-        "Move one of them to a folder of its own, for instance:",
+        f"The folder has {forms[one]} ({some(ours)}) and {forms[other]} ({some(theirs)}), so make cannot tell which "
+        "one you mean.",
+        "Move one of them to its own folder, for instance:",
         f"cd {shown(folder)} && mkdir {other} && mv {' '.join(theirs)} {other}/",
     )
 
@@ -88,7 +89,8 @@ def weights_extra_file(folder: PathLike, extra: Sequence[str], expected: str) ->
     return Problem(
         "one file too many",
         folder,
-        f"{some(extra)} does not belong to a model whose weights are named {expected}, so make cannot tell whether to read it.",
+        f"{some(extra)} does not belong to a model whose weights are named {expected}, so make cannot tell whether "
+        "to read it.",
         "Move it away:",
         f"cd {shown(folder)} && mkdir -p ../extra && mv {' '.join(extra)} ../extra/",
     )
@@ -99,9 +101,9 @@ def several_ggufs(folder: PathLike, names: Sequence[str]) -> Problem:
     return Problem(
         "several models in one folder",
         folder,
-        f"Here are {some(names)}. They are not the parts of one model (parts end in -00001-of-00002.gguf and so on), so which one is "
-        "meant cannot be told.",
-        "Say it by a folder that has only that one, for instance:",
+        f"Here are {some(names)}. They are not the parts of one model (parts end in -00001-of-00002.gguf and so on), "
+        "so nothing says which one is meant.",
+        "Make a folder that has only the one you mean, for instance:",
         f"mkdir {shlex.quote(chosen)} && ln {shlex.quote(shown(Path(folder) / names[0]))} {shlex.quote(chosen)}/",
     )
 
@@ -121,7 +123,7 @@ def not_a_plain_file(path: PathLike, kind: str) -> Problem:
         f"{Path(path).name} is {kind}",
         path,
         f"{Path(path).name} is {kind}; a model's files are plain files.",
-        "Look at what is there, and fetch the file again:",
+        "See what is there, and fetch the file again:",
         look(path),
     )
 
@@ -131,8 +133,8 @@ def link_leaves(path: PathLike, target: PathLike) -> Problem:
     return Problem(
         "a link leaves the model's folder",
         path,
-        f"{Path(path).name} is a link to {target}, which is not in the folder. What a model's folder holds ends in rooms and images, so "
-        "links may only lead to files inside it (a hub cache: to its own blobs).",
+        f"{Path(path).name} is a link to {target}, which is not in the folder. The content of a model's folder goes "
+        "into rooms and images, so links may only lead to files inside it (a hub cache: to its own blobs).",
         "If that file belongs to the model, make a folder that holds the files themselves:",
         f"cp -rL {shlex.quote(folder)} {shlex.quote(folder.rstrip('/') + '-copy')}",
     )
@@ -142,7 +144,7 @@ def reading_unbounded(path: PathLike, what: str) -> Problem:
     return Problem(
         "this model cannot be read",
         path,
-        f"Reading {shown(path)} was given up: {what}. No whole model needs so much.",
+        f"make stopped reading {shown(path)}: {what}. No good model needs so much.",
         "Fetch it again from where it came from, and look at what is there now:",
         f"ls -l {shlex.quote(shown(path))}",
     )
@@ -162,16 +164,16 @@ def template_unbounded(path: PathLike) -> Problem:
     return Problem(
         "the chat template takes too long",
         path,
-        f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one word; every chat request "
-        "would.",
-        "Mend it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
+        f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one "
+        "word; every chat request would.",
+        "Fix it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
         f"less {shlex.quote(shown(path))}",
     )
 
 
 def added_token_unfit(path: PathLike, token: str, token_id: int, reason: str) -> Problem:
     return Problem(
-        "an added token that cannot be",
+        "an impossible added token",
         path,
         f"{Path(path).name} has the added token {token!r} with the id {token_id}: {reason}.",
         "These files do not belong together. Compare them with the source's:",
@@ -183,7 +185,8 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
     return Problem(
         "weights are damaged",
         path,
-        f"The bytes of {tensor} changed after they were saved: the file says CRC-32 {expected}, its bytes have {actual}.",
+        f"The bytes of {tensor} changed after they were saved: the file says CRC-32 {expected}, its bytes have "
+        f"{actual}.",
         "Fetch the file again. (Meta's download has checklist.chk, which finds every damaged file.) Then check:",
         look(path),
     )
@@ -197,8 +200,8 @@ def weights_changed(path: PathLike, before: os.stat_result, now: os.stat_result 
     return Outdated(
         "weights changed while they were read",
         path,
-        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'gone'}. The bytes that were read may "
-        f"come from both versions, so the room {room} was not made.",
+        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'gone'}. The bytes that "
+        f"were read may come from both versions, so the room {room} was not made.",
         "When no program writes there any more:",
         make(room),
     )
@@ -208,8 +211,8 @@ def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
     return Problem(
         "weight files are missing",
         folder,
-        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, judging by the "
-        f"size of their tensors; this folder has {found}.",
+        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, "
+        f"judging by the size of their tensors; this folder has {found}.",
         "Fetch the others, and check again:",
         look(folder),
     )
@@ -231,7 +234,8 @@ def tensor_names_differ(
     return Problem(
         "not the tensors of this model",
         path,
-        f"{says} requires {expected} tensors; {found} are here. Missing: {some(missing, 3)}. Unknown: {some(unknown, 3)}.",
+        f"{says} requires {expected} tensors; {found} are here. Missing: {some(missing, 3)}. Unknown: "
+        f"{some(unknown, 3)}.",
         "These files do not belong together. Compare them with the source's:",
         look(path),
     )

@@ -1,6 +1,6 @@
-"""One rank of the preflight's test: do all ranks add up one number together, over MPI and over what their engines use, NCCL?
+"""One rank of the preflight's test: all ranks add up one number, over MPI and over NCCL, which their engines use.
 
-Started by scripts/serving/checks.py, one process per rank under mpirun. Without GPUs (a rehearsal) gloo takes NCCL's place.
+scripts/serving/checks.py starts one process per rank under mpirun. Without GPUs (a rehearsal) gloo takes NCCL's place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(folder: Path, seconds: float) -> None:
-    """folder: where the ranks find each other, empty and local to this host."""
+    """folder: an empty folder of this host, where the ranks find each other."""
     from mpi4py import MPI
 
     rank, world_size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
@@ -33,7 +33,7 @@ def main(folder: Path, seconds: float) -> None:
     torch.distributed.init_process_group(
         backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds)
     )  # fmt: skip
-    # 1 MB: larger than what travels inside a control message, so that the data's own way is used
+    # 1 MB: too large for a control message, so that it takes the way of the data
     numbers = torch.full((1 << 18,), float(rank + 1), device="cuda" if gpu else "cpu")
     torch.distributed.all_reduce(numbers)
     low, high = float(numbers.min()), float(numbers.max())

@@ -1,6 +1,8 @@
-"""What must be true of this host before engines are served: held against the engines' passport (facts of their manifest).
+"""What must be true of this host before engines are served.
+The checks compare it with the facts of the engines' manifest.
 
-A check takes values and raises a Problem; `check` at the end looks the values up. Which checks there are depends on the engine kind.
+A check takes values and raises a Problem; `check` at the end looks the values up.
+The kind of engine decides which checks run.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from scripts.nvidia.gpus import Gpu, Links
 from scripts.serving import launch, processes
 
 PROJECT = Path(__file__).parents[2]
-# Triton's Python backend: 64 MB for each of the three Python models by its defaults; NCCL and MPI take tens of MB a rank (hosts with
-# docker's 64 MB were seen to hang: TensorRT-LLM #408, #602, #9680).
+# Triton's Python backend takes by default 64 MB for each of the three Python models; NCCL and MPI take tens of MB per
+# rank (hosts with docker's 64 MB were seen to hang: TensorRT-LLM #408, #602, #9680).
 MODELS_SHM_BYTES, RANK_SHM_BYTES = 3 * (64 << 20), 64 << 20
 # Importing torch from a cold disk and NCCL's first contact of eight GPUs take tens of seconds.
 ALL_REDUCE_SECONDS = 120.0
@@ -35,8 +37,8 @@ LAST_LINES = 12
 
 @dataclass(frozen=True)
 class Host:
-    """What was looked up on this host. engines: the room; trtllm_version: None where the Python package is not installed;
-    memlock_bytes: None where there is no limit."""
+    """What `look` found on this host. engines: the room; trtllm_version: None if the Python package is not installed;
+    memlock_bytes: None if there is no limit."""
 
     engines: Path
     gpus: Sequence[Gpu]
@@ -52,7 +54,7 @@ class Host:
 
 
 def check_gpus(facts: Mapping[str, Any], host: Host) -> None:
-    """A GPU for each rank, of the compute capability that the engines were built for: they do not travel between generations."""
+    """One GPU per rank, with the compute capability that the engines were built for: other GPUs cannot run them."""
     if len(host.gpus) < facts["world_size"]:
         raise reports.planning.too_few_gpus(facts["world_size"], [gpu.name for gpu in host.gpus])
     built_for = facts["gpu"]["compute_capability"]
@@ -64,7 +66,8 @@ def check_gpus(facts: Mapping[str, Any], host: Host) -> None:
 
 
 def check_links(facts: Mapping[str, Any], host: Host) -> None:
-    """Engines with custom all-reduce built in die at their first token where GPUs do not reach each other (TensorRT-LLM #1374)."""
+    """Engines with custom all-reduce crash at their first token if the GPUs do not reach each other (TensorRT-LLM
+    #1374)."""
     if facts["custom_all_reduce"] and host.links.peer_access is not True:
         raise reports.planning.engine_needs_peer_access(host.engines, host.links.peer_access)
 
@@ -85,24 +88,24 @@ def check_driver(facts: Mapping[str, Any], host: Host, minimum: str) -> None:
 
 
 def check_shared_memory(facts: Mapping[str, Any], host: Host) -> None:
-    """Docker gives 64 MB when nobody asks for more."""
+    """Docker gives 64 MB by default."""
     needed_bytes = MODELS_SHM_BYTES + RANK_SHM_BYTES * facts["world_size"]
     if host.shared_memory_bytes < needed_bytes:
         raise reports.serving.shared_memory_too_small(host.shared_memory_bytes, needed_bytes)
 
 
 def check_mpi(facts: Mapping[str, Any], host: Host) -> None:
-    """NVIDIA's images have Open MPI under /opt/hpcx and say so in OPAL_PREFIX. An image that went through `docker export`, or an
-    environment that was cleaned, lacks it, and mpirun then cannot find itself (tensorrtllm_backend #738)."""
+    """NVIDIA's images have Open MPI under /opt/hpcx and name that place in OPAL_PREFIX. After `docker export`, or in a
+    cleaned environment, the variable is missing, and mpirun cannot find its files (tensorrtllm_backend #738)."""
     relocated = "hpcx" in host.mpirun.parts
     if relocated and host.opal_prefix is None:
         raise reports.planning.opal_prefix_wrong("not set", host.mpirun)
     if host.opal_prefix is not None and not host.opal_prefix.is_dir():
-        raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is no folder", host.mpirun)
+        raise reports.planning.opal_prefix_wrong(f"{host.opal_prefix}, which is not a folder", host.mpirun)
 
 
 def remarks(facts: Mapping[str, Any], host: Host) -> list[str]:
-    """What is worth a line and stops nothing."""
+    """Notes that are worth a line and stop nothing."""
     found = []
     if host.memlock_bytes is not None:
         found.append(
@@ -172,15 +175,16 @@ def check_all_reduce(
     asked_to_end: threading.Event,
     seconds: float = ALL_REDUCE_SECONDS,
 ) -> None:
-    """All ranks add up a number, in processes as the servers' will be, within a deadline: a wrong link hangs instead of failing.
+    """All ranks add up a number, in processes like the servers', before a deadline:
+    a wrong link hangs instead of failing.
 
-    folder: temporary, local to this host. Returns early when asked to end.
+    folder: temporary, local to this host. Returns early if the user ends it.
     """
     if world_size < 2:
         return
     missing = [module for module in ("torch", "mpi4py") if importlib.util.find_spec(module) is None]
     if missing:
-        room.say("serve", f"no {' and '.join(missing)} here, so whether the ranks reach each other is not tried")
+        room.say("serve", f"no {' and '.join(missing)} here, so it was not tested whether the ranks reach each other")
         return
     meeting = folder / "all_reduce"
     meeting.mkdir()
@@ -223,7 +227,7 @@ def check_tensorrt(
 def check_torch(
     engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event, said_by: str
 ) -> None:
-    """The torch engine runs anywhere, and tells by itself when ranks are lost."""
+    """The torch engine runs anywhere, and reports lost ranks itself."""
 
 
 CHECKS: dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event, str], None]] = {
@@ -239,8 +243,9 @@ def check(
     asked_to_end: threading.Event,
     said_by: str = "serve",
 ) -> None:
-    """Every check for the room `engines`. environment: the ranks'; folder: temporary, on this host; raises the first Problem.
+    """Every check for the room `engines`; raises the first Problem. environment: the ranks'; folder: temporary,
+    on this host.
 
-    said_by: the room in whose name remarks are made.
+    said_by: the room whose name the notes carry.
     """
     CHECKS[room.read_manifest(engines)["facts"]["engine"]](engines, environment, folder, asked_to_end, said_by)

@@ -20,7 +20,7 @@ from scripts.serving.output import Output
 from scripts.serving.pulse import SILENT_SECONDS, Pulse
 from scripts.serving.ranks import LOG_LINES, PROJECT
 
-# What the endpoint imports that the text models do not (requirements/openai.txt)
+# Packages of the endpoint that the text models do not need (requirements/openai.txt)
 OPENAI_MODULES = (
     "uvicorn",
     "httptools",
@@ -37,9 +37,11 @@ TRACING_MODULES = ("requests", "opentelemetry.sdk.trace", "opentelemetry.exporte
 
 
 class Endpoint:
-    """The OpenAI-compatible endpoint: one process and its children, in a session of its own so that signals meant for us do not reach it.
+    """The OpenAI-compatible endpoint: one process and its children,
+    in its own session so that signals meant for us do not reach it.
 
-    It says every second, through a pipe, that it lives. Its port is not asked: that answers clients, who may keep it busy.
+    It says every second, through a pipe, that it lives. The supervisor does not ask its port,
+    because clients may keep that busy.
     """
 
     def __init__(self, settings: Settings, environment: Mapping[str, str], run_dir: Path, log: Output) -> None:
@@ -66,7 +68,7 @@ class Endpoint:
         self.reader.start()
 
     def listen(self) -> None:
-        """From now on it must say that it lives."""
+        """From now on it must send its sign of life."""
         self.pulse.heard()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -76,7 +78,7 @@ class Endpoint:
                 self.pulse.missed += 1
             elif os.read(self.alive, 4096):
                 self.pulse.heard()
-            else:  # its process has ended, which the supervisor sees
+            else:  # its process has ended; the supervisor sees that
                 return
 
     def _read(self, log: Output) -> None:
@@ -84,15 +86,15 @@ class Endpoint:
         for line in self.process.stdout:
             if line.strip():
                 self.last_lines.append(line.rstrip("\n"))
-                # a line of LOG=json stays one
+                # a line of LOG=json must stay one line
                 log.line(("" if line.startswith("{") else "openai: ") + line.rstrip("\n"))
 
     def tell_ending(self) -> None:
-        """It says 503 at /health from now on, and goes on serving."""
+        """From now on it answers 503 at /health, and goes on serving."""
         self.process.send_signal(signal.SIGUSR1)
 
     def failure(self) -> str | None:
-        """What happened to it, as soon as it has ended or no longer answers."""
+        """What happened to the endpoint, once it has ended or no longer answers; else None."""
         if self.process.poll() is not None:
             self.reader.join(timeout=1)
             return f"its process (pid {self.process.pid}) ended with status {self.process.returncode}"
@@ -101,7 +103,7 @@ class Endpoint:
         return None
 
     def end(self) -> None:
-        """At once, if it still runs."""
+        """End it at once, if it still runs."""
         self.process.kill()
         processes.end_session(self.process.pid, timeout_seconds=5)
         self.process.wait()

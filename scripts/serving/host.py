@@ -13,14 +13,15 @@ from scripts import reports, room
 from scripts.openai import keys
 from scripts.serving.launch import Settings
 
-# Every Python model takes 1 MB of shared memory at start and grows; MPI takes some more per rank.
+# Every Python model takes 1 MB of shared memory at start, and more later; MPI takes some per rank.
 SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
-# tritonserver puts a request's pieces on the stack (server issue 5840): with the usual 8 MB one HTTP request of 5 MB ended it.
+# tritonserver puts a request's pieces on the stack (server issue 5840):
+# with the usual 8 MB one HTTP request of 5 MB crashed it.
 STACK_BYTES = 1 << 30
 
 
 def check_ports(settings: Settings) -> None:
-    """Every port must be free on the address that is asked for, before anything is loaded."""
+    """Every port must be free on its address before anything is loaded."""
     for name, port in settings.ports.items():
         try:
             host = settings.host_of(name)
@@ -37,10 +38,11 @@ def check_ports(settings: Settings) -> None:
 
 
 def reserve_ports(settings: Settings) -> list[socket.socket]:
-    """Claim the ports for this server among ours, from before they are bound until it ends; a report when another server has one.
+    """Claim the ports for this server among our servers, before they are bound and until it ends;
+    a report if another has one.
 
-    Two servers that start at the same moment both find the ports free. Each claim is a name in Linux' abstract socket namespace,
-    which the kernel takes back when the process ends, however it ends.
+    Two servers that start at the same moment both find the ports free. Each claim is a name in Linux' abstract socket
+    namespace, which the kernel takes back when the process ends, however it ends.
     """
     claims = []
     for name, port in settings.ports.items():
@@ -55,7 +57,7 @@ def reserve_ports(settings: Settings) -> list[socket.socket]:
 
 
 def check_api_keys(settings: Settings) -> None:
-    """A file for API keys that has none would leave the endpoint open, or shut."""
+    """A Problem for an API_KEY_FILE without keys: the endpoint would be open to all, or closed to all."""
     path = settings.api_key_file
     try:
         if path:
@@ -74,7 +76,8 @@ def _free_port(host: str) -> int:
 
 
 def check_temporary() -> None:
-    """Triton's Python backend ends (status 134) where it cannot make a folder in /tmp: that place is written into it (2.51)."""
+    """Triton's Python backend aborts (status 134) if it cannot make a folder in /tmp,
+    which is fixed in its code (2.51)."""
     if not os.access("/tmp", os.W_OK | os.X_OK):
         raise reports.serving.no_temporary_folder("/tmp")
 
@@ -103,7 +106,7 @@ def check_rooms(root: Path) -> int:
 
 
 def raise_stack_limit() -> None:
-    """For this process and what it starts, as far as the hard limit lets it; a stack takes memory only as it is used."""
+    """Raise it for this process and its children, up to the hard limit. A stack takes memory only as it is used."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

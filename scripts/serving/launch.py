@@ -1,4 +1,4 @@
-"""What is started, as words: tritonserver, mpirun in leader mode, their environment; and what `serve` was asked."""
+"""The command lines of tritonserver and of mpirun in leader mode, their environment, and the settings of `serve`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from scripts.serving.toolbox import Toolbox
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
 STARTUP_SECONDS = 900
 DRAIN_SECONDS = 20
-# Beyond it: what is cut off is told so (openai/worker.py)
+# More time, in which requests that are cut off are told so (openai/worker.py)
 CUT_SECONDS = 3
-# A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
+# A client that may register shared memory can name, read and write any shared memory of this host,
+# also that of other programs.
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
-# More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
+# More ranks than cores may run, and none is bound to a core: a rank is tritonserver with all its threads.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
 PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
 
 
-# Beside the rooms: kernels that the torch engine compiled for this host's GPUs. Not a room: whatever is missing is compiled again.
+# A folder beside the rooms: kernels that the torch engine compiled for this host's GPUs. It is not a room: missing
+# kernels are compiled again.
 COMPILED = "compiled"
 
 
 def reached_at(host: str) -> str:
-    """The address under which this machine reaches a server that listens on HOST, as a URL has it: `[::1]` with brackets."""
+    """The address under which this machine reaches a server that listens on HOST, as a URL has it:
+    `[::1]` with brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
@@ -61,14 +64,15 @@ class Settings:
     metrics_port: int
     log: Path | None = None
     startup_seconds: float = STARTUP_SECONDS
-    # where clients find it, when that differs from `host`: a container listens on all its addresses, docker publishes one of the host's
+    # the address for clients, if it differs from `host`: a container listens on all its addresses,
+    # docker publishes one of the host's
     shown_host: str = ""
     # None: no endpoint
     openai_port: int | None = None
     api_key_file: str = ""
     # written when the server is ready, for programs that start it (serving/started.py)
     ready_file: Path | None = None
-    # how many worker processes it has; empty: by this machine's cores
+    # how many worker processes the endpoint has; empty: decided by this machine's cores
     openai_workers: str = ""
     operating: Operating = Operating()
 
@@ -112,7 +116,8 @@ class Settings:
 
 
 def server_command(toolbox: Toolbox, shared_memory: str) -> list[str]:
-    """tritonserver over the folder model_repo. shared_memory: what the names of the Python backend's begin with."""
+    """tritonserver for the folder model_repo. shared_memory:
+    how the names of the Python backend's shared memory begin."""
     return [
         str(toolbox.tritonserver),
         "--model-repository=model_repo",
@@ -123,15 +128,20 @@ def server_command(toolbox: Toolbox, shared_memory: str) -> list[str]:
 
 
 def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: str = "", key: str = "KEY") -> list[str]:
-    """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports, the others load tensorrt_llm and open none.
+    """NVIDIA's leader mode as one command: rank 0 loads all models and owns the ports,
+    the others load tensorrt_llm and open none.
 
-    Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0), each for a reason: ranks are not bound
-    to one core each and may be more than the cores; the other ranks open no port; the address is explicit; the Python backend's
-    shared memory carries the name of this run (run), because Triton 2.51 leaves some of it behind and we take it away; what only the
-    server's owner may do over the network is closed (CLOSED_TO_CLIENTS), and opens to a key that nobody is told (key).
+    Differences from the backend's launch_triton_server.py (tensorrtllm_backend v0.8.0):
+
+    - Ranks are not bound to one core each, and there may be more ranks than cores.
+    - The other ranks open no port. The address is explicit.
+    - The Python backend's shared memory carries the name of this run (run): Triton 2.51 leaves some of it behind, which
+      we remove.
+    - What only the server's owner may do over the network is closed (CLOSED_TO_CLIENTS). It opens only to a key that no
+      client is told (key).
     """
-    # An IPv6 address, as each of Triton's two servers reads it: gRPC joins address and port with a colon, evhtp knows it by a prefix
-    # (evhtp_bind_socket).
+    # Triton's two servers read an IPv6 address differently: gRPC joins address and port with a colon, evhtp wants a
+    # prefix (evhtp_bind_socket).
     ipv6 = ":" in settings.host
     bracketed, evhtp = (f"[{settings.host}]", f"ipv6:{settings.host}") if ipv6 else (settings.host, settings.host)
     leader = [
@@ -155,10 +165,10 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
 
 
 def compiled_kernels(root: Path) -> Path | None:
-    """Where the torch engine's compiled kernels are found and kept; None: wherever Triton keeps them, as nothing can be kept here.
+    """The folder for the torch engine's compiled kernels; None: Triton's default, because nothing can be kept here.
 
-    In an image nothing may be written beside the rooms, and Triton ends where it finds nothing and may not write. So what was baked in
-    is copied (a few MB); not to /dev/shm, where nothing may be executed in a container.
+    In an image nothing may be written beside the rooms, and Triton fails if it finds no kernels and may not write. So
+    the baked kernels are copied (a few MB), but not to /dev/shm, where a container may not execute files.
     """
     kept = root / COMPILED
     if os.access(kept if kept.is_dir() else root, os.W_OK):
@@ -179,7 +189,8 @@ def server_environment(
     cores: int,
     root: Path | None = None,
 ) -> dict[str, str]:
-    """The environment of mpirun and its ranks. root: where the rooms are, and what the torch engine compiled at an earlier start."""
+    """The environment of mpirun and its ranks. root: where the rooms are,
+    and what the torch engine compiled at an earlier start."""
     environment = dict(inherited)
     # The Python backend takes its environment from the first python3 on PATH and ignores PYTHONPATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
@@ -197,7 +208,7 @@ def server_environment(
     environment["OMPI_MCA_pml"] = "ob1"
     environment["OMPI_MCA_btl"] = f"self,{shared_memory}"
     if world_size >= cores:
-        # A rank that waits for another spins. Where there is no core to spare it must give its own away: to another rank, or to
+        # A rank that waits for another one spins. Without a spare core it must yield its core to another rank, or to
         # tritonserver and the text models (2 ranks on 2 cores: a fifth more tokens per second for one stream).
         environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return environment

@@ -1,4 +1,5 @@
-"""Where the supervisor and the servers' output go: writing never raises, never waits, and a file never grows without limit."""
+"""The output of the supervisor and the servers: writing never raises and never waits,
+and a file never grows without limit."""
 
 from __future__ import annotations
 
@@ -12,20 +13,20 @@ from typing import Any
 
 from scripts import reports
 
-# A log that reaches this is kept under its name with .1, and begun again: twice as much at most
+# A log that reaches this size is renamed to NAME.1 and begun again, so the logs take twice this size at most
 MAX_LOG_BYTES = 128 << 20
-# Lines that wait for a slow disk or a terminal that is held; beyond that they are left out
+# How many lines may wait for a slow disk or a stopped terminal; further lines are left out
 MAX_WAITING = 10_000
 
 
 class Output:
-    """Lines for a file or for standard output, written by a thread of its own.
+    """Lines for a file or for standard output, written by its own thread.
 
     A full disk, a closed pipe and a reader that stopped cost the lines, not the server.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """path: None is standard output. Raises BlockingIOError where another server has the file."""
+        """path: None is standard output. Raises BlockingIOError if another server has the file."""
         self.path = path
         self.descriptor = os.dup(1) if path is None else self._open(path)
         self.size = 0
@@ -52,7 +53,7 @@ class Output:
             self.left_out += 1
 
     def close(self, seconds: float = 2.0) -> None:
-        """Give the last lines so long to be written."""
+        """Wait so long for the last lines to be written."""
         try:
             self.lines.put(None, timeout=seconds)
         except queue.Full:
@@ -82,7 +83,7 @@ class Output:
 
 
 def open_log(log: Path | None, http_port: int) -> Output:
-    """Where the servers' output goes; a second server of the same rooms takes a file that is named after its port."""
+    """The servers' output. A second server of the same rooms takes a file that is named after its port."""
     if log is None:
         return Output()
     for candidate in (log, log.with_name(f"{log.stem}-{http_port}{log.suffix}")):
@@ -94,7 +95,7 @@ def open_log(log: Path | None, http_port: int) -> Output:
 
 
 class Unfailing:
-    """Standard output whose reader may leave: what is printed then goes nowhere."""
+    """Standard output whose reader may leave; then printed text is dropped."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -109,7 +110,7 @@ class Unfailing:
         try:
             self._stream.flush()
         except OSError:
-            # what is left in its buffer would be tried again at the end, and make the status of a good end a bad one
+            # Python would try to write the rest of the buffer at the end, and turn a good exit status into a bad one
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def writelines(self, lines: list[str]) -> None:
@@ -121,5 +122,5 @@ class Unfailing:
 
 
 def never_fail_to_print() -> None:
-    """For the rest of this process."""
+    """From now on printing in this process never raises."""
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)

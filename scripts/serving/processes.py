@@ -1,7 +1,7 @@
-"""What the kernel knows of the processes of a running server: who is there, who is stopped, whom to end.
+"""The processes of a running server, as the kernel reports them: which run, which are stopped, which to end.
 
-Run as a program it is the supervisor's guard: it waits until the supervisor's end of a pipe closes, however that comes about, and
-ends what is left. (mpirun, when told to end by SIGTERM alone, was seen to leave its ranks behind.)
+As a program this is the supervisor's guard: it waits until the supervisor's end of a pipe closes, for whatever reason,
+and ends what is left. (mpirun was seen to leave its ranks behind after a SIGTERM alone.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Process:
-    """One process. (pid, started) names it for good: pids are used again. rank: its MPI rank, None outside any."""
+    """One process. (pid, started) identifies it: pids are used again. rank: its MPI rank, None if it has none."""
 
     pid: int
     started: int
@@ -47,8 +47,8 @@ def of_session(session: int, dead: bool = False) -> dict[tuple[int, int], Proces
 
 
 def end_session(session: int, timeout_seconds: float) -> set[int]:
-    """Kill every process of a session and take note of their ends; returns the pids that are left after the timeout (none,
-    unless the kernel holds them). Only orphans that we adopted can be taken note of: see adopt_orphans."""
+    """Kill every process of a session and reap them; returns the pids that are left after the timeout (none, unless the
+    kernel holds them). Orphans can be reaped only if we adopted them: see adopt_orphans."""
     deadline = time.monotonic() + timeout_seconds
     while left := of_session(session, dead=True):
         for process in left.values():
@@ -70,12 +70,13 @@ def send(process: Process, number: signal.Signals) -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose parent dies, as process 1 of a container is, so that none stays as a zombie."""
+    """Become the parent of descendants whose parent dies, like process 1 of a container,
+    so that none stays as a zombie."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def reap_orphans() -> None:
-    """Take note of every child that has ended."""
+    """Reap every child that has ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -86,7 +87,8 @@ def reap_orphans() -> None:
 def run_logged(
     command: Sequence[str], log: Path, heard: Callable[[str], None], last: int = 200
 ) -> tuple[int, list[str]]:
-    """Run a program to its end in the folder of `log`, its output there and, line by line, to `heard`: (status, last lines)."""
+    """Run a program to its end in the folder of `log`. Its output goes to `log` and, line by line, to `heard`. Returns
+    (status, last lines)."""
     lines: deque[str] = deque(maxlen=last)
     with open(log, "w", encoding="utf-8") as kept:
         child = subprocess.Popen(
@@ -125,7 +127,8 @@ def _read(pid: int) -> Process | None:
 
 
 def remove_shared_memory(run: str) -> None:
-    """Take away the Python backend's shared memory of a run that has ended: Triton 2.51 leaves some behind, even when it exits well."""
+    """Remove the Python backend's shared memory of a run that has ended: Triton 2.51 leaves some behind,
+    even after a good exit."""
     for file in Path("/dev/shm").glob(f"{run}-*"):
         file.unlink(missing_ok=True)
 

@@ -8,7 +8,8 @@ import urllib.error
 import urllib.request
 from typing import Mapping
 
-# A server asks itself over loopback, whatever http_proxy says: a proxy would get its prompts, and it would never become ready.
+# A server asks itself over loopback, whatever http_proxy says: a proxy would see its prompts,
+# and the server never become ready.
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SILENT_SECONDS = 8.0
 # how long an answer to "are you alive" may take
@@ -16,8 +17,9 @@ ALIVE_SECONDS = 3.5
 
 
 class Pulse:
-    """Whether a port answers. Silent is what has missed two questions in a row and SILENT_SECONDS: a machine that was frozen meanwhile
-    (a snapshot, a closed laptop) comes back with one question lost and much time gone, and nothing is wrong with it."""
+    """Whether a port answers. A port is silent if it missed two questions in a row and SILENT_SECONDS passed. A machine
+    that was frozen (a snapshot, a closed laptop) loses one question and much time,
+    although nothing is wrong with it."""
 
     def __init__(self) -> None:
         self.heard()
@@ -37,7 +39,7 @@ class Pulse:
 
 
 def http_ok(url: str, body: Mapping[str, object] | None, timeout_seconds: float) -> bool:
-    """Whether a request is answered with status 200 and no error inside (Triton sends some errors with status 200)."""
+    """Whether the answer to a request has status 200 and no error inside (Triton sends some errors with status 200)."""
     data = None if body is None else json.dumps(body).encode()
     try:
         with LOOPBACK.open(urllib.request.Request(url, data=data), timeout=timeout_seconds) as answer:

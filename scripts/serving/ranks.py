@@ -26,12 +26,12 @@ SERVER, MODEL = "tritonserver", "triton_python_b"
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
 ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")
-# ... which it does a moment after all have ended
+# ... and how long it may take until it does so
 NAMED_SECONDS = 1.0
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
-# What Triton's core writes when the last running request of a server that was told to end is done
+# Triton's core writes this when a server that is ending has finished its last request
 REQUESTS_DONE = "All models are stopped"
-# From then on an answer is on its way to its client, and the models are unloaded; 2 s is what that takes here
+# After that line the last answer is on its way to its client, and the models are unloaded; that takes 2 s here
 UNLOAD_SECONDS = 3.0
 # What Triton's Python backend writes when a model's process has not said for a second that it lives. It then frees what that process
 # still reads, which ends by a signal. (Triton 2.51, StubLauncher::ReceiveMessageFromStub; seen on a machine with a load of 30)
@@ -40,12 +40,12 @@ GAVE_UP = re.compile(r"Stub process '[^']*' is not healthy|Failed to obtain the 
 LAST_WORDS_SECONDS = 3.0
 # What the torch engine writes when another rank no longer answers it (model_repo_template/tensorrt_llm/1/ranks.py)
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
-# What it writes when its GPU cannot hold the engine (gpu_llama.py beside it)
+# It writes this when its GPU cannot hold the engine (gpu_llama.py beside it)
 OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memory: .*?or lower MAX_BATCH_SIZE)")
 
 
 class Ranks:
-    """One mpirun and everything below it, in a session of its own: signals meant for us do not reach it."""
+    """One mpirun and everything below it, in its own session: signals meant for us do not reach it."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], root: Path, run_dir: Path, log: Output
@@ -124,7 +124,7 @@ class Ranks:
             self.guard = self._guard()
 
     def tail(self, rank: int) -> list[str]:
-        """The last lines that a rank wrote; mpirun's own when it wrote none."""
+        """The last lines of a rank; if there are none, those of mpirun."""
         return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
 
     def lasting(self, current: Mapping[tuple[int, int], processes.Process]) -> dict[tuple[int, int], processes.Process]:
@@ -148,12 +148,12 @@ class Ranks:
         gone = [p for key, p in self.expected.items() if key not in current and not (ending and p.rank == 0)]
         if gone:
             self.gone_since = self.gone_since or now
-            # When one rank falls, the others follow within moments: a peer or mpirun says which was the first.
+            # When one rank ends, the others follow within moments: a peer or mpirun says which was the first.
             first = self.lost_rank if self.ended_first is None else self.ended_first
             if first is None and now - self.gone_since < NAMED_SECONDS:
                 return None
             process = min(gone, key=lambda p: (p.rank != first, p.rank == 0))
-            if first is not None and process.rank != first:  # it was gone before we saw it
+            if first is not None and process.rank != first:  # the first one was gone before we saw it
                 return first, "it ended"
             return process.rank or 0, f"its process {process.name} (pid {process.pid}) ended"
         self.gone_since = None
@@ -166,21 +166,21 @@ class Ranks:
         if self.lost_rank is not None and not ending:
             return self.lost_rank, "it no longer answers the other ranks"
         if self.mpirun.poll() is not None and not ending:
-            self.reader.join(timeout=NAMED_SECONDS)  # its last words name the rank
+            self.reader.join(timeout=NAMED_SECONDS)  # mpirun's last lines name the rank
             return self.ended_first or 0, f"mpirun ended with status {self.mpirun.returncode}"
         return None
 
     def settled_failure(self) -> tuple[int, str] | None:
-        """As failure(), after the moment in which a process is gone and it is not yet known whose end was the first."""
+        """Like failure(), but waits until it is known which rank ended first."""
         while (failure := self.failure()) is None and self.gone_since is not None:
             time.sleep(0.05)
         return failure
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Let rank 0 finish its requests; True when none was cut off. A Problem when a rank fails meanwhile.
+        """Let rank 0 finish its requests; True if none was cut off. A Problem if a rank fails meanwhile.
 
-        tritonserver refuses new work on SIGTERM, finishes the running requests, unloads its models and exits. A gRPC stream that
-        a client merely holds open keeps it from ever exiting (Triton 2.51), so it is not waited for.
+        On SIGTERM tritonserver refuses new work, finishes the running requests, unloads its models and exits. It never
+        exits while a client holds an idle gRPC stream open (Triton 2.51), so we do not wait for its exit.
         """
         lasting = self.lasting(processes.of_session(self.session)).values()
         servers = [p for p in lasting if p.rank == 0 and p.name == SERVER]
@@ -198,7 +198,7 @@ class Ranks:
         return False
 
     def end(self) -> None:
-        """End everything at once; nothing is left behind."""
+        """End everything at once and leave nothing behind."""
         processes.end_session(self.session, timeout_seconds=5)
         self.mpirun.wait()
         self.guard.communicate()

@@ -22,7 +22,8 @@ ASK_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Started:
-    """A server that is ready. seconds: from its start until then; endpoint_pid: the OpenAI endpoint's process, if there is one."""
+    """A server that is ready. seconds: from its start until it was ready; endpoint_pid:
+    the process of the OpenAI endpoint, if any."""
 
     process: subprocess.Popen[bytes]
     seconds: float
@@ -31,9 +32,9 @@ class Started:
 
 @contextmanager
 def started(settings: Settings) -> Iterator[Started]:
-    """Serve while the block runs; the server's own lines go to our standard output.
+    """Serve while the block runs; the server's lines go to our standard output.
 
-    A Problem when the server ends before it is ready; its own report stands above.
+    A Problem if the server ends before it is ready; its own report is printed above.
     """
     with tempfile.TemporaryDirectory(prefix="bake-") as folder:
         ready = Path(folder) / "ready.json"

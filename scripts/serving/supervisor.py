@@ -37,7 +37,8 @@ PROBE = {"text_input": "Hello", "max_tokens": 1}
 
 
 def check_grpc_client() -> None:
-    """Over it the text models ask tensorrt_llm (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
+    """A Problem without a gRPC client: the text models ask tensorrt_llm over it
+    (model_repo_template/tensorrt_llm_bls/1/engine_link.py)."""
     if importlib.util.find_spec("tritonclient") is None:
         raise reports.packages.no_grpc_client()
 
@@ -52,7 +53,7 @@ class Supervisor:
         self.endpoint: Endpoint | None = None
 
     def run(self) -> int:
-        """Serve until told to end (returns 0) or until a rank fails (raises its Problem)."""
+        """Serve until the user ends it (returns 0) or until a rank fails (raises its Problem)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.asked_to_end.set())
         never_fail_to_print()
@@ -101,11 +102,13 @@ class Supervisor:
                         self._announce(world_size, seconds)
                         self._tell_ready(seconds)
                         self._watch(ranks)
-                        # A client that lost its stream (make demo) may have asked for the end before we saw why it was lost.
+                        # A client that lost its stream (make demo) may end the server before we see why the stream was
+                        # lost.
                         if failure := ranks.settled_failure():
                             raise reports.serving.rank_failed(*failure, "while serving", ranks.tail(failure[0]))
                         self._be_lame(ranks)
-                    # clients may ask as soon as the models are loaded, a moment before the server calls itself ready
+                    # clients may send requests once the models are loaded,
+                    # a moment before the server calls itself ready
                     if self.loaded.is_set():
                         drain_seconds = self.settings.operating.drain_seconds
                         room.say("serve", f"ending: running requests have {drain_seconds} s to finish")
@@ -130,9 +133,10 @@ class Supervisor:
         return self.settings.openai_port is not None and not missing
 
     def _be_lame(self, ranks: Ranks) -> None:
-        """Say that this server is ending, and serve on until load balancers have heard it.
+        """Announce that this server is ending, and serve on until load balancers have noticed.
 
-        Triton cannot say so: it is ready until SIGTERM, which makes it refuse requests at once, those of the endpoint too.
+        Triton cannot announce it: it is ready until SIGTERM, and then refuses all requests at once,
+        also those of the endpoint.
         """
         seconds = self.settings.operating.lame_duck_seconds
         if self.endpoint is not None:
@@ -148,10 +152,10 @@ class Supervisor:
             time.sleep(0.1)
 
     def _drain(self, ranks: Ranks) -> bool:
-        """Let running requests finish, the endpoint's first; True when none was cut off."""
+        """Let running requests finish, the endpoint's first; True if none was cut off."""
         deadline = time.monotonic() + self.settings.operating.drain_seconds + CUT_SECONDS
         if self.endpoint is not None:
-            self.endpoint.process.terminate()  # it takes no new requests and ends with the last that it has
+            self.endpoint.process.terminate()  # it takes no new requests and ends after its last one
             while self.endpoint.process.poll() is None and time.monotonic() < deadline:
                 if failure := ranks.failure():
                     raise reports.serving.rank_failed(*failure, "while ending", ranks.tail(failure[0]))
@@ -199,7 +203,7 @@ class Supervisor:
                     self.answered.set()
 
     def _endpoint_answers(self) -> bool:
-        """A token comes through the endpoint too, where there is one."""
+        """Whether a token comes through the endpoint, if there is one."""
         return self.endpoint is None or http_ok(f"{self.settings.openai_url}/health", None, 30)
 
     def _announce(self, world_size: int, seconds: float) -> None:
@@ -222,14 +226,14 @@ class Supervisor:
         )
 
     def _tell_ready(self, seconds: float) -> None:
-        """What the lines of _announce say, for programs."""
+        """The facts of _announce's lines, for programs."""
         if self.settings.ready_file is not None:
             endpoint_pid = None if self.endpoint is None else self.endpoint.process.pid
             about = {"seconds": seconds, "pid": os.getpid(), "endpoint_pid": endpoint_pid, **self.settings.ports}
             room.write_synced(self.settings.ready_file, json.dumps(about).encode())
 
     def _watch(self, ranks: Ranks) -> None:
-        """Until told to end: every process of every rank is there and runs, and rank 0 answers."""
+        """Watch until the server is told to end: every process of every rank must run, and rank 0 must answer."""
         self._listen(self.pulse, f"{self.settings.url}/v2/health/live")
         if self.endpoint is not None:
             self.endpoint.listen()
@@ -244,7 +248,7 @@ class Supervisor:
                 raise reports.serving.endpoint_failed(event, "while serving", list(self.endpoint.last_lines))
 
     def _listen(self, pulse: Pulse, url: str) -> None:
-        """Ask every second, beside everything else."""
+        """Ask the port every second, in a separate thread."""
 
         def ask() -> None:
             while not self.asked_to_end.wait(1):

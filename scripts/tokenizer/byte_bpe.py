@@ -1,4 +1,5 @@
-"""Says a byte-level BPE (GPT-2's kind, as SmolLM and Llama 3 have it) in the form of Hugging Face: tokenizer.json with its side files."""
+"""Writes a byte-level BPE (GPT-2's kind, as in SmolLM and Llama 3) in Hugging Face's form:
+tokenizer.json with its side files."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ _LLAMA3 = _sequence(
 )
 PRE_TOKENIZERS = {
     "gpt-2": _byte_level(True),
-    # each digit by itself, then as GPT-2
+    # each digit by itself, then as in GPT-2
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _byte_level(True)),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
@@ -41,17 +42,17 @@ def tokenizer_json(
 ) -> dict[str, Any]:
     """tokenizer.json of a vocabulary. tokens: by id, in GPT-2's writing of bytes; merges: "a b", best first.
 
-    added: ids of tokens that are matched whole in a text -> whether they are special. bos_id: the token that is put in front of
-    every text, or None. Llama 3 takes a piece that is a token as it is, whatever the merges say (tiktoken does).
+    added: ids of tokens that are matched whole in a text -> whether they are special. bos_id: the token in front of
+    every text, or None. If a piece of text is a token, Llama 3 takes it whatever the merges say, as tiktoken does.
     """
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise reports.weights.tokenizer_unfit(
-            path, f"Its texts are cut the way that llama.cpp calls {pre!r}; known are {known}"
+            path, f"Its texts are cut the way that llama.cpp calls {pre!r}; the known ways are {known}"
         )
     if not tokens or len(set(tokens)) != len(tokens):
         raise reports.weights.tokenizer_unreadable(
-            path, f"of its {len(tokens)} tokens {len(set(tokens))} are different"
+            path, f"it has {len(tokens)} tokens, but only {len(set(tokens))} different ones"
         )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
@@ -83,7 +84,7 @@ def tokenizer_json(
 
 
 def _first(bos: str, bos_id: int) -> dict[str, Any]:
-    """Put <s>, or what it is called here, in front."""
+    """Put <s>, or the token with that role, in front."""
 
     def words(*names: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -107,12 +108,12 @@ def tokenizer_config(special: Mapping[str, str], add_bos: bool) -> dict[str, Any
     }
 
 
-# --- Llama 3's tokenizer.model: tiktoken's file, lines of base64 and a rank -------------------------------------------------
+# --- Llama 3's tokenizer.model: tiktoken's file, lines of base64 and a rank -------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tiktoken:
-    """The tokens of such a file, bytes by rank; behind them come Llama 3's special tokens."""
+    """The tokens of such a file, bytes by rank; Llama 3's special tokens come after them."""
 
     tokens: tuple[bytes, ...]
     special: tuple[str, ...]
@@ -131,13 +132,15 @@ class Tiktoken:
 
     @property
     def end_ids(self) -> list[int]:
-        """What ends an answer: the text's end, and as in Meta's tokenizer.py (stop_tokens) a chat's turn; since 3.1 a message too."""
+        """What ends an answer: the text's end, and as in Meta's tokenizer.py (stop_tokens) a chat's turn;
+        since 3.1 a message too."""
         turns = [name for name in ("<|eom_id|>", "<|eot_id|>") if name in self.special]
         return [self.eos_id, *(self.bos_id + self.special.index(name) for name in turns)]
 
 
 def special_tokens(since_3_1: bool) -> tuple[str, ...]:
-    """Llama 3's 256 special tokens (llama3's tokenizer.py; since 3.1 llama-models'): what is not named is reserved, by number."""
+    """Llama 3's 256 special tokens (llama3's tokenizer.py; since 3.1 llama-models'): a token without a name is
+    reserved, with a number."""
     named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
     if since_3_1:
         named.update({4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"})
@@ -146,7 +149,7 @@ def special_tokens(since_3_1: bool) -> tuple[str, ...]:
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether the file's first line is such as `IQ== 0`."""
+    """Whether the file's first line looks like `IQ== 0`."""
     try:
         with path.open("rb") as file:
             line = file.readline(200).split()
@@ -156,7 +159,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_tiktoken(path: Path, since_3_1: bool) -> Tiktoken:
-    """Read and check such a file; a Problem where it is cut off or anything else."""
+    """Read and check such a file; a Problem if it is cut off or anything else."""
     with path.open("rb") as file:
         data = file.read(TIKTOKEN_MAX_BYTES + 1)
     tokens: list[bytes] = []
@@ -188,7 +191,7 @@ def tiktoken_files(path: Path, model: Tiktoken) -> dict[str, Any]:
     known = {token: rank for rank, token in enumerate(model.tokens)}
     merges: list[str] = []
     for token in model.tokens:
-        # every way to make it of two tokens, as transformers' converter has them, the earlier parts first
+        # every way to make it of two tokens, as in transformers' converter, the earlier parts first
         ways = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in known and token[at:] in known]
         for left, right in sorted(ways, key=lambda way: (known[way[0]], known[way[1]])):
             merges.append(f"{tokens[known[left]]} {tokens[known[right]]}")
@@ -204,7 +207,8 @@ def tiktoken_files(path: Path, model: Tiktoken) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """How GPT-2 writes the 256 bytes: visible characters of Latin-1 as they are, the others by those from U+0100 on."""
+    """How GPT-2 writes the 256 bytes: visible characters of Latin-1 as they are,
+    the others as characters from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + others.index(byte)) for byte in range(256)]

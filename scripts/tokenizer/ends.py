@@ -1,7 +1,7 @@
-"""Which tokens end an answer: decided once, in the room config, and kept there in generation_config.json.
+"""Which tokens end an answer. The room config decides it once and keeps the list in generation_config.json.
 
-The engines, Triton's text models and the endpoint read that list; none of them looks at another file. Like transformers' `generate`
-every answer ends at the first of them.
+The engines, Triton's text models and the endpoint read that list and no other file. Every answer ends at the first of
+these tokens, as with transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def ids_of(value: Any, name: str, path: Path) -> list[int]:
 def end_ids(said: Sequence[tuple[Path, Any]], own: Sequence[int | None], vocab_size: int) -> list[int]:
     """Every token that the model names as an end, in the order of the files, each once.
 
-    said: (a file, its eos_token_id); own: what the tokenizer itself calls its end. An id that the model cannot say ends nothing.
+    said: (a file, its eos_token_id); own: the end tokens of the tokenizer itself.
+    An id outside the vocabulary is dropped.
     """
     found = [token for path, value in said for token in ids_of(value, "eos_token_id", path)]
     found += [token for token in own if token is not None]
@@ -34,6 +35,6 @@ def end_ids(said: Sequence[tuple[Path, Any]], own: Sequence[int | None], vocab_s
 
 
 def generation_config(values: Mapping[str, Any], ends: Sequence[int], bos_id: int | None) -> dict[str, Any]:
-    """generation_config.json with the list in it; one end is written as a number, as transformers does."""
+    """generation_config.json with the list in it; a single end is written as a number, as transformers does."""
     named = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {}
     return {**({} if bos_id is None else {"bos_token_id": bos_id}), **values, **named}

@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder and its side files, as the room config keeps them.
 
-What the folder says is kept: a tokenizer.json and the files beside it go in as they are. Where a file is missing (a slow tokenizer has no
-tokenizer.json, some conversions leave no tokenizer_config.json) it is made from the others. What cannot be used is refused by its name.
+A tokenizer.json and the files beside it go in as they are. A missing file is made from the others: a slow tokenizer has
+no tokenizer.json, and some conversions leave no tokenizer_config.json. A report names what cannot be used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COPIED = (GENERATION, CONFIG, SPECIAL, ADDED, "chat_template.jinja")
 FILE_MAX_BYTES = 64 << 20
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-# Of a slow tokenizer's tokenizer_config.json: what names its code or its files
+# Fields of a slow tokenizer's tokenizer_config.json that name its code or its files
 OF_SLOW = ("use_fast", "auto_map", "legacy", "sp_model_kwargs", "tokenizer_file", "name_or_path", "add_prefix_space")
 
 
@@ -42,7 +42,8 @@ class HfTokenizer:
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -> HfTokenizer:
-    """A folder's tokenizer for a model whose embedding has vocab_size rows; a Problem where the two do not fit. config: config.json."""
+    """A folder's tokenizer for a model whose embedding has vocab_size rows; a Problem if the two do not fit.
+    config: config.json."""
     files = {name: small_file(folder / name) for name in COPIED if (folder / name).is_file()}
     said: dict[str, dict[str, Any]] = {}
     for name in files:
@@ -107,12 +108,12 @@ def ids_of(described: Mapping[str, Any]) -> dict[str, int]:
 
 
 def json_bytes(value: object) -> bytes:
-    """As upstream writes its configs: indent 4, no newline at the end."""
+    """A JSON file as upstream writes its configs: indent 4, no newline at the end."""
     return json.dumps(value, indent=4, ensure_ascii=False).encode()
 
 
 def small_file(path: Path) -> bytes:
-    """The content of a file that is no weights; a Problem where it is too large to be one."""
+    """The content of a file that is not weights; a Problem if it is too large to be one."""
     with path.open("rb") as file:
         data = file.read(FILE_MAX_BYTES + 1)
     if len(data) > FILE_MAX_BYTES:
@@ -120,7 +121,8 @@ def small_file(path: Path) -> bytes:
     return data
 
 
-# What both kinds give: tokenizer.json's value, tokenizer_config.json's, and the added tokens that the embedding has no row for.
+# The result for both kinds: the content of tokenizer.json and of tokenizer_config.json, and the added tokens that the
+# embedding has no row for.
 Made = tuple[dict[str, Any], dict[str, Any], dict[str, int]]
 
 
@@ -161,7 +163,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def _slow(path: Path, folder: Path, said: Mapping[str, Mapping[str, Any]], vocab_size: int) -> Made:
-    """A SentencePiece model, with what the files beside it add to it, as transformers has it."""
+    """A SentencePiece model with the additions of the files beside it, as transformers does it."""
     pieces = sentencepiece.read_tokenizer_model(path)
     if pieces.vocab_size > vocab_size:
         raise reports.weights.vocabulary_differs(path, pieces.vocab_size, vocab_size)
@@ -187,7 +189,7 @@ def _slow(path: Path, folder: Path, said: Mapping[str, Mapping[str, Any]], vocab
 
     begin = of_role("bos_token", pieces.bos_id) if own.get("add_bos_token", True) else None
     end = of_role("eos_token", pieces.eos_id) if own.get("add_eos_token", False) else None
-    # Without tokens of its own a text is one stretch, and transformers' old rule (`legacy`) and its new one are the same.
+    # Without added tokens a text is one stretch, and transformers' old rule (`legacy`) and its new one are the same.
     has_own = bool(added.keys() - {pieces.unk_id, pieces.bos_id, pieces.eos_id}) or any(
         piece.type == sentencepiece.USER_DEFINED for piece in pieces.pieces
     )
@@ -196,7 +198,7 @@ def _slow(path: Path, folder: Path, said: Mapping[str, Mapping[str, Any]], vocab
     if sorted(added.keys() - set(range(pieces.vocab_size))) != list(
         range(pieces.vocab_size, max([*added, pieces.vocab_size - 1]) + 1)
     ):
-        # the library numbers what is in no vocabulary by itself, without the gaps
+        # the library itself numbers tokens that are in no vocabulary, without gaps
         described["model"]["vocab"].update({str(token["content"]): token_id for token_id, token in added.items()})
     kept = {name: value for name, value in own.items() if name not in OF_SLOW}
     settings = {**sentencepiece.tokenizer_config(pieces), **roles, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -231,7 +233,7 @@ def _added(folder: Path, said: Mapping[str, Mapping[str, Any]], special: set[str
 def _refuse_needed(
     path: Path, left_out: Mapping[str, int], vocab_size: int, settings: Mapping[str, Any], post_processor: Any
 ) -> None:
-    """A Problem where a text begins or ends with a token that the embedding has no row for."""
+    """A Problem if a text begins or ends with a token that the embedding has no row for."""
     needed = {content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
     used = json.dumps(post_processor)
     for token, token_id in left_out.items():
@@ -263,7 +265,7 @@ def _with_roles(
     listed: list[int],
     given: bool,
 ) -> dict[str, Any]:
-    """tokenizer_config.json; where the folder has none, with the names of the ids that its other files call begin and end."""
+    """tokenizer_config.json; if the folder has none, it gets the ids that the other files name as begin and end."""
     if given or "tokenizer_class" in settings:
         return dict(settings)
     texts = {token_id: token for token, token_id in ids.items()}

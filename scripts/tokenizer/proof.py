@@ -1,4 +1,4 @@
-"""Opens a tokenizer folder as the server will: the same code reads the same files, before a room is made of them."""
+"""Opens a tokenizer folder as the server will: the same code reads the same files, before they go into a room."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from scripts import reports
 from scripts.weights.bounded import bounded
 
 TEXT = Path(__file__).parents[2] / "model_repo_template/tensorrt_llm_bls/1/text.py"
-# The endpoint's module. Not imported by name: what a room is made of does not depend on it, and only the endpoint's packages have Jinja.
+# The endpoint's module. It is not imported by name, because the room's content does not depend on it, and only the
+# endpoint's packages have Jinja.
 TEMPLATES = "scripts.openai", "chat_template"
-# Of a processor and of memory, for one conversation of one word; the endpoint gives a template 2 s and goes on without it
+# Limits of CPU time and of memory, for one conversation of one word;
+# the endpoint gives a template 2 s and goes on without it
 TEMPLATE_SECONDS = 10
 ONE_WORD_SECONDS = 0.1
 TEMPLATE_BYTES = 1 << 30
@@ -31,9 +33,9 @@ UNREADABLE, UNBOUNDED = 3, 4
 
 
 def open_as_served(files: Mapping[str, bytes], source: Callable[[str], Path], vocab_size: int = 1 << 31) -> None:
-    """A Problem where the server could not open what the room is to hold, or where a text becomes ids that the embedding has no row for.
+    """A Problem if the server could not open these files, or if a text becomes ids that the embedding has no row for.
 
-    files: name -> content; source: the foreign file of a name.
+    files: name -> content; source: name -> the user's file that it came from.
     """
     for name, data in files.items():
         if name.endswith(".json"):
@@ -67,12 +69,15 @@ def _text_code() -> Any:
 
 
 def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> None:
-    """The chat template is compiled, and writes one conversation: in a child, because one operation of it may take for ever.
+    """Compiles the chat template and writes one conversation. This runs in a child,
+    because one operation may take for ever.
 
-    Jinja computes what is constant while it compiles.
+    Jinja computes constants while it compiles.
     """
     path = source("chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "tokenizer_config.json")
-    if not importlib.util.find_spec("jinja2"):  # a container without the endpoint's packages: the endpoint will say it
+    if not importlib.util.find_spec(
+        "jinja2"
+    ):  # a container without the endpoint's packages: the endpoint reports a bad template
         return
     code = importlib.import_module(".".join(TEMPLATES))
     template = _opened(path, lambda: code.template_of(folder))
@@ -89,10 +94,10 @@ def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> Non
         started = time.process_time()
         try:
             made.render(HELLO)
-        except code.Refused as refused:  # a template may want more than one word of a user
+        except code.Refused as refused:  # a template may require more than one word of a user
             if isinstance(refused.__context__, MemoryError):
                 return UNBOUNDED
-        # what the endpoint gives up after its 2 s of a clock has used less of a processor where others use it too
+        # the endpoint gives up after 2 s of a clock; on a busy machine that is less CPU time
         return UNBOUNDED if time.process_time() - started > ONE_WORD_SECONDS else 0
 
     try:
@@ -106,7 +111,8 @@ def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> Non
 
 
 def _opened(path: Path, opening: Callable[[], Any]) -> Any:
-    """What `opening` gives; a Problem that names the file where it fails in whatever way, a panic of the tokenizers' Rust included."""
+    """What `opening` gives; a Problem that names the file if it fails in any way,
+    also by a panic of the tokenizers' Rust."""
     try:
         with _quiet():
             return opening()

@@ -1,7 +1,7 @@
-"""Reads a SentencePiece tokenizer.model and says the same in the form of Hugging Face: tokenizer.json with its side files.
+"""Reads a SentencePiece tokenizer.model and writes it in Hugging Face's form: tokenizer.json with its side files.
 
-The token ids of both are equal for any text. The protobuf is read here by hand (four fields of each message are needed), so that the
-rooms need neither sentencepiece nor a particular version of protobuf.
+The token ids of both are equal for any text. The protobuf is read here by hand (four fields of each message are
+needed), so that the rooms need neither sentencepiece nor a particular version of protobuf.
 """
 
 from __future__ import annotations
@@ -58,16 +58,14 @@ def path_of(folder: Path) -> Path:
 
 
 def read_tokenizer_model(path: Path) -> SentencePieceModel:
-    """Read and check a tokenizer.model; a Problem names what it is when it is anything but Llama 2's kind."""
+    """Read and check a tokenizer.model; if it is not Llama 2's kind, a Problem names its kind."""
     try:
         with path.open("rb") as file:
             data = file.read(MODEL_MAX_BYTES)
     except OSError as error:
         raise reports.weights.tokenizer_unreadable(path, error.strerror or type(error).__name__) from None
     if _is_tiktoken(data):
-        raise reports.weights.tokenizer_unfit(
-            path, "It is a tiktoken file (lines of base64 and a rank, as Llama 3 has them)"
-        )
+        raise reports.weights.tokenizer_unfit(path, "It is a tiktoken file (lines of base64 and a rank, as in Llama 3)")
     try:
         return parse_model(data, path)
     except (ValueError, struct.error, IndexError) as error:
@@ -75,7 +73,8 @@ def read_tokenizer_model(path: Path) -> SentencePieceModel:
 
 
 def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePieceModel:
-    """tokenizer.model's bytes -> the model. ValueError where the bytes are no protobuf, a Problem where it is no Llama kind.
+    """tokenizer.model's bytes -> the model. ValueError if the bytes are not protobuf,
+    a Problem if it is not a Llama kind.
 
     Field numbers: sentencepiece's src/sentencepiece_model.proto.
     """
@@ -105,7 +104,7 @@ def parse_model(data: bytes, path: str | Path = "tokenizer.model") -> SentencePi
     for name, kind in (("unk_id", UNKNOWN), ("bos_id", CONTROL), ("eos_id", CONTROL)):
         if not 0 <= ids[name] < len(pieces) or pieces[ids[name]].type != kind:
             raise reports.weights.tokenizer_unfit(
-                path, f"Its {name} is {ids[name]}, which is no such piece among its {len(pieces)}"
+                path, f"Its {name} is {ids[name]}, which is not such a piece among its {len(pieces)}"
             )
     return SentencePieceModel(tuple(pieces), **ids)
 
@@ -116,14 +115,18 @@ def tokenizer_json(
     around: tuple[int | None, int | None] | None = None,
     spaces: str | None = None,
 ) -> dict[str, Any]:
-    """The model as tokenizer.json: for any text the ids of SentencePiece, with <s> in front where special tokens are asked for.
+    """The model as tokenizer.json: it gives the ids of SentencePiece for any text,
+    with <s> in front if special tokens are wanted.
 
-    Strip the special `added_tokens` from it (or set encode_special_tokens) and no spelling of a special token in a text is special:
-    SentencePiece never reads `</s>` in a text as the end token. Its user-defined pieces are matched whole in any text.
-    added: tokens beside the pieces by id: content, and transformers' lstrip, rstrip, single_word, special. around: the ids that a text
-    begins and ends with, None: nothing; absent: <s> in front. spaces: where transformers puts the space that begins a text, if the text
-    does not begin with one: `first`, or `always`, after added tokens too (its tokenizers that are `legacy`). None: SentencePiece's own way
-    for a text without added tokens, in front of any.
+    Strip the special `added_tokens` from it (or set encode_special_tokens), and a special token that is spelt out in a
+    text is plain text: SentencePiece never reads `</s>` in a text as the end token.
+    User-defined pieces are matched whole in any text.
+
+    added: tokens besides the pieces, by id: content, and transformers' lstrip, rstrip, single_word, special.
+    around: the ids that a text begins and ends with; None: none; absent: <s> in front.
+    spaces: where transformers adds a space if the text does not begin with one: `first`: at the start; `always`: also
+    after added tokens (its `legacy` tokenizers); None: SentencePiece's own way for a text without added tokens,
+    in front of any text.
     """
     texts = {token_id: piece.text for token_id, piece in enumerate(model.pieces)}
     texts.update({token_id: str(token["content"]) for token_id, token in added.items()})
@@ -195,14 +198,16 @@ def tokenizer_json(
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {piece.text: token_id for token_id, piece in enumerate(model.pieces)},
-            # "a b" and not ["a", "b"]: tokenizers 0.15 in NVIDIA's older containers reads only the former, 0.23 reads both
+            # "a b" and not ["a", "b"]: tokenizers 0.15 in NVIDIA's older containers reads only the former,
+            # 0.23 reads both
             "merges": [f"{left} {right}" for left, right in merges(model)],
         },
     }
 
 
 def tokenizer_config(model: SentencePieceModel) -> dict[str, Any]:
-    """tokenizer_config.json. The class is the plain one: transformers 5 rebuilds what is called LlamaTokenizer from its parts."""
+    """tokenizer_config.json. It names the plain class,
+    because transformers 5 rebuilds a LlamaTokenizer from its parts."""
     return {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -210,7 +215,7 @@ def tokenizer_config(model: SentencePieceModel) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         # without it transformers 4 adds token_type_ids, which Llama's generate() refuses
         "model_input_names": ["input_ids", "attention_mask"],
-        # the spelling of a special token in a text is text
+        # a special token that is spelt out in a text is plain text
         "split_special_tokens": True,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
@@ -227,9 +232,9 @@ def special_tokens_map(model: SentencePieceModel) -> dict[str, str]:
 def merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """The pairs that BPE joins, best first.
 
-    SentencePiece joins the neighbours whose union has the best score; Hugging Face joins the neighbours that come first in a list of
-    pairs. So every way to split a piece into two pieces is in the list, in the order of the union's score. Among the splits of one
-    piece the shorter left part comes first; both ways take the leftmost of equals.
+    SentencePiece joins the neighbours whose union has the best score; Hugging Face joins the neighbours that come first
+    in a list of pairs. So the list has every way to split a piece into two pieces, in the order of the union's score.
+    Among the splits of one piece the shorter left part comes first. Both take the leftmost of equal pairs.
     """
     normal = {piece.text: piece.score for piece in model.pieces if piece.type == NORMAL}
     pairs = [
@@ -248,7 +253,7 @@ def _refuse_other_kinds(
     normalizer: dict[int, Any],
     denormalizer: dict[int, Any],
 ) -> None:
-    """A Problem for whatever would make other token ids than the BPE of tokenizer_json."""
+    """A Problem for every setting that would give other token ids than the BPE of tokenizer_json."""
 
     def unfit(what: str) -> reports.Problem:
         return reports.weights.tokenizer_unfit(path, what)
@@ -259,20 +264,20 @@ def _refuse_other_kinds(
     if not trainer.get(35, 0):
         raise unfit("It has no byte fallback")
     if trainer.get(24, 0):
-        raise unfit("It writes spaces behind words (treat_whitespace_as_suffix), not before them")
-    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces: on where the file says nothing
+        raise unfit("It writes spaces after words (treat_whitespace_as_suffix), not before them")
+    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces: on by default
     switches = tuple(bool(normalizer.get(number, 1)) for number in (3, 4, 5))
     name = _message(normalizer.get(1, b"")).decode()
     if normalizer.get(2) or denormalizer.get(2) or switches != (True, False, True):
         raise unfit(
             f"Its normalizer is {name!r} with add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces = {switches} "
-            "where Llama 2 has 'identity' with (True, False, True)"
+            "instead of Llama 2's 'identity' with (True, False, True)"
         )
     check_pieces(path, pieces)
 
 
 def check_pieces(path: str | Path, pieces: Sequence[Piece]) -> None:
-    """A Problem where the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
+    """A Problem if the pieces, whatever file they come from, are not those of a BPE that tokenizer_json can write."""
 
     def unfit(what: str) -> reports.Problem:
         return reports.weights.tokenizer_unfit(path, what)
@@ -295,11 +300,11 @@ def check_pieces(path: str | Path, pieces: Sequence[Piece]) -> None:
             raise unfit(
                 f"Its piece {piece.text!r} holds a space, which the list of merges in tokenizer.json cannot write"
             )
-        # SentencePiece also joins characters that are no pieces themselves, Hugging Face does not
+        # SentencePiece also joins characters that are not pieces themselves, Hugging Face does not
         alone = set(piece.text) - known
         if alone:
-            raise unfit(f"Its piece {piece.text!r} holds {min(alone)!r}, which is no piece by itself")
-    # equal scores: SentencePiece takes the leftmost of different pieces, which an order of pairs cannot say
+            raise unfit(f"Its piece {piece.text!r} holds {min(alone)!r}, which is not a piece by itself")
+    # equal scores: SentencePiece takes the leftmost of different pieces, which a list of pairs cannot express
     joined = [piece.score for piece in pieces if piece.type == NORMAL and len(piece.text) > 1]
     if len(set(joined)) != len(joined):
         raise unfit("Two of its pieces have the same score")

@@ -1,6 +1,6 @@
-"""Holds an engine's answers against Hugging Face's: which differences are rounding, which are faults, and the verdict.
+"""Compares an engine's answers with Hugging Face's: which differences are rounding, which are faults, and the verdict.
 
-Numbers in, numbers out: knows no file, no model and no engine.
+Numbers in, numbers out: it opens no file, model or engine.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# From exact to coarse; the last two: weights (and perhaps activations) of that size.
+# From exact to coarse; the last two are the size of the weights (and perhaps of the activations).
 PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 
 
-# Why the thresholds are what they are; the report says it to its reader. Measured on the bundled model with TP=2, largest and mean:
-# float32 on a processor 0.00002 and 0.000002; on two H100 float16 0.04 and 0.004, bfloat16 (engine only) 0.19 and 0.024. With fc and
-# gate of one layer of one rank exchanged in bfloat16: 3.5 and 0.34.
+# The reasons for the thresholds, which the report repeats. Measurements on the bundled model with TP=2, largest and
+# mean: float32 on a CPU 0.00002 and 0.000002; on two H100 float16 0.04 and 0.004, bfloat16 (engine only) 0.19 and
+# 0.024. A real fault, fc and gate of one layer of one rank exchanged, gives 3.5 and 0.34 in bfloat16.
 ARITHMETIC = (
     "The residual stream of the deepest preset (80 layers) is rounded 160 times; roundings are independent, so they grow with the "
     "root: 12.6 units of roundoff. Logits are of a size of 16 or so: 12.6 * 16 = 200 units. float16: 200 * 2^-11 = 0.1. bfloat16: "
@@ -36,12 +36,12 @@ class Thresholds:
     log_prob: float  # the largest of all differences
     mean: float  # their mean
     perplexity: float  # the logarithm of the perplexities' ratio, which is a mean of differences too
-    near_tie: float  # a greedy choice may turn when the gap was no larger
+    near_tie: float  # a greedy choice may differ if the gap was at most this
     compared: float = 0.5  # share of the answers' tokens that must have been compared
 
 
 def thresholds(precision: str) -> Thresholds:
-    """The thresholds for the coarsest arithmetic that took part (see `coarsest`)."""
+    """The thresholds for the coarsest arithmetic of both sides (see `coarsest`)."""
     largest = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.8, "8 bits": 1.6, "4 bits": 4.8}[precision]
     return Thresholds(
         log_prob=largest,
@@ -55,8 +55,9 @@ def thresholds(precision: str) -> Thresholds:
 def coarsest(stored: str, engine: str, on_gpu: bool, quant_algo: str | None = None) -> str:
     """The coarsest arithmetic between the two sides; dtypes of the Hugging Face weights and of the engine.
 
-    On a processor both sides compute in float32, so only the engine's rounding of the weights counts, if it has any.
-    On a GPU each side computes in its own dtype. quant_algo: TensorRT-LLM's word ('W8A16', 'FP8', 'W4A16_AWQ', ...), None for none.
+    On a CPU both sides compute in float32, so only the engine's rounding of the weights counts, if there is any.
+    On a GPU each side computes in its own dtype. quant_algo: TensorRT-LLM's word ('W8A16', 'FP8', 'W4A16_AWQ',
+    ...), None for none.
     """
     if quant_algo is not None:
         return "4 bits" if quant_algo.startswith("W4") else "8 bits"
@@ -90,7 +91,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest difference of one prompt: at which position, of which token, and both values."""
+    """The largest difference of one prompt: its position, its token, and both values."""
 
     difference: float
     position: int
@@ -101,21 +102,22 @@ class Worst:
 
 @dataclass(frozen=True)
 class Difference:
-    """What came of one prompt. Tokens after the first that differs are not compared: they follow other texts."""
+    """The result for one prompt. Tokens after the first difference are not compared,
+    because they follow different texts."""
 
     equal_tokens: int
     compared_tokens: int
-    gap: float | None  # where the answers part: how much likelier the reference's token was; None: they do not part
-    turned: bool  # they part, and it was no near tie
+    gap: float | None  # at the first difference: how much likelier the reference's token was; None: no difference
+    turned: bool  # they differ, and it was not a near tie
     worst: Worst
     total: float  # sum of the differences
     count: int  # how many
 
 
 def compare_answer(reference: Reference, answer: Answer, limits: Thresholds) -> Difference:
-    """Compare up to and with the first greedy token that differs: until there both sides read the same text.
+    """Compare up to and with the first greedy token that differs: until then both sides read the same text.
 
-    What is not a finite number differs by infinity.
+    A value that is not finite differs by infinity.
     """
     pairs = list(zip(reference.tokens, answer.tokens))
     equal = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
@@ -146,7 +148,7 @@ def _apart(ours: float, theirs: float) -> float:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict: what was measured against its limit."""
+    """One line of the verdict: a measured value and its limit."""
 
     name: str
     measured: float
@@ -160,7 +162,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All of it. `order`: the prompts' numbers, worst first."""
+    """The verdict over all prompts. `order`: the prompts' numbers, worst first."""
 
     checks: tuple[Check, ...]
     order: tuple[int, ...]
@@ -212,7 +214,7 @@ def verdict(pairs: Sequence[tuple[Reference, Answer]], found: Sequence[Differenc
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
-    """exp of the mean negative log probability; 1 for no token, infinite where a value is no number."""
+    """exp of the mean negative log probability; 1 for no token, infinite if a value is NaN."""
     mean = -sum(log_probs) / max(1, len(log_probs))
     return math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.inf
 

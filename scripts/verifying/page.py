@@ -1,4 +1,4 @@
-"""What the room verified says: report.json for machines, report.html for people; both are made of the same dictionary."""
+"""The report of the room verified: report.json for machines, report.html for people, both made from one dictionary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def report(
     limits: Thresholds,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """report.json. `about`: what was compared, taken over as it is; `texts`: the prompts, of which the worst comes first.
+    """report.json. `about`: what was compared, copied as it is; `texts`: the prompts. The worst prompt comes first.
 
-    Numbers are rounded (compare.shown_up), and what is below a tenth of the limit is not told apart: it is noise.
+    Numbers are rounded (compare.shown_up); values below a tenth of the limit become one value, because they are noise.
     """
 
     def one(i: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _measured(check: Check) -> float | None:
 
 
 def _number(value: float) -> float | None:
-    """JSON knows no infinity."""
+    """A number for JSON, which has no infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -94,14 +94,14 @@ code { font: .9em ui-monospace, monospace; white-space: pre-wrap } small { color
 """.strip()
 
 
-REHEARSAL = "<p><mark>A rehearsal: stand-ins built the engine and answered in its place. Nothing here is about TensorRT.</mark></p>"
+REHEARSAL = "<p><mark>A rehearsal: stand-ins built the engine and answered in its place. This says nothing about TensorRT.</mark></p>"
 
 
 def page(said: Mapping[str, Any]) -> str:
     """report.html: one page that needs nothing else, the verdict first. `said` is `report`'s dictionary."""
     engine, asked, greedy, limits = said["engine"], said["asked"], said["greedy_tokens"], said["thresholds"]
     verdict = "The engine says what Hugging Face's model says" if said["passed"] else "The engine says something else"
-    where = "GPUs, each side in its own dtype" if said["device"] == "cuda" else "a processor, both sides in float32"
+    where = "GPUs, each side in its own dtype" if said["device"] == "cuda" else "a CPU, both sides in float32"
     perplexity = said["perplexity"]
     return "\n".join(
         [
@@ -110,10 +110,10 @@ def page(said: Mapping[str, Any]) -> str:
             f"<title>verified: {'passed' if said['passed'] else 'failed'}</title><style>{STYLE}</style></head><body>",
             f'<h1 class="{"passed" if said["passed"] else "failed"}">{verdict}.</h1>',
             REHEARSAL if engine.get("rehearsal") else "",
-            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. Compared at "
+            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. They are compared at "
             f"{said['positions']} positions: the {asked['top_k']} likeliest tokens' log probabilities. Engine: {engine['engine']}, "
             f"{engine['world_size']} ranks, {engine['dtype']}, TensorRT-LLM {engine['trtllm_version']} checkpoint. Hugging Face's "
-            f"weights: {said['stored_dtype']}. Computed on {where}.</p>",
+            f"weights: {said['stored_dtype']}. This was computed on {where}.</p>",
             _table(
                 ["Check", "*measured", "*limit", ""],
                 [
@@ -169,7 +169,7 @@ def _mark(passed: bool) -> str:
 
 
 def _texts(one: Mapping[str, Any]) -> list[str]:
-    """Both answers as HTML; from where they part they are marked, when that was no near tie."""
+    """Both answers as HTML. From the first difference on they are marked, unless it was a near tie."""
     ours, theirs = one["hugging_face"], one["engine"]
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
     tag = "code" if one.get("parted", {"near_tie": True})["near_tie"] else "mark"

@@ -1,12 +1,13 @@
-"""Who is asked in the room verified: Hugging Face's model, and the torch engine's ranks under mpirun; a process of its own each.
+"""The two sides of the room verified: Hugging Face's model, and the torch engine's ranks under mpirun;
+one process each.
 
 python -m scripts.verifying.sides hf HF QUESTIONS.json REFERENCES.json
 mpirun -n 2 python -m scripts.verifying.sides torch ENGINES REFERENCES.json ANSWERS.json
 
 TensorRT engines are asked by scripts/verifying/trtllm_side.py.
 
-Each writes one line `asked N` per N prompts that are done. Logits are reduced to the few numbers that are compared as they come, so
-memory holds those of a few prompts only.
+Each prints a line `asked N` after N prompts. Logits are reduced at once to the few numbers that are compared, so memory
+holds the logits of a few prompts only.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from typing import Any
 from scripts import reports
 
 ENGINE_CODE = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm" / "1"
-# Prompts that are in work at the same time: logits of 16 prompts of 32 tokens and 128 000 ids are 262 MB.
+# Prompts in progress at the same time: logits of 16 prompts of 32 tokens and 128 000 ids are 262 MB.
 AT_ONCE = 16
-# The longest wait for the next piece of any answer; the first step of a large model on a processor is slow.
+# The longest wait for the next piece of any answer; the first step of a large model on a CPU is slow.
 PIECE_SECONDS = 600
 
 
 def groups(prompts: Sequence[Sequence[int]], at_once: int = AT_ONCE) -> Iterator[list[int]]:
-    """The prompts' numbers, in groups of equal length and at most AT_ONCE: they can be asked together without padding."""
+    """The prompts' numbers, in groups of equal length and at most AT_ONCE, so that a group needs no padding."""
     size = min(at_once, AT_ONCE)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for _, same in groupby(by_length, key=lambda i: len(prompts[i])):
@@ -50,7 +51,8 @@ def log_probs_at(logits: Any, ids: Any) -> Any:
 
 
 def dtype_keyword(transformers_version: str) -> str:
-    """from_pretrained's word for the dtype: renamed in 4.56 (huggingface/transformers#39782); NVIDIA's images have older ones."""
+    """from_pretrained's word for the dtype: renamed in 4.56 (huggingface/transformers#39782);
+    NVIDIA's images have older ones."""
     release = tuple(int(number) for number in transformers_version.split(".")[:2])
     return "dtype" if release >= (4, 56) else "torch_dtype"
 
@@ -58,8 +60,8 @@ def dtype_keyword(transformers_version: str) -> str:
 def load_model(folder: Path) -> tuple[Any, str]:
     """(transformers' model, "cuda" or "cpu").
 
-    With GPUs in the stored dtype, spread over all of them by accelerate, and on into the host's memory when they are too small;
-    without in float32, because half precision is slow and coarse on a processor.
+    With GPUs in the stored dtype, spread over all of them by accelerate, and on into the host's memory when they are
+    too small; without in float32, because half precision is slow and coarse on a CPU.
     """
     import torch
     import transformers
@@ -75,11 +77,11 @@ def load_model(folder: Path) -> tuple[Any, str]:
 def continue_group(
     model: Any, prompts: Sequence[Sequence[int]], answer_tokens: int, top_k: int
 ) -> list[dict[str, Any]]:
-    """Greedy answers to prompts of one length, each as compare.Reference has it. No token ends an answer early."""
+    """Greedy answers to prompts of one length, each in the form of compare.Reference. No token ends an answer early."""
     import torch
 
     length = len(prompts[0])
-    tokens = torch.tensor(prompts, device=model.device)  # (prompts, length), grows by a token a step
+    tokens = torch.tensor(prompts, device=model.device)  # (prompts, length), grows by one token per step
     fresh, past, best_ids, best = tokens, None, [], []
     own: Any = torch.empty(len(prompts), 0)
     with torch.inference_mode():
@@ -133,7 +135,8 @@ class Collector:
         self.prompt_log_probs: list[float] = []
 
     def take(self, piece: Any) -> None:
-        """A Piece of engine.py. Its context logits are those of the prompt's positions; the last of them predicts the answer."""
+        """A Piece of engine.py. Its context logits are those of the prompt's positions;
+        the last of them predicts the answer."""
         if piece.error is not None:
             raise RuntimeError(piece.error)
         if piece.context_logits is not None:
@@ -150,12 +153,13 @@ class Collector:
         self.log_probs.append(log_probs_at(row, row.new_tensor(ids, dtype=int)).tolist())
 
     def answer(self) -> dict[str, Any]:
-        """As compare.Answer has it."""
+        """The answer in the form of compare.Answer."""
         return {"tokens": self.tokens, "log_probs": self.log_probs, "prompt_log_probs": self.prompt_log_probs}
 
 
 def ask_torch_engine(folder: Path, questions: Path, target: Path) -> None:
-    """Answer the references' prompts with this rank of the torch engine; only rank 0 writes, the others follow."""
+    """Answer the prompts of the references with this rank of the torch engine; only rank 0 writes,
+    the others follow."""
     sys.path.insert(0, str(ENGINE_CODE))
     engine_code = importlib.import_module("engine")
     references = json.loads(questions.read_bytes())["references"]

@@ -1,15 +1,18 @@
-"""Asks TensorRT engines, in the room verified, through TensorRT-LLM's own Python runtime; one process per rank, all doing the same.
+"""Asks TensorRT engines, in the room verified, through TensorRT-LLM's own Python runtime; one process per rank,
+all doing the same.
 
 mpirun -n 2 python -m scripts.verifying.trtllm_side ENGINES REFERENCES.json ANSWERS.json
 
-The engines are those that are served. They give the logits of a step's last tokens only. Logits of every prompt token would need
-engines built with gather_context_logits: the last layer over every token of a step, 8192 * 32 000 * 4 bytes = 1.05 GB of buffer on
-the GPU (4.2 GB with 128 256 ids), in each step of the server for ever; or a second set of engines, which proves nothing about the
-first. So each prompt is asked twice, and a logits processor, which the runtime calls at every step, sees all that is compared:
+The engines are the ones that will be served. They give only the logits of a step's last tokens. Logits of every prompt
+token would need engines built with gather_context_logits: then the last layer runs over every token of a step, with a
+buffer of 8192 * 32 000 * 4 bytes = 1.05 GB on the GPU (4.2 GB with 128 256 ids), in each step of the server for ever. A
+second set of engines would prove nothing about the first. So each prompt is asked twice. The runtime calls a logits
+processor at every step, which sees all that is compared:
 1. the prompt, answered greedily: the answer's tokens, and the logits from the prompt's last token on
 2. its first token, then its own tokens by force: the logits of the positions before
 
-What is used of the runtime is in docker/contracts/runtime; generate() would ignore a name that it does not know.
+docker/contracts/runtime lists what is used of the runtime,
+because generate() silently ignores a name that it does not know.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 from scripts import reports
 from scripts.verifying.sides import groups, log_probs_at
 
-# Instead of minus infinity, of which half precision has none to spare in a softmax
+# Instead of minus infinity, which in half precision would break a softmax
 REFUSED = -1e4
 
 
@@ -40,8 +43,8 @@ class Watcher:
     def __call__(self, step: int, input_ids: Any, scores: Any) -> Any:
         """scores: (requests, padded vocabulary), the engine's own output buffer.
 
-        It is changed in place and returned: the runtime has told the engine already to write the next step's logits there, and
-        reads them from what is returned (handle_per_step of tensorrt_llm/runtime/generation.py at v0.14.0).
+        It is changed in place and returned: the engine will write the next step's logits there, and the runtime reads
+        them from the returned value (handle_per_step of tensorrt_llm/runtime/generation.py at v0.14.0).
         """
         logits = scores.view(len(self.wanted), -1)
         ids = logits.new_tensor([steps[step] for steps in self.wanted], dtype=int)  # (requests, k)
@@ -54,9 +57,10 @@ class Watcher:
 
 
 def watchers(references: Sequence[Mapping[str, Any]], vocab_size: int) -> dict[str, Watcher]:
-    """For prompts of one length: who watches the `greedy` answer, and who forces the `prompt` (see compare.Reference).
+    """Watchers for prompts of one length: one for the `greedy` answer,
+    one that forces the `prompt` (see compare.Reference).
 
-    At each of the prompt's positions its own next token is wanted too, last.
+    At each position of the prompt its own next token is the last of the wanted ids.
     """
     before = len(references[0]["prompt"]) - 1
     greedy = [reference["top_ids"][before:] for reference in references]
@@ -66,9 +70,9 @@ def watchers(references: Sequence[Mapping[str, Any]], vocab_size: int) -> dict[s
 
 
 def unlikely_id(references: Sequence[Mapping[str, Any]], vocab_size: int) -> int:
-    """An id to end answers with that no answer has: none may end early, and the runtime wants one.
+    """An end id that no answer has: the runtime requires one, but no answer may end early.
 
-    Not among the likeliest at any position: an engine that says it nevertheless has parted from the reference there.
+    It is not among the likeliest ids at any position: an engine that chooses it has left the reference there anyway.
     """
     spoken = {token for reference in references for token in (*reference["prompt"], *reference["tokens"])}
     rivals = {token for reference in references for ids in reference["top_ids"] for token in ids}
@@ -76,12 +80,12 @@ def unlikely_id(references: Sequence[Mapping[str, Any]], vocab_size: int) -> int
 
 
 def load_arguments(engines: Path, rank: int) -> dict[str, Any]:
-    """What ModelRunner.from_dir is called with."""
+    """The arguments of ModelRunner.from_dir."""
     return {"engine_dir": str(engines), "rank": rank}
 
 
 def generate_arguments(prompts: list[Any], new_tokens: int, end_id: int, watcher: Watcher) -> dict[str, Any]:
-    """What ModelRunner.generate is called with; greedy (top_k 1) is every version's default. prompts: int32 tensors."""
+    """The arguments of ModelRunner.generate; greedy (top_k 1) is every version's default. prompts: int32 tensors."""
     return {
         "batch_input_ids": prompts,
         "max_new_tokens": new_tokens,
@@ -95,7 +99,7 @@ def generate_arguments(prompts: list[Any], new_tokens: int, end_id: int, watcher
 def answers_of(
     references: Sequence[Mapping[str, Any]], tokens: Sequence[Sequence[int]], rows: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Each answer as compare.Answer has it. tokens: of the greedy answers; rows: what both watchers kept."""
+    """Each answer in the form of compare.Answer. tokens: the greedy answers; rows: what both watchers kept."""
     return [
         {
             "tokens": list(tokens[i][: len(rows["greedy"][i])]),
@@ -127,7 +131,7 @@ def ask_group(
     seen = gather({name: watcher.rows for name, watcher in watching.items()})
     if seen is None:
         return None
-    # the last rank is always one of the last stage
+    # the last rank always belongs to the last stage
     return answers_of(references, said["output_ids"][:, 0, length:].tolist(), seen[-1])
 
 
@@ -135,7 +139,8 @@ def ask_tensorrt_engine(folder: Path, questions: Path, target: Path) -> None:
     """Answer the references' prompts with this rank; rank 0 writes."""
     import mpi4py
 
-    # At the end of a process MPI_Finalize waits for every rank: a rank that fails would hang instead of ending the others.
+    # At the end of a process MPI_Finalize waits for every rank,
+    # so a rank that fails would hang instead of ending the others.
     mpi4py.rc.finalize = False
     from mpi4py import MPI
     from tensorrt_llm.runtime import ModelRunner

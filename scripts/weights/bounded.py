@@ -1,4 +1,4 @@
-"""Runs what reads a stranger's files in a child process that can take only so much time and memory."""
+"""Runs the readers of a stranger's files in a child process with bounded time and memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Callable
 
 from scripts import reports
 
-# Of a processor. Llama 3's 280,147 merges take some 5 s, 100 GB of weights' headers less.
+# CPU time. Llama 3's 280,147 merges take some 5 s, 100 GB of weights' headers less.
 SECONDS = 300
-# Beside what this process has: a tokenizer.json of 64 MB, the largest that is read, takes 2 GB
+# More than this process has already: a tokenizer.json of 64 MB, the largest that is read, takes 2 GB
 MEMORY_BYTES = 6 << 30
-# the child's status when its memory is full; no report of ours ends with it
+# the child's status when its memory is full; none of our reports ends with it
 NO_MEMORY = 77
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -24,10 +24,11 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def bounded(
     work: Callable[[], int | None], where: Path, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
 ) -> int:
-    """Run `work` in a child, as a script's main: its Problem is reported there. Returns the child's exit status; raises a Problem where
-    the child broke a bound or crashed.
+    """Run `work` in a child, as a script's main: its Problem is reported there. Returns the child's exit status; raises
+    a Problem if the child broke a bound or crashed.
 
-    where: what is read, for that report. Address space is not bounded, because files are mapped; what is written to is (RLIMIT_DATA).
+    where: what is read, for that report. Address space is not bounded, because files are mapped; memory that is written
+    to is (RLIMIT_DATA).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -39,7 +40,7 @@ def bounded(
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGXCPU:
-            raise reports.weights.reading_unbounded(where, f"it took more than {seconds} s of a processor")
+            raise reports.weights.reading_unbounded(where, f"it took more than {seconds} s of CPU time")
         raise reports.weights.reading_unbounded(where, f"the reader was ended by {signal.Signals(number).name}")
     if os.WEXITSTATUS(status) == NO_MEMORY:
         raise reports.weights.reading_unbounded(where, f"it took more than {memory_bytes >> 30} GiB of memory")
@@ -79,6 +80,6 @@ def _lower(which: int, limit: int) -> None:
 
 
 def _data_bytes() -> int:
-    """What this process has of the memory that RLIMIT_DATA counts."""
+    """How much of the memory that RLIMIT_DATA counts this process has."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(status["VmData"].split()[0]) << 10

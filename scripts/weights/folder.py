@@ -1,4 +1,4 @@
-"""What may be read of a model's folder: plain files inside it. Needs nothing but the standard library."""
+"""Which files of a model's folder may be read: plain files inside it. This module needs only the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts import reports
 
-# Every file of a model that is read, by any form; other files do not matter.
+# Every file of a model that any form reads; other files do not matter.
 READ = re.compile(
     r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|chat_template\.jinja|tokenizer\.model|.*\.(safetensors|pth|bin|gguf|index\.json)"
@@ -26,8 +26,8 @@ KINDS = {
 def check_folder(folder: Path) -> None:
     """A Problem for a file of the model that is a pipe, a device or a link to something outside the folder.
 
-    What lies in the folder ends in rooms and images, and the folder may come from a stranger: a link could name any file of the user's.
-    A hub cache keeps its files in blobs/ beside snapshots/REVISION, which is the folder then.
+    The folder's content ends up in rooms and images, and the folder may come from a stranger: a link could name any
+    file of the user. A hub cache keeps its files in blobs/ beside snapshots/REVISION; then that is the folder.
     """
     if not folder.is_dir():
         return
@@ -42,7 +42,8 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path, *inside: Path) -> None:
-    """A Problem unless the path is a plain file and, where it is a link, lies in one of the folders. What is not there is no concern."""
+    """A Problem unless the path is a plain file and, if it is a link, lies in one of the folders.
+    A missing file is fine."""
     try:
         mode = path.stat().st_mode
     except OSError:

@@ -1,4 +1,5 @@
-"""Opens the weights of a Llama in whatever form they have; every form gives Hugging Face's tensors by blocks of rows."""
+"""Opens the weights of a Llama in whatever form they have;
+every form gives Hugging Face's tensors by blocks of rows."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from scripts.weights.shape import LlamaShape, Shape, read_params
 
 
 class Weights(Protocol):
-    """The tensors of a model under Hugging Face's names, lm_head.weight included, also where it is the embedding."""
+    """The tensors of a model under Hugging Face's names, with lm_head.weight, also if it is the embedding."""
 
     @property
     def shape(self) -> LlamaShape: ...
 
     @property
     def dtype(self) -> str:
-        """float16, bfloat16 or float32; where it is mixed, what config.json says."""
+        """float16, bfloat16 or float32; for mixed types, the one that config.json names."""
         ...
 
     @property
@@ -38,29 +39,30 @@ class Weights(Protocol):
         ...
 
     def blocks(self, hf_name: str) -> Iterator[Raw]:
-        """The rows of a tensor in order, some at a time; a Problem where they are not what was saved."""
+        """The rows of a tensor in order, some at a time; a Problem if they are not what was saved."""
         ...
 
     def origin(self, hf_name: str) -> tuple[Path, str]:
-        """The file that holds a tensor, and what it is called there."""
+        """The file that holds a tensor, and the tensor's name there."""
         ...
 
 
 def form_of(folder: Path) -> str:
-    """Which form the model of a folder has: meta, hf, or gguf; a Problem where it has none or two, or what is no plain file inside it."""
+    """Which form the model of a folder has: meta, hf, or gguf; a Problem if it has none or two, or a file that is not
+    plain or lies outside."""
     check_folder(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     meta = [
         name for name in names if name == "params.json" or (name.startswith("consolidated.") and name.endswith(".pth"))
     ]
     if "config.json" in names and meta == ["params.json"]:
-        meta = []  # Mistral's own repositories: Hugging Face's form, with a params.json beside it
+        meta = []  # Mistral's own repositories have Hugging Face's form, and a params.json besides
     hf = [name for name in names if name in ("config.json", INDEX, BIN_INDEX) or name.endswith(".safetensors")]
     hf = hf or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
     gguf = [name for name in names if name.endswith(".gguf")]
     found = {form: files for form, files in (("meta", meta), ("hf", hf), ("gguf", gguf)) if files}
     if meta and not any(name == "config.json" for name in hf):
-        found.pop("hf", None)  # as it always was: Meta's own folder may hold other formats of the same weights
+        found.pop("hf", None)  # Meta's own folder may hold other formats of the same weights; Meta's form counts
     if not found:
         raise reports.weights.weights_unknown_form(folder, names)
     if len(found) > 1:
@@ -70,7 +72,7 @@ def form_of(folder: Path) -> str:
 
 
 def open_weights(folder: Path, config: HfConfig) -> Weights:
-    """The weights of a folder, held against the model's config.json (the room config's); headers only are read."""
+    """The weights of a folder, compared with the model's config.json (of the room config). Only headers are read."""
     form = form_of(folder)
     if form == "meta":
         return open_meta(folder, config.shape.vocab_size, config.path)
@@ -80,7 +82,7 @@ def open_weights(folder: Path, config: HfConfig) -> Weights:
 
 
 def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
-    """Meta's shards, held against their params.json and the size of the tokenizer."""
+    """Meta's shards, compared with their params.json and the size of the tokenizer."""
     return joined(
         folder,
         [read_shard(path) for path in shard_paths(folder)],
@@ -92,10 +94,10 @@ def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
 
 @contextmanager
 def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
-    """Gives a function that raises a Problem where a file of weights is not the one that it was at the beginning: what was read may be
-    of both. So it does, too, where reading fails.
+    """Gives a function that raises a Problem if a file of weights was replaced since the beginning, because what was
+    read may mix both files. It also checks this when reading fails.
 
-    Every file is held open, so that no file system gives its number to another one meanwhile.
+    Every file is held open, so that no file system reuses its inode number meanwhile.
     """
     with ExitStack() as stack:
         paths = [path for kind in ("*.safetensors", "*.pth", "*.bin", "*.gguf") for path in folder.glob(kind)]

@@ -1,5 +1,5 @@
-"""Reads a Llama from a GGUF file, or from its parts: its config and tokenizer in Hugging Face's form, its weights dequantized to float32
-as in transformers.
+"""Reads a Llama from a GGUF file, or from its parts: its config and tokenizer in Hugging Face's form, its weights
+dequantized to float32 as in transformers.
 
 The package gguf (requirements/gguf.txt) reads the file and dequantizes; it is imported only where there is such a file.
 """
@@ -36,24 +36,28 @@ LAYER = {
 }
 # token_type of llama.cpp (llama.h, llama_token_type); those of SentencePiece have the same numbers
 CONTROL, USER_DEFINED = 3, 4
-# what llama.cpp takes where a file does not say, by the kind of tokenizer (llama-vocab.cpp, llama_vocab::impl::load)
+# llama.cpp's defaults by the kind of tokenizer (llama-vocab.cpp, llama_vocab::impl::load)
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "gpt2": {"bos": 11, "eos": 11}}
-# The kinds of gpt2 that begin a text with BOS unless the file says otherwise; `llama` always does (the same function).
+# The kinds of gpt2 tokenizers that begin a text with BOS unless the file says otherwise;
+# `llama` always does (same function).
 BEGIN_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
-# What ends a turn or a message where no key says it and a text's end is another, by its text (the same function)
+# Texts of tokens that end a turn or a message, used if no key names such a token (the same function)
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>")
 MESSAGE_END = "<|eom_id|>"
-# Llama 3.1's rope scaling as llama.cpp's converter stores it: a divisor for each pair of a head (conversion of LlamaModel)
+# Llama 3.1's rope scaling as llama.cpp's converter stores it:
+# a divisor for each pair of a head (conversion of LlamaModel)
 ROPE_FREQS = "rope_freqs.weight"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # how llama.cpp writes "none" as uint32
 NO_TOKEN = 0xFFFFFFFF
-# what the lists of the tokenizer hold
+# the types of the entries in the tokenizer's lists
 LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-# bytes of GGUF's kinds of values by their number (ggml's docs/gguf.md); strings and arrays have lengths of their own
+# size in bytes of each kind of value in GGUF, by its number (ggml's docs/gguf.md);
+# strings and arrays carry their length
 KIND_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
-# The package makes an object of each entry, 3 us; Llama 3 has 280,147 merges, the most of any Llama's list.
+# The package makes an object of each entry, which takes 3 us.
+# Llama 3's 280,147 merges are the longest list of any Llama.
 ENTRIES_MAX = 1 << 22
 NAME_MAX_BYTES = 1 << 16  # ggml's own limit
 AXES_MAX = 4  # ggml's GGML_MAX_DIMS
@@ -76,7 +80,7 @@ class GgufWeights:
         return {name: ("F32", shape) for name, shape in self.shape.hf_tensors().items()}
 
     def origin(self, hf_name: str) -> tuple[Path, str]:
-        """The file that holds a tensor, and what it is called there."""
+        """The file that holds a tensor, and the tensor's name there."""
         return self.places[self.names[hf_name]], self.names[hf_name]
 
     def blocks(self, hf_name: str) -> Iterator[Raw]:
@@ -90,7 +94,7 @@ class GgufWeights:
         rows, *rest = self.tensors[hf_name][1]
         row_bytes = 4 * int(np.prod(rest))
         permuted = hf_name.endswith(("q_proj.weight", "k_proj.weight"))
-        # a norm is one row for GGUF: its bytes are no rows of ours where it is quantized
+        # a norm is one row for GGUF: if it is quantized, its bytes are not our rows
         spans = row_blocks(0, rows, row_bytes, self.shape.head_size if permuted else 1) if rest else [(0, rows)]
         for first, end in spans:
             try:
@@ -120,7 +124,7 @@ class GgufModel:
         return "output.weight" not in self.stored
 
     def number(self, name: str, default: Any = None) -> Any:
-        """A field of the architecture; a Problem where it is missing, and for what is no plain number."""
+        """A field of the architecture; a Problem if it is missing, or not a plain number."""
         value = self.fields.get(f"llama.{name}", default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 << 31:
             raise reports.weights.weights_contradict(
@@ -130,7 +134,7 @@ class GgufModel:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What its metadata says, in the words of Hugging Face's config.json."""
+        """Its metadata, in the words of Hugging Face's config.json."""
         heads, hidden = self.number("attention.head_count"), self.number("embedding_length")
         turned = self.number("rope.dimension_count", hidden // heads)
         head_dim = self.number("attention.key_length", turned)
@@ -146,7 +150,7 @@ class GgufModel:
             "num_key_value_heads": self.number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": self.number("context_length"),
-            # stored in single precision: the shortest number that is the same there
+            # it is stored in single precision: take the shortest decimal number that rounds to it
             "rms_norm_eps": float(str(np.float32(self.number("attention.layer_norm_rms_epsilon")))),
             "rope_theta": float(str(np.float32(self.number("rope.freq_base", 10000.0)))),
             "vocab_size": len(self.fields.get("tokenizer.ggml.tokens") or ()),
@@ -176,7 +180,7 @@ class GgufModel:
         return config
 
     def _stretched(self, head_dim: int, theta: float) -> dict[str, Any] | None:
-        """Llama 3.1's scaling by the divisors that the file has, None where all are 1; a Problem for any others."""
+        """Llama 3.1's scaling by the divisors that the file has, None if all are 1; a Problem for any others."""
         import gguf
 
         stored = self.stored[ROPE_FREQS]
@@ -198,7 +202,7 @@ class GgufModel:
         return str(self.fields.get("llama.rope.scaling.type", "none"))
 
     def weights(self, shape: LlamaShape) -> GgufWeights:
-        """Its tensors, held against the shape; a Problem where they are others."""
+        """Its tensors, compared with the shape; a Problem if they do not match."""
         names = {hf: ours for ours, hf in GLOBAL.items()}
         for layer in range(shape.n_layers):
             names.update(
@@ -268,7 +272,8 @@ class GgufModel:
         return self._token_id("eos", len(self.fields.get("tokenizer.ggml.tokens") or ()), True, defaults.get("eos"))
 
     def _ends(self, tokens: list[str], eos_id: int | None) -> list[int]:
-        """What ends an answer: eos, eot, eom. Where no key names the latter two, llama.cpp finds them by their texts."""
+        """The tokens that end an answer: eos, eot, eom. If no key names the latter two,
+        llama.cpp finds them by their texts."""
         places = {token: token_id for token_id, token in enumerate(tokens)}
         eot, eom = (self._token_id(name, len(tokens), True, None) for name in ("eot", "eom"))
         found = [eos_id, eot, places.get(MESSAGE_END) if eom is None else eom]
@@ -277,7 +282,7 @@ class GgufModel:
         return ends.end_ids([], found, len(tokens))
 
     def _token_id(self, name: str, n_tokens: int, needed: bool, default: int | None) -> int | None:
-        """The id of a special token, or None; a Problem where one that is needed is none of the tokens."""
+        """The id of a special token, or None; a Problem if the model needs one that is not among the tokens."""
         value = self.fields.get(f"tokenizer.ggml.{name}_token_id", default)
         if value is None or value == NO_TOKEN:
             return None
@@ -306,8 +311,8 @@ class GgufModel:
 
 
 def read_gguf(folder: Path) -> GgufModel:
-    """The model of a folder's GGUF file, or of all parts that one was split into; only metadata is read. A Problem where it is damaged or
-    no Llama."""
+    """The model of a folder's GGUF file, or of all parts that one was split into; only metadata is read. A Problem if
+    it is damaged or not a Llama."""
     paths = parts_of(folder)
     path = paths[0]
     fields: dict[str, Any] = {}
@@ -342,7 +347,8 @@ def read_gguf(folder: Path) -> GgufModel:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """The one GGUF file of a folder, or all parts of a split one, in order; a Problem for a missing part, and for several models."""
+    """The one GGUF file of a folder, or all parts of a split one, in order; a Problem for a missing part,
+    and for several models."""
     paths = sorted(folder.glob("*.gguf"))
     parts = [PART.fullmatch(path.name) for path in paths]
     first = parts[0] if parts else None
@@ -361,7 +367,7 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, tensors) of one file; a Problem where it is damaged."""
+    """(metadata, tensors) of one file; a Problem if it is damaged."""
     import gguf
 
     try:
@@ -373,7 +379,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, kind in LISTS.items():
             values = fields.get(f"tokenizer.ggml.{name}", [])
             if not isinstance(values, list) or any(type(value) is not kind for value in values):
-                raise ValueError(f"tokenizer.ggml.{name} is no list of {kind.__name__}")
+                raise ValueError(f"tokenizer.ggml.{name} is not a list of {kind.__name__}")
     except (
         OSError,
         ValueError,
@@ -389,8 +395,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_header(file: BinaryIO, size_bytes: int) -> None:
-    """ValueError for lengths that the file cannot have. The package believes each of them: what it would read behind the end is empty
-    there, and a number that was flipped keeps it busy for hours."""
+    """ValueError for lengths that the file cannot have. The package believes every length: after the end of the file it
+    would read nothing, and a flipped number would keep it busy for hours."""
 
     def numbers(form: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))

@@ -1,4 +1,5 @@
-"""Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors or .bin files, checked against each other."""
+"""Reads a Llama model in Hugging Face's form: config.json and the headers of its .safetensors or .bin files,
+checked against each other."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
-# Of a synthetic model: which tensors have whose numbers
+# In a synthetic model: which tensors have whose numbers
 REPEATED = "repeated.json"
 
 
@@ -56,7 +57,7 @@ class HfConfig:
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """None, or type and factor, whichever of transformers' spellings config.json has."""
+        """None, or type and factor, in any of transformers' spellings."""
         rope = dict(rope_of(self.values))
         rope.pop("rope_theta", None)
         rope.pop("partial_rotary_factor", None)  # 1
@@ -64,7 +65,7 @@ class HfConfig:
         rope.pop("type", None)
         if (
             kind == "yarn"
-        ):  # as transformers' standardize_rope_params: beside the settings, else the positions themselves
+        ):  # as in transformers' standardize_rope_params: a value beside the settings, else the model's positions
             said = rope.get("original_max_position_embeddings") or self.max_position_embeddings
             rope["original_max_position_embeddings"] = self.values.get("original_max_position_embeddings") or said
         return None if kind == "default" else {"type": kind, **rope}
@@ -76,7 +77,7 @@ class HfConfig:
 
 
 def read_hf_config(path: Path) -> HfConfig:
-    """A config.json; a Problem where it is no plain Llama's."""
+    """A config.json; a Problem unless it is a plain Llama's."""
     values = read_json(path)
     return HfConfig(path, values, shape_of_config(values, path))
 
@@ -100,7 +101,7 @@ class HfModel:
         return {name: (tensor.dtype, tensor.shape) for name, tensor in self.stored.items()}
 
     def origin(self, hf_name: str) -> tuple[Path, str]:
-        """The file that holds a tensor, and what it is called there."""
+        """The file that holds a tensor, and the tensor's name there."""
         return self.stored[hf_name].path, self.stored[hf_name].name
 
     def blocks(self, hf_name: str) -> Iterator[Raw]:
@@ -111,7 +112,7 @@ class HfModel:
 def read_hf_model(folder: Path, config: HfConfig | None = None) -> HfModel:
     """Read and check a folder; opens headers only, never weights. A Problem names the first thing that does not fit.
 
-    config: where the folder's own config.json was read before.
+    config: the folder's config.json, if it was read before.
     """
     config = config or read_hf_config(folder / "config.json")
     found: dict[str, StoredTensor] = {}
@@ -126,7 +127,7 @@ def read_hf_model(folder: Path, config: HfConfig | None = None) -> HfModel:
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     for name, same in repeated(folder).items():
         if same not in found or name in found:
-            raise reports.weights.weights_unreadable(folder / REPEATED, f"{name} is to have the numbers of {same}")
+            raise reports.weights.weights_unreadable(folder / REPEATED, f"{name} cannot have the numbers of {same}")
         found[name] = found[same]
     if config.tied and EMBEDDING in found:
         found[HEAD] = found[EMBEDDING]
@@ -136,7 +137,8 @@ def read_hf_model(folder: Path, config: HfConfig | None = None) -> HfModel:
 
 
 def repeated(folder: Path) -> dict[str, str]:
-    """Tensors of a synthetic model that have another one's numbers: name -> that tensor (scripts/synthetic.py writes the file)."""
+    """Tensors of a synthetic model that have another one's numbers:
+    name -> that tensor (scripts/synthetic.py writes the file)."""
     path = folder / REPEATED
     if not path.is_file():
         return {}
@@ -150,7 +152,8 @@ def repeated(folder: Path) -> dict[str, str]:
 
 
 def read_bin(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run. A Problem where it is anything else."""
+    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run.
+    A Problem if it is anything else."""
     found = read_torch_file(path)
     for name, tensor in found.items():
         if tensor.dtype not in ITEM_BYTES:
@@ -176,7 +179,7 @@ def check_tensors(
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The .safetensors files of a model, or its .bin files where it has no others, in order; no name leaves the folder."""
+    """The .safetensors files of a model, or else its .bin files, in order. No name leaves the folder."""
     kind = "*.safetensors"
     index, single = INDEX, SINGLE
     if not any(folder.glob(kind)) and not (folder / INDEX).is_file() and any(folder.glob("pytorch_model*.bin*")):
@@ -199,7 +202,7 @@ def weight_files(folder: Path) -> list[str]:
     for name in files:
         if not re.fullmatch(r"[\w.-]+" + re.escape(kind[1:]), name):
             raise reports.weights.weights_unreadable(
-                folder / index, f"it names {name!r}, which is no {kind[1:]} file of this folder"
+                folder / index, f"it names {name!r}, which is not a {kind[1:]} file of this folder"
             )
         if not (folder / name).is_file():
             raise reports.weights.weights_file_missing(folder, name, here)
@@ -207,7 +210,8 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], path: Path) -> str:
-    """The dtype that all tensors have; where they are mixed, what config.json says (torch_dtype before transformers 5, dtype since)."""
+    """The dtype of all tensors. If they are mixed,
+    the one that config.json names (torch_dtype before transformers 5, dtype since)."""
     stored = {tensor.dtype for tensor in tensors.values()}
     if len(stored) == 1:
         return DTYPE_NAMES[stored.pop()]

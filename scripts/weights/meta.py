@@ -1,6 +1,8 @@
-"""Reads a Llama model in Meta's form: params.json, consolidated.NN.pth (one per model-parallel shard) and where its bytes lie.
+"""Reads a Llama model in Meta's form: params.json,
+consolidated.NN.pth (one per model-parallel shard) and where its bytes lie.
 
-Nothing of a .pth is run (see torch_file.py); the weights are read by rows and checked against the checksums that the file carries.
+Nothing of a .pth is run (see torch_file.py);
+the weights are read by rows and checked against the checksums that the file carries.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, St
 from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params, Shape
 from scripts.weights.torch_file import read_torch_file
 
-# How the shards of a tensor make the whole: rows and columns are laid side by side, the same is in every shard.
+# How the shards of a tensor make the whole: "rows" and "columns" are joined, "same" is equal in every shard.
 ROWS, COLUMNS, SAME = "rows", "columns", "same"
-# Meta's name -> Hugging Face's name, how it was split (Meta's model.py: ColumnParallelLinear splits the output, RowParallelLinear the
-# input, ParallelEmbedding the columns). wq and wk are permuted on the way, see pairs_to_halves.
+# Meta's name -> Hugging Face's name, how it was split (Meta's model.py: ColumnParallelLinear splits the output,
+# RowParallelLinear the input, ParallelEmbedding the columns). wq and wk are permuted on the way, see pairs_to_halves.
 GLOBAL = {
     "tok_embeddings.weight": (EMBEDDING, COLUMNS),
     "norm.weight": (LAST_NORM, SAME),
@@ -38,7 +40,7 @@ LAYER = {
     "attention_norm.weight": ("input_layernorm.weight", SAME),
     "ffn_norm.weight": ("post_attention_layernorm.weight", SAME),
 }
-# the rotary frequencies, computed again by whoever runs the model
+# the rotary frequencies: every engine computes them itself
 DROPPED = "rope.freqs"
 
 
@@ -46,7 +48,8 @@ Shard = Mapping[str, StoredTensor]
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """consolidated.00.pth and its followers; a Problem for a gap in the numbers or for a .pth that does not belong there."""
+    """consolidated.00.pth and its followers; a Problem for a gap in the numbers or for a .pth that does not belong
+    there."""
     names = sorted(path.name for path in folder.glob("*.pth"))
     expected = [f"consolidated.{index:02d}.pth" for index in range(len(names))]
     numbered = [name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)]
@@ -63,7 +66,8 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path) -> Shard:
-    """The tensors of one .pth; only its directory is read. A Problem where it is damaged, cut off, no torch file or not only weights."""
+    """The tensors of one .pth; only its directory is read. A Problem if it is damaged, cut off, not a torch file, or
+    holds more than weights."""
     shard = {}
     for name, tensor in read_torch_file(path).items():
         if name == DROPPED:
@@ -126,7 +130,8 @@ class MetaModel:
 
 
 def joined(folder: Path, shards: list[Shard], params: Params, tokenizer_path: Path, vocab_size: int) -> MetaModel:
-    """All tensors of all shards against params.json and the tokenizer's vocab_size; a Problem for the first that does not fit."""
+    """Compares all tensors of all shards with params.json and the tokenizer's vocab_size;
+    a Problem for the first mismatch."""
     layers = {match.group(1) for name in shards[0] if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != params.n_layers:
         raise reports.weights.weights_contradict(
@@ -167,8 +172,9 @@ def joined(folder: Path, shards: list[Shard], params: Params, tokenizer_path: Pa
 def pairs_to_halves(rows: Raw, head_size: int) -> Raw:
     """Re-order the rows of wq or wk within each head: (heads * head_size, columns) -> the same shape.
 
-    Meta rotates neighbours (x0 with x1, x2 with x3), Hugging Face and TensorRT-LLM rotate halves (x0 with x[d/2]): rows 0, 2, 4, ... of
-    a head come first, then 1, 3, 5, ... Source: transformers' convert_llama_weights_to_hf.py, `permute`.
+    Meta rotates neighbours (x0 with x1, x2 with x3), Hugging Face and TensorRT-LLM rotate halves (x0 with x[d/2]): rows
+    0, 2, 4, ... of a head come first, then 1, 3, 5, ... Source:
+    transformers' convert_llama_weights_to_hf.py, `permute`.
     """
     columns = rows.shape[1]
     return rows.reshape(-1, head_size // 2, 2, columns).swapaxes(1, 2).reshape(-1, columns)
@@ -206,7 +212,8 @@ def _shard_shapes(shape: LlamaShape, n_shards: int, names: Mapping[str, tuple[st
 def _check_feed_forward(
     path: Path, params: Params, shape: LlamaShape, n_shards: int, found: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """The first matrix tells in Meta's terms what is wrong: too few shards, or another multiple_of or ffn_dim_multiplier."""
+    """Checks the first matrix, to say in Meta's terms what is wrong: too few shards, or another multiple_of or
+    ffn_dim_multiplier."""
     rows, columns = (*found.get("layers.0.feed_forward.w1.weight", ()), 0, 0)[:2]
     expected = shape.intermediate_size
     if rows * n_shards == expected or columns != shape.hidden_size:

@@ -1,6 +1,7 @@
 """Writes and reads .safetensors files by blocks of rows, so that no tensor is ever whole in memory.
 
-Numbers stay what they are on disk: a tensor of 16 bits is an array of uint16, of 32 bits of uint32 (numpy has no bfloat16).
+Numbers stay what they are on disk: a tensor of 16 bits is an array of uint16,
+of 32 bits of uint32 (numpy has no bfloat16).
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 # 1 MB stays in the processor's cache from reading to hashing; 8 MB took twice the system time (page faults)
 BLOCK_BYTES = 1 << 20
-# blocks that wait to be written, for each file: enough to keep its threads busy, and more where there are cores for more ranks' threads
+# blocks that wait to be written, for each file: enough to keep its threads busy, and more if there are cores for the
+# threads of more ranks
 BLOCKS_WAITING = 4 * min(8, os.cpu_count() or 1)
-# how much is written before it is brought to the disk and noted as kept, should the conversion be interrupted
+# how much is written before it is synced to the disk and noted as kept, in case the conversion is interrupted
 SYNC_BYTES = 256 << 20
 # the format's own limit (safetensors' MAX_HEADER_SIZE)
 HEADER_MAX_BYTES = 100_000_000
@@ -46,7 +48,7 @@ HEADER_MAX_BYTES = 100_000_000
 class StoredTensor:
     """Where a tensor lies: `start` is the offset of its first byte in the file; rows follow each other without gaps.
 
-    crc32: what its file says of its bytes; None where it says nothing of this tensor alone.
+    crc32: the checksum of its bytes in the file; None if the file has none for this tensor alone.
     """
 
     path: Path
@@ -67,7 +69,8 @@ class StoredTensor:
     def rows(self, first: int, end: int) -> Raw:
         """Rows [first, end) as raw numbers, read from the file: (end - first, *shape[1:]).
 
-        Read and not mapped: a file that was cut meanwhile gives a report, a map of it would end the process with SIGBUS.
+        The file is read, not mapped: a file that was cut meanwhile gives a report, while a map would end the process
+        with SIGBUS.
         """
         raw = np.uint16 if ITEM_BYTES[self.dtype] == 2 else np.uint32
         count = (end - first) * math.prod(self.shape[1:])
@@ -79,9 +82,10 @@ class StoredTensor:
         return values.reshape(end - first, *self.shape[1:])
 
     def blocks(self, multiple: int = 1, other_row_bytes: int = 0) -> Iterator[Raw]:
-        """All rows in order, some at a time (a multiple of `multiple`); a Problem at the end where the checksum does not fit.
+        """All rows in order, some at a time (a multiple of `multiple`);
+        a Problem at the end if the checksum does not match.
 
-        other_row_bytes: what lies beside each row in other files, so that joined blocks stay small.
+        other_row_bytes: bytes of the same row in other files, so that joined blocks stay small.
         """
         crc = 0
         for first, end in row_blocks(0, self.shape[0], self.row_bytes + other_row_bytes, multiple):
@@ -101,10 +105,11 @@ def row_blocks(first: int, end: int, row_bytes: int, multiple: int = 1) -> Itera
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length and header of a file with these tensors (name -> dtype, shape), byte for byte as the safetensors library writes them.
+    """Length and header of a file with these tensors (name -> dtype, shape),
+    byte for byte as the safetensors library writes them.
 
-    Order: larger item sizes first, then names as plain strings (layers.10 before layers.2). Compact JSON, spaces up to a multiple of 8.
-    Without metadata there is no `__metadata__`, as in TensorRT-LLM's rank files.
+    Order: larger item sizes first, then names as plain strings (layers.10 before layers.2). Compact JSON, spaces up to
+    a multiple of 8. Without metadata there is no `__metadata__`, as in TensorRT-LLM's rank files.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -131,11 +136,12 @@ def write_together(
     metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], Any] = lambda size_bytes: None,
 ) -> None:
-    """Write files of the same tensors (names and shapes) at once, each by threads of its own; they are synced and taken into the room.
+    """Write files of the same tensors (names and shapes) at once, each with its own threads;
+    they are synced and added to the room.
 
-    blocks(tensor) gives its rows in order: for each file a raw array, perhaps of no rows. It is called in stored order. Size, sha256 and
-    the CRC-32 of each tensor are taken while writing. What an interrupted try left is kept up to the last tensor that was on the disk
-    in all files. advance hears of every byte.
+    blocks(tensor) gives its rows in order: for each file a raw array, which may have no rows. It is called in stored
+    order. Size, sha256 and the CRC-32 of each tensor are computed while writing. After an interrupted try, all tensors
+    stay up to the last one that is on the disk in all files. advance(bytes) is called for every byte.
     """
     _keep_freed_memory()
     order = stored_order(tensors)
@@ -168,7 +174,7 @@ def write_together(
                         advance(len(data))
             assert not any(left), f"{name}: {left} bytes are missing"
             ended = [file.end_tensor(name) for file in files]
-            # told to begin now, the disk does not idle until the last block and then take as long again
+            # start syncing now, or the disk would idle until the last block and then take as long again
             if unsynced_bytes >= SYNC_BYTES and syncer.idle():
                 syncer.do(sync, ended)
                 unsynced_bytes = 0
@@ -180,7 +186,7 @@ def write_together(
 
 
 def fingerprint(path: Path, advance: Callable[[int], Any] = lambda size_bytes: None) -> FileRecord:
-    """Size, sha256 and the CRC-32 of each tensor of a file that was not written by us (so that it must be read once)."""
+    """Size, sha256 and the CRC-32 of each tensor of a file that we did not write (so it must be read once)."""
     tensors = sorted(read_header(path).values(), key=lambda tensor: tensor.start)
     digest, crcs = hashlib.sha256(), {}
     size_bytes = 0
@@ -202,7 +208,8 @@ def fingerprint(path: Path, advance: Callable[[int], Any] = lambda size_bytes: N
 
 
 def _go_on(files: list[_File], order: list[tuple[str, int]], begun: list[Mapping[str, str]]) -> int:
-    """Bring all files to the same tensor, behind what an interrupted try wrote, or behind the header; how many tensors they have."""
+    """Bring all files to the same tensor, after what an interrupted try wrote, or after the header.
+    Returns how many tensors they have."""
     done = min(len(crcs) for crcs in begun)
     if done:
         with ThreadPoolExecutor(len(files)) as pool:
@@ -215,7 +222,7 @@ def _go_on(files: list[_File], order: list[tuple[str, int]], begun: list[Mapping
 
 
 class _File:
-    """One file while it is written: what comes is hashed by one thread and written by another, while the next block is made."""
+    """One file while it is written: one thread hashes a block and another writes it, while the next block is made."""
 
     def __init__(self, path: Path, header: bytes) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -233,14 +240,15 @@ class _File:
         os.close(self.fd)
 
     def begin(self) -> None:
-        """Nothing but the header."""
+        """Write only the header."""
         os.ftruncate(self.fd, 0)
         os.lseek(self.fd, 0, os.SEEK_SET)
         _write_all(self.fd, memoryview(self.header))
         self.size_bytes, self.digest, self.crcs = len(self.header), hashlib.sha256(self.header), {}
 
     def keep(self, tensors: list[tuple[str, int]], crcs: Mapping[str, str]) -> bool:
-        """Read again what an interrupted try wrote, tensor after tensor (name, bytes), and cut off the rest; False where it is not that."""
+        """Read again what an interrupted try wrote, tensor after tensor (name, bytes), and cut off the rest.
+        False if it differs."""
         os.lseek(self.fd, 0, os.SEEK_SET)
         if self._read(len(self.header)) != zlib.crc32(self.header):
             return False
@@ -267,7 +275,7 @@ class _File:
         _write_all(self.fd, data)
 
     def end_tensor(self, name: str) -> Future[Any]:
-        """A tensor has come; what is returned gives the CRC-32 of each until this one, once they are written."""
+        """A tensor is complete. The future gives the CRC-32 of each tensor up to this one, once they are written."""
         return self.writer.do(self._end_tensor, name)
 
     def _end_tensor(self, name: str) -> Mapping[str, str]:
@@ -275,7 +283,7 @@ class _File:
         return self.crcs
 
     def finish(self) -> None:
-        """Everything is on the disk."""
+        """Wait until everything is on the disk."""
         self.hasher.finish()
         self.writer.finish()
         os.fchmod(self.fd, 0o644)
@@ -283,9 +291,10 @@ class _File:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, from its header alone; a Problem where header and file do not agree.
+    """The tensors of a file, from its header alone; a Problem if header and file do not agree.
 
-    The checks are the safetensors library's own: offsets start at 0, have neither gap nor overlap and end where the file ends.
+    The checks are those of the safetensors library: offsets start at 0, have no gap and no overlap,
+    and end where the file ends.
     """
 
     def unreadable(reason: str) -> reports.Problem:
@@ -309,7 +318,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise unreadable(error.strerror or type(error).__name__) from None
     except (ValueError, RecursionError) as error:
-        raise unreadable(f"its header is no JSON ({error})") from None
+        raise unreadable(f"its header is not JSON ({error})") from None
     tensors: dict[str, StoredTensor] = {}
     at = 0
     try:
@@ -321,7 +330,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if any(type(n) is not int or n <= 0 for n in shape) or not shape:
                 raise unreadable(f"{name} has the shape {list(shape)}")
             if type(begin) is not int or type(end) is not int:
-                raise unreadable(f"{name} lies at {begin!r} to {end!r} of the data, which are no whole numbers")
+                raise unreadable(f"{name} lies at {begin!r} to {end!r} of the data, which are not whole numbers")
             if begin != at or end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
                 raise unreadable(
                     f"{name} should lie at bytes {at} to {at + math.prod(shape) * ITEM_BYTES[dtype]} "
@@ -337,7 +346,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class _Worker(ThreadPoolExecutor):
-    """One thread that does one thing after the other; what fails there is raised here.
+    """One thread that does its tasks in order; an exception there is raised here.
 
     Hashing, writing and syncing release the interpreter's lock, so they go on while the next block is made.
     """
@@ -363,7 +372,7 @@ class _Worker(ThreadPoolExecutor):
 def _keep_freed_memory() -> None:
     """Let glibc keep the blocks that we free instead of giving their pages back and asking for new ones.
 
-    Measured for 1.25 GB: 8,000 page faults instead of 210,000, a quarter of the time. mallopt's numbers: malloc.h.
+    For 1.25 GB this takes 8,000 page faults instead of 210,000, and a quarter of the time. mallopt's numbers: malloc.h.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt:
@@ -372,6 +381,7 @@ def _keep_freed_memory() -> None:
 
 
 def _write_all(fd: int, data: memoryview) -> None:
-    """os.write until everything is written: one call writes 2 GB at most, and a full disk may cut it short before it fails."""
+    """os.write until everything is written: one call writes 2 GB at most,
+    and a full disk may cut it short before it fails."""
     while data:
         data = data[os.write(fd, data) :]

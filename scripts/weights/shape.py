@@ -1,4 +1,5 @@
-"""The dimensions of a Llama model: read from Meta's params.json or Hugging Face's config.json, and the tensors that follow from them.
+"""The dimensions of a Llama model: read from Meta's params.json or Hugging Face's config.json,
+and the tensors that follow from them.
 
 Needs nothing but the standard library: `make plan` and `make doctor` run before anything is installed.
 """
@@ -20,17 +21,19 @@ MISTRAL = ["MistralForCausalLM"]
 # A Qwen2 (2.5 too) is a Llama with biases on q, k and v.
 QWEN2 = ["Qwen2ForCausalLM"]
 ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL, QWEN2)
-# What transformers takes where config.json does not say (configuration_qwen2.py); for the others they are the same as Llama's
+# transformers' defaults for what config.json leaves out (configuration_qwen2.py);
+# the other models have Llama's defaults
 QWEN2_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
-# Llama 3.1 and later: by how much positions are stretched, which params.json does not say (llama-models, sku_list.py and the published
-# config.json of each): (dim, layers) of 3.1 8B, 70B (3.3 too), 405B; 3.2 1B, 3B. The other numbers are the same for all.
+# The factor of Llama 3.1 and later that stretches positions; params.json does not have it (llama-models, sku_list.py
+# and the published config.json of each). By (dim, layers): 3.1 8B, 70B (3.3 too), 405B; 3.2 1B, 3B.
+# The other numbers are equal for all.
 SCALED_ROPE = {(4096, 32): 8, (8192, 80): 8, (16384, 126): 8, (2048, 16): 32, (3072, 28): 32}
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 # Llama 3.1 405B has 126
 LAYERS_MAX = 1000
-# of rope scaling; the torch engine has them all, of a TensorRT-LLM see scripts/nvidia/abilities.py
+# kinds of rope scaling; the torch engine has all of them, for TensorRT-LLM see scripts/nvidia/abilities.py
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 JSON_MAX_BYTES = 64 << 20
@@ -40,9 +43,10 @@ EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "mod
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The numbers that decide every tensor's shape. head_dim: None where it is hidden_size / n_heads, as in Meta's models.
+    """The numbers that decide every tensor's shape. head_dim: None if it is hidden_size / n_heads, as in Meta's models.
 
-    attention_bias: which of attention's layers have a bias: '' none, 'qkv' all but the last (Qwen2), 'all'. mlp_bias: all three have one.
+    attention_bias: which layers of attention have a bias: '' none, 'qkv' all but the last (Qwen2), 'all'. mlp_bias:
+    whether all three layers of the MLP have one.
     """
 
     hidden_size: int
@@ -94,13 +98,13 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class Params:
-    """params.json. The defaults of what may be absent are those of Meta's ModelArgs (llama/model.py)."""
+    """params.json. The defaults are those of Meta's ModelArgs (llama/model.py)."""
 
     dim: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    vocab_size: int | None  # None where the file says -1: as many as the tokenizer has
+    vocab_size: int | None  # None if the file says -1: as many as the tokenizer has
     multiple_of: int
     ffn_dim_multiplier: float | None
     norm_eps: float
@@ -110,7 +114,8 @@ class Params:
 
     @property
     def intermediate_size(self) -> int:
-        """Meta's rule: 2/3 of 4 * dim, times ffn_dim_multiplier, up to the next multiple_of (llama/model.py, FeedForward)."""
+        """Meta's rule: 2/3 of 4 * dim, times ffn_dim_multiplier,
+        up to the next multiple_of (llama/model.py, FeedForward)."""
         size = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             size = int(self.ffn_dim_multiplier * size)
@@ -168,7 +173,8 @@ def params_of(params: Mapping[str, Any], path: Path) -> Params:
 
 
 def max_positions(asked: int | None, params: Params) -> tuple[int, str]:
-    """(max_position_embeddings, where it comes from). Meta's files do not say how long a text the model was trained on."""
+    """(max_position_embeddings, where it comes from).
+    Meta's files do not say how long the texts of the training were."""
     if asked is not None:
         return asked, "as asked"
     if params.max_seq_len is not None:
@@ -183,7 +189,7 @@ def max_positions(asked: int | None, params: Params) -> tuple[int, str]:
 
 
 def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
-    """config.json -> dimensions; a Problem where it is no plain Llama."""
+    """config.json -> dimensions; a Problem if it is not a plain Llama."""
     architectures = config.get("architectures")
     if architectures not in ARCHITECTURES:
         raise reports.weights.model_unfit(
@@ -191,7 +197,7 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         )
     defaults = QWEN2_DEFAULTS if architectures == QWEN2 else {}
     positions = positive(config, "max_position_embeddings", path, defaults.get("max_position_embeddings", 2048))
-    # where config.json does not say, transformers' Mistral has a window of 4096; its Qwen2 has one only with use_sliding_window
+    # by default transformers' Mistral has a window of 4096; its Qwen2 has one only with use_sliding_window
     window = config.get("sliding_window", 4096 if architectures in (MISTRAL, QWEN2) else None)
     if architectures == QWEN2 and not config.get("use_sliding_window"):
         window = None
@@ -216,7 +222,7 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         raise reports.weights.model_unfit(
             path,
             f"hidden_size {hidden}, {heads} heads, {kv_heads} key/value heads, head_dim {config.get('head_dim')}",
-            "an even head_dim (where it is not said, hidden_size / heads), and key/value heads that divide the heads",
+            "an even head_dim (by default hidden_size / heads), and key/value heads that divide the heads",
         )
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name) or {}, dict):
@@ -229,7 +235,7 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
     turned = rope_of(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if turned not in (None, 1):
         raise reports.weights.model_unfit(
-            path, f"partial_rotary_factor is {turned!r}", "null or 1: heads that turn as a whole"
+            path, f"partial_rotary_factor is {turned!r}", "null or 1: whole heads are rotated"
         )
     _check_rope(rope_of(config), kind, path)
     bias = {name: config.get(name) for name in ("attention_bias", "mlp_bias")}
@@ -261,7 +267,8 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
 
 
 def shape_of_checkpoint(config: Mapping[str, Any]) -> LlamaShape:
-    """A TensorRT-LLM checkpoint's config.json, or `pretrained_config` of its engines, whose names are Hugging Face's but for head_size."""
+    """A TensorRT-LLM checkpoint's config.json, or `pretrained_config` of its engines,
+    with Hugging Face's names except for head_size."""
     return LlamaShape(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
@@ -276,7 +283,7 @@ def shape_of_checkpoint(config: Mapping[str, Any]) -> LlamaShape:
 
 
 def _check_rope(rope: Mapping[str, Any], kind: str, path: Path) -> None:
-    """A Problem where a kind of rope scaling lacks one of its numbers, or it cannot be."""
+    """A Problem if a kind of rope scaling lacks one of its numbers, or a number is impossible."""
     if kind == "default":
         return
     if number(rope, "factor", path) < 1:
@@ -307,7 +314,8 @@ def positive(config: Mapping[str, Any], name: str, path: Path, default: int | No
 
 
 def number(config: Mapping[str, Any], name: str, path: Path, default: float | None = None) -> float:
-    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default, if there is one."""
+    """A finite number above 0 from a config file; a Problem for anything else. None and absent give the default,
+    if there is one."""
     value = config.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
@@ -316,7 +324,7 @@ def number(config: Mapping[str, Any], name: str, path: Path, default: float | No
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the user's; a Problem where there is none."""
+    """A JSON object from a file of the user's; a Problem if there is none."""
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(JSON_MAX_BYTES))
@@ -332,8 +340,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings: transformers 5 keeps all in rope_parameters, before there were rope_theta and rope_scaling. Where both are,
-    rope_scaling is what transformers takes (convert_rope_params_to_dict)."""
+    """Rotary settings. transformers 5 keeps them all in rope_parameters, earlier versions in rope_theta and
+    rope_scaling. If both are there, transformers takes rope_scaling (convert_rope_params_to_dict)."""
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     return {**theta, **parameters}
@@ -345,9 +353,11 @@ def rope_kind(rope: Mapping[str, Any]) -> str:
 
 
 def llama3_divisors(head_size: int, theta: float, scaling: Mapping[str, Any]) -> list[float]:
-    """By what Llama 3.1's scaling divides the frequency of each pair of a head (head_size / 2), fast pairs first.
+    """The numbers by which Llama 3.1's scaling divides the frequency of each pair of a head (head_size / 2),
+    fast pairs first.
 
-    transformers' modeling_rope_utils, _compute_llama3_parameters; llama.cpp stores the same numbers as rope_freqs.weight.
+    transformers' modeling_rope_utils, _compute_llama3_parameters;
+    llama.cpp stores the same numbers as rope_freqs.weight.
     """
     factor, low, high = (float(scaling[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     original = scaling["original_max_position_embeddings"]
@@ -365,7 +375,8 @@ def possible_tp_sizes(shape: LlamaShape, limit: int = 64) -> list[int]:
 
 
 def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> tuple[str, int, str] | None:
-    """None, or (what, its size, the rule that it breaks). Upstream: convert_checkpoint.py and layers/attention.py of v0.8.0."""
+    """None, or (what, its size, the rule that it breaks). Upstream:
+    convert_checkpoint.py and layers/attention.py of v0.8.0."""
     if not pad_heads:
         if shape.n_heads % tp_size:
             return "the number of heads", shape.n_heads, "each rank takes the same number of whole heads"
@@ -377,10 +388,11 @@ def why_impossible(shape: LlamaShape, tp_size: int, pad_heads: bool = False) -> 
 
 
 def padded_heads(shape: LlamaShape, tp_size: int) -> tuple[int, int]:
-    """(heads, key/value heads) when heads of zeros are added until tp_size ranks can share them; what divides already stays.
+    """(heads, key/value heads) after heads of zeros are added until tp_size ranks can share them.
+    Numbers that divide already stay.
 
-    Whole groups are added (9 heads in 3 groups at TP=2: 12 in 4), or each group grows where it is shared by several ranks
-    (14 heads in 2 groups at TP=4: 16 in 2).
+    Whole groups are added (9 heads in 3 groups at TP=2: 12 in 4). If several ranks share a group, each group grows
+    instead (14 heads in 2 groups at TP=4: 16 in 2).
     """
     group, n_kv_heads = shape.n_heads // shape.n_kv_heads, shape.n_kv_heads
     if tp_size % n_kv_heads:

@@ -12,7 +12,8 @@ from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Shape,
 
 @dataclass(frozen=True)
 class Cut:
-    """A rectangle of one of Hugging Face's tensors, [first, end) each; columns None: all. Zeros follow it, on the right and below."""
+    """A rectangle of one of Hugging Face's tensors: rows and columns [first, end); columns None: all. Zeros follow on
+    the right and below."""
 
     source: str
     rows: tuple[int, int]
@@ -32,17 +33,19 @@ class RankTensor:
 def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -> dict[str, RankTensor]:
     """Everything that rankN.safetensors holds, by TensorRT-LLM v0.8.0's rules (examples/llama/convert_checkpoint.py).
 
-    - q, k and v: rows; each is cut by itself, then q of this rank, k, v lie below each other.
+    - q, k and v: rows; each is cut by itself, then q, k and v of this rank are stacked.
     - More ranks than key/value heads: each such head is repeated for tp / kv_heads neighbouring ranks.
     - fc is gate_proj and gate is up_proj: the network computes proj(silu(fc x) * gate x).
     - dense and proj: columns. Norms and the embedding: whole on every rank.
     - lm_head: rows, after zero rows up to the next multiple of tp. vocab_size in config.json stays what it was.
-    - Biases: those of qkv, fc and gate are cut as their rows; those of dense and proj are whole on every rank, which adds them after the
-      ranks' sum (layers/linear.py, RowLinear). attn_bias has all four or none, so where the model has none for dense (Qwen2) it is zeros.
-    - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts them from 0;
-      the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of tensorrt_llm/mapping.py).
-    - Where the heads do not divide, as if they had been followed by heads of zeros up to padded_heads(shape, tp_size), which is ours:
-      such a head's query is 0, its value is 0, and dense does not look at it, so nothing is added to the sum.
+    - Biases: those of qkv, fc and gate are cut as their rows; those of dense and proj are whole on every rank, which
+      adds them after the ranks' sum (layers/linear.py, RowLinear). attn_bias has all four or none, so if the model has
+      none for dense (Qwen2) it is zeros.
+    - Pipeline stages: rank = stage * tp_size + its place in the stage. Each takes the same number of layers and counts
+      them from 0; the embedding is on the first stage, ln_f and lm_head are on the last (Mapping.pp_layers of
+      tensorrt_llm/mapping.py).
+    - Heads that do not divide are followed by heads of zeros up to padded_heads(shape, tp_size). This is our own rule:
+      such a head's query and value are 0, and dense ignores it, so it adds nothing to the sum.
     """
     hidden, head = shape.hidden_size, shape.head_size
     stage, place = divmod(rank, tp_size)
@@ -116,13 +119,14 @@ def rank_tensors(shape: LlamaShape, tp_size: int, rank: int, pp_size: int = 1) -
 
 
 def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(first, end, count) of the heads of a rank, and of its key/value heads; count - (end - first) heads of zeros follow."""
+    """(first, end, count) of the heads of a rank, and of its key/value heads;
+    count - (end - first) heads of zeros follow."""
     n_heads, n_kv_heads = padded_heads(shape, tp_size)
     group, wide_group = shape.n_heads // shape.n_kv_heads, n_heads // n_kv_heads
     count, kv_count = n_heads // tp_size, max(1, n_kv_heads // tp_size)
     kv_first = place * n_kv_heads // tp_size
     kv = min(kv_first, shape.n_kv_heads), min(kv_first + kv_count, shape.n_kv_heads), kv_count
-    # in their group, and of the groups that are there; only whole groups, or a part of one, lie on a rank
+    # heads within their group, and the model's own groups; a rank has whole groups, or a part of one
     inside = place * count - kv_first * wide_group
     first = min(kv_first * group + min(inside, group), shape.n_heads)
     end = min(first + count, (kv_first + kv_count) * group, shape.n_heads)
@@ -130,7 +134,7 @@ def _rank_heads(shape: LlamaShape, tp_size: int, place: int) -> tuple[tuple[int,
 
 
 def _rows_of(cut: Cut, block: Raw, at: int) -> Raw:
-    """What a rectangle has of the rows that begin at `at`."""
+    """The part of a rectangle that lies in the rows from `at` on."""
     rows = block[max(0, cut.rows[0] - at) : max(0, cut.rows[1] - at)]
     if cut.columns is not None:
         rows = rows[:, slice(*cut.columns)]

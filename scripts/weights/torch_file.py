@@ -1,9 +1,11 @@
-"""Reads which tensors a .pth (torch.save's zip file) holds and where their bytes lie, without torch and without running anything of it.
+"""Reads which tensors a .pth (torch.save's zip file) holds and where their bytes lie,
+without torch and without running anything of it.
 
-A .pth names its tensors in a pickle, which is a program for a small stack machine. torch.load(weights_only=True) runs that program
-with few functions allowed; here no function is called at all: the machine below knows the few operations that torch.save writes and
-takes down what they say. It also tells what torch does not, where in the file each tensor begins and its CRC-32, and spares the
-1.5 s that importing torch takes. tests/weights/test_torch_file.py holds it against torch.load.
+A .pth names its tensors in a pickle, which is a program for a small stack machine. torch.load(weights_only=True) runs
+that program and allows few functions. Here no function is called at all: the machine below knows the few operations
+that torch.save writes, and notes what they say. It also gives what torch does not: where in the file each tensor
+begins, and its CRC-32. And it saves the 1.5 s that importing torch takes.
+tests/weights/test_torch_file.py compares it with torch.load.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ STORAGES = {"torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.
 class FileTensor:
     """One tensor of a .pth. start: offset of its first byte in the file.
 
-    crc32: what the file says of its bytes; None where the tensor is only a part of what was saved together.
-    dtype: F16, BF16, F32, or torch's name of the storage where it is none of these (start is 0 then).
+    crc32: the checksum of its bytes in the file; None if the tensor is only a part of what was saved together.
+    dtype: F16, BF16, F32, or torch's name of any other storage (start is 0 then).
     """
 
     dtype: str
@@ -65,7 +67,8 @@ class _Tensor:
 
 
 def read_torch_file(path: Path) -> dict[str, FileTensor]:
-    """Name -> tensor; a Problem where the file is damaged, cut off, no torch file, or holds something else than named tensors."""
+    """Name -> tensor; a Problem if the file is damaged, cut off, not a torch file,
+    or holds anything but named tensors."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return _read(path, file, archive)
@@ -76,7 +79,7 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
 
 
 def directory(pickle: bytes) -> Any:
-    """What a pickle of torch.save says, with _Tensor for tensors. ValueError where it is anything else than named tensors.
+    """The content of a pickle of torch.save, with _Tensor for tensors. ValueError if it is anything but named tensors.
 
     The operations are those of pickle protocols 2 to 5 (Python's pickletools.py describes each).
     """
@@ -115,8 +118,8 @@ def directory(pickle: bytes) -> Any:
             elif name in ("SETITEMS", "SETITEM"):
                 items = after_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
                 if not all(isinstance(key, str) for key in items[::2]):
-                    # a tuple of tuples of the same tuple has no end to its hash
-                    raise ValueError("it names something by what is no text")
+                    # hashing a tuple of tuples of the same tuple would never end
+                    raise ValueError("it names something by what is not text")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             elif name in ("APPENDS", "APPEND"):
                 items = after_mark() if name == "APPENDS" else [stack.pop()]
@@ -181,7 +184,7 @@ def _located(name: str, tensor: _Tensor, root: str, infos: dict[str, zipfile.Zip
         raise ValueError(
             f"{name} needs {(tensor.offset + n_items) * ITEM_BYTES[dtype]} bytes, {info.filename} has {info.file_size}"
         )
-    # the local header repeats name and extra field with lengths of its own (PKWARE's APPNOTE.TXT, 4.3.7)
+    # the local header repeats name and extra field with its own lengths (PKWARE's APPNOTE.TXT, 4.3.7)
     file.seek(info.header_offset)
     signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":
@@ -200,7 +203,7 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _result(function: Any, arguments: Any) -> Any:
-    """What a call would give, of the three that torch.save writes; ValueError for any other."""
+    """The result of one of the three calls that torch.save writes; ValueError for any other call."""
     called = function.name if isinstance(function, _Function) else type(function).__name__
     if called == "collections.OrderedDict" and arguments == ():
         return {}
@@ -218,5 +221,5 @@ def _result(function: Any, arguments: Any) -> Any:
 
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 48:
-        raise ValueError("a size in its directory is no number of items")
+        raise ValueError("a size in its directory is not a number of items")
     return value

@@ -160,7 +160,7 @@ def two_sides(ours: float, theirs: float) -> dict[str, Any]:
 def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert bench_page.reached(two_sides(110.0, 100.0)) == ["Ahead of vLLM, through the same API, at 1 of 1 loads."]
     [said] = bench_page.reached(two_sides(50.0, 100.0))
-    assert "at 0 of 1 loads; behind" in said and "8 x 128+128 (0.50)" in said
+    assert "at 0 of 1 loads; slower" in said and "8 x 128+128 (0.50)" in said
     page = bench_page.page(two_sides(50.0, 100.0), "run.json")
     assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
 

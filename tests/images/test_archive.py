@@ -131,7 +131,7 @@ def test_it_is_an_oci_layout_too(tmp_path: Path) -> None:
 
 
 def test_canonical_is_a_fixed_point(tmp_path: Path) -> None:
-    """A release writes the archive anew from what docker keeps."""
+    """A release writes the archive again from what docker keeps."""
     image, data = canonical(saved(tmp_path / "1.tar", [layer(BASE, 5, 0), layer(OURS, 1, 1000)]))
     (tmp_path / "c.tar").write_bytes(data)
     again, same = canonical(tmp_path / "c.tar")

@@ -65,7 +65,7 @@ SERVE = ("serve", "MODEL=llama-2-7b", "ENGINE=tensorrt")
 
 
 class Host:
-    """A machine with a copy of the project, a PATH of its own, and a docker that keeps what it is told."""
+    """A machine with a copy of the project, its own PATH, and a docker that keeps what it is told."""
 
     def __init__(self, tree: Path, folder: Path, docker: bool = True, gpus: list[str] | None = None) -> None:
         self.tree, self.folder, self.log = tree, folder, folder / "docker.log"

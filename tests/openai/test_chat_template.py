@@ -236,7 +236,7 @@ def test_a_hostile_template_reaches_nothing(cases: Any, source: str) -> None:
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:
-    """As transformers has it: a file of its own first, of several the default."""
+    """As in transformers: a separate file comes first; the default one, if there are several."""
     folder = llama_folder(tmp_path / "t", "own {{ messages }}", [])
     assert template_of(folder) == "own {{ messages }}"
     config = json.loads((folder / "tokenizer_config.json").read_text())

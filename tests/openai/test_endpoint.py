@@ -411,7 +411,7 @@ def test_the_api_key(chatting: Served) -> None:
 
 
 def test_too_many_are_told_to_come_back(chatting: Served) -> None:
-    """Two slots, and room for eight requests behind each."""
+    """Two slots, and a queue of eight requests for each."""
     held = client(chatting).completions.create(model="stories", **{**LONG, "n": 18}, stream=True)
     next(iter(held))
     status, headers, body = raw(chatting, "/v1/completions", OK)
@@ -597,7 +597,7 @@ def test_a_refusal_tells_of_the_form_that_was_sent(served: Served, path: str, wr
 
 
 def test_best_of_tells_the_likeliest(served: Served) -> None:
-    """Of the same draws the ones that n would all have told."""
+    """The best of the same draws that n would all have sent."""
     asked = {"model": "stories", "prompt": "One day", "max_tokens": 6, "seed": 3}
     all_of_them = client(served).completions.create(**asked, n=4, logprobs=0).choices
     mean = {one.text: sum(one.logprobs.token_logprobs) / len(one.logprobs.token_logprobs) for one in all_of_them}

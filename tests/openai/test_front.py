@@ -83,7 +83,7 @@ def connected(port: int, data: bytes = b"", source: str = "127.0.0.1", receive_b
 
 
 def everything(link: socket.socket) -> bytes:
-    """What comes until the other side closes; raises where it does not."""
+    """What comes until the other side closes; raises if it does not."""
     said = b""
     try:
         while piece := link.recv(65536):

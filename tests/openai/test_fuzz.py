@@ -32,7 +32,7 @@ MEMORY_BYTES = 96 << 20
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of its own, which must be as it was when all is over."""
+    """A separate server, which must be as it was when all is over."""
     tree = copy_of_project(tmp_path_factory.mktemp("fuzz") / "tree")
     running = serve(tree, "TP=1", "CHAT_TEMPLATE=models/llama-2.jinja")
     try:

@@ -65,7 +65,7 @@ def operated(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> 
 def ask(
     server: Served, path: str, body: object = None, key: str = "old-key", method: str = "", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own, so that both workers get some."""
+    """One request on its own connection, so that both workers get some."""
     link = http.client.HTTPConnection(HOST, server.openai_port, timeout=60)
     given = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     given.update({name.replace("_", "-"): value for name, value in headers.items()})
@@ -129,7 +129,7 @@ def test_the_page_has_what_was_agreed_and_adds_up_over_workers(operated: Served)
     assert ask(operated, "/v1/models/what-a-client-typed")[0] == 404
     assert ask(operated, "/typed/by/a/client")[0] == 404
     until(lambda: value(operated, "bake_http_requests_total", route="other", status="404") == 1)
-    threading.Event().wait(2 * PAGE_SECONDS)  # each worker has a page of its own, so old at most
+    threading.Event().wait(2 * PAGE_SECONDS)  # each worker has its own page, so old at most
     found = scraped(operated)
     text = ask(operated, "/metrics", key="")[2].decode()
     for metric in AGREED:

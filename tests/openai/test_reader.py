@@ -174,7 +174,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
 
 
 class Child:
-    """A reader as a process of its own, asked over its socket."""
+    """A reader as its own process, asked over its socket."""
 
     def __init__(self, made: Reader, path: Path) -> None:
         listener = socket.socket(socket.AF_UNIX)
@@ -191,7 +191,7 @@ class Child:
         reader.receive(self.link, reader.LENGTH.size)
 
     def ask(self, chat: bool, body: object) -> bytes:
-        """Its answer; nothing where it died."""
+        """Its answer; nothing if it died."""
         data = json.dumps(body).encode()
         self.link.sendall(reader.LENGTH.pack(len(data)) + bytes([chat]) + data)
         try:

@@ -1,6 +1,6 @@
 """What real client packages do with a server: each a stream, a call of a tool, an answer that follows a schema.
 
-Runs in an environment of its own (requirements/clients.txt): python ask_clients.py CLIENT URL. Prints one JSON object: what came of each.
+Runs in its own environment (requirements/clients.txt): python ask_clients.py CLIENT URL. Prints one JSON object: what came of each.
 Needs no project code. The model is a small one that cannot call tools by itself: the client makes it call (tool_choice).
 """
 

@@ -1,4 +1,4 @@
-"""What tests of the image share: one image of the bundled model, baked by make in a clone of its own; containers that are taken away."""
+"""What tests of the image share: one image of the bundled model, baked by make in its own clone; containers that are taken away."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Baked:
 
 @dataclass
 class Container:
-    """One container; the test's, under a name nobody else has."""
+    """One container for the test, under a name of which there is one only."""
 
     name: str
 

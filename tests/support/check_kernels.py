@@ -53,7 +53,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, position: int) -> Tensor:
 
 
 def check_attention(group: int, kv_heads: int, size: int, splits: int) -> None:
-    """Slots out of order, none, few and many tokens before; a head that is no power of two."""
+    """Slots out of order, none, few and many tokens before; a head that is not a power of two."""
     rows, longest, padded, heads = 4, 400, 16, group * kv_heads
     per_slot = -(-longest // BLOCK)
     keys = torch.randn(4 * per_slot + 1, kv_heads, BLOCK, size)
@@ -102,7 +102,7 @@ def check_attention(group: int, kv_heads: int, size: int, splits: int) -> None:
 
 
 def check_prompt_attention(group: int, kv_heads: int, size: int) -> None:
-    """Pieces of three sequences: a whole prompt, one that goes on inside a block, one token; what nobody wrote is not a number."""
+    """Pieces of three sequences: a whole prompt, one that goes on inside a block, one token; what was never written is NaN."""
     rows, padded, heads, per_slot = 32, 16, group * kv_heads, 6
     pieces = [(2, 0, 70), (0, 100, 33), (1, 64, 1)]  # slot, start, tokens
     keys = torch.full((4 * per_slot + 1, kv_heads, BLOCK, size), float("nan"))

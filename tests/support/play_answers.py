@@ -93,7 +93,7 @@ class Play:
         return self.asked.get(timeout=SECONDS)
 
     def close(self) -> None:
-        """Nobody listens any more, and what was open is cut."""
+        """The server stops listening, and what was open is cut."""
         self.server.shutdown()
         self.server.server_close()
         for connection in self.connections:

@@ -72,7 +72,7 @@ def unharmed(served: Served) -> Any:
 
 
 def resident_bytes(served: Served) -> int:
-    """Of every process of the server."""
+    """Resident memory of all processes of the server."""
     pages = 0
     for pid in processes_below(served.process.pid):
         try:
@@ -89,7 +89,7 @@ def answers(served: Served) -> bool:
 
 
 def http_exchange(served: Served, method: str, path: str, body: bytes, headers: dict[str, str]) -> list[Any]:
-    """[status, body] of one exchange; [] when the server closed the connection without an answer (a request that is no HTTP)."""
+    """[status, body] of one exchange; [] when the server closed the connection without an answer (a request that is not HTTP)."""
     connection = http.client.HTTPConnection("127.0.0.1", served.http_port, timeout=ANSWER_SECONDS)
     try:
         connection.request(method, path, body=body, headers=headers)
@@ -120,7 +120,7 @@ def test_any_json_over_generate(served: Served, model: str, how: str, body: dict
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_batch_of_nothing_is_refused(served: Served, model: str) -> None:
-    """Every input that has one value, in a list of none: Triton 2.51 ends over it where an input is reshaped to have no axis of its own."""
+    """Every input that has one value, in a list of none: Triton 2.51 crashes on it if an input is reshaped to have no axis."""
     status, described = http_exchange(served, "GET", f"/v2/models/{model}", b"", {})
     assert status == 200
     single = [tensor["name"] for tensor in json.loads(described)["inputs"] if tensor["shape"] == [-1, 1]]
@@ -287,7 +287,7 @@ def test_what_only_the_owner_may_do_is_closed_over_http(served: Served, path: st
 @FUZZ
 @given(spelt=MESSAGES, method=st.sampled_from(METHODS), raw=st.binary(max_size=60))
 def test_any_bytes_for_a_grpc_message(served: Served, spelt: dict[str, Any], method: str, raw: bytes) -> None:
-    """Bytes that are no message, or half of one."""
+    """Bytes that are not a message, or half of one."""
     whole = message_of(spelt).SerializeToString()
     with grpc.insecure_channel(served.grpc) as channel:
         call = channel.unary_unary(f"/inference.GRPCInferenceService/{method}")

@@ -63,7 +63,7 @@ def test_what_tensorrt_llm_refuses_is_said_by_both(several: Served) -> None:
 
 
 def test_a_batch_of_prompts_gets_the_ids_that_each_gets_alone(several: Served) -> None:
-    """Padded behind; what a row asks for is its own."""
+    """Rows are padded at the end; each row has its own request."""
     n, limits = len(PROMPTS), ints(*range(1, len(PROMPTS) + 1)).reshape(-1, 1)
     stops = texts(*(prompt[:3] for prompt in PROMPTS)).reshape(-1, 1)
     queries = texts(*PROMPTS).reshape(-1, 1)

@@ -340,7 +340,7 @@ NO_LOG_PROBS = {"CUM_LOG_PROBS": floats(0), "OUTPUT_LOG_PROBS": floats(0)[None]}
         (
             "postprocessing",
             {"TOKENS_BATCH": ints(1, 2)[None], "SEQUENCE_LENGTH": ints(1, 1), **NO_LOG_PROBS},
-            "one length is for one beam",
+            "there must be one length per beam",
         ),
     ],
 )  # fmt: skip
@@ -390,7 +390,7 @@ def test_a_request_that_waits_for_a_slot_can_leave_too(served: Served) -> None:
 
 @pytest.mark.parametrize("n_streams", [8, 64])
 def test_many_at_once_get_what_each_gets_alone(served: Served, n_streams: int) -> None:
-    """Half of them want the text only: outputs that nobody wants have crashed the server."""
+    """Half of them want the text only: outputs that no request wants have crashed the server."""
     alone = {prompt: tell(served, prompt=prompt, max_tokens=16) for prompt in PROMPTS}
     together: dict[str, str] = {str(n): "" for n in range(n_streams)}
     with closing(Stream(served)) as stream:

@@ -134,7 +134,7 @@ def test_end_to_end_grpc_client_asks_over_a_stream_all_the_same(unary: Served, m
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", *TEXT_MODELS])
 def test_eight_at_once_share_their_steps(unary: Served, model: str) -> None:
-    """One after the other they would take 8 x 60 steps; nobody waits for another's end, whichever it is."""
+    """One after the other they would take 8 x 60 steps; no answer waits for the end of another."""
     text = {"text_input": texts(PROMPT), "max_tokens": ints(60), "end_id": ints(-1)}
     tokens = core_request(preprocessed(unary)["INPUT_ID"], 60, end_id=ints(-1))
     before = unary.metric("torch_engine_steps")
@@ -176,7 +176,7 @@ def test_a_stop_word_ends_the_text_before_it_and_the_work_with_it(unary: Served,
     assert answer["text_output"].item() == b", in a small "
     until(lambda: unary.active == 0, "the engine works on")
     assert unary.metric("torch_engine_steps") - before < 100
-    # this one is no whole tokens: the text is cut all the same
+    # this one does not end with a token, but the text is cut all the same
     request["max_tokens"] = ints(20)
     assert infer(unary, model, stop_words=texts("age surr"), **request)["text_output"].item() == b", in a small vill"
 

@@ -45,7 +45,7 @@ TEXTS = [
     "hello<usr><usr>x",
     "thethe the",
 ]
-# What transformers makes of a folder, in a process of its own: its protobuf files are of a later version than the one that Triton needs
+# What transformers makes of a folder, in its own process: its protobuf files are of a later version than the one that Triton needs
 THEIRS = """
 import json, sys
 from transformers import AutoTokenizer

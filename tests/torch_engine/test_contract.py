@@ -1,4 +1,4 @@
-"""The torch engine behind Triton keeps NVIDIA's tensor contract; Triton's own module is played by a few lines here."""
+"""The torch engine in Triton keeps NVIDIA's tensor contract; Triton's own module is played by a few lines here."""
 
 from __future__ import annotations
 

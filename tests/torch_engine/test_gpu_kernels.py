@@ -27,7 +27,7 @@ from project import ROOT
     ],
 )
 def test_without_a_gpu_it_gives_what_pytorch_gives(script: str, how: list[str], said: str) -> None:
-    """In a process of its own: Triton interprets all kernels of a process, or none."""
+    """In its own process: Triton interprets all kernels of a process, or none."""
     command = [sys.executable, str(ROOT / "tests/support" / script), *how]
     environment = dict(os.environ)
     if how and how != ["1"]:

@@ -1,4 +1,4 @@
-"""Blocks of the key/value cache are shared by requests that begin alike, and by nobody else."""
+"""Blocks of the key/value cache are shared by requests that begin alike, and by no others."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_sampled_distribution_is_hugging_faces(top_k: int, top_p: float) -> None
     logits = some_logits(4)
     warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p else [])
     expected = by_transformers(logits, *warpers).softmax(dim=-1)
-    # between others in the batch, which have settings of their own
+    # between others in the batch, which have their own settings
     rows = torch.stack([some_logits(1), logits, some_logits(2)])
     found, ids = kept(rows, torch.tensor([0, top_k, 2]), torch.tensor([0.3, top_p, 0.0]))
     torch.testing.assert_close(torch.zeros(VOCAB).scatter(0, ids[1], found[1]), expected)

@@ -151,7 +151,7 @@ def test_what_no_tensorrt_has_is_refused_by_name_with_the_engine_that_has_it(tmp
     )
     with pytest.raises(reports.Problem) as caught:
         build_checkpoint.build_checkpoint(settings)
-    assert "rope scaling of the type yarn, which is not there with TensorRT-LLM 1.2.1" in caught.value.seen
+    assert "rope scaling of the type yarn, which TensorRT-LLM 1.2.1 does not have" in caught.value.seen
     assert caught.value.command.startswith("make checkpoint") and "ENGINE=torch" in caught.value.command
 
 

@@ -180,7 +180,7 @@ def test_what_reads_for_ever_is_ended(tmp_path: Path) -> None:
 
     with pytest.raises(reports.Problem) as caught:
         bounded(endless, tmp_path, seconds=1)
-    assert "more than 1 s of a processor" in caught.value.seen
+    assert "more than 1 s of CPU time" in caught.value.seen
 
 
 def test_what_takes_all_memory_is_ended(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every form a Llama comes in becomes the same checkpoint, and says what transformers says; what is no Llama is refused by name."""
+"""Every form a Llama comes in becomes the same checkpoint, and says what transformers says; a model that is not a Llama
+is refused by name."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def same(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names) and len(names) > 1
 
 
-# --- the same model in several forms --------------------------------------------------------------------------------------
+# --- the same model in several forms ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 4, 8])
@@ -128,7 +129,7 @@ def test_a_bin_file_that_wants_to_run_something_is_refused(tmp_path: Path) -> No
     assert "wants to call" in caught.value.seen
 
 
-# --- shapes that Meta's Llama does not have --------------------------------------------------------------------------------
+# --- shapes that Meta's Llama does not have ---------------------------------------------------------------------------
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -197,7 +198,8 @@ def test_padded_heads_change_nothing(changed: dict[str, Any], tp_size: int, head
 
 
 def test_what_is_added_is_zero(tmp_path: Path) -> None:
-    """6 heads of 16 in 3 groups become 8 in 4: the last two have no rows in q, k and v, and dense has no columns for them."""
+    """6 heads of 16 in 3 groups become 8 in 4: the last two have no rows in q, k and v, and dense has no columns for
+    them."""
     folder = published(tmp_path / "published")
     weights = joined(checkpoint(folder, tmp_path / "room", 2, pad_heads=True, dtype="float32"), folder).state_dict()
     attention = "model.layers.1.self_attn."
@@ -331,7 +333,7 @@ def test_what_is_no_llama_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert name in caught.value.seen and "LlamaForCausalLM" in caught.value.seen
 
 
-# --- Llama 3 in Meta's form --------------------------------------------------------------------------------------------------
+# --- Llama 3 in Meta's form -------------------------------------------------------------------------------------------
 
 WORDS = [
     "he",
@@ -355,7 +357,8 @@ WORDS = [
 
 
 def llama3(folder: Path, **params: Any) -> Path:
-    """Meta's form with a tiktoken file: 256 bytes and some words, in an order as training gives it; 256 special tokens behind."""
+    """Meta's form with a tiktoken file: 256 bytes and some words, in an order as training gives it, then 256 special
+    tokens."""
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         data = word.encode()

@@ -42,7 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def byte_tokens() -> list[str]:
-    """GPT-2's writing of the 256 bytes: what is no visible character of Latin-1 moves behind it."""
+    """GPT-2's writing of the 256 bytes: what is not a visible character of Latin-1 moves to the end."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + others.index(byte)) for byte in range(256)]
@@ -409,7 +409,7 @@ def test_parts_that_say_other_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_of_several_models_the_advice_moves_none(tmp_path: Path) -> None:
-    """It links the one that is meant into a folder of its own: nothing is lost, whichever it is."""
+    """It links the one that is meant into its own folder: nothing is lost, whichever it is."""
     folder = write_gguf(tmp_path / "weights")
     (folder / "other.gguf").write_bytes((folder / "small.gguf").read_bytes())
     with pytest.raises(reports.Problem) as caught:

@@ -104,7 +104,7 @@ TENSOR = (
     b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00" + ONES + ONES + b"tRs."
 )
 ENDLESS = {
-    "a key": (b"\x80\x02}K\x01q\x00" + NESTED + b"K\x01s.", "by what is no text"),
+    "a key": (b"\x80\x02}K\x01q\x00" + NESTED + b"K\x01s.", "by what is not text"),
     "a name": (b"\x80\x04K\x01q\x00" + NESTED + b"h\x00\x93.", "makes no sense"),
     "axes": (TENSOR, "has 300000 axes"),
 }

@@ -33,7 +33,8 @@ class TritonPythonModel:
         ids, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]  # (batch, beams, tokens), (batch, beams)
         if ids.shape[:-1] != lengths.shape:
             raise sent.Refused(
-                f"TOKENS_BATCH has shape {list(ids.shape)} and SEQUENCE_LENGTH {list(lengths.shape)}; one length is for one beam"
+                f"TOKENS_BATCH has shape {list(ids.shape)} and SEQUENCE_LENGTH {list(lengths.shape)};"
+                " there must be one length per beam"
             )
         if lengths.size and not 0 <= lengths.min() <= lengths.max() <= ids.shape[-1]:
             raise sent.Refused(f"SEQUENCE_LENGTH is {lengths.tolist()}; TOKENS_BATCH has {ids.shape[-1]} tokens")
@@ -42,7 +43,7 @@ class TritonPythonModel:
             self.text.decode(beam[:length].tolist(), skip).encode()
             for beam, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.reshape(-1))
         ]
-        # one axis, as NVIDIA's: all beams of all rows behind each other
+        # one axis, as NVIDIA's: all beams of all rows, one after the other
         values = {"OUTPUT": np.array(texts, dtype=object)}
         values.update({f"OUT_{name}": given[name] for name in self.handed_through if name in given})
         return values

@@ -29,7 +29,8 @@ class TritonPythonModel:
         self.outputs = {tensor["name"] for tensor in config["output"]}
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """All texts of all requests are tokenized in one call. A request may be a batch: its rows are padded to the longest."""
+        """All texts of all requests are tokenized in one call. A request may be a batch: its rows are padded to the
+        longest."""
         responses: list[Any] = [None] * len(requests)
         readable = []
         for n, request in enumerate(requests):
@@ -48,7 +49,7 @@ class TritonPythonModel:
         return responses
 
     def _outputs(self, given: sent.Sent, ids: list[list[int]]) -> dict[str, sent.Array]:
-        """ids: of each row."""
+        """ids: the token ids of each row."""
         rows = sent.rows(given, len(ids))
         for row, tokens in zip(rows, ids):
             self.limits.check(len(tokens), sent.scalar(row, "REQUEST_OUTPUT_LEN"), "REQUEST_OUTPUT_LEN")
@@ -69,14 +70,15 @@ class TritonPythonModel:
             "EMBEDDING_BIAS": np.concatenate(bias),
             "OUT_END_ID": end_id,
             "OUT_PAD_ID": pad_id,
-            # what an encoder-decoder model begins with; NVIDIA's end_to_end_test.py sends it to every model from 0.11 on
+            # what an encoder-decoder model begins with; since 0.11 NVIDIA's end_to_end_test.py sends it to every model
             "DECODER_INPUT_ID": pad_id.reshape(-1, 1),
             "REQUEST_DECODER_INPUT_LEN": np.ones((len(rows), 1), dtype=np.int32),
         }
         return {name: value for name, value in values.items() if name in self.outputs}
 
     def _word_lists(self, rows: list[sent.Sent], name: str, tokens: Sequence[int] = ()) -> sent.Array:
-        """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1. tokens: see Text.word_list."""
+        """int32 (rows, 2, n): upstream pads the ids with 0 and where their sequences end with -1. tokens: see
+        Text.word_list."""
         lists = [self.text.word_list(sent.words(row, name), tokens=tokens)[0] for row in rows]
         return np.stack([padded([ids for ids, _ in lists], 0), padded([ends for _, ends in lists], -1)], axis=1)
 

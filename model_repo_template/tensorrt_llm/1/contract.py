@@ -52,15 +52,15 @@ READ_APART = {
     "guided_decoding_guide_type",  # these two since 0.17
     "guided_decoding_guide",
 }
-# What a request may say in its parameters, because no version, or not every one, has an input for it. config.pbtxt names them
-# (build_model_repo.REQUEST_PARAMETERS), and the endpoint asks by that.
+# A request may give these as parameters, because not every version has an input for them. config.pbtxt names them
+# (build_model_repo.REQUEST_PARAMETERS); the endpoint looks there.
 MAX_LIKELIEST = 20
-# They steer padding and beams, and there are none here; a model without encoder does not read what a decoder begins with, and
-# NVIDIA's end_to_end_test.py sends it to every model (preprocessing's DECODER_INPUT_ID).
+# The first ones steer padding and beams, which this engine does not have. A model without an encoder does not read what
+# a decoder begins with, but NVIDIA's end_to_end_test.py sends it to every model (preprocessing's DECODER_INPUT_ID).
 MEANINGLESS = {"pad_id", "len_penalty", "early_stopping", "decoder_input_ids", "decoder_input_lengths"}
 # Outputs with a value in every response
 ALWAYS = ("output_ids", "sequence_length")
-ONLY = {  # what this engine does not do may still be asked not to be done
+ONLY = {  # features that this engine lacks: a request may name them with the value that turns them off
     "beam_width": 1,
     "num_return_sequences": 1,
     "beam_search_diversity_rate": 0,
@@ -94,10 +94,11 @@ def understood(
     parameters: Mapping[str, Any] = {},
     guides: Guides | None = None,
 ) -> Asked:
-    """What these inputs ask for; `exclude_input` holds where they do not say. Raises Refused, naming the input.
+    """What these inputs ask for; `exclude_input` is the default. Raises Refused, which names the input.
 
-    end_ids: the model's ends. Upstream's contract has room for one end_id: whoever asks with one of them means them all.
-    parameters: the request's own; guides: makes what guides an answer, None: nothing can.
+    end_ids: the model's ends. Upstream's contract has room for one end_id, so a request with one of them means all of
+    them.
+    parameters: the request's own; guides: makes the guide of an answer; None: guides are not available.
     """
     for name, array in inputs.items():
         if name in ONLY:
@@ -110,7 +111,7 @@ def understood(
             raise Refused(f"the input {name} is missing")
     ids, length = inputs["input_ids"], int(scalar("input_lengths", inputs["input_lengths"]))
     if ids.ndim != 2 or ids.shape[0] != 1:
-        raise Refused(f"input_ids has shape {list(ids.shape)}; this engine takes one prompt a request, [1, tokens]")
+        raise Refused(f"input_ids has shape {list(ids.shape)}; this engine takes one prompt per request, [1, tokens]")
     if not 0 <= length <= ids.shape[1]:
         raise Refused(f"input_lengths is {length}; input_ids has {ids.shape[1]} tokens")
     sampling: dict[str, Any] = {
@@ -145,7 +146,7 @@ def understood(
 
 
 def number(name: str, parameters: Mapping[str, Any], least: float, most: float) -> float:
-    """A number among a request's parameters; the least where there is none. Raises Refused."""
+    """A number among a request's parameters; `least` if it is not given. Raises Refused."""
     value = parameters.get(name, least)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise Refused(f"{name} is {str(value)[:40]}; it must be between {least} and {most}")
@@ -202,8 +203,9 @@ def outputs(
 ) -> dict[str, Array]:
     """The tensors of one response that carries `pieces`; `cum_log_prob` counts all tokens up to here.
 
-    without_value: the outputs that this version sends also when nobody asked for their value, as zeros of the smallest shape; all
-    others are then left out (docker/contracts/backend-rules, `without_value`). wanted: those that the client named; None: all.
+    without_value: outputs that this version sends as zeros of the smallest shape if no input asks for their value; it
+    leaves out all others (docker/contracts/backend-rules, `without_value`). wanted: those that the client named; None:
+    all.
     """
     new = [token for piece in pieces for token in piece.tokens]
     with_input = not asked.streaming and not asked.exclude_input

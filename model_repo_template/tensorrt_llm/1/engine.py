@@ -1,6 +1,6 @@
 """In-flight batching: requests join and leave while others run, and each forward step serves all that are running.
 
-Knows nothing of Triton. `open_engine` loads one rank; on rank 0 it gives an Engine to submit requests to, on the others
+It does not know Triton. `open_engine` loads one rank; on rank 0 it gives an Engine to submit requests to, on the others
 a Follower's loop:
 
     engine = open_engine(Path("engines"))
@@ -38,7 +38,7 @@ CLOSE_SECONDS = 10.0  # how long a last step may take; Triton has drained the re
 
 
 class Refused(ValueError):
-    """A request that this engine cannot serve, in words for the one who sent it."""
+    """A request that this engine cannot serve; the message is for the client."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and what is wanted of it. `receive` is called from the engine's thread and must not block."""
+    """A prompt and how to answer it. `receive` is called from the engine's thread and must not block."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -70,18 +70,19 @@ class Request:
     prompt_log_probs: bool = False
     context_logits: bool = False
     generation_logits: bool = False
-    likeliest: int = 0  # with log_probs: of so many tokens besides
+    likeliest: int = 0  # with log_probs: how many other tokens' log probabilities are sent too
 
 
 class Running:
-    """A request in the batch: its slot, its blocks of the cache, its tokens so far, and how far it has been launched."""
+    """A request in the batch: its slot, its blocks of the cache, its tokens so far, and how far it has been
+    launched."""
 
     def __init__(self, request: Request, slot: int, blocks: Sequence[int], cached: int, on_device: bool) -> None:
         self.request, self.slot, self.blocks = request, slot, tuple(blocks)
         self.tokens = list(request.prompt)
         self.cached = cached  # tokens that are in the cache: those it shares, and those of the steps launched so far
         self._on_device = on_device
-        # A generator of its own: what a request draws does not depend on who else is in the batch.
+        # One generator per request: what it draws does not depend on who else is in the batch.
         self._generator = torch.Generator().manual_seed(request.sampling.random_seed)
 
     @property
@@ -130,7 +131,7 @@ class Running:
         return chunk.start + len(chunk.token_ids) >= len(self.request.prompt)
 
     def look_ahead(self, chunk: Chunk) -> None:
-        """What may follow is computed while the step runs."""
+        """Start to compute which tokens may follow, while the step runs."""
         if (guide := self.request.sampling.guide) is not None and self.ends_with(chunk):
             guide.ahead(self.tokens[len(self.request.prompt) :])
 
@@ -205,8 +206,8 @@ class Engine:
         self._running: list[Running] = []
         self._free_slots = list(range(config.max_batch_size))  # a heap: low slots first keeps them adjacent
         self.blocks = Blocks(model.n_blocks, model.block_tokens, reuse)
-        self._held: list[tuple[int, ...]] = []  # of slots, likewise: what may not be chosen at first
-        self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model has not been told of
+        self._held: list[tuple[int, ...]] = []  # the same, for tokens that may not be chosen at first
+        self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model does not know yet
         self._in_flight: deque[tuple[Batch, Outcome]] = deque()
         self._failure: str | None = None
         self._changed = threading.Condition()
@@ -233,12 +234,12 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, if it is still there, with what it has: its slot is free for the next step."""
+        """Ends a request, if it is still there, with the tokens that it has. Its slot is free for the next step."""
         with self._changed:
             self._end([request], Piece(final=True))
 
     def fail(self, message: str) -> None:
-        """Ends every request with this error, and each later one too. The first failure counts."""
+        """Ends every request, and each later one, with this error. The first failure counts."""
         with self._changed:
             if self._failure is None:
                 self._failure = message
@@ -248,7 +249,7 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's thread and the other ranks; requests that are still there get an error."""
         if self._failure is not None:
-            return  # closed already, or nobody is left to end together with
+            return  # closed already, or no other rank is left to stop
         self.fail("the engine is shutting down")
         self._thread.join(timeout=CLOSE_SECONDS)
         if not self._thread.is_alive():
@@ -274,8 +275,8 @@ class Engine:
         return refusal(request.sampling, config.vocab_size)
 
     def _blocks_for(self, request: Request) -> int:
-        """Blocks of the cache that a request may fill. It gets them all before it starts, so that it can always end; the cache holds at
-        least one request of max_seq_len."""
+        """How many blocks of the cache a request may fill. It gets all of them before it starts, so that it can always
+        end. The cache holds at least one request of max_seq_len."""
         return -(-(len(request.prompt) + request.max_new_tokens) // self._model.block_tokens)
 
     def _rank_lost(self, rank: int, why: str) -> None:
@@ -283,7 +284,7 @@ class Engine:
         self.fail(f"rank {rank} of the engine {why}")
 
     def _end(self, requests: Sequence[Request], piece: Piece) -> None:
-        """Takes requests out, frees their slots and gives them their last piece. Called with the lock held."""
+        """Takes requests out, frees their slots and gives them their last piece. The caller holds the lock."""
         for request in requests:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -297,7 +298,8 @@ class Engine:
             one.request.receive(piece)
 
     def _admit(self) -> None:
-        """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache. The caller holds the
+        lock."""
         while self._waiting and self._free_slots:
             request = self._waiting[0]
             # whoever wants logits of the whole prompt has it computed
@@ -315,11 +317,13 @@ class Engine:
             self._held.append((slot, until, *ends, *(-1,) * (HELD_IDS - len(ends))))
 
     def _hold(self, one: Running, tokens: Sequence[int], told: int) -> None:
-        """These tokens are in a request's blocks, for others that begin with them; `told` of them were known. Called with the lock held."""
+        """Lets other requests that begin with these tokens share their blocks; the first `told` tokens are shared
+        already. The caller holds the lock."""
         self.blocks.hold(one.blocks, tokens, told // self._model.block_tokens)
 
     def _next_batch(self) -> Batch | None:
-        """What the next step does: decode tokens first, then prompts while there is room. Nothing: there are only steps to wait for.
+        """What the next step does: decode tokens first, then prompts while there is room. It is empty if there is only
+        a step to wait for.
 
         Waits for work when there is no step to wait for. None when the engine has failed.
         """
@@ -329,7 +333,7 @@ class Engine:
             if self._failure is not None:
                 return None
             if self._in_flight and any(one.request.sampling.from_history for one in self._running):
-                return []  # what they choose next depends on tokens that are not known yet
+                return []  # their next choice depends on tokens that are not known yet
             self._admit()
             ready = [one for one in self._running if not (one.generating and one.launched)]
             streams = [one for one in ready if one.generating]
@@ -365,7 +369,8 @@ class Engine:
                 log.exception("a step failed")
                 self._in_flight.clear()
                 if self._ranks.size > 1 or self._ranks.device.type == "cuda":
-                    # the others are somewhere inside that step and will not come back from it; a GPU that failed stays so
+                    # the other ranks are inside that step and will not return from it; a GPU that failed does not
+                    # recover
                     self.fail("the engine has failed; the server's log says why")
                     self._link.abandon()
                     log.error(
@@ -384,7 +389,7 @@ class Engine:
         self._link.send(encode(step))
         self._in_flight.append((batch, self._model.launch(step, lambda logits: choice_of(batch, logits))))
         self.steps += 1
-        if self.blocks.reuse:  # from now on: whoever reads it does so in a later step
+        if self.blocks.reuse:  # shared from now on: a reader comes in a later step
             with self._changed:
                 for one, chunk in batch:
                     if chunk.start < len(one.request.prompt) and one in self._running:
@@ -392,7 +397,7 @@ class Engine:
                         self._hold(one, one.request.prompt[:end], chunk.start)
 
     def _deliver(self, batch: Batch, outcome: Outcome) -> None:
-        """Waits for a step and hands out what it gave."""
+        """Waits for a step and hands out its results."""
         choice = outcome.wait()
         tokens = choice.tokens.tolist()
         chances = choice.log_probs.tolist() if choice.log_probs is not None else []
@@ -451,13 +456,13 @@ def open_engine(engine_dir: Path, reuse: bool = False) -> Engine | Follower:
 
 
 def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> Model:
-    """The network of this rank, for what it computes on. Raises ValueError."""
+    """The network of this rank, for its kind of device. Raises ValueError."""
     if ranks.device.type == "cpu":
-        # A processor computes in float32 whatever is stored: its half precision is slow, and this is the oracle's.
+        # A CPU computes in float32 whatever is stored: its half precision is slow, and float32 is what the oracle uses.
         return Llama(config, load_weights(path, config, ranks.device, torch.float32), ranks, reuse)
     dtype = getattr(torch, config.dtype)
     if (why := ranks.share(why_no_kernels(ranks.size))) != "":
-        log.warning("without kernels of its own, much slower: %s", why)
+        log.warning("without its own kernels, much slower: %s", why)
         return Llama(config, load_weights(path, config, ranks.device, dtype), ranks, reuse)
     from gpu_llama import GpuLlama, OutOfMemory
 
@@ -466,19 +471,20 @@ def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> M
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
         raise OutOfMemory(
-            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this rank take"
-            f" {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower MAX_BATCH_SIZE"
+            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this rank"
+            f" take {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower MAX_BATCH_SIZE"
         ) from None
 
 
 def why_no_kernels(n_ranks: int) -> str:
-    """Why this process cannot use kernels in the Triton language, or ranks not each other's memory; empty when they can."""
+    """Why this process cannot use kernels in the Triton language, or the memory of the other ranks; empty if it can."""
     try:
         from triton.runtime import driver
 
         driver.active.utils  # noqa: B018 (builds what starts a kernel: it takes a C compiler and Python's headers)
     except Exception as problem:
-        return f"PyTorch's Triton compiler does not work here ({type(problem).__name__}: {problem}); it needs gcc and Python's headers"
+        said = f"{type(problem).__name__}: {problem}"
+        return f"PyTorch's Triton compiler does not work here ({said}); it needs gcc and Python's headers"
     n_gpus = min(n_ranks, torch.cuda.device_count())
     if not all(torch.cuda.can_device_access_peer(0, other) for other in range(1, n_gpus)):
         return "these GPUs cannot read each other's memory"

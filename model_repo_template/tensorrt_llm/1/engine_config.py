@@ -47,7 +47,7 @@ class EngineConfig:
 
 
 def read_config(engine_dir: Path) -> EngineConfig:
-    """config.json of an engine directory. Raises ValueError with what was asked and what this engine can do."""
+    """config.json of an engine directory. Raises ValueError that names the request and what this engine can do."""
     path = engine_dir / "config.json"
     if not path.is_file():
         raise ValueError(f"no engine here: {path} does not exist (gpt_model_path is '{engine_dir}')")

@@ -1,8 +1,8 @@
 """Kernels of the engine on NVIDIA GPUs, in the Triton language: the compiler that PyTorch brings, not NVIDIA's server.
 
-One token for each of a few requests is bound by memory: every weight is read once, so the kernels are few, each reads its
-operands once, and (GPUs since Hopper) each starts to load its weights while the one before it ends (PDL, "programmatic dependent
-launch" in the CUDA programming guide). Accumulations are float32.
+A step of one token for each of a few requests is bound by memory. So every weight is read once, there are few kernels,
+and each reads its operands once. On GPUs since Hopper a kernel starts to load its weights while the one before it ends
+(PDL, "programmatic dependent launch" in the CUDA programming guide). Accumulations are float32.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def _begin(PDL: tl.constexpr):
 
 @triton.jit
 def _meet(signals, epochs, row, RANK: tl.constexpr, WORLD: tl.constexpr):
-    """Waits until this program of every rank has come here; what each rank's kernels wrote before is then visible to all.
+    """Waits until this program of every rank has come here; what each rank's kernels wrote before is then visible to
+    all.
 
-    signals: int64 addresses of each rank's int32 (rows, WORLD); epochs: int32 (rows), how often this rank has met the others.
-    Numbers that only grow need no reset, and one direction over NVLink; they may wrap.
+    signals: int64 addresses of each rank's int32 (rows, WORLD); epochs: int32 (rows), how often this rank has met the
+    others. The numbers only grow, so they need no reset and cross NVLink in one direction only. They may wrap.
     """
     epoch = tl.load(epochs + row) + 1
     tl.store(epochs + row, epoch)
@@ -53,7 +54,7 @@ def _normed(x, gain, column, live, width, epsilon):
 
 @triton.jit
 def embed_kernel(tokens, slots, table, gain, x, normed, width, epsilon, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """x (rows, width): the embedding of each slot's last token; normed: its RMSNorm. One program a row."""
+    """x (rows, width): the embedding of each slot's last token; normed: its RMSNorm. One program per row."""
     _begin(PDL)
     row = tl.program_id(0)
     token = tl.load(tokens + tl.load(slots + row)).to(tl.int64)
@@ -65,16 +66,17 @@ def embed_kernel(tokens, slots, table, gain, x, normed, width, epsilon, BLOCK: t
     tl.store(normed + row * width + column, out.to(normed.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling anew while a request waits
+@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling again while a request waits
 def join_kernel(
     x, parts, signals, epochs, at, gain, normed, n_rows, width, epsilon,
     BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x (n_rows, width) += the sum of all ranks' parts (all-reduce); normed: RMSNorm of the new x.
 
-    parts: int64 addresses of each rank's buffer; `at`: where in it this product begins. Every rank adds in the order of the ranks,
-    so that all hold the same x to the bit. A rank that is here twice has seen that all were here once, so two buffers in turn do.
-    Each program meets its like on the other ranks once; all of them must run at the same time.
+    parts: int64 addresses of each rank's buffer; `at`: where in it this product begins. Every rank adds in the order of
+    the ranks, so that all hold the same x to the bit. Two buffers in turn are enough: a rank that arrives the second
+    time knows that all ranks have arrived once. Each program meets the same program of the other ranks once; all must
+    run at the same time.
     """
     _begin(PDL)
     column = tl.arange(0, BLOCK)
@@ -85,8 +87,8 @@ def join_kernel(
         start = row * width
         value = tl.load(x + start + column, mask=live, other=0.0).to(tl.float32)
         for peer in tl.static_range(WORLD):
-            # The compiler knows nothing of an address that was loaded: without the hint it reads element by element, at 40 GB/s. Past the
-            # first-level cache: _meet has ordered this after what the peer wrote.
+            # The compiler does not know how a loaded address is aligned: without the hint it reads element by element,
+            # at 40 GB/s. The load skips the first-level cache, because _meet has ordered it after what the peer wrote.
             part = tl.multiple_of(tl.load(parts + peer).to(tl.pointer_type(x.dtype.element_ty)), 16) + at + start
             value += tl.load(part + column, mask=live, other=0.0, cache_modifier=".cg").to(tl.float32)
         value = value.to(x.dtype.element_ty)
@@ -97,7 +99,8 @@ def join_kernel(
 
 @triton.jit
 def _pair(words, KIND: tl.constexpr):
-    """The two 16-bit numbers of each 32-bit word, low one first, as float32; a float32 word is one number, and the second is 0."""
+    """The two 16-bit numbers of each 32-bit word, low one first, as float32; a float32 word is one number, and the
+    second is 0."""
     if tl.float32 == KIND:
         low = words.to(tl.float32, bitcast=True)
         high = tl.zeros_like(low)
@@ -125,13 +128,15 @@ def push_kernel(
 ):  # fmt: skip
     """join_kernel for a few rows: each rank writes its part into the others' memory, and waits only for its own.
 
-    Every 32-bit word of a row travels with the number of this meeting in one 64-bit store, so whoever reads the number has the word
-    (NCCL's protocol LL): one way over NVLink, where join_kernel takes three (signal, request, answer). Twice the bytes, so for few rows.
+    Every 32-bit word of a row travels in one 64-bit store together with the number of this meeting, so a reader that
+    sees the number has the word (NCCL's protocol LL). That is one way over NVLink, where join_kernel takes three
+    (signal, request, answer). It sends twice the bytes, so it is for few rows.
 
-    x, normed (rows, width) and gain (width) are read as `words` int32 words a row; part (rows, width): this rank's product.
-    inboxes: int64 addresses of each rank's int64 (2, WORLD, ROWS, words); `at`: the first word of one of the two, which are used in
-    turn: a rank that is here has been told by every other that it has read what came two meetings ago. epochs: int32 (ROWS).
-    One program a row.
+    x, normed (rows, width) and gain (width) are read as `words` int32 words a row; part (rows, width): this rank's
+    product.
+    inboxes: int64 addresses of each rank's int64 (2, WORLD, ROWS, words); `at`: the first word of one of the two. They
+    are used in turn: when a rank arrives here, every other rank has read what was sent two meetings ago. epochs: int32
+    (ROWS). One program per row.
     """
     _begin(PDL)
     row = tl.program_id(0)
@@ -170,7 +175,7 @@ def push_kernel(
 
 @triton.jit
 def norm_kernel(x, gain, out, width, epsilon, BLOCK: tl.constexpr):
-    """out = RMSNorm of x (rows, width). One program a row."""
+    """out = RMSNorm of x (rows, width). One program per row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     live = column < width
@@ -183,12 +188,13 @@ def norm_kernel(x, gain, out, width, epsilon, BLOCK: tl.constexpr):
 def matvec_kernel(
     x, weight, out, n_out, n_in, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
-    """out (n_out) = weight (n_out, n_in) @ x (n_in). GATED: weight is (2 * n_out, n_in), out = silu(first half @ x) * (second @ x)."""
+    """out (n_out) = weight (n_out, n_in) @ x (n_in). GATED: weight is (2 * n_out, n_in), out = silu(first half @ x) *
+    (second @ x)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = weight + row.to(tl.int64)[:, None] * n_in + column[None, :]
     live = (row < n_out)[:, None] & (column < n_in)[None, :]
-    # a weight depends on no kernel: the first tile is on its way before the wait
+    # weights depend on no kernel, so the load of the first tile starts before the wait
     tile = tl.load(here, mask=live, other=0.0, eviction_policy="evict_first")
     if GATED:
         up_here = here + n_out.to(tl.int64) * n_in
@@ -211,12 +217,13 @@ def matvec_kernel(
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < n_out)
 
 
-@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling anew while a request waits
+@triton.jit(do_not_specialize=["n_rows"])  # any number of rows, without compiling again while a request waits
 def rows_kernel(
     x, weight, out, n_rows, n_out, n_in, out_stride,
     GATED: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for a few rows: out (n_rows, n_out) = x (n_rows, n_in) @ weight.T; the rows fit one tile, the weights are read once."""
+    """The same for a few rows: out (n_rows, n_out) = x (n_rows, n_in) @ weight.T; the rows fit one tile, the weights
+    are read once."""
     line = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -257,7 +264,8 @@ def gate_kernel(both, out, inner, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _turned(start, cos, sin, position, offset, live, SIZE: tl.constexpr):
-    """A head's values at `start` + offset, rotated by its position (Hugging Face's halves); float32. offset: elements of the head."""
+    """A head's values at `start` + offset, rotated by its position (the halves of Hugging Face); float32. offset:
+    elements of the head."""
     half: tl.constexpr = SIZE // 2
     partner = tl.where(offset < half, offset + half, offset - half)
     sign = tl.where(offset < half, -1.0, 1.0)
@@ -275,7 +283,8 @@ def turn_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """For prompts: rotates queries and keys of qkv (tokens, HEADS + 2 KV_HEADS, SIZE) in place; keys and values also go to the cache.
+    """For prompts: rotates queries and keys of qkv (tokens, HEADS + 2 KV_HEADS, SIZE) in place; keys and values also go
+    to the cache.
 
     Programs: (tokens, groups of TOGETHER heads).
     """
@@ -304,8 +313,9 @@ def prompt_attend_kernel(
 ):  # fmt: skip
     """Causal attention of pieces of prompts to all that their sequences have in the cache, themselves included.
 
-    qkv (tokens, KV_HEADS * (GROUP + 2), SIZE), rotated; out (tokens, KV_HEADS * GROUP, SIZE); keys, values and tables as attend_kernel has
-    them. work (tiles, 4): first row, rows (at most ROWS; 0: nothing to do), slot, position of the first row in its sequence.
+    qkv (tokens, KV_HEADS * (GROUP + 2), SIZE), rotated; out (tokens, KV_HEADS * GROUP, SIZE); keys, values and tables
+    as attend_kernel has them. work (tiles, 4): first row, rows (at most ROWS; 0: nothing to do), slot, position of the
+    first row in its sequence.
     Programs: (tiles, KV_HEADS * GROUP).
     """
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -348,7 +358,7 @@ def prompt_attend_kernel(
         weight = tl.exp2(score - new_top[:, None])
         keep = tl.exp2(top - new_top)
         total = total * keep + tl.sum(weight, axis=1)
-        # a position that nothing wrote may hold anything, also what is not a number
+        # a position that was never written may hold anything, also NaN
         seen = tl.load(values + block + place, mask=inside[None, :] & (at < position + n_rows)[:, None], other=0.0)
         mixed = tl.dot(weight.to(kind), seen, mixed * keep[:, None], input_precision=PRECISION)
         top = new_top
@@ -364,9 +374,11 @@ def attend_kernel(
 ):  # fmt: skip
     """One new token for each row: rotates its query and key, remembers its key and value, attends to all its positions.
 
-    qkv (rows, KV_HEADS * (GROUP + 2), SIZE): queries, keys, values; out (rows, KV_HEADS * GROUP, SIZE); keys, values (blocks, KV_HEADS,
-    BLOCK, SIZE); tables (slots, table_stride): blocks of each slot; positions (slots): tokens that a slot has in the cache.
-    Programs: (rows, KV_HEADS, SPLITS). The splits of a long sequence are joined by the last one to arrive ("flash decoding").
+    qkv (rows, KV_HEADS * (GROUP + 2), SIZE): queries, keys, values; out (rows, KV_HEADS * GROUP, SIZE); keys, values
+    (blocks, KV_HEADS, BLOCK, SIZE); tables (slots, table_stride): blocks of each slot; positions (slots): tokens that a
+    slot has in the cache.
+    Programs: (rows, KV_HEADS, SPLITS). The splits of a long sequence are joined by the last one to arrive ("flash
+    decoding").
     """
     _begin(PDL)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -412,7 +424,7 @@ def attend_kernel(
         weight = tl.exp(score - new_top[:, None])
         keep = tl.exp(top - new_top)
         total = total * keep + tl.sum(weight, axis=1)
-        # a position that nothing wrote may hold anything, also what is not a number
+        # a position that was never written may hold anything, also NaN
         seen = tl.load(values + tile, mask=inside[None, :] & (index * BLOCK + inner < length)[:, None], other=0.0)
         mixed = tl.dot(weight.to(kind), seen, mixed * keep[:, None], input_precision=PRECISION)
         top = new_top
@@ -451,10 +463,11 @@ def choose_kernel(
     logits, slots, tokens, positions, held, chosen, best, signals, epochs, width, vocab_size, idle_slot, advance,
     BLOCK: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Greedy choice over all ranks' logits (rows, width): the first of the best. One program a row.
+    """Greedy choice over all ranks' logits (rows, width): the first of the best. One program per row.
 
-    chosen (rows) and tokens[slot] become the token; positions[slot] grows by `advance`, but for the idle slot, which fills up a batch.
-    held (slots, 5): four tokens, or -1, that may not be chosen while the sequence has fewer tokens than the first number.
+    chosen (rows) and tokens[slot] become the token; positions[slot] grows by `advance`, except for the idle slot, which
+    pads a batch. held (slots, 5): a count, then four tokens (-1: none) that may not be chosen while the sequence has
+    fewer tokens.
     best: int64 addresses of each rank's float32 (rows, 2): its best logit and, as bits, that token.
     """
     _begin(PDL)
@@ -501,7 +514,7 @@ def power_of_2(number: int) -> int:
 
 
 def precision(dtype: Any) -> str:
-    """float32 products stay float32 (not tf32): it is there to be exact."""
+    """float32 products stay float32 (not tf32), because float32 is for exact results."""
     return "ieee" if str(dtype) == "torch.float32" else "tf32"
 
 

@@ -1,7 +1,7 @@
 """The Llama network of one rank on an NVIDIA GPU: every step is a CUDA graph, the key/value cache lies in blocks.
 
-Nothing here waits for the GPU but `Started.wait`: a step's tokens stay on the GPU for the next step, so that rank 0 can launch
-it before it has read them.
+Only `Started.wait` waits for the GPU. A step's tokens stay on the GPU for the next step, so rank 0 can launch that step
+before it has read them.
 """
 
 from __future__ import annotations
@@ -23,30 +23,33 @@ from torch.nn import functional as F
 
 log = logging.getLogger("torch engine")
 
-# Rows of a decode step that has a graph of its own; others take the next larger one.
+# A decode step with this many rows has its own graph; others take the next larger one.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Tokens of prompts in a step that has a graph of its own; others take the next larger one, and no step has more. The largest keeps an
-# H100 busy with 7B's shape (12 ms for 1,024 tokens at TP=2), and launches nothing that a stream beside it has to wait long for.
+# A step with this many prompt tokens has its own graph; others take the next larger one, and no step has more than the
+# largest. The largest keeps an H100 busy with 7B's shape (12 ms for 1,024 tokens at TP=2), and a stream beside it does
+# not wait long.
 PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
-# Tokens of prompts in a step that streams wait for (7B's shape, TP=2, H100: 12 ms), unless more than MANY_WAITING tokens wait
+# Most prompt tokens in a step that streams wait for (7B's shape, TP=2, H100: 12 ms), unless more than MANY_WAITING
+# tokens wait
 BESIDE_STREAMS = 1024
 MANY_WAITING = 4096
 # Pieces of prompts in such a step
 PROMPTS = 64
-# Up to so many rows one kernel for gate and up, or with float32 results, beats cuBLAS and a kernel after it (an H100, 7B's shapes:
-# 34 to 37 us against 36 to 40 for gate and up at TP=2). Without such an end cuBLAS is as good.
+# Up to this many rows, one kernel for gate and up, or with float32 results, beats cuBLAS followed by a second kernel
+# (an H100, 7B's shapes: 34 to 37 us against 36 to 40 for gate and up at TP=2). Without that second kernel cuBLAS is as
+# good.
 FEW_ROWS = 64
-# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once (four of 128 threads
-# on each of a V100's 80 multiprocessors).
+# Programs that add up the ranks' parts: they wait for each other over all ranks, so all must fit on the GPU at once
+# (four of 128 threads on each of a V100's 80 multiprocessors).
 JOIN_PROGRAMS = 256
-# Heads of a token that one program turns
+# How many heads of a token one program rotates
 TURN_HEADS = 16
-# Up to so many rows the ranks push their parts to each other (gpu_kernels.push_kernel)
+# Up to this many rows the ranks push their parts to each other (gpu_kernels.push_kernel)
 PUSH_ROWS = 64
 # Programs that keep an H100 (132 multiprocessors) busy while attending
 ATTEND_PROGRAMS = 264
 MAX_SPLITS = 16
-# Of the memory that is free once the weights are there, what the cache leaves to graphs, libraries and fragmentation
+# Once the weights are loaded, the cache leaves so much of the free memory to graphs, libraries and fragmentation
 SPARE_BYTES = 1 << 30
 
 
@@ -76,7 +79,8 @@ class Started:
 
 
 class GpuLlama:
-    """One rank's share of the network. All ranks `launch` the same steps; rank 0 brings `choose` for those with logits."""
+    """One rank's share of the network. All ranks `launch` the same steps; rank 0 brings `choose` for those with
+    logits."""
 
     lookahead = 1
     block_tokens = BLOCK_TOKENS
@@ -99,7 +103,7 @@ class GpuLlama:
         self._warm()
 
     def prompt_tokens_beside_streams(self, waiting: int) -> int:
-        """When many wait, larger steps end sooner for all: each one has its decode step beside it."""
+        """When many tokens wait, larger steps finish all of them sooner, because each step also runs a decode step."""
         return self.most_prompt_tokens if waiting > MANY_WAITING else min(BESIDE_STREAMS, self.most_prompt_tokens)
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Started:
@@ -126,7 +130,7 @@ class GpuLlama:
             )
 
     def _chosen_by_leader(self, choosing: list[int], rows: Tensor, choose: Chooser | None) -> Started:
-        """Rank 0 chooses from all ranks' logits, and tells the others what."""
+        """Rank 0 chooses from all ranks' logits and sends its choice to the others."""
         if not len(rows):
             return Started(Choice(self.chosen[:0]), None)
         whole = self.ranks.gather(rows)
@@ -145,7 +149,7 @@ class GpuLlama:
     # --- memory ---
 
     def _make_batch(self) -> None:
-        """What graphs read and write: it stays where it is."""
+        """The tensors that graphs read and write; their addresses never change."""
         config, rows = self.config, self.config.max_batch_size
         most_rows = max(rows, self.most_prompt_tokens)
         self.sizes = sorted({min(size, rows) for size in GRAPH_SIZES} | {rows})
@@ -159,7 +163,7 @@ class GpuLlama:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.tables, self.tokens, self.positions = numbers(rows + 1, blocks), numbers(rows + 1), numbers(rows + 1)
-        # of each slot: below which count of tokens these may not be chosen
+        # for each slot: tokens that may not be chosen while it has fewer tokens than the first number
         self.held = torch.full((rows + 1, 1 + HELD_IDS), -1, dtype=torch.int32, device=self.device)
         self.slots, self.chosen, self.chosen_ends = numbers(rows), numbers(rows), numbers(PROMPTS)
         self.slots_now: list[int] = []
@@ -180,7 +184,8 @@ class GpuLlama:
         self.partial_max = values(most, self.group_padded, dtype=torch.float32)
         self.partial_sum = values(most, self.group_padded, dtype=torch.float32)
         self.arrived = numbers(rows, self.kv_heads)
-        # What the ranks' kernels read of each other: two products in turn, the best tokens, who has come how far, what is pushed.
+        # What the ranks' kernels read from each other: two products in turn, the best tokens, the progress of each
+        # rank, and what is pushed.
         world, item = self.ranks.size, self.x.element_size()
         most_choices, self.words = max(rows, PROMPTS), hidden * item // 4
         sizes = (
@@ -239,17 +244,18 @@ class GpuLlama:
     # --- decode ---
 
     def _warm(self) -> None:
-        """Compiles every kernel and captures every graph: nothing is compiled or loaded later, while a request waits."""
+        """Compiles every kernel and captures every graph: nothing is compiled or loaded later, while a request
+        waits."""
         with torch.inference_mode():
             self.slots.fill_(self.idle_slot)
             self.slots_now = [self.idle_slot] * len(self.slots)
-            self.pool: Any = None  # what graphs share
+            self.pool: Any = None  # memory that the graphs share
             self.capturing = torch.cuda.Stream(self.device)
             sizes = sorted(
                 {size for size in PROMPT_SIZES if size < self.most_prompt_tokens} | {self.most_prompt_tokens}
             )
             for size in reversed(sizes):
-                # one prompt as long as may be, so that all code for prompts runs once; and no prompt at all afterwards
+                # the longest prompt, so that all code for prompts runs once; then no prompt at all
                 length = min(size, self.config.max_seq_len - 1)
                 self._pack([Chunk(self.idle_slot, 0, (0,) * length, 1)], size)
                 self.prompt_graphs[size] = self._captured(self._packed_prompts, size)
@@ -270,7 +276,8 @@ class GpuLlama:
         return graph
 
     def _decode(self, slots: list[int]) -> Tensor:
-        """One token more for each slot: this rank's logits, float32 (slots, vocab_rows); `chosen` has the best tokens."""
+        """One more token for each slot: this rank's logits, float32 (slots, vocab_rows); `chosen` has the best
+        tokens."""
         size = next(size for size in self.sizes if size >= len(slots))
         padded = slots + [self.idle_slot] * (size - len(slots))
         if self.slots_now[:size] != padded:
@@ -315,7 +322,7 @@ class GpuLlama:
         self._choose(self.logits[:rows], slots, self.chosen, 1)
 
     def _layers(self) -> tuple[list[str], list[Tensor]]:
-        """The layers' names, and the norm weights before each of them and after the last."""
+        """The layers' names, and the norm weights before each layer and after the last one."""
         names = [f"transformer.layers.{index}." for index in range(self.config.num_hidden_layers)]
         gains = [self.weights[name + "input_layernorm.weight"] for name in names]
         return names, [*gains, self.weights["transformer.ln_f.weight"]]
@@ -338,7 +345,8 @@ class GpuLlama:
     def _linear(self, x: Tensor, weight: Tensor, out: Tensor, gated: bool = False) -> None:
         """out = x @ weight.T; gated: silu of the first half of the outputs times the second.
 
-        The tiles are the best of a dozen on an H100: one row reads 2.4 to 3.1 TB/s of weights, where cuBLAS reads 1.9 to 2.6.
+        The tiles are the best of a dozen on an H100: one row reads 2.4 to 3.1 TB/s of weights, where cuBLAS reads 1.9
+        to 2.6.
         """
         rows, (n_out, n_in) = len(x), weight.shape
         n_out //= 2 if gated else 1
@@ -363,7 +371,8 @@ class GpuLlama:
             out.copy_(F.linear(x, weight))
 
     def _add_bias(self, out: Tensor, name: str, once: bool = False) -> None:
-        """Adds a layer's bias to its outputs, where it has one. once: outputs that all ranks' are added to: by rank 0 alone."""
+        """Adds a layer's bias, if it has one, to its outputs. once: the ranks' outputs are summed later, so only rank 0
+        adds it."""
         bias = self.weights.get(name + ".bias")
         if bias is not None and not (once and self.ranks.rank):
             out += bias
@@ -384,12 +393,13 @@ class GpuLlama:
     # --- prompts ---
 
     def _packed_sizes(self, size: int) -> tuple[int, ...]:
-        """How many numbers each part of `packed` has, for a graph of `size` tokens: tokens, positions, slots; of each piece with logits
-        its last row, slot and the tokens of its sequence so far; tiles of attention, four numbers each."""
+        """How many numbers each part of `packed` has, for a graph of `size` tokens: tokens, positions, slots; for each
+        piece with logits its last row, its slot and the tokens of its sequence so far; tiles of attention, four numbers
+        each."""
         return size, size, size, PROMPTS, PROMPTS, PROMPTS, 4 * (size // self.tile + PROMPTS)
 
     def _pack(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Writes the chunks to self.packed as a graph of `size` tokens reads it; what fills it up belongs to the idle slot."""
+        """Writes the chunks to self.packed as a graph of `size` tokens reads it. Padding belongs to the idle slot."""
         ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
         packed = torch.zeros(sum(self._packed_sizes(size)), dtype=torch.int32).pin_memory()
         tokens, positions, slots, last, end_slots, counts, tiles = (
@@ -415,8 +425,8 @@ class GpuLlama:
         self.packed[: len(packed)].copy_(packed, non_blocking=True)
 
     def _prompts(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Pieces of prompts: this rank's logits, float32 (sum of n_logits, vocab_rows). `chosen_ends` has the best token after each piece
-        with logits; from now on its slot decodes."""
+        """Pieces of prompts: this rank's logits, float32 (sum of n_logits, vocab_rows). `chosen_ends` has the best
+        token after each piece with logits; from now on its slot decodes."""
         n_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         size = min(size for size in self.prompt_graphs if size >= n_tokens)
         self._pack(chunks, size)

@@ -1,8 +1,8 @@
 """Answers that a grammar guides: which tokens may come next, computed beside the step by the package llguidance.
 
-A guide's type and text are those of TensorRT-LLM's inputs guided_decoding_guide_type and guided_decoding_guide: json (any object),
-json_schema, regex, ebnf_grammar (here: Lark's). The endpoint's readers check a guide with `why_not` before it comes here; this module
-imports no PyTorch, so that they can.
+A guide's type and text are those of TensorRT-LLM's inputs guided_decoding_guide_type and guided_decoding_guide: json
+(any object), json_schema, regex, ebnf_grammar (here: Lark's). The endpoint's readers check a guide with `why_not`
+before it comes here; this module imports no PyTorch, so that they can.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ log = logging.getLogger("torch engine")
 
 TYPES = ("json", "json_schema", "regex", "ebnf_grammar")
 MAX_GUIDE_BYTES = 64 << 10
-# masks of a step are made by so many threads; llguidance lets go of the interpreter meanwhile
+# so many threads compute a step's masks; llguidance releases the interpreter's lock meanwhile
 THREADS = 2
 TRIED_BYTES = 64
-# About a tenth of llguidance's own: what one grammar may cost at its start, and one token of it
+# What a grammar may cost at its start, and per token: about a tenth of llguidance's own limits
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 50_000,
@@ -33,7 +33,7 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,
 }
 
-# Spaces as Python's json writes them, and no others: a small model fills its answer with line breaks where it may
+# Only the spaces that Python's json writes: a small model fills its answer with line breaks if they are allowed
 SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -43,7 +43,7 @@ def limits() -> Any:
 
 
 def grammar_of(kind: str, text: str) -> str:
-    """llguidance's form of a guide. Raises ValueError where it has none."""
+    """llguidance's form of a guide. Raises ValueError if it has none."""
     matcher = llguidance.LLMatcher
     if kind == "json":
         return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=SPACES))
@@ -66,15 +66,16 @@ def why_not(kind: str, text: str) -> str | None:
         said = str(llguidance.LLMatcher.validate_grammar(grammar_of(kind, text), None, limits=limits()))
     except ValueError as problem:
         said = str(problem)
-    if not said or said.startswith("WARNING"):  # of what JSON Schema leaves open
+    if not said or said.startswith("WARNING"):  # warnings are about what JSON Schema leaves open
         said = tried(grammar_of(kind, text))
     return " ".join(said.split())[:300] or None
 
 
 def tried(grammar: str) -> str:
-    """What goes wrong in an answer's first bytes, the first that may follow each time; empty where nothing does.
+    """Takes an answer's first bytes, each time the first one that may follow; returns what goes wrong, or an empty
+    text.
 
-    A grammar whose first steps cost more than `limits` ends here, and not in the engine.
+    A grammar whose first steps cost more than `limits` fails here and not in the engine.
     """
     matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0, limits=limits())
     for _ in range(TRIED_BYTES):
@@ -87,7 +88,7 @@ def tried(grammar: str) -> str:
 
 
 class Guides:
-    """Makes guides for one tokenizer. tokenizer: a folder with tokenizer.json; it is read when the first guide comes."""
+    """Makes guides for one tokenizer. tokenizer: a folder with tokenizer.json, which is read for the first guide."""
 
     def __init__(self, tokenizer: Path, vocab_size: int) -> None:
         self._folder, self.vocab_size = tokenizer, vocab_size
@@ -95,12 +96,12 @@ class Guides:
         self._tokenizer: Future[Any] | None = None
 
     def tokenizer(self) -> Any:
-        """llguidance's view of the vocabulary. Called by threads of the pool."""
+        """llguidance's view of the vocabulary. Threads of the pool call this."""
         assert self._tokenizer is not None
         return self._tokenizer.result()
 
     def guide(self, kind: str, text: str, end_ids: Sequence[int]) -> Guide:
-        """The guide of one answer; at once, its work is done by the pool."""
+        """The guide of one answer. It returns at once; the pool does the work."""
         if self._tokenizer is None:
             path = str(self._folder / "tokenizer.json")
             self._tokenizer = self.pool.submit(llguidance.LLTokenizer, path, n_vocab=self.vocab_size)
@@ -108,7 +109,8 @@ class Guides:
 
 
 class Guide:
-    """One answer's place in its grammar. The engine's thread calls `ahead` when a step begins, and `allowed` when its logits are there."""
+    """One answer's place in its grammar. The engine's thread calls `ahead` when a step begins, and `allowed` when its
+    logits are there."""
 
     def __init__(self, guides: Guides, kind: str, text: str, end_ids: Sequence[int]) -> None:
         self._guides, self._taken = guides, 0
@@ -122,7 +124,7 @@ class Guide:
         self._mask = self._guides.pool.submit(self._next, new)
 
     def allowed(self) -> NDArray[np.bool_]:
-        """What may follow, bool (vocab_size,): nothing where the grammar costs too much."""
+        """Which tokens may follow, bool (vocab_size,); none if the grammar costs too much."""
         assert self._mask is not None
         return self._mask.result()
 
@@ -136,6 +138,6 @@ class Guide:
             return np.zeros(self._guides.vocab_size, dtype=np.bool_)
         packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(packed, bitorder="little")[: self._guides.vocab_size].astype(np.bool_)
-        # the request says which tokens end it, whatever the tokenizer's own is
+        # the request says which tokens end the answer, whatever the tokenizer's own end is
         allowed[self._end_ids] = matcher.is_accepting()
         return allowed

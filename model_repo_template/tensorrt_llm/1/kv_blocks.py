@@ -1,9 +1,10 @@
 """Which request has which blocks of the key/value cache, and which blocks hold what a later request may begin with.
 
-Keys and values of a token depend on that token and on those before it, on nothing else. So two requests that begin with the same tokens
-may read the same blocks. A block is known by a digest of its tokens and of the block before it (a chain, as in vLLM and TensorRT-LLM), and
-its tokens are compared as well: an equal digest alone gives nobody another request's data. Blocks that no request has stay, until room is
-needed: the least recently used one goes first, and of one sequence the last one.
+Keys and values of a token depend only on that token and on those before it. So two requests that begin with the same
+tokens may read the same blocks. A block is known by a digest of its tokens and of the block before it (a chain, as in
+vLLM and TensorRT-LLM). Its tokens are compared as well, so that an equal digest alone gives no request another one's
+data. Blocks without a request stay until room is needed. The least recently used one goes first; within a sequence, the
+last one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Known:
 
 
 class Blocks:
-    """The blocks 1 to `count` of `size` tokens each (block 0 is the model's own). Nothing here is safe for several threads.
+    """The blocks 1 to `count` of `size` tokens each (block 0 is the model's own). Nothing here is safe for several
+    threads.
 
     reuse: whether requests share blocks; without it every request has its own.
     """
@@ -46,7 +48,7 @@ class Blocks:
         self._known: dict[int, Known] = {}
         self._by_digest: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # known blocks that no request has, the next to go first
-        # Whoever does not know it cannot make two prompts with one digest.
+        # A client that does not know it cannot make two prompts with the same digest.
         self._key = secrets.token_bytes(32)
 
     @property
@@ -59,7 +61,8 @@ class Blocks:
         return len(self._users)
 
     def numbers(self) -> dict[str, int]:
-        """How many blocks there are, under the names of NVIDIA's metrics; reused: how often one served another request, since the start."""
+        """How many blocks there are, under the names of NVIDIA's metrics; reused: how often one served another request,
+        since the start."""
         return {
             "max": self.count,
             "free": self.available,
@@ -71,7 +74,8 @@ class Blocks:
     def take(self, count: int, prompt: Sequence[int]) -> tuple[tuple[int, ...], int] | None:
         """(blocks of a new request, how many of its first tokens they hold already), or None when there are too few.
 
-        At least one token of the prompt is left to compute: its logits are the first answer. Pass an empty prompt to share nothing.
+        At least one token of the prompt is left to compute, because its logits give the first token of the answer. Pass
+        an empty prompt to share nothing.
         """
         shared: list[int] = []
         before: Known | None = None
@@ -95,14 +99,14 @@ class Blocks:
     def hold(self, blocks: Sequence[int], tokens: Sequence[int], first: int = 0) -> None:
         """A request's blocks hold these tokens from now on; the first `first` blocks were told before.
 
-        A block whose content another one has already stays its request's own.
+        If another block has the same content already, this block is not shared.
         """
         if not self.reuse:
             return
         for index in range(first, len(tokens) // self.size):
             before = self._known.get(blocks[index - 1]) if index else None
             if index and before is None:
-                return  # its beginning is another block's, so nobody would find it
+                return  # its beginning is another block's, so no search would find it
             piece = tuple(tokens[index * self.size : (index + 1) * self.size])
             digest = self._digest(piece, before)
             if digest not in self._by_digest and blocks[index] not in self._known:
@@ -111,7 +115,7 @@ class Blocks:
 
     def release(self, blocks: Sequence[int]) -> None:
         """A request has ended. What its blocks hold stays for others while there is room."""
-        for block in reversed(blocks):  # a sequence's last block is of use to nobody without those before it
+        for block in reversed(blocks):  # a sequence's last block is useless without those before it
             self._users[block] -= 1
             if self._users[block]:
                 continue

@@ -87,7 +87,8 @@ def load_weights(
 
 
 def rotary_tables(config: EngineConfig) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of every position, float32 (max_seq_len, head_size); the halves of a head turn alike. yarn: times its factor."""
+    """(cos, sin) of every position, float32 (max_seq_len, head_size); both halves of a head have the same angles. yarn:
+    times its factor."""
     angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * rotary_frequencies(config)
     angles = torch.cat((angles, angles), dim=-1)
     factor = attention_factor(config.rotary_scaling or {})
@@ -103,7 +104,8 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
     frequencies = torch.pow(config.rotary_base, exponents).reciprocal()
     scaling = config.rotary_scaling or {"type": "default"}
     kind = scaling.get("rope_type", scaling.get("type"))
-    # "dynamic" changes nothing up to max_position_embeddings, and no engine is built for more (scripts/build_engines.py, limits)
+    # "dynamic" changes nothing up to max_position_embeddings, and no engine is built for longer sequences
+    # (scripts/build_engines.py, limits)
     if kind in ("default", "dynamic"):
         return frequencies
     if kind == "linear":
@@ -111,7 +113,7 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
         turns = frequencies * (scaling["original_max_position_embeddings"] / (2 * math.pi))
-        # pairs that turn slowly are scaled, fast ones stay, those between are mixed
+        # slow pairs are scaled, fast ones stay, those between are mixed
         return torch.lerp(frequencies / scaling["factor"], frequencies, ((turns - low) / (high - low)).clamp(0, 1))
     if kind == "yarn":
         # pairs that turn more than beta_fast times over the original positions stay, below beta_slow they are scaled
@@ -132,7 +134,8 @@ def rotary_frequencies(config: EngineConfig) -> Tensor:
 
 
 def attention_factor(scaling: dict[str, Any]) -> float:
-    """By what yarn makes cos and sin larger (modeling_rope_utils, _compute_yarn_parameters); 1 for other scalings."""
+    """The factor by which yarn multiplies cos and sin (modeling_rope_utils, _compute_yarn_parameters); 1 for other
+    scalings."""
     if scaling.get("rope_type", scaling.get("type")) != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -186,8 +189,8 @@ class Done:
 class Llama:
     """One rank's share of the network. All ranks launch the same steps; rank 0 gets the logits and chooses.
 
-    A slot of the cache is as long as a sequence may be: neighbouring slots are then a view. reuse: what a slot holds is also kept in
-    blocks, and a request that shares some gets a copy of them.
+    A slot of the cache is as long as the longest sequence, so that neighbouring slots are a view. reuse: what a slot
+    holds is also kept in blocks, and a request that shares blocks gets a copy of them.
     """
 
     lookahead = 0
@@ -281,7 +284,7 @@ class Llama:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def _summed(self, x: Tensor, name: str) -> Tensor:
-        """A layer whose input is shared among the ranks: their outputs' sum, and the bias once."""
+        """A layer whose input is split over the ranks: the sum of their outputs, plus the bias once."""
         out = self.ranks.all_reduce(F.linear(x, self.weights[name + ".weight"]))
         bias = self.weights.get(name + ".bias")
         return out if bias is None else out + bias
@@ -304,7 +307,7 @@ class Llama:
         out = torch.empty_like(q)
         if len(packing.single_rows):
             length = packing.single_length
-            # The heads that share a KV head are the rows of one query: no key is repeated, and nothing is causal here.
+            # The heads that share a KV head are the rows of one query, so no key is repeated. Nothing is causal here.
             grouped = q[packing.single_rows].view(-1, kv_heads, heads // kv_heads, size)
             seen_k = keys[:, :, :length][packing.single_slots]
             seen_v = values[:, :, :length][packing.single_slots]

@@ -1,7 +1,7 @@
 """Triton's Python backend serving the torch engine as the model tensorrt_llm: one process per rank, rank 0 answers.
 
-Nothing here blocks Triton: execute() checks a request, queues it and returns; a sender thread sends what the engine has
-produced, so that a response carries every token that is ready and a slow reader gets longer pieces, never later ones.
+Nothing here blocks Triton. execute() checks a request, queues it and returns. A sender thread sends what the engine has
+produced: a response carries every token that is ready, so a slow reader gets longer pieces, never later ones.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ranks import RankLost
 log = logging.getLogger("torch engine")
 
 POLL_SECONDS = 0.1  # asking Triton whether a client has gone costs a round trip between processes: not at every step
-# How long a thread may hold the interpreter while another waits for it: the engine's thread must not wait 5 ms, which is a step, for the
-# sender's
+# How long a thread may hold the interpreter while another one waits for it. Python's default is 5 ms, as long as a
+# step: the engine's thread must not wait so long for the sender's
 SWITCH_SECONDS = 0.0005
 TRUE = ("true", "True", "TRUE", "1")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class Reply:
-    """One request on its way: the pieces that the engine has produced and Triton has not been given yet."""
+    """One request on its way: the pieces that the engine has produced and Triton has not got yet."""
 
     def __init__(self, asked: Asked, request: Any, sender: Any, ready: threading.Condition) -> None:
         self.asked, self.request_id, self.sender = asked, request.request_id(), sender
-        # Only these are made: the Python backend drops others itself, but frees them while other threads run Python,
-        # which corrupts the heap (seen with Triton 2.51, ResponseSender::Send).
+        # Only the wanted outputs are made. The Python backend would drop the others itself, but it frees them while
+        # other threads run Python, which corrupts the heap (seen with Triton 2.51, ResponseSender::Send).
         self.wanted = set(request.requested_output_names())
         self.pieces: list[Piece] = []
         self.cum_log_prob = 0.0
@@ -62,7 +62,7 @@ class Reply:
             self._ready.notify()
 
     def take(self) -> list[Piece]:
-        """The pieces to send now: for a request that does not stream, all or none. Called with `ready` held."""
+        """The pieces to send now: for a request that does not stream, all or none. The caller holds `ready`."""
         if not self.pieces or not (self.asked.streaming or self.pieces[-1].final):
             return []
         pieces, self.pieces = self.pieces, []
@@ -81,7 +81,7 @@ class TritonPythonModel:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._exclude_input = parameters.get("exclude_input_in_output", "") in TRUE
         self._without_value = set(parameters.get("sent_without_value", "").split(","))
-        # the model's ends where it has several (scripts/build_model_repo.py)
+        # the model's ends if it has several (scripts/build_model_repo.py)
         self._end_ids = [int(token) for token in parameters.get("end_ids", "").split(",") if token]
         self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         try:
@@ -128,8 +128,8 @@ class TritonPythonModel:
                 self._closing = True
                 self._ready.notify()
         self._thread.join()
-        # A metric or a response sender that outlives finalize() takes the stub down with a segmentation fault when it is
-        # deleted after the stub's queues (seen with Triton 2.51).
+        # A metric or a response sender that outlives finalize() takes the stub down with a segmentation fault when it
+        # is deleted after the stub's queues (seen with Triton 2.51).
         self._metrics = None
         gc.collect()
 

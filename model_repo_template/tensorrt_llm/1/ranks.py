@@ -48,7 +48,7 @@ class Ranks(Protocol):
         """Rank 0's text on every rank; for the start only."""
 
     def close(self) -> None:
-        """Says goodbye to the other ranks; all of them must do it, or it hangs."""
+        """Parts from the other ranks. All ranks must call it, or it hangs."""
 
 
 class GpuRanks(Ranks, Protocol):
@@ -61,9 +61,10 @@ class GpuRanks(Ranks, Protocol):
         """The smallest of all ranks' numbers; for the start only."""
 
     def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
-        """Zeroed GPU memory, uint8, that the kernels of all ranks can reach, and its address on each rank as this rank sees it.
+        """Zeroed GPU memory, uint8, that the kernels of all ranks can reach, and its address on each rank as this rank
+        sees it.
 
-        Raises RuntimeError where GPUs cannot read each other's memory.
+        Raises RuntimeError if the GPUs cannot read each other's memory.
         """
 
 
@@ -104,7 +105,7 @@ class MpiRanks:
     def __init__(self) -> None:
         import mpi4py
 
-        # MPI_Finalize waits for every rank, so at the exit of a process whose peer died it would hang: see close().
+        # MPI_Finalize waits for every rank, so it would hang at the exit of a process whose peer died: see close().
         mpi4py.rc.finalize = False
         from mpi4py import MPI
 
@@ -137,7 +138,7 @@ class NcclRanks(MpiRanks):
 
         local, gpus = int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"rank {self.rank} needs a GPU of its own; this host has {gpus}")
+            raise ValueError(f"rank {self.rank} needs its own GPU; this host has {gpus}")
         self.device = torch.device("cuda", local)
         torch.cuda.set_device(self.device)
         port = 0
@@ -169,7 +170,8 @@ class NcclRanks(MpiRanks):
         return int(self._world.allreduce(number, op=self._mpi.MIN))
 
     def shared_memory(self, n_bytes: int) -> tuple[Tensor, list[int]]:
-        # Plain reads and writes of peers' memory are all that the kernels do; PyTorch would also join the GPUs to a multicast group.
+        # Plain reads and writes of peers' memory are all that the kernels do; PyTorch would also join the GPUs to a
+        # multicast group.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         from torch.distributed import _symmetric_memory as symmetric
 
@@ -191,14 +193,14 @@ def world_size() -> int:
 
 
 def this_rank() -> Ranks:
-    """This process among the ranks that mpirun started; alone without mpirun."""
+    """This process among the ranks that mpirun started; without mpirun, a single rank."""
     if world_size() == 1:
         return Alone()
     return NcclRanks() if on_gpu() else MpiRanks()
 
 
 def on_gpu() -> bool:
-    """Whether this process computes on a GPU. Raises ValueError where PyTorch sees one that it has no code for."""
+    """Whether this process computes on a GPU. Raises ValueError if PyTorch has no code for the GPU that it sees."""
     if not torch.cuda.is_available():
         return False
     capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
@@ -212,7 +214,8 @@ def on_gpu() -> bool:
 
 
 def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Machine code runs on GPUs of its generation from its minor number on, PTX (compute_) on every later one (CUDA programming guide).
+    """Whether PyTorch's code runs on a GPU. Machine code runs on GPUs of its generation with the same or a higher minor
+    number, PTX (compute_) on every later GPU (CUDA programming guide).
 
     built_for: torch.cuda.get_arch_list(), for instance ["sm_75", "sm_80", "sm_90", "compute_120"].
     """
@@ -231,10 +234,10 @@ def use_own_cores() -> None:
 
 
 class Pulse(threading.Thread):
-    """Tells each peer once a second that this process lives, and says so when a peer's own beat ends.
+    """Tells each peer once a second that this process lives, and reports when a peer's beat stops.
 
-    A rank that waits inside MPI would wait for a dead peer for ever, so this is a thread of its own, with sockets of
-    its own. A peer's silence counts from its first beat on: it may still be loading.
+    A rank that waits inside MPI would wait for a dead peer for ever, so this is a separate thread with its own
+    sockets. A peer's silence counts from its first beat on: it may still be loading.
     """
 
     def __init__(self, peers: dict[int, socket.socket], on_lost: Callable[[int, str], None]) -> None:
@@ -275,7 +278,7 @@ class Pulse(threading.Thread):
 
     def _send(self, what: bytes) -> None:
         for peer in list(self._peers.values()):
-            with suppress(OSError):  # a full buffer or a closed socket: the silence of that peer will tell
+            with suppress(OSError):  # a full buffer or a closed socket: that peer will fall silent
                 peer.send(what)
 
     def _forget(self, rank: int, readable: selectors.BaseSelector) -> None:
@@ -315,7 +318,7 @@ class LeaderLink:
             link.sendall(message)
 
     def end(self) -> None:
-        """No more steps: the other ranks leave `plans()`."""
+        """There are no more steps: the other ranks leave `plans()`."""
         for link in self._plans.values():
             with suppress(OSError):  # a rank that is gone has ended already
                 link.sendall(struct.pack("<i", 0))
@@ -323,14 +326,14 @@ class LeaderLink:
             self._pulse.end()
 
     def abandon(self) -> None:
-        """Leaves the other ranks without a word: they end their processes, and the supervisor sees that."""
+        """Leaves the other ranks without a message: they end their processes, and the supervisor sees that."""
         for link in (*self._plans.values(), *self._pulses.values()):
             with suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
 
 
 class FollowerLink:
-    """The socket of a rank above 0: waits for plans without using the processor."""
+    """The socket of a rank above 0: waits for plans without using CPU time."""
 
     def __init__(self, rank: int, plans: socket.socket, pulse: socket.socket) -> None:
         self.rank = rank

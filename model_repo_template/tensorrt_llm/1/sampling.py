@@ -44,12 +44,13 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Neither top_k nor top_p: greedy whatever the temperature, as upstream's runtime arguments have it."""
+        """Without top_k and top_p the choice is greedy whatever the temperature, as in upstream's runtime arguments."""
         return self.top_k == 1 or (self.top_k == 0 and self.top_p == 0.0)
 
     @property
     def best_of_logits(self) -> bool:
-        """The choice is the best of the model's own logits: nothing that came before, or was asked for, changes which one that is."""
+        """The choice is the largest of the model's own logits: no earlier token and no setting changes which one that
+        is."""
         return self.greedy and not self.from_history and self.embedding_bias is None
 
     @property
@@ -60,7 +61,8 @@ class Sampling:
 
     @property
     def held(self) -> bool:
-        """The end tokens may not be chosen at first. That depends on how many tokens there are alone, which is known ahead."""
+        """The end tokens may not be chosen at first. That depends only on the number of tokens, which is known
+        ahead."""
         return bool(self.end_ids) and self.min_length > 0
 
 
@@ -121,8 +123,8 @@ def ends_with(tokens: Sequence[int], words: Words) -> bool:
 
 
 def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_generated: int) -> Tensor:
-    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and the generated tokens that are known,
-    n_generated counts all that were chosen.
+    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and the generated tokens
+    that are known; n_generated counts all generated tokens.
 
     Order and rules of v0.8.0's batchApplyPenalty and ban_bad_words: bias, temperature, repetition penalty
     (multiplicative), presence, frequency, min_length, bad words. All three penalties count the prompt's tokens too.
@@ -150,10 +152,11 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
 
 
 def kept(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """What rows that are not greedy draw from: probabilities in falling order and their token ids, both (rows, vocab_size).
+    """What rows that are not greedy draw from: probabilities in falling order and their token ids, both (rows,
+    vocab_size).
 
-    Out of adjusted logits (rows, vocab_size): top_k first, then the smallest nucleus of what is left whose probability reaches
-    top_p. top_k, top_p: one per row, 0 where not given.
+    logits: adjusted, (rows, vocab_size). top_k comes first, then the smallest set of the remaining tokens whose
+    probability reaches top_p. top_k, top_p: one per row, 0 if not given.
     """
     ordered, ids = logits.sort(descending=True, stable=True)
     beyond = torch.arange(ordered.shape[1], device=ordered.device) >= top_k[:, None]
@@ -183,20 +186,21 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]
             column([samplings[row].top_p for row in drawn]),
         )
         at = (probabilities.cumsum(dim=-1) <= column(list(draws))[:, None]).sum(dim=-1, keepdim=True)
-        # what rounding leaves beyond the last one is its own
+        # a draw beyond the last sum, because of rounding, means the last token
         last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
         tokens[rows] = ids.gather(1, torch.minimum(at, last)).flatten()
     return torch.where(best.isfinite(), tokens, -1)
 
 
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log probabilities of the tokens (rows,) under the model itself: log_softmax of its logits (rows, vocab_size), unadjusted."""
+    """Log probabilities of the tokens (rows,) under the model itself: log_softmax of its logits (rows, vocab_size),
+    unadjusted."""
     return logits.gather(1, tokens[:, None].long().clamp(min=0)).flatten() - logits.logsumexp(dim=-1)
 
 
 def with_likeliest(logits: Tensor, chances: Tensor, most: int) -> Tensor:
-    """The tokens' log probabilities (rows,) and beside each the `most` likeliest tokens: (rows, 1 + 2 * most), ids and log probabilities
-    in turn, the likeliest first. An id is exact in float32 up to 2^24."""
+    """The tokens' log probabilities (rows,) and beside each the `most` likeliest tokens: (rows, 1 + 2 * most), ids and
+    log probabilities in turn, the likeliest first. An id is exact in float32 up to 2^24."""
     best, ids = logits.topk(most, dim=-1)
     best = best - logits.logsumexp(dim=-1, keepdim=True)
     return torch.cat((chances[:, None], torch.stack((ids.float(), best), dim=-1).flatten(1)), dim=1)

@@ -1,4 +1,4 @@
-"""What one forward step is asked to do, and what came of it: the same for every device, and plain integers between the ranks."""
+"""What one forward step does, and its result: the same for every device, and plain integers between the ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-# A token that is known only to the device which chose it: the step before may still be running.
+# Stands for a token that only the device knows: the step that chooses it may still be running.
 ON_DEVICE = -1
 # How many end tokens a slot can hold back without rank 0's help.
 HELD_IDS = 4
@@ -25,8 +25,8 @@ class Chunk(NamedTuple):
 class Step(NamedTuple):
     """Chunks to run together.
 
-    tables: slots that were given blocks of the key/value cache, and which; held: (slot, count, HELD_IDS tokens or -1): tokens that
-    may not be chosen while the slot's sequence has fewer tokens than the count.
+    tables: the slots that got blocks of the key/value cache, with these blocks; held: (slot, count, HELD_IDS tokens or
+    -1): tokens that may not be chosen while the slot's sequence has fewer tokens than the count.
     """
 
     chunks: tuple[Chunk, ...]
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen for the chunks whose last token is the last of its sequence, in their order."""
+    """The choices for the chunks that end their sequence, in the order of the chunks."""
 
     tokens: Tensor  # (choices,); -1 where no token was left
     log_probs: Tensor | None = None  # float32 (choices, 1 + 2 * likeliest), sampling.with_likeliest
@@ -47,7 +47,7 @@ class Outcome(Protocol):
 
     @property
     def logits(self) -> Tensor | None:
-        """float32 (sum of n_logits, vocab_size) on rank 0, when asked for."""
+        """float32 (sum of n_logits, vocab_size) on rank 0, if requested."""
 
     def wait(self) -> Choice:
         """Returns when the step has ended, with tensors on the CPU."""
@@ -66,15 +66,15 @@ class Model(Protocol):
     block_tokens: int
 
     def prompt_tokens_beside_streams(self, waiting: int) -> int:
-        """How many tokens of prompts a step takes that streams wait for, when so many tokens of prompts wait."""
+        """How many prompt tokens a step takes while streams wait for it and `waiting` prompt tokens wait."""
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Outcome:
         """Runs a step, or starts to. All ranks launch the same steps; rank 0 brings `choose` for those with logits."""
 
 
 def encode(step: Step) -> list[int]:
-    """A step as plain integers: with_logits, n of tables, n of held; tables, each (slot, length, blocks); held; chunks, each
-    (slot, start, n_logits, length, tokens)."""
+    """A step as plain integers: with_logits, n of tables, n of held; tables, each (slot, length, blocks); held; chunks,
+    each (slot, start, n_logits, length, tokens)."""
     out = [int(step.with_logits), len(step.tables), len(step.held)]
     for slot, blocks in step.tables:
         out += [slot, len(blocks), *blocks]

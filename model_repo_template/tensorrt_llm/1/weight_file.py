@@ -1,7 +1,8 @@
-"""Reads the bytes of a safetensors file into tensors that are there already: several readers, and copies to a GPU beside them.
+"""Reads the bytes of a safetensors file into existing tensors, with several readers, while pieces are copied to the
+GPU.
 
-safetensors' own reader maps the file and copies page by page from memory that a GPU cannot reach by itself: 1.6 GB/s from the page cache,
-where this reads some 20.
+safetensors' own reader maps the file and copies page by page from memory that a GPU cannot reach by itself: 1.6 GB/s
+from the page cache. This one reads some 20 GB/s.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 READERS = 4
-# What a reader holds at once, twice: one piece is copied to the GPU while the next one is read
+# Bytes of one piece. A reader holds two: one is copied to the GPU while the next one is read
 PIECE_BYTES = 32 << 20
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def tensors_of(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...], int, int]]:
-    """Name -> (dtype, None where it is not one of ours; shape; first byte in the file; bytes), from the header (safetensors' format)."""
+    """Name -> (dtype, None if it is not one of ours; shape; first byte in the file; bytes), from the header
+    (safetensors' format)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -37,7 +39,8 @@ def tensors_of(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...
 
 
 def read_into(path: Path, places: Mapping[int, Tensor]) -> None:
-    """Fills contiguous tensors, all on one device, from the file; places: first byte -> tensor. Raises OSError or EOFError."""
+    """Fills contiguous tensors, all on one device, from the file; places: first byte -> tensor. Raises OSError or
+    EOFError."""
     if not places:
         return
     device = next(iter(places.values())).device
@@ -56,7 +59,7 @@ def read_into(path: Path, places: Mapping[int, Tensor]) -> None:
                 return
             while (piece := next_piece()) is not None:
                 _fill(file, *piece)
-        except BaseException as problem:  # told by the thread that asked
+        except BaseException as problem:  # the thread that asked raises it
             failures.append(problem)
 
     threads = [threading.Thread(target=reader, name=f"weights-{n}") for n in range(READERS)]
@@ -89,7 +92,7 @@ def _read_to_gpu(file: int, next_piece: Callable[[], tuple[int, Tensor] | None],
 
 
 def _pieces(places: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """(first byte in the file, where it goes as bytes), in the order of the file."""
+    """(first byte in the file, its target as bytes), in the order of the file."""
     for offset, tensor in sorted(places.items()):
         flat = tensor.view(-1).view(torch.uint8)
         for begin in range(0, len(flat), PIECE_BYTES):

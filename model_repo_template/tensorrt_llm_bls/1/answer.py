@@ -1,4 +1,4 @@
-"""One answer on its way: what tensorrt_llm says, token by token, becomes the outputs of the text models' responses."""
+"""One answer on its way: the tokens from tensorrt_llm become the outputs of the text models' responses."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ ASKED_BY = {
     "num_input_tokens": "return_num_input_tokens",
     "num_output_tokens": "return_num_output_tokens",
 }
-# Outputs that are counted here; all others but the text are tensorrt_llm's, passed on
+# Outputs that are counted here; all others except the text are passed on from tensorrt_llm
 COUNTED = ("batch_index", "sequence_index", "num_input_tokens", "num_output_tokens")
-# A stream's parts are joined along the axis of their tokens; of others the last one counts.
+# A stream's parts are joined along the axis of their tokens; for other outputs the last part counts.
 TOKEN_AXIS = {"output_log_probs": 2, "context_logits": 1, "generation_logits": 2}
 
 
 class Answer:
-    """Collects what is to be sent next. Knows nothing of Triton.
+    """Collects what to send next. It does not know Triton.
 
-    wanted: the outputs that may be filled, name -> dtype, as the model's config declares them; asked: those whose value the request
-    asks for; without_value: those that this version of NVIDIA's backend sends nevertheless, as zeros of the smallest shape. end_ids: the
-    first of these tokens ends the answer and is not part of it, whether the engine leaves it out (end_id) or sends it (a stop word).
+    wanted: the outputs that may be filled, name -> dtype, as the model's config declares them; asked: those whose value
+    the request asks for; without_value: those that this version of NVIDIA's backend sends nevertheless, as zeros of the
+    smallest shape. end_ids: the first of these tokens ends the answer and is not part of it, whether the engine leaves
+    it out (end_id) or sends it (a stop word).
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Answer:
         self.stopped = False
 
     def push(self, outputs: Mapping[str, Array]) -> bool:
-        """Take one response of tensorrt_llm, output_ids int32 (1, 1, n) and what was asked for; whether there is text to send.
+        """Take one response of tensorrt_llm: output_ids int32 (1, 1, n) and the outputs that were requested. Returns
+        whether there is text to send.
 
-        What lies behind sequence_length (1, 1) is padding.
+        What comes after sequence_length (1, 1) is padding.
         """
         ids = outputs["output_ids"].reshape(-1).tolist()
         if "sequence_length" in outputs:
@@ -67,7 +69,7 @@ class Answer:
         self.n_waiting += len(ids)
         for name in self.asked:
             if name in outputs:
-                # the end's own place, too, of what has one for each new token
+                # outputs with one value per new token have one for the end too
                 of_tokens = end is not None and TOKEN_AXIS.get(name) == 2
                 self.parts[name].append(outputs[name][:, :, :end] if of_tokens else outputs[name])
         if piece:
@@ -78,7 +80,7 @@ class Answer:
         return bool(piece) or self.stopped
 
     def finish(self) -> bool:
-        """Nothing more comes; whether there is anything left to send."""
+        """No more tokens come. Returns whether there is anything left to send."""
         if not self.stopped:
             piece, self.stopped = self.stops.push(self.stream.finish())
             self.waiting += [piece] if self.stopped else [piece, self.stops.finish()]
@@ -105,7 +107,7 @@ class Answer:
 
 
 def joined(parts: Sequence[Array], axis: int | None) -> Array:
-    """The parts of an output as one; a part that has no logits has a stand-in of size 1 for them."""
+    """The parts of an output as one; a part without logits has a stand-in of size 1."""
     if axis is None:
         return parts[-1]
     is_logits = axis < parts[0].ndim - 1

@@ -1,9 +1,9 @@
 """The way from a text model to tensorrt_llm in the same server: Triton's own gRPC port.
 
-The Python backend has a call for this (BLS), but with 32 streams at full speed it ends the server within seconds (seen with Triton
-2.51): it keeps its running calls in a map that several threads change at once (ModelInstanceState::infer_payload_), and drops what an
-answer was made of in a thread that does not hold Python's lock (Stub::SendCleanupId). So it is not used at all; NVIDIA's images, which
-have no gRPC client, are completed with one (docker/serving.Dockerfile).
+The Python backend has a call for this (BLS), but with 32 streams at full speed it crashes the server within seconds
+(seen with Triton 2.51). It keeps its running calls in a map that several threads change at once
+(ModelInstanceState::infer_payload_), and it frees the parts of an answer in a thread that does not hold Python's lock
+(Stub::SendCleanupId). So we do not use it. NVIDIA's images have no gRPC client; docker/serving.Dockerfile adds one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 Array = np.ndarray[Any, Any]
 MODEL = "tensorrt_llm"
-# From TensorRT-LLM 0.10 on a request that names outputs must name both, or its first token is answered with an error.
+# Since TensorRT-LLM 0.10 a request that names outputs must name both, or its first token becomes an error.
 TOKENS = ("output_ids", "sequence_length")
 # Logits of a whole prompt are some hundred megabytes.
 # No proxy: the other end is this server itself.
@@ -32,37 +32,38 @@ LINGER_SECONDS = 0.5
 
 
 class Failed(Exception):
-    """What tensorrt_llm answers instead of tokens; the text is its own (see engine_words). is_refusal: the request is at fault by
-    its code; False says nothing: a stream has no code, and TensorRT-LLM's is always INTERNAL."""
+    """The error that tensorrt_llm sends instead of tokens, in its own words (see engine_words). is_refusal: the error's
+    code says that the request is at fault. False says nothing: a stream has no code, and TensorRT-LLM's code is always
+    INTERNAL."""
 
     def __init__(self, message: str, is_refusal: bool = False) -> None:
         super().__init__(message)
         self.is_refusal = is_refusal
 
 
-# Is given what comes for a request: responses (see GrpcLink.outputs_of), then None, or a Failed instead.
+# Gets what comes for a request: responses (see GrpcLink.outputs_of), then None, or a Failed instead.
 Receive = Callable[[Any], None]
 
-# The contract's way to end a running request with what it has: another one with its id, and with these inputs
+# The contract's way to end a running request with the tokens that it has: a second one with its id and these inputs
 ONE = np.array([[1]], dtype=np.int32)
 STOP = {"input_ids": ONE, "input_lengths": ONE, "request_output_len": ONE, "stop": np.array([[True]])}
 
 
 def new_id() -> str:
-    """An id for a request, new each time. It begins with a letter: 0.8.0 reads what begins with digits as the number that these make,
-    and refuses a number that it is working on (docker/contracts/backend-rules, id-leading-digits-0.8.0)."""
+    """A new id for a request. It begins with a letter: 0.8.0 reads leading digits as a number, and refuses a request
+    with the number of a running one (docker/contracts/backend-rules, id-leading-digits-0.8.0)."""
     return f"r{uuid.uuid4().hex}"
 
 
 class GrpcLink:
-    """Asks tensorrt_llm. All methods may be called from any thread; what comes is handed over in a thread of the link's own.
+    """Asks tensorrt_llm. All methods may be called from any thread; the link's own thread hands over what comes.
 
-    A stream carries one request at a time, as with other clients that are known to work: Triton 2.51 was seen to hang, and to end,
-    when a stream carried many. A stream that is free is used again.
+    A stream carries one request at a time, as other working clients do: Triton 2.51 was seen to hang, and to crash,
+    when a stream carried several. A free stream is used again.
     """
 
     def __init__(self, address: str, decoupled: bool) -> None:
-        """An undecoupled tensorrt_llm is asked by unary calls."""
+        """If tensorrt_llm is not decoupled, the link uses unary calls."""
         self._address, self._work = address, self._streamed if decoupled else self._unary
         self._free: list[tuple[float, Any]] = []  # since when, the stream
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,7 +78,7 @@ class GrpcLink:
         self._loop.call_soon_threadsafe(self._start, functools.partial(self._work, message, receive))
 
     def stop(self, request_id: str) -> None:
-        """End a running request with what it has."""
+        """End a running request with the tokens that it has."""
         self.ask(request_id, STOP, TOKENS, lambda said: None)
 
     @staticmethod
@@ -89,7 +90,7 @@ class GrpcLink:
         }
 
     def close(self) -> None:
-        """Nothing is on its way any more."""
+        """Close the link; no request may be on its way."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -139,7 +140,7 @@ class GrpcLink:
             receive(Failed(f"tensorrt_llm does not answer: {why}"))
 
     def _end_free(self) -> None:
-        """The latest is taken first, so what has been free for long is in front."""
+        """Close streams that were free for long. The latest one is taken first, so these are in front."""
         while self._free and self._free[0][0] <= self._loop.time() - LINGER_SECONDS:
             _, stream = self._free.pop(0)
             self._start(functools.partial(self._end, stream))

@@ -1,5 +1,6 @@
-"""What tensorrt_llm's errors mean. TensorRT-LLM gives all of them the code INTERNAL, and puts C++ files, lines and a stack trace into
-the text (docker/contracts/backend-rules, the rules error-*): whose fault it was is told apart by words, and a client sees one sentence.
+"""What tensorrt_llm's errors mean. TensorRT-LLM gives all of them the code INTERNAL, and puts C++ files, lines and a
+stack trace into the text (docker/contracts/backend-rules, the rules error-*). So the words tell whose fault an error
+is, and a client sees one sentence.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ AT_FAULT = re.compile(
     r"|^unexpected inference (input|output)"
 )
 BUSY = re.compile(r"Maximum queue size of \d+ has been reached")
-# What the engine says of a request that it had taken, and what the backend says of its own answer
+# What the engine says about a request that it had accepted, and what the backend says about its own answer
 FAILED = re.compile(
     r"^(Executor failed process requestId|Encountered error for requestId|Error encountered while populating response)"
 )
-# A check of the executor before it takes a request
+# A check of the executor before it accepts a request
 CHECK = re.compile(r"^\[TensorRT-LLM\]\[ERROR\] Assertion failed: ")
 NOT_FOR_CLIENTS = re.compile(
     r"(Executor failed process requestId \d+ due to the following error: |Encountered error for requestId \d+: "

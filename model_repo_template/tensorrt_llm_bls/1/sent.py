@@ -1,4 +1,4 @@
-"""What a client sent to a text model, read and checked: what cannot be served is refused in a sentence for the client."""
+"""Reads and checks what a client sent to a text model. A refusal is one sentence for the client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 Array = np.ndarray[Any, Any]
 REQUIRED = object()
-# Of a list of words: each is looked for in every piece of text, and spelt in tokens
+# Limits of a list of words: each word is looked for in every piece of text, and spelt in tokens
 MAX_WORDS, MAX_WORD_BYTES, MAX_WORDS_BYTES = 128, 512, 4096
 
 
@@ -25,11 +25,11 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine takes, so that a request which it would refuse does not wait for that in its queue."""
+    """The engine's limits, so that a request that it would refuse does not wait in its queue first."""
 
     input_tokens: int
     all_tokens: int
-    # what is longer cannot fit the engine; tokenizing it would take seconds a megabyte
+    # a longer text cannot fit the engine, and tokenizing it would take seconds per megabyte
     prompt_bytes: int
 
     @classmethod
@@ -54,7 +54,7 @@ class Limits:
 class Sent(dict[str, Array]):
     """All inputs of a Triton request by name, the batch dimension in front.
 
-    Triton counts the inputs of a request; whether those that must be there are among them is not its concern.
+    Triton counts the inputs of a request, but does not check that the required ones are among them.
     """
 
     def __missing__(self, name: str) -> Array:
@@ -66,7 +66,7 @@ def read(request: Any) -> Sent:
 
 
 def answered(request: Any, outputs: Callable[[Sent], Mapping[str, Array]]) -> Any:
-    """One response for a request: what `outputs` makes of its inputs, or why not."""
+    """One response for a request: what `outputs` makes of its inputs, or an error."""
     try:
         return response(request, outputs(read(request)))
     except Exception as problem:
@@ -76,15 +76,15 @@ def answered(request: Any, outputs: Callable[[Sent], Mapping[str, Array]]) -> An
 def response(request: Any, values: Mapping[str, Array]) -> Any:
     """A response with those outputs that the client wants.
 
-    The Python backend would drop the others itself, but it frees them while other threads run Python: with 32 streams the heap is
-    corrupt within seconds (seen with Triton 2.51, ResponseSender::Send).
+    The Python backend would drop the others itself, but it frees them while other threads run Python: with 32 streams
+    the heap is corrupt within seconds (seen with Triton 2.51, ResponseSender::Send).
     """
     wanted = [name for name in request.requested_output_names() if name in values]
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, values[name]) for name in wanted])
 
 
 def failed(problem: Exception) -> Any:
-    """The response to a request that failed: the client learns why when it can mend it, else the log does."""
+    """The response to a request that failed: the client is told why if it can fix the cause, else the log is."""
     if isinstance(problem, Refused):
         return error(str(problem), pb_utils.TritonError.INVALID_ARG)
     if isinstance(problem, Busy):
@@ -98,7 +98,7 @@ def error(message: str, code: int) -> Any:
 
 
 def is_true(parameter: str) -> bool:
-    """A switch among a config's parameters, as NVIDIA's Python models read it."""
+    """An on/off parameter of a config, as NVIDIA's Python models read it."""
     return parameter.lower() in ("true", "yes", "1", "t", "y")
 
 
@@ -111,7 +111,7 @@ def one_text(sent: Sent, name: str, max_bytes: int) -> str:
 
 
 def texts(sent: Sent, name: str, max_bytes: int) -> list[str]:
-    """The texts of a batch, one a row. max_bytes: what is longer cannot fit the engine (Limits)."""
+    """The texts of a batch, one per row. max_bytes: what is longer cannot fit the engine (Limits)."""
     values = sent[name]
     if values.size != len(values):
         raise Refused(f"{name} has shape {list(values.shape)}; a row is one text")
@@ -137,7 +137,7 @@ def words(sent: Sent, name: str) -> list[str]:
 
 
 def rows(sent: Sent, n_rows: int) -> list[Sent]:
-    """A batch as one Sent a row, each with a batch dimension of 1."""
+    """A batch as one Sent per row, each with a batch dimension of 1."""
     for name, values in sent.items():
         if len(values) != n_rows:
             raise Refused(f"{name} has {len(values)} rows; the batch has {n_rows}")
@@ -145,7 +145,7 @@ def rows(sent: Sent, n_rows: int) -> list[Sent]:
 
 
 def weighted_words(sent: Sent, words_name: str, weights_name: str) -> list[tuple[str, float]]:
-    """Words with their weights, as many of these as of those."""
+    """Words with their weights; there must be one weight per word."""
     values = sent[words_name].reshape(-1).tolist() if words_name in sent else []
     weights = sent[weights_name].reshape(-1).tolist() if weights_name in sent else []
     words(sent, words_name)  # within their limits

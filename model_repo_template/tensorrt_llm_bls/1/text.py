@@ -1,4 +1,5 @@
-"""Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer streams."""
+"""Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer
+streams."""
 
 from __future__ import annotations
 
@@ -14,22 +15,23 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-# U+FFFD, what a byte that is no part of a character is shown as
+# U+FFFD is shown for a byte that is not part of a character
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # How many ways to spell a word are listed at most; a word of six letters has at most 32
 MAX_SPELLINGS = 64
 # What a token stands for: text, or bytes that are a character only together with their neighbours
 Piece = str | bytes
 
-# SentencePiece shows a broken character as one U+FFFD for each byte; byte-level BPE, as Python does, one for each attempt
+# SentencePiece shows a broken character as one U+FFFD for each byte; byte-level BPE, as Python does, one for each
+# attempt
 codecs.register_error("each_byte", lambda error: (REPLACEMENT * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 
 class Text:
     """A tokenizer folder (tokenizer.json, tokenizer_config.json): SentencePiece's kind of BPE, or byte-level BPE.
 
-    end_ids: every token that ends an answer, as the room config listed them in generation_config.json. A folder without that file
-    names one at most, in tokenizer_config.json. end_id: the first of them.
+    end_ids: every token that ends an answer, as the room config listed them in generation_config.json. A folder without
+    that file names one at most, in tokenizer_config.json. end_id: the first of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,7 +72,8 @@ class Text:
         return self.ids.get(content) if isinstance(content, str) else None
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of whole texts, BOS in front where the model's rule has it; many texts in one call run in parallel."""
+        """Token ids of whole texts, with BOS in front if the model's rule says so.
+        Texts of one call run in parallel."""
         batch = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
@@ -81,8 +84,8 @@ class Text:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence.
 
-        What starts with BOS is a text from its start and loses the space that encode added; anything else continues a text, and a
-        space at its start is a space.
+        A sequence that starts with BOS is a whole text and loses the space that encode added. Any other sequence
+        continues a text, and keeps a space at its start.
         """
         stream = self.stream(skip_special_tokens)
         text = stream.push(ids) + stream.finish()
@@ -90,14 +93,16 @@ class Text:
         return text[1:] if from_start and text.startswith(" ") else text
 
     def spellings(self, word: str) -> list[list[int]]:
-        """The token sequences that spell a word, alone and with a space before it: all of them, the shortest MAX_SPELLINGS of each.
+        """The token sequences that spell a word, alone and with a space before it: all of them, the shortest
+        MAX_SPELLINGS of each.
 
-        Byte tokens count where they are needed: SentencePiece never spells a character in bytes that has a token of its own.
+        Byte tokens count only where they are needed: SentencePiece never spells a character that has a token in bytes.
         """
         return [ids for text in (word, " " + word) for ids in itertools.islice(self._cuts(text), MAX_SPELLINGS)]
 
     def _cuts(self, text: str) -> Iterator[list[int]]:
-        """Every way to cut a text into tokens, those of fewest tokens first: best-first search, bound by what the rest needs."""
+        """Every way to cut a text into tokens, those with the fewest tokens first. Best-first search; the bound is what
+        the rest needs."""
         data = text.encode()
         options: list[list[tuple[int, int]]] = [[] for _ in data]  # at each byte: (where a token ends, the token)
         at = 0
@@ -112,7 +117,7 @@ class Text:
                 options[at] += [(end, token) for token in self._tokens_of.get(data[at:end], ())]
             options[at] = [(end, token) for end, token in options[at] if needed[end] < float("inf")]
             needed[at] = 1 + min((needed[end] for end, _ in options[at]), default=float("inf"))
-        # (tokens at least, minus the bytes spelt: of equals the nearest to its end, tokens so far)
+        # (least number of tokens; minus the bytes spelt, so that the nearest to the end comes first; tokens so far)
         waiting: list[tuple[float, int, list[int]]] = [(needed[0], 0, [])]
         while waiting:
             _, at, ids = heapq.heappop(waiting)
@@ -145,9 +150,10 @@ class Text:
         """Words in the form of TensorRT-LLM's stop_words_list and bad_words_list.
 
         tokens: ids that are in the list, each as a sequence by itself.
-        after: a prompt in which no sequence may begin. TensorRT-LLM compares with the prompt too, and would end an answer whose first
-        tokens complete a word that the prompt's last ones began; those sequences are left out.
-        Returns int32 (1, 2, n): row 0 the ids of all sequences in a row, row 1 where each sequence ends, padded with -1.
+        after: a prompt in which no sequence may begin. TensorRT-LLM compares with the prompt too: it would end an
+        answer whose first tokens complete a word that the prompt's last tokens began. Such sequences are left out.
+        Returns int32 (1, 2, n): row 0 the ids of all sequences in a row, row 1 where each sequence ends, padded with
+        -1.
         """
         spelt = [ids for word in words if word for ids in self.spellings(word)]
         sequences = [[token] for token in tokens]
@@ -159,8 +165,8 @@ class Text:
     def embedding_bias(self, weighted_words: Sequence[tuple[str, float]], vocab_size: int) -> np.ndarray[Any, Any]:
         """What is added to the logits of the tokens that spell the words: float32 (1, vocab_size).
 
-        Of a word's spellings the one at the start of a word counts, as in NVIDIA's preprocessing: the letters that it may be made of
-        elsewhere are in many other words.
+        Only the spelling at the start of a word counts, as in NVIDIA's preprocessing. Inside a word the spelling is
+        made of letters that many other words have too.
         """
         bias = np.zeros((1, vocab_size), dtype=np.float32)
         for ids, (_, weight) in zip(self.encode([word for word, _ in weighted_words], False), weighted_words):
@@ -171,7 +177,7 @@ class Text:
 class TextStream:
     """Puts the text of one answer together from token ids as they come.
 
-    push() returns all characters that are whole; never half of one. The pieces joined are the text of all ids.
+    push() returns all characters that are complete, never half of one. The pieces joined are the text of all ids.
     The cost of a token does not depend on how many came before.
     """
 
@@ -181,7 +187,8 @@ class TextStream:
         self.bytes = codecs.getincrementaldecoder("utf-8")(text.broken_bytes)
 
     def push(self, ids: Sequence[int]) -> str:
-        """Take token ids; return the text that is complete with them (possibly none). Ids without a token are nothing."""
+        """Take token ids; return the text that is complete with them (possibly none).
+        Ids without a token are ignored."""
         out = []
         for token in ids:
             piece = self.nothing if token in self.hidden else self.pieces.get(token, self.nothing)
@@ -189,20 +196,21 @@ class TextStream:
         return "".join(out)
 
     def finish(self) -> str:
-        """What is left of a character that nothing can complete any more, as U+FFFD."""
+        """The rest of a character that will never be complete, as U+FFFD."""
         return self.bytes.decode(b"", final=True)
 
 
 class StopStrings:
-    """Cuts a streamed text where the first stop string is complete, and shows nothing that may turn out to be the start of one.
+    """Cuts a streamed text where the first stop string is complete. It shows nothing that may be the start of one.
 
-    When several are complete with the same character, the longest counts. Knuth, Morris and Pratt's search, a character at a time: the
-    cost of a piece depends on its length and on how many stop strings there are, not on theirs.
+    If several stop strings end at the same character, the longest counts. This is Knuth, Morris and Pratt's search, one
+    character at a time: the cost of a piece depends on its length and on the number of stop strings,
+    not on their length.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [(stop, _fallbacks(stop)) for stop in stops if stop]
-        self.begun = [0] * len(self.stops)  # how much of each the text ends with
+        self.begun = [0] * len(self.stops)  # how many characters of each stop string the text ends with
         self.held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
@@ -229,7 +237,7 @@ class StopStrings:
         return text[:shown], False
 
     def finish(self) -> str:
-        """What was held back, once nothing more comes."""
+        """The text that was held back, once no more text comes."""
         rest, self.held = self.held, ""
         return rest
 

@@ -19,15 +19,17 @@ from answer import ASKED_BY, COUNTED, Answer
 from engine_link import TOKENS, Failed, GrpcLink, new_id
 from text import Text
 
-# Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own batch is smaller.
+# Requests in progress at once; more are refused, so that what clients send cannot fill the memory. The engine's own
+# batch is smaller.
 MAX_CONCURRENT = 1024
-# Asking Triton whether a client has gone costs a round trip between processes: each request at most so often ...
+# Asking Triton whether a client has gone costs a round trip between processes.
+# How often it may ask for each request ...
 POLL_SECONDS = 0.1
-# ... and all together no more than so many, 1 % of a core
+# ... and for all requests together: 1 % of a core
 POLLS_PER_SECOND = 100
 # Where this server's gRPC port is (scripts/serve.py says; empty: not to be used); Triton's own default
 ADDRESS_VARIABLE, DEFAULT_ADDRESS = "BAKE_GRPC_ADDRESS", "127.0.0.1:8001"
-# What tensorrt_llm calls what clients of the text models call otherwise (docker/contracts/backend, ensemble_steps)
+# Names of inputs that differ: the text models' name -> tensorrt_llm's name (docker/contracts/backend, ensemble_steps)
 RENAMED = {"top_k": "runtime_top_k", "top_p": "runtime_top_p", "length_penalty": "len_penalty"}
 # Inputs that become something else on their way; all others are passed on as they are
 TRANSLATED = {
@@ -47,7 +49,7 @@ class Call:
         self.answer: Answer | None = None
         self.streaming = False
         self.whole = ""
-        # what tensorrt_llm has said and nobody has looked at yet
+        # what tensorrt_llm has sent and no thread has looked at yet
         self.arrived: deque[Any] = deque()
         self.queued = False
         self.begun = False
@@ -75,9 +77,9 @@ class Call:
 class TritonPythonModel:
     """Triton's interface. One instance serves many requests at once.
 
-    Three threads share the work: Triton's own tokenizes and asks, the link's collects what tensorrt_llm says, and `_deliver` turns
-    it into text. What has come for a request while others were served becomes one response: where there is much to do, there are
-    fewer responses, not later ones.
+    Three threads share the work: Triton's thread tokenizes and asks, the link's thread collects what tensorrt_llm
+    sends, and `_deliver` turns it into text. What has come for a request while others were served becomes one response:
+    a busy server sends fewer responses, not later ones.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -106,7 +108,7 @@ class TritonPythonModel:
             thread.start()
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """Returns at once; but where Triton has no response sender for unary models, with the last of the responses."""
+        """Returns at once. But if Triton has no response sender for unary models, it returns with the last response."""
         calls = [Call(request, self.has_sender) for request in requests]
         given, prompts = {}, {}
         for call in calls:
@@ -144,7 +146,7 @@ class TritonPythonModel:
         """
         self.limits.check(len(ids), sent.scalar(given, "max_tokens"), "max_tokens")
         if sent.scalar(given, "stream", False):
-            if not self.decoupled:  # in TensorRT-LLM's words; what tensorrt_llm says loses its code on the way
+            if not self.decoupled:  # in TensorRT-LLM's words; an error of tensorrt_llm would lose its code on the way
                 raise sent.Refused("Streaming is only supported if model is deployed using decoupled mode.")
             call.streaming = True
         wanted = {name: self.dtypes[name] for name in call.request.requested_output_names() if name in self.dtypes}
@@ -168,7 +170,7 @@ class TritonPythonModel:
     def _engine_inputs(
         self, given: sent.Sent, ids: list[int], stops: list[str], end_ids: list[int]
     ) -> Mapping[str, sent.Array]:
-        """The tensors that tensorrt_llm is asked with. It takes one end_id; the other end_ids are stop words of one token."""
+        """The tensors for tensorrt_llm. It takes one end_id; the other end_ids become stop words of one token."""
         values: dict[str, sent.Array] = {
             # some inputs come without their axis of one value (`reshape` in the config)
             RENAMED.get(name, name): value if value.ndim > 1 else value.reshape(1, 1)
@@ -178,7 +180,8 @@ class TritonPythonModel:
         values["input_ids"] = np.array([ids], dtype=np.int32)
         values["input_lengths"] = np.array([[len(ids)]], dtype=np.int32)
         values["request_output_len"] = np.array([[sent.scalar(given, "max_tokens")]], dtype=np.int32)
-        # streaming whenever it can be: so that a stop string ends the work at the next token; else only one that is whole tokens does
+        # stream whenever possible: then a stop string ends the work at the next token; else only a stop string of whole
+        # tokens does
         values["streaming"] = np.array([[self.decoupled]])
         spelt = [] if self.decoupled else stops
         if spelt or end_ids[1:]:
@@ -193,12 +196,12 @@ class TritonPythonModel:
         return values
 
     def _receive(self, call: Call, said: Any) -> None:
-        """Called in the link's thread."""
+        """The link's thread calls this."""
         with self.changed:
             call.arrived.append(said)
             if not call.queued:
                 call.queued = True
-                # a first token waits for no one else's next
+                # a first token does not wait for the next token of another request
                 (self.ready.append if call.begun else self.ready.appendleft)(call)
                 self.changed.notify()
 
@@ -221,18 +224,18 @@ class TritonPythonModel:
                 self.link.stop(call.inner_id)
                 try:
                     self._end(call, sent.failed(problem))
-                except Exception as another:  # its sender does not work; the others are still to be served
+                except Exception as another:  # its sender does not work; the other requests must still be served
                     sent.failed(another)
 
     def _tell(self, call: Call, said: list[Any]) -> None:
-        """One response at most, of everything that tensorrt_llm has said of a request since the last one."""
+        """At most one response, with everything that tensorrt_llm has sent for a request since the last one."""
         answer = call.answer
         assert answer is not None
         has_text = False
         for one in said:
             if isinstance(one, Failed):
                 code, message = engine_words.told(str(one), one.is_refusal)
-                if code == "INTERNAL" and message != str(one):  # the client sees less than there is to know
+                if code == "INTERNAL" and message != str(one):  # the client sees less than the log
                     pb_utils.Logger.log_error(f"tensorrt_llm failed: {one}")
                 # the client knows this input by its own name
                 message = message.replace("request_output_len", "max_tokens")
@@ -271,14 +274,15 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Ends the requests whose client has gone, also those that wait for their first token.
 
-        Triton 2.51 tells of a gRPC call that was cancelled and of an HTTP stream that was left, not of a left HTTP generate.
+        Triton 2.51 reports a cancelled gRPC call and an HTTP stream whose client has left. It does not report that for
+        an HTTP generate without a stream.
         """
         while not self.closing.wait(POLL_SECONDS):
             for call in list(self.calls.values()):
                 try:
                     if call.is_cancelled():
                         self.link.stop(call.inner_id)
-                except Exception as problem:  # of one request; the others are still to be watched
+                except Exception as problem:  # a problem of one request; the others must still be watched
                     sent.failed(problem)
                 if len(self.calls) > POLL_SECONDS * POLLS_PER_SECOND and self.closing.wait(1 / POLLS_PER_SECOND):
                     return

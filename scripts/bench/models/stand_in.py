@@ -1,4 +1,4 @@
-"""The model tensorrt_llm of `make bench-text`: no weights, a clock. Every running request gets one token a step, its prompt's in turn.
+"""The model tensorrt_llm of `make bench-text`: no weights, a clock. Every running request gets one token per step, its prompt's in turn.
 
 Steps are due at fixed times, as a GPU's are: what else the machine does delays a step only where it takes the processor away.
 The file `pace` in the model's version folder says how: microseconds of a step, and whether a response carries one token (as

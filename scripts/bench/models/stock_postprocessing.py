@@ -1,4 +1,4 @@
-"""What NVIDIA's postprocessing of v0.8.0 does, for `make bench-text`, said anew from notes on its behaviour: every response by itself.
+"""What NVIDIA's postprocessing of v0.8.0 does, for `make bench-text`, written from notes on its behaviour: every response by itself.
 
 The tokens of a response through Hugging Face's tokenizer without those before them; log probabilities and logits copied through.
 """

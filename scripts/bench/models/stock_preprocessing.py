@@ -1,4 +1,4 @@
-"""What NVIDIA's preprocessing of v0.8.0 does, for `make bench-text`, said anew from notes on its behaviour: one request after the other.
+"""What NVIDIA's preprocessing of v0.8.0 does, for `make bench-text`, written from notes on its behaviour: one request after the other.
 
 Each prompt by itself through Hugging Face's tokenizer, without BOS; word lists by the words' own tokens; all of its eight outputs.
 """

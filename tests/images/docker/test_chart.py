@@ -44,7 +44,7 @@ def config(baked: Baked) -> dict[str, Any]:
 
 
 def status(url: str, key: str = "") -> int:
-    """The status of a GET; 0 where nobody answers."""
+    """The status of a GET; 0 if there is no answer."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -107,7 +107,7 @@ def test_probes_have_the_patience_of_the_images_health_check(config: dict[str, A
     from scripts.openai import app
 
     assert server["readinessProbe"]["timeoutSeconds"] > app.HEALTH_SECONDS
-    # no command of its own: the image's entry point starts the server
+    # the pod names no command: the image's entry point starts the server
     assert "command" not in server and "args" not in server
     assert server["lifecycle"]["preStop"]["exec"]["command"][0] == config["Entrypoint"][0]
 

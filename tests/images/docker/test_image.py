@@ -86,7 +86,7 @@ def test_layers_are_told_with_bytes_and_reasons(baked: Baked) -> None:
 
 
 def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Path) -> None:
-    """No weights, no secret, no compiler, no pip, no test, no CUDA, nobody's setuid program of ours, no file that others may write."""
+    """No weights, no secret, no compiler, no pip, no test, no CUDA, no setuid program of ours, no file that others may write."""
     docker("save", "--output", str(tmp_path / "image.tar"), baked.tag)
     names: list[str] = []
     with image_archive.Archive(tmp_path / "image.tar") as archive:
@@ -362,7 +362,7 @@ def test_compose_brings_it_up_healthy_and_down(compose: Any) -> None:
 
 
 def test_compose_brings_a_prometheus_that_has_the_servers_metrics(baked: Baked, compose: Any, tmp_path: Path) -> None:
-    """Prometheus is Debian's program in an image of our own: its makers' image cannot be had without a registry."""
+    """Prometheus is Debian's program in our own image: its makers' image cannot be had without a registry."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("the program prometheus is not installed")

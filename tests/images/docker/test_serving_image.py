@@ -18,7 +18,7 @@ from scripts import build_base
 pytestmark = pytest.mark.timeout(1200)
 VENV = "/opt/venv-tritonserver"
 INCLUDE = "python3-pip,python3-venv,python3-minimal,libpython3-stdlib,libstdc++6,ca-certificates"
-# What NVIDIA's images have: numpy below 2, tensorrt_llm, pip, and a tokenizers of their own, which transformers there needs as it is.
+# What NVIDIA's images have: numpy below 2, tensorrt_llm, pip, and their own tokenizers, which transformers there needs as it is.
 STAND_IN = """FROM {base}
 COPY certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY pip.conf /etc/pip.conf
@@ -54,7 +54,7 @@ def debian(daemon: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 def pip_conf() -> str:
-    """This machine's way to a package index, for pip in a container: what is no path of this machine."""
+    """This machine's way to a package index, for pip in a container: what is not a path of this machine."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     found = {line.split("=")[0].split(".")[-1]: line.split("=", 1)[1].strip("'") for line in done.stdout.splitlines()}
     kept = {key: value for key, value in found.items() if key in ("index-url", "trusted-host", "default-timeout")}

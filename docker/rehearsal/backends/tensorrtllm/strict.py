@@ -20,7 +20,7 @@ LATER = (R24_10, V0_14, V1_2)
 TYPES = ("V1", "v1", "inflight_batching", "inflight_fused_batching")
 TRUE, FALSE = ("True", "true", "TRUE", "1"), ("False", "false", "FALSE", "0")
 POLICIES = ("max_utilization", "guaranteed_no_evict")
-# Declared by the stock configs, read by no one
+# The stock configs declare these; no code reads them
 NEVER_READ = ("runtime_top_p_min", "prompt_vocab_size", "decoder_input_lengths")
 # Not tensors of a request at 0.8.0
 SKIPPED_0_8 = ("START", "CORRID", "END", "stop", "streaming")
@@ -50,7 +50,7 @@ def asserted(why: str) -> str:
 
 
 def at_the_door(why: str) -> Fault:
-    """Refused before the engine (rule error-enqueue)."""
+    """The backend refuses this before the engine sees it (rule error-enqueue)."""
     return Fault(asserted(why))
 
 
@@ -300,7 +300,7 @@ def _read_later(loaded: Loaded, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if rows > 1 and not loaded.decoupled:
         raise at_the_door("Batch size > 1 requires the tensorrt_llm backend to be using decoupled transaction policy")
     if rows > 1:
-        raise Fault("the stand-in takes one row a request; NVIDIA's backend takes more here")
+        raise Fault("the stand-in takes one row per request; NVIDIA's backend takes more here")
     if "request_output_len" not in given:
         raise at_the_door("request_output_len is not present in the request")
     for name in loaded.scalars:
