@@ -189,7 +189,7 @@ BENCH_NEEDS := $(call has,bench openai aiperf $(if $(PEERS),verify)) $(PERF)
 LONG   := tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py \
           tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
 test: $(TESTED) ## every test that this machine can run, but those of the image
-	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker)
+	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),-n 2 --dist loadfile --ignore tests/images/docker)
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root
 	@$(PY) -m pytest -q --durations=25 $(or $(TESTS),tests/images/docker)
 test-long: $(TESTED) ## property tests and fuzzers, fifty times as long (about half an hour)
