@@ -427,8 +427,7 @@ def programs(journey: Journey) -> dict[str, list[str]]:
     open_mpi = int(contracts.toolchain(journey.toolchain)["open_mpi"].partition(".")[0])
     tools = toolbox.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [], open_mpi)
     http_port, grpc_port, metrics_port = (
-        journey.choice.number(name) or default
-        for name, default in (("HTTP_PORT", 8000), ("GRPC_PORT", 8001), ("METRICS_PORT", 8002))
+        journey.choice.number(name) or settings.PORTS[name] for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     )
     where = launch.Settings(Path(), journey.choice["HOST"] or "127.0.0.1", http_port, grpc_port, metrics_port)
     return {

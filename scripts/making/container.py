@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
+from scripts import settings
+
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
 )  # fmt: skip
@@ -17,7 +19,6 @@ PASSED_ON = (
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
 GPU_JOBS = ("engines", "verified", "serve", "demo")
 JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck", "wheels")
-PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
 
 
 class Container(NamedTuple):
@@ -89,7 +90,7 @@ def network(job: str, values: Mapping[str, str]) -> list[str]:
         return ["--network host"]
     if job == "serve":
         host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
-        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in PORTS)]
+        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in settings.PORTS)]
     if job == "wheels" or (job == "checkpoint" and values["QUANT"] not in ("", "int8_wo")):
         return []
     return ["--network none"]
@@ -101,7 +102,7 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
     for job in jobs:
         gpu = job in GPU_JOBS or (job == "checkpoint" and bool(values["QUANT"]))
         check = f"scripts/toolchain.sh check {container.words(job)}{' gpu' if gpu else ''}"
-        ports = " ".join(values[port] for port in PORTS)
+        ports = " ".join(values[port] for port in settings.PORTS)
         steps = (
             [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"]
             if job == "serve"

@@ -13,18 +13,17 @@ from typing import Mapping
 
 from scripts import reports
 from scripts.serving.toolbox import Toolbox
+from scripts.settings import BY_NAME, PORTS
 
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
 STARTUP_SECONDS = 900
-DRAIN_SECONDS = 20
+DRAIN_SECONDS = int(BY_NAME["DRAIN_SECONDS"].default)
 # Beyond it: what is cut off is told so (openai/worker.py)
 CUT_SECONDS = 3
 # A client that registers shared memory may name any of this host's, another model's or another program's, and read and write it.
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
 # More ranks than cores, and none bound to a core of its own: a rank is tritonserver with all its threads.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
-PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
-
 
 # Beside the rooms: kernels that the torch engine compiled for this host's GPUs. Not a room: whatever is missing is compiled again.
 COMPILED = "compiled"
@@ -79,7 +78,7 @@ class Settings:
                     name, port, "a port from 1 to 65535", reports.make("serve", **{name: PORTS[name]})
                 )
         if len(set(ports.values())) < len(ports):
-            raise reports.serving.ports_equal(ports)
+            raise reports.serving.ports_equal(ports, {name: PORTS[name] for name in ports})
 
     @property
     def ports(self) -> dict[str, int]:
