@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
 from scripts import settings
+from scripts.nvidia import quants
 
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
@@ -91,7 +92,7 @@ def network(job: str, values: Mapping[str, str]) -> list[str]:
     if job == "serve":
         host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
         return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in settings.PORTS)]
-    if job == "wheels" or (job == "checkpoint" and values["QUANT"] not in ("", "int8_wo")):
+    if job == "wheels" or (job == "checkpoint" and values["QUANT"] and quants.TABLE[values["QUANT"]].measured):
         return []
     return ["--network none"]
 
