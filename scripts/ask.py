@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts import reports
+from scripts import reports, settings
 from scripts.serving import launch
 from scripts.serving.pulse import LOOPBACK
 
@@ -98,18 +98,20 @@ def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--http-port", default="8000")
-    parser.add_argument("--grpc-port", default="8001")
-    parser.add_argument("--max-tokens", default="48")
+    for name in ("HTTP_PORT", "GRPC_PORT", "MAX_TOKENS"):
+        parser.add_argument(settings.flag(name), default=settings.BY_NAME[name].default)
     args = parser.parse_args()
     host = launch.reached_at(args.host)
     try:
         max_tokens = int(args.max_tokens)
     except ValueError:
         raise reports.settings.bad_setting(
-            "MAX_TOKENS", args.max_tokens, "a whole number", reports.make("ask", MAX_TOKENS=48)
+            "MAX_TOKENS",
+            args.max_tokens,
+            "a whole number",
+            reports.make("ask", MAX_TOKENS=settings.BY_NAME["MAX_TOKENS"].default),
         ) from None
-    prompt = os.environ.get("PROMPT", "Once upon a time")
+    prompt = os.environ.get("PROMPT", settings.BY_NAME["PROMPT"].default)
     if importlib.util.find_spec("tritonclient"):
         ask(f"{host}:{args.grpc_port}", prompt, max_tokens)
     else:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from scripts import limits, plan, reports, room
-from scripts.nvidia import gpus, trtllm_build
+from scripts.nvidia import gpus, quants, trtllm_build
 from scripts.nvidia import memory as memory_model
 from scripts.weights.shape import possible_tp_sizes, shape_of_checkpoint
 
@@ -64,7 +64,7 @@ def engine_of(config: Mapping[str, Any]) -> memory_model.Engine:
         dtype=model["dtype"],
         tp_size=model["mapping"]["tp_size"],
         pp_size=model["mapping"].get("pp_size", 1),
-        quant=next((word for word, name in plan.QUANT_ALGOS.items() if algo.startswith(name)), ""),
+        quant=quants.quant_of(algo),
         max_batch_size=built.max_batch_size,
         max_input_len=built.max_input_len,
         max_seq_len=built.max_seq_len,

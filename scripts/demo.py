@@ -12,11 +12,12 @@ from pathlib import Path
 
 from scripts import reports, serve
 from scripts.serving.started import ASK_SECONDS
+from scripts.settings import BY_NAME
 
 
 def main() -> int:
     parser = serve.settings_parser()
-    parser.add_argument("--max-tokens", default="48")
+    parser.add_argument("--max-tokens", default=BY_NAME["MAX_TOKENS"].default)
     args = parser.parse_args()
     settings = serve.settings_from(args)
     arguments = sys.argv[1:]

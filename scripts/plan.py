@@ -20,7 +20,7 @@ from typing import Any, Collection, Mapping, Sequence
 
 from scripts import build_engines, reports, settings
 from scripts.making import toolchain
-from scripts.nvidia import abilities, contracts, gpus, trtllm_build
+from scripts.nvidia import abilities, contracts, gpus, quants, trtllm_build
 from scripts.nvidia import memory as memory_model
 from scripts.room import human_bytes, human_gpu_bytes
 from scripts.serving import launch, toolbox
@@ -42,8 +42,6 @@ from scripts.weights.shape import (
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ROOT / "models" / "shapes.json"
-# How TensorRT-LLM's words for them begin; scripts/nvidia/quantize.py, which asks for them, needs packages that a laptop may lack.
-QUANT_ALGOS = {"int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "fp8": "FP8", "sq": "W8A8_SQ"}
 # tokenizer, configs and code of the five models
 MODEL_REPO_BYTES = 5_000_000
 VERIFIED_BYTES = 1_000_000
@@ -222,8 +220,8 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
     if model.shape.n_layers % pp_size:
         raise reports.checkpoint.stages_impossible(model.name, pp_size, model.shape.n_layers)
     quant, dtype = choice["QUANT"], choice["DTYPE"] or model.dtype
-    if quant and (quant not in QUANT_ALGOS or not choice.tensorrt):
-        allowed = "empty, " + ", ".join(QUANT_ALGOS) + " with ENGINE=tensorrt"
+    if quant and (quant not in settings.QUANTS or not choice.tensorrt):
+        allowed = "empty, " + ", ".join(settings.QUANTS) + " with ENGINE=tensorrt"
         raise reports.settings.bad_setting("QUANT", quant, allowed, reports.make("plan", QUANT=""))
     if quant and dtype == "float32":
         allowed = f"float16 or bfloat16 with QUANT={quant}"
@@ -260,7 +258,7 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
     if not toolchain and choice.tensorrt and host:
         toolchain = toolchain_for(host[0]) or contracts.versions()[-1]
     if choice["TOOLCHAIN"] and choice.tensorrt:
-        problem = trtllm_build.no_quantizer(engine.quant, toolchain, toolchains)
+        problem = quants.no_quantizer(engine.quant, toolchain, toolchains)
         if problem:
             raise planning(problem, choice)
     if toolchain:
@@ -270,7 +268,7 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
     if not host:
         return Journey(choice, model, engine, toolchain, host, None)
     if choice.tensorrt:
-        problem = trtllm_build.refusal(host[0], engine.dtype, QUANT_ALGOS.get(engine.quant), toolchain, toolchains)
+        problem = trtllm_build.refusal(host[0], engine.dtype, quants.algo_of(engine.quant), toolchain, toolchains)
         if not problem and choice["KV_REUSE"] == "on":
             problem = trtllm_build.no_kv_reuse(host[0])
         if problem:
@@ -316,8 +314,8 @@ def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
         if tokens >= 512 and fits(host, **limits):
             shorter = {name.upper(): value for name, value in limits.items()}
             return "Ask for shorter texts and smaller steps:", reports.make("plan", **shorter)
-    for quant, algo in QUANT_ALGOS.items() if choice.tensorrt and not engine.quant else ():
-        needed = next((least for kind, (least, _) in trtllm_build.NEEDS.items() if algo.startswith(kind)), 0.0)
+    for quant, kind in quants.TABLE.items() if choice.tensorrt and not engine.quant else ():
+        needed = next((least for word, (least, _) in trtllm_build.NEEDS.items() if kind.algo.startswith(word)), 0.0)
         if host[0].capability >= needed and fits(host, quant=quant):
             return "Store its weights in fewer bytes:", reports.make("plan", QUANT=quant)
     sizes = [size for size in (1, 2, 4, 8) if size in possible_tp_sizes(engine.shape)]
@@ -422,7 +420,7 @@ def programs(journey: Journey) -> dict[str, list[str]]:
     checkpoint = {
         "dtype": engine.dtype,
         "mapping": {"tp_size": engine.tp_size, "pp_size": engine.pp_size},
-        "quantization": {"quant_algo": QUANT_ALGOS.get(engine.quant)},
+        "quantization": {"quant_algo": quants.algo_of(engine.quant)},
     }
     limits = {name: getattr(engine, name) for name in LIMITS}
     timing_cache = build_engines.TIMING_CACHE if "--output_timing_cache" in flags else None
@@ -430,8 +428,7 @@ def programs(journey: Journey) -> dict[str, list[str]]:
     open_mpi = int(contracts.toolchain(journey.toolchain)["open_mpi"].partition(".")[0])
     tools = toolbox.Toolbox(Path("/opt/tritonserver/bin/tritonserver"), None, [], open_mpi)
     http_port, grpc_port, metrics_port = (
-        journey.choice.number(name) or default
-        for name, default in (("HTTP_PORT", 8000), ("GRPC_PORT", 8001), ("METRICS_PORT", 8002))
+        journey.choice.number(name) or settings.PORTS[name] for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT")
     )
     where = launch.Settings(Path(), journey.choice["HOST"] or "127.0.0.1", http_port, grpc_port, metrics_port)
     return {

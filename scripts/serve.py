@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import reports, settings
-from scripts.serving.launch import PORTS, STARTUP_SECONDS, Operating, Settings
+from scripts.serving.launch import STARTUP_SECONDS, Operating, Settings
 from scripts.serving.supervisor import Supervisor
 
 
@@ -25,8 +25,8 @@ def settings_parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--shown-host", default="", help="the address clients use (default: HOST)")
-    for flag, port in (("--http-port", 8000), ("--grpc-port", 8001), ("--metrics-port", 8002)):
-        parser.add_argument(flag, default=str(port))
+    for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"):
+        parser.add_argument(settings.flag(name), default=str(settings.PORTS[name]))
     parser.add_argument("--openai-port", default="", help="of the OpenAI-compatible endpoint (default: none is opened)")
     parser.add_argument(
         "--api-key-file", default="", help="API keys of its clients, one a line (default: none is asked for)"
@@ -64,18 +64,18 @@ def operating_from(args: argparse.Namespace) -> Operating:
 def settings_from(args: argparse.Namespace) -> Settings:
     """argparse's result -> Settings."""
     ports = {}
-    for name in ("http_port", "grpc_port", "metrics_port", "openai_port"):
-        value = getattr(args, name, "")
-        if name == "openai_port" and value == "":
+    for name in settings.PORTS:
+        value = getattr(args, name.lower(), "")
+        if name == "OPENAI_PORT" and value == "":
             continue
         if not (value.isascii() and value.isdigit()):
             raise reports.settings.bad_setting(
-                name.upper(),
+                name,
                 value,
                 "a port from 1 to 65535",
-                reports.make("serve", **{name.upper(): PORTS[name.upper()]}),
+                reports.make("serve", **{name: settings.PORTS[name]}),
             )
-        ports[name] = int(value)
+        ports[name.lower()] = int(value)
     log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
     shown_host = getattr(args, "shown_host", "")
     return Settings(

@@ -161,6 +161,9 @@ TABLE: tuple[Setting, ...] = (
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
+# Triton's three ports and the endpoint's, where nothing else is asked for. Files that no Python reads repeat them
+# (docker/, the chart, docs): tests/test_settings.py holds them to this.
+PORTS = {name: int(BY_NAME[name].default) for name in NAMES if name.endswith("_PORT")}
 # Settings that are options too, under their names; LOG's is not --log, which names a file
 OPERATING = (
     "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "TRACES", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",

@@ -12,9 +12,12 @@ from typing import Any
 
 from scripts import reports, room
 from scripts.images import builders
+from scripts.settings import PORTS
 
 # Docker publishes where it is told; the container listens on all its addresses.
-RUN = "docker run --rm {gpus}--stop-timeout 40 --publish 127.0.0.1:8000-8002:8000-8002 --publish 127.0.0.1:9000:9000 {tag}"
+TRITON = f"{PORTS['HTTP_PORT']}-{PORTS['METRICS_PORT']}"
+PUBLISHED = " ".join(f"--publish 127.0.0.1:{ports}:{ports}" for ports in (TRITON, PORTS["OPENAI_PORT"]))
+RUN = "docker run --rm {gpus}--stop-timeout 40 " + PUBLISHED + " {tag}"
 
 
 def run_command(tag: str, passport: dict[str, Any]) -> str:

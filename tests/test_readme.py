@@ -13,6 +13,8 @@ import pytest
 from project import ROOT
 from server import Served, serve
 
+from scripts import settings
+
 PAGES = ("README.md", "README.ko.md", "docs/serving.md")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -44,8 +46,8 @@ EXAMPLES = [(readme, example) for readme in PAGES for example in examples(readme
     ("readme", "example"), EXAMPLES, ids=[f"{readme}-{n}" for n, (readme, _) in enumerate(EXAMPLES)]
 )
 def test_the_example_answers(chatting: Served, readme: str, example: str) -> None:
-    for shown, port in ((8000, chatting.http_port), (8001, chatting.grpc_port), (9000, chatting.openai_port)):
-        example = example.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{port}")
+    for name, shown in settings.PORTS.items():
+        example = example.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{getattr(chatting, name.lower())}")
     example = example.replace("smollm2-135m", "stories")
     command = ["sh", "-c", example] if example.startswith("curl") else [sys.executable, "-c", example]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -227,3 +227,44 @@ def test_what_is_typed_cannot_become_a_line_of_the_makefile(tree: Path) -> None:
         for goal in ("plan", "config"):
             subprocess.run(["make", "-n", goal, word], cwd=tree, capture_output=True, timeout=60, check=False)
             assert not (tree / "pwned").exists(), word
+
+
+# --- values that files repeat which no Python reads ---
+
+# file -> how it says a port: (the first word of the setting's name, the port)
+NAMED_PORTS = {
+    "docker/compose.yaml": r"\$\{(\w+)_PORT:-(\d+)\}:\2\b",
+    "docker/chart/templates/deployment.yaml": r"\{name: (\w+), containerPort: (\d+)\}",
+    "docker/chart/templates/service.yaml": r"\{name: (\w+), port: (\d+), targetPort: \1\}",
+}
+PAGES_WITH_PORTS = (
+    "docker/Dockerfile", "docker/compose.yaml", "docker/chart/values.yaml", "docker/chart/templates/*", "docker/prometheus.yaml",
+    "docker/haproxy.cfg", "docs/leaderworkerset.yaml", "README*.md", "SECURITY.md", "docs/endpoint.md", "docs/image.md",
+    "docs/operations.md", "docs/serving.md",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", NAMED_PORTS)
+def test_files_open_the_default_ports_by_their_names(file: str) -> None:
+    found = {
+        f"{name.upper()}_PORT": int(port) for name, port in re.findall(NAMED_PORTS[file], (ROOT / file).read_text())
+    }
+    assert {name: port for name, port in found.items() if name != "PROMETHEUS_PORT"} == settings.PORTS
+
+
+def test_the_image_exposes_the_default_ports_and_pages_name_no_others() -> None:
+    ports = [str(port) for port in settings.PORTS.values()]
+    assert f"EXPOSE {' '.join(ports)}\n" in (ROOT / "docker/Dockerfile").read_text()
+    for pattern in PAGES_WITH_PORTS:
+        files = [path for path in ROOT.glob(pattern) if path.is_file()]
+        assert files, pattern
+        for path in files:
+            found = set(re.findall(r"(?<![\d.,])[89]00\d\b(?![.,]?\d)", path.read_text()))
+            assert found <= set(ports), path
+
+
+def test_the_text_models_ask_the_default_port_if_they_are_told_none() -> None:
+    """It is Triton's own default, and what they run in has no table of settings."""
+    code = ast.parse((ROOT / "model_repo_template/tensorrt_llm_bls/1/text_model.py").read_text())
+    values = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert f"127.0.0.1:{settings.PORTS['GRPC_PORT']}" in values

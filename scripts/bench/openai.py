@@ -157,7 +157,7 @@ def guided(
 ) -> dict[str, float]:
     """What following a schema costs: `count` answers at once with one and without, in turn. The machine may be shared: the ratio of each
     round counts, and its median is told."""
-    ways = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
+    ways: dict[str, Mapping[str, Any]] = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
     ask = {way: functools.partial(over_openai, model=model, more=more) for way, more in ways.items()}
     together(ask["guided"], settings, ids, tokens, count)  # warm
     runs: dict[str, list[float]] = {way: [] for way in ways}

@@ -24,7 +24,6 @@ from scripts import reports, room, serve, settings
 from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
 
 SRV = Path("/srv")
-PORTS = {"HTTP_PORT": "8000", "GRPC_PORT": "8001", "METRICS_PORT": "8002", "OPENAI_PORT": "9000"}
 # A token takes milliseconds, a full queue seconds. HEALTHCHECK's limit is 20 s, which includes the start of Python.
 HEALTH_SECONDS = 15.0
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
@@ -38,8 +37,8 @@ def settings_of(srv: Path) -> launch.Settings:
     """The server's settings: it listens on all addresses of the container, unless the environment says otherwise."""
     parser = serve.settings_parser()
     words = ["--root", str(srv), "--log", "-", "--host", os.environ.get("HOST", "0.0.0.0"), "--shown-host", "127.0.0.1"]
-    for name, port in PORTS.items():
-        words += [f"--{name.lower().replace('_', '-')}", os.environ.get(name, port)]
+    for name, port in settings.PORTS.items():
+        words += [settings.flag(name), os.environ.get(name, str(port))]
     words += [
         "--api-key-file",
         os.environ.get("API_KEY_FILE", ""),

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
+from scripts import settings
+from scripts.nvidia import quants
 from scripts.serving import collector
 
 PASSED_ON = (
@@ -19,7 +21,6 @@ PASSED_ON = (
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
 GPU_JOBS = ("engines", "verified", "serve", "demo")
 JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck", "wheels")
-PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "OPENAI_PORT")
 
 
 class Container(NamedTuple):
@@ -91,8 +92,8 @@ def network(job: str, values: Mapping[str, str]) -> list[str]:
         return ["--network host"]
     if job == "serve":
         host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
-        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in PORTS)]
-    if job == "wheels" or (job == "checkpoint" and values["QUANT"] not in ("", "int8_wo")):
+        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in settings.PORTS)]
+    if job == "wheels" or (job == "checkpoint" and values["QUANT"] and quants.TABLE[values["QUANT"]].measured):
         return []
     return ["--network none"]
 
@@ -103,7 +104,7 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
     for job in jobs:
         gpu = job in GPU_JOBS or (job == "checkpoint" and bool(values["QUANT"]))
         check = f"scripts/toolchain.sh check {container.words(job)}{' gpu' if gpu else ''}"
-        ports = " ".join(values[port] for port in PORTS)
+        ports = " ".join(values[port] for port in settings.PORTS)
         steps = (
             [check, f"&& scripts/toolchain.sh free {values['HOST']} {ports}", "&& exec"]
             if job == "serve"

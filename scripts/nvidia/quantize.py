@@ -20,29 +20,10 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from scripts import reports, room
-from scripts.nvidia import contracts, gpus, trtllm_build
+from scripts.nvidia import contracts, gpus, quants, trtllm_build
 from scripts.nvidia.contracts import Flags, Wish, spell
 from scripts.serving import processes
 from scripts.weights.hugging_face import read_hf_model
-
-
-@dataclass(frozen=True)
-class Way:
-    """How to request one kind of quantization. tool: a kind of table in docker/contracts; quant_algo: how config.json's
-    word begins."""
-
-    tool: str
-    quant_algo: str
-    flags: Mapping[str, Wish]
-
-
-# Values: the examples of examples/llama/README.md of 0.8.0, which later ones repeat.
-WAYS = {
-    "int8_wo": Way("convert", "W8A16", {"use_weight_only": True, "weight_only_precision": "int8"}),
-    "sq": Way("convert", "W8A8_SQ", {"smoothquant": "0.5", "per_token": True, "per_channel": True}),
-    "int4_awq": Way("quantize", "W4A16_AWQ", {"qformat": "int4_awq", "awq_block_size": 128, "calib_size": 32}),
-    "fp8": Way("quantize", "FP8", {"qformat": "fp8", "calib_size": 512}),
-}
 
 
 @dataclass(frozen=True)
@@ -59,8 +40,8 @@ class Settings:
     examples: Path
 
     def __post_init__(self) -> None:
-        if self.quant not in WAYS:
-            allowed = f"empty or one of {', '.join(WAYS)}"
+        if self.quant not in quants.TABLE:
+            allowed = f"empty or one of {', '.join(quants.TABLE)}"
             raise reports.settings.bad_setting("QUANT", self.quant, allowed, reports.make("checkpoint", QUANT=""))
         if self.dtype == "float32":
             allowed = f"float16 or bfloat16 with QUANT={self.quant}"
@@ -80,7 +61,7 @@ def argv(settings: Settings, flags: Flags, script: str, hf: str, output: str) ->
         "dtype": settings.dtype,
         "tp_size": settings.tp_size,
         "pp_size": settings.pp_size,
-        **WAYS[settings.quant].flags,
+        **quants.TABLE[settings.quant].flags,
     }
     # All of them are needed: a flag that the table lacks is a KeyError, not a silently different checkpoint.
     words = [word for name, wish in asked.items() for word in spell(flags[f"--{name}"], wish)]
@@ -91,7 +72,7 @@ def difference(config: Mapping[str, Any], settings: Settings) -> tuple[str, Any,
     """The first difference between the checkpoint's config.json and the settings: (what, asked, written);
     None if there is none."""
     mapping, algo = config["mapping"], str(config["quantization"]["quant_algo"])
-    expected = WAYS[settings.quant].quant_algo
+    expected = quants.TABLE[settings.quant].algo
     found = (
         ("dtype", settings.dtype, config["dtype"]),
         ("tp_size", settings.tp_size, mapping["tp_size"]),
@@ -114,7 +95,7 @@ def check_gpu(settings: Settings) -> None:
     host = gpus.here()
     if not host:
         raise reports.nvidia.no_gpu("TensorRT-LLM's tool for quantizing")
-    algo, version = WAYS[settings.quant].quant_algo, settings.trtllm_version
+    algo, version = quants.TABLE[settings.quant].algo, settings.trtllm_version
     problem = trtllm_build.refusal(host[0], settings.dtype, algo, version, toolchains())
     if problem:
         raise problem
@@ -123,8 +104,8 @@ def check_gpu(settings: Settings) -> None:
 def build_quantized(settings: Settings) -> None:
     """Fill the room `checkpoint`."""
     row = contracts.toolchain(settings.trtllm_version)
-    way = WAYS[settings.quant]
-    problem = trtllm_build.no_quantizer(settings.quant, settings.trtllm_version, toolchains())
+    way = quants.TABLE[settings.quant]
+    problem = quants.no_quantizer(settings.quant, settings.trtllm_version, toolchains())
     if problem:
         raise problem
     script = settings.examples / row["examples"][way.tool]

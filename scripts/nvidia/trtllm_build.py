@@ -181,25 +181,6 @@ def refusal(
     return None
 
 
-# Kinds of QUANT that TensorRT-LLM's quantize.py makes; the others come from its convert_checkpoint.py
-# (scripts/nvidia/quantize.py).
-BY_QUANTIZER = ("int4_awq", "fp8")
-
-
-def no_quantizer(quant: str, version: str, toolchains: Mapping[str, Mapping[str, Any]]) -> reports.Problem | None:
-    """Why a toolchain cannot make a checkpoint of this QUANT, whatever the GPU; None if it can.
-
-    toolchains: docker/toolchains.json; quantizer_missing: the package that quantize.py needs and the image lacks.
-    """
-    missing = toolchains[version]["quantizer_missing"]
-    if quant not in BY_QUANTIZER or not missing:
-        return None
-    versions = list(toolchains)
-    later = versions[versions.index(version) + 1 :]
-    other = next(name for name in later if not toolchains[name]["quantizer_missing"])
-    return reports.checkpoint.quantizer_missing(quant, version, missing, other)
-
-
 def no_kv_reuse(gpu: Gpu) -> reports.Problem | None:
     """Why engines for this GPU cannot share the KV cache of requests that begin alike; None if they can."""
     if gpu.capability >= PAGED_CONTEXT_FMHA:

@@ -224,7 +224,7 @@ class Endpoint:
 
     @staticmethod
     def _trace(traces: Traces, request: Request) -> None:
-        """A trace that cannot be made is no reason to fail."""
+        """A trace that cannot be made does not make the request fail."""
         try:
             traces.tell(request)
         except Exception:

@@ -364,7 +364,7 @@ class Reader:
         found["tools"] = ("ebnf_grammar", tools.grammar(calls["form"], schemas, not free, calls["most"], content))
 
     def _schema_of(self, tool: messages.Tool, number: int) -> dict[str, Any]:
-        """What a tool's arguments follow. Raises ApiError where a strict one's cannot be followed."""
+        """What a tool's arguments follow. Raises ApiError if a strict tool's schema cannot be followed."""
         schema = {**(tool.function.parameters or {}), "type": "object"}
         why = None if self.why_not is None else self.why_not("json_schema", json.dumps(schema))
         if why is None:

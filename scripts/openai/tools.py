@@ -63,7 +63,7 @@ def grammar(
 ) -> str:
     """What an answer may say that calls these tools, (name, schema of the arguments) each, in llguidance's form of Lark's grammars.
 
-    begun: the answer goes on behind `beginning(form, None)`, and calls; else it says what it likes until it opens a call. most: 1 ends it
+    begun: the answer continues after `beginning(form, None)`, and calls; else it says what it likes until it opens a call. most: 1 ends it
     with its first call, 0: any number. content: a schema of what it says instead of calling; None: any text.
     """
     opening, closing, arguments = FORMS[form]

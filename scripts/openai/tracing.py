@@ -55,7 +55,7 @@ def exporter_of(endpoint: str) -> OTLPSpanExporter:
 
 
 class Traces:
-    """The spans of one worker. Made in the worker: it has a thread, and whoever forks has none.
+    """The spans of one worker. The worker makes it after the fork, because it starts a thread.
 
     exporter: what sends them; None: the one that the environment describes.
     """
@@ -137,7 +137,7 @@ class Traces:
 
 
 def parts_of(request: Request) -> list[tuple[str, float, float, dict[str, Any]]]:
-    """What a request's time went into: (name, beginning, end, attributes), as far as it came. Of several answers the first one that
+    """What a request's time went into: (name, beginning, end, attributes), as far as it came. For several answers: the first one that
     has a place, the first token of any, and the last token of all."""
     job = request.job
     streams = [choice.stream for choice in job.choices] if job is not None else []

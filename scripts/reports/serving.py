@@ -12,14 +12,14 @@ from scripts.reports.packages import install
 from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
-def ports_equal(ports: Mapping[str, int]) -> Problem:
+def ports_equal(ports: Mapping[str, int], defaults: Mapping[str, int]) -> Problem:
     seen = ", ".join(f"{name}={port}" for name, port in ports.items())
     return Problem(
         "two ports are the same",
         "Makefile",
         f"Every port must be different: {seen}.",
         "For instance:",
-        make("serve", **{name: 9000 if name == "OPENAI_PORT" else 8000 + n for n, name in enumerate(ports)}),
+        make("serve", **defaults),
     )
 
 
@@ -120,7 +120,7 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
 
 
 def bad_collector(name: str, wanted: str, value: str, example: str) -> Problem:
-    """value: empty where it may hold a secret."""
+    """value: empty if it may hold a secret."""
     return Problem(
         "traces have no way out",
         name,

@@ -13,7 +13,7 @@ from scripts import reports
 # OpenTelemetry's own default
 DEFAULT = "http://localhost:4318"
 BASE, OWN = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
-# they hold secrets, so they are nobody's business but the endpoint's
+# they hold secrets, so only the endpoint sees them
 HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 # what can be said in one way only: name -> the words that will do
 WORDS = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from scripts import reports, room
 from scripts.openai import keys
 from scripts.serving.launch import Settings
+from scripts.settings import PORTS
 
 # Every Python model takes 1 MB of shared memory at start, and more later; MPI takes some per rank.
 SHARED_MEMORY_BYTES_PER_RANK = 24 << 20
@@ -72,7 +73,7 @@ def _free_port(host: str) -> int:
             probe.bind((host, 0))
             return int(probe.getsockname()[1])
     except OSError:
-        return 8000
+        return PORTS["HTTP_PORT"]
 
 
 def check_temporary() -> None:

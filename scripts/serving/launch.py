@@ -13,10 +13,11 @@ from typing import Mapping
 
 from scripts import reports
 from scripts.serving.toolbox import Toolbox
+from scripts.settings import BY_NAME, PORTS
 
 # Loading 138 GB of engines from a slow disk takes minutes; NVIDIA's charts wait 15 of them.
 STARTUP_SECONDS = 900
-DRAIN_SECONDS = 20
+DRAIN_SECONDS = int(BY_NAME["DRAIN_SECONDS"].default)
 # More time, in which requests that are cut off are told so (openai/worker.py)
 CUT_SECONDS = 3
 # A client that may register shared memory can name, read and write any shared memory of this host,
@@ -24,8 +25,6 @@ CUT_SECONDS = 3
 CLOSED_TO_CLIENTS = "shared-memory,trace,logging"
 # More ranks than cores may run, and none is bound to a core: a rank is tritonserver with all its threads.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
-PORTS = {"HTTP_PORT": 8000, "GRPC_PORT": 8001, "METRICS_PORT": 8002, "OPENAI_PORT": 9000}
-
 
 # A folder beside the rooms: kernels that the torch engine compiled for this host's GPUs. It is not a room: missing
 # kernels are compiled again.
@@ -84,7 +83,7 @@ class Settings:
                     name, port, "a port from 1 to 65535", reports.make("serve", **{name: PORTS[name]})
                 )
         if len(set(ports.values())) < len(ports):
-            raise reports.serving.ports_equal(ports)
+            raise reports.serving.ports_equal(ports, {name: PORTS[name] for name in ports})
 
     @property
     def ports(self) -> dict[str, int]:

@@ -73,7 +73,7 @@ class Ranks:
         self.reader.start()
 
     def start_again(self) -> None:
-        """End what is left of a start that failed, and start anew in the same folder."""
+        """End what is left of a start that failed, and start again in the same folder."""
         self.guard.kill()  # told of the end, it would take the folder away
         self.end()
         self._start()
@@ -128,7 +128,7 @@ class Ranks:
         return list(self.last_lines.get(rank) or self.last_lines.get(-1) or [])
 
     def lasting(self, current: Mapping[tuple[int, int], processes.Process]) -> dict[tuple[int, int], processes.Process]:
-        """Of the processes that are there, those that last as long as their rank: its server, and those of its models.
+        """The current processes that last as long as their rank: its server, and those of its models.
 
         mpirun started each server. It is not known by its name alone: what tritonserver starts (a model's process, a look at the
         machine) has its name until it becomes another program, and may be seen before its parent has the name itself.

@@ -18,7 +18,7 @@ GIVEN = {
 
 @pytest.fixture(autouse=True)
 def nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*settings.OPERATING, "HOST", "OPENAI_WORKERS", "API_KEY_FILE", *entry.PORTS):
+    for name in (*settings.OPERATING, "HOST", "OPENAI_WORKERS", "API_KEY_FILE", *settings.PORTS):
         monkeypatch.delenv(name, raising=False)
 
 

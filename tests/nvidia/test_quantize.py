@@ -16,7 +16,8 @@ import stand_ins
 from synthetic import GROUPED, write_model
 
 from scripts import build_config, build_hf, reports, room
-from scripts.nvidia import contracts, quantize, trtllm_build
+from scripts import settings as make_settings
+from scripts.nvidia import contracts, memory, quantize, quants
 
 VERSIONS = contracts.versions()
 ALGOS = {"int8_wo": "W8A16", "sq": "W8A8_SQ_PER_CHANNEL", "int4_awq": "W4A16_AWQ", "fp8": "FP8"}
@@ -66,7 +67,7 @@ def settings(hf: Path, folder: Path, quant: str, version: str = "0.14.0", **chan
 
 
 def put_tool(folder: Path, quant: str, version: str, text: str = TOOL, algo: str = "") -> None:
-    tool = quantize.WAYS[quant].tool
+    tool = quants.TABLE[quant].tool
     script = folder / "TensorRT-LLM" / contracts.toolchain(version)["examples"][tool]
     script.parent.mkdir(parents=True)
     root = str(Path(__file__).resolve().parents[2])
@@ -77,7 +78,7 @@ def test_every_command_line_is_taken_by_the_tools_own_parser() -> None:
     for quant, version, dtype, (tp, pp) in itertools.product(
         ALGOS, VERSIONS, ("float16", "bfloat16"), ((1, 1), (8, 1), (2, 2))
     ):
-        tool = quantize.WAYS[quant].tool
+        tool = quants.TABLE[quant].tool
         flags = contracts.flags(tool, version)
         asked = settings(Path("hf"), Path("."), quant, version, dtype=dtype, tp_size=tp, pp_size=pp)
         words = quantize.argv(asked, flags, "tool.py", "hf", "checkpoint")
@@ -89,7 +90,7 @@ def test_every_command_line_is_taken_by_the_tools_own_parser() -> None:
 
 def test_each_kind_is_asked_for_as_nvidias_readme_does() -> None:
     def words(quant: str, version: str) -> str:
-        flags = contracts.flags(quantize.WAYS[quant].tool, version)
+        flags = contracts.flags(quants.TABLE[quant].tool, version)
         return " ".join(
             quantize.argv(settings(Path("hf"), Path("."), quant, version), flags, "tool.py", "hf", "out")[2:]
         )
@@ -121,8 +122,11 @@ def refused(hf: Path, tmp_path: Path, quant: str = "fp8") -> reports.Problem:
     return caught.value
 
 
-def test_the_kinds_that_need_the_quantizer_are_those_that_it_makes() -> None:
-    assert {quant for quant, way in quantize.WAYS.items() if way.tool == "quantize"} == set(trtllm_build.BY_QUANTIZER)
+def test_the_words_of_the_setting_are_the_kinds_that_there_are() -> None:
+    assert tuple(quants.TABLE) == tuple(memory.QUANT_BYTES) == make_settings.QUANTS and set(ALGOS) == set(quants.TABLE)
+    for word, kind in quants.TABLE.items():
+        assert quants.algo_of(word) == kind.algo and quants.quant_of(ALGOS[word]) == word
+    assert quants.algo_of("") is None and quants.quant_of("") == ""
 
 
 @pytest.mark.parametrize("quant", ALGOS)
@@ -132,7 +136,7 @@ def test_a_quantizer_that_no_image_has_is_refused_by_name_before_anything_runs(
     """0.8.0's quantize.py imports ammo (backend-rules: quantization); its convert_checkpoint.py does not."""
     put_tool(tmp_path, quant, "0.8.0")
     asked = settings(hf, tmp_path, quant, "0.8.0")
-    if quantize.WAYS[quant].tool == "convert":
+    if quants.TABLE[quant].tool == "convert":
         quantize.build_quantized(asked)
         return
     with pytest.raises(reports.Problem) as caught:

@@ -25,7 +25,7 @@ from server import Served, free_ports
 from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
-from scripts import ask, build_model_repo, build_wheels, plan, reports
+from scripts import ask, build_model_repo, build_wheels, plan, reports, settings
 from scripts.making import toolchain
 from scripts.nvidia import contracts, gpus
 from scripts.serving import supervisor
@@ -312,7 +312,7 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
             assert one(step, "--trtllm-version") == [version]
             assert one(step, "--output") == [f"{variant}/{room}"]
     assert one(steps[1], "--tp-size") == [tp]
-    assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002, 9000)]
+    assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in settings.PORTS.values()]
 
 
 @pytest.mark.parametrize("has_urllib3", [True, False])

@@ -43,7 +43,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def operated(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Served]:
-    """Its proxy for everything is one that nobody is."""
+    """The environment names a proxy that does not exist."""
     tree = copy_of_project(tmp_path_factory.mktemp("operated") / "tree")
     environment = {
         **os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_EXPORTER_OTLP_HEADERS": f"x-secret={SECRET}",

@@ -43,7 +43,9 @@ def results() -> Iterator[tuple[str, str, str, str]]:
 def accepts(matcher: Any, value: Any) -> bool:
     """Whether an answer can be this value, written as Python's json does."""
     tokens = list(json.dumps(value, ensure_ascii=False).encode())
-    return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+    return bool(
+        matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+    )
 
 
 def test_json_schemas_own_examples_pass_or_are_listed() -> None:

@@ -214,7 +214,7 @@ def test_an_object_that_may_be_a_call_is_not_guided_as_both(folder: Path) -> Non
     llama.read(True, json.dumps(asked).encode())
     with pytest.raises(ApiError, match="response_format is not supported with tools and this model"):
         llama.read(True, json.dumps({**asked, "response_format": {"type": "json_object"}}).encode())
-    # and an object that is no call is text, whatever it names
+    # an object that does not call a tool is text, whatever it names
     calls = Calls("llama3")
     assert joined(calls.push('{"name": "Tom"}') + calls.finish()) == ('{"name": "Tom"}', [])
 

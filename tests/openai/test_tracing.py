@@ -140,7 +140,7 @@ def test_what_fails_says_so_and_what_is_not_sampled_is_not_sent(collector: Colle
 
 
 def test_a_collector_that_hangs_costs_spans_alone(clean: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Requests go on while nothing is taken; what waits is bounded; and a worker that ends waits for nobody."""
+    """Requests go on while nothing is taken; what waits is bounded; and a worker that ends does not wait."""
     collector = Collector(hangs=True)
     clean.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     clean.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret-word")

@@ -40,7 +40,7 @@ trtllm-bake/group: {{ .Values.group | default .Release.Name }}
 {{- fail "service.enabled is false and group is empty: nothing would reach the pods. group names the release whose Service they share" }}
 {{- end }}
 {{- if and .Values.traces.headersSecret (not .Values.traces.endpoint) }}
-{{- fail "traces.headersSecret is named and traces.endpoint is empty: nobody would be sent the headers" }}
+{{- fail "traces.headersSecret is named and traces.endpoint is empty: the headers would go nowhere" }}
 {{- end }}
 {{- if and .Values.traces.endpoint .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) }}
 {{- fail (printf "traces.endpoint is %s and networkPolicy.egress lets nothing out. Name the collector and the cluster's DNS there; docs/operations.md, 'Traces', has the rules" .Values.traces.endpoint) }}

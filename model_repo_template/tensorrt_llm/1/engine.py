@@ -118,7 +118,7 @@ class Running:
         return Chunk(self.slot, self.cached, token_ids, len(token_ids) if everywhere else int(at_end))
 
     def prompt_log_probs(self, chunk: Chunk, logits: Tensor) -> tuple[float, ...]:
-        """Of the prompt's tokens that follow a chunk's, out of its logits (n_logits, vocab_size)."""
+        """The log probabilities of the prompt's tokens that follow the chunk, from its logits (n_logits, vocab_size)."""
         following = self.request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.n_logits]
         return of_prompt(logits[: len(following)], following, self.request.likeliest)
 
@@ -403,7 +403,8 @@ class Engine:
         chances = choice.log_probs.tolist() if choice.log_probs is not None else []
         row = index = 0
         for one, chunk in batch:
-            token, chance, logits, told = ON_DEVICE, None, None, ()
+            token, chance, logits = ON_DEVICE, None, None
+            told: tuple[float, ...] = ()
             if chunk.n_logits:
                 token = tokens[index]
                 chance = chances[index] if one.request.log_probs else None

@@ -17,9 +17,11 @@ from project import make
 from server import free_ports
 from waiting import until
 
+from scripts import settings
+
 pytestmark = pytest.mark.timeout(1500)
 KEY = "a-key-of-the-test"
-PORTS = {"openai": 9000, "http": 8000, "grpc": 8001, "metrics": 8002}
+PORTS = {name.partition("_")[0].lower(): port for name, port in settings.PORTS.items()}
 
 
 @pytest.fixture(scope="module")

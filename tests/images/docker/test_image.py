@@ -20,6 +20,7 @@ from server import free_ports
 from triton_requests import STORY
 from waiting import until
 
+from scripts import settings
 from scripts.images import archive as image_archive
 
 pytestmark = pytest.mark.timeout(1500)
@@ -112,8 +113,8 @@ def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Pa
 
 def test_it_serves_read_only_as_any_user_with_no_network_but_its_own(baked: Baked, run: Run) -> None:
     http, grpc, metrics, openai = free_ports(4)
-    inside = {http: 8000, grpc: 8001, metrics: 8002, openai: 9000}
-    publish = [f"--publish=127.0.0.1:{port}:{number}" for port, number in inside.items()]
+    inside = zip((http, grpc, metrics, openai), settings.PORTS.values())
+    publish = [f"--publish=127.0.0.1:{port}:{number}" for port, number in inside]
     container = run(*LOCKED_DOWN, *publish, "--user", "4321:4321", "--health-interval", "1s")
     container.wait_until_ready()
     assert ask(http, text_input="Once upon a time", max_tokens=48)["text_output"].startswith(STORY)
