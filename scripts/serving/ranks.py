@@ -29,9 +29,10 @@ ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) 
 # ... and how long it may take until it does so
 NAMED_SECONDS = 1.0
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
-# Triton's core writes this when a server that is ending has finished its last request
-REQUESTS_DONE = "All models are stopped"
-# After that line the last answer is on its way to its client, and the models are unloaded; that takes 2 s here
+# What Triton's core writes when it was told to end and every model is unloaded. A text model is unloaded when its last answer is said.
+# (Before that the core writes "All models are stopped", while streams over gRPC still run: it does not count them.)
+MODELS_DONE = "Found 0 live models"
+# From then on an answer is on its way to its client; tritonserver exits, unless a client holds a stream open
 UNLOAD_SECONDS = 3.0
 # What Triton's Python backend writes when a model's process has not said for a second that it lives. It then frees what that process
 # still reads, which ends by a signal. (Triton 2.51, StubLauncher::ReceiveMessageFromStub; seen on a machine with a load of 30)
@@ -66,7 +67,7 @@ class Ranks:
         self.model_given_up = False
         self.ended_first: int | None = None
         self.gone_since: float | None = None
-        self.requests_done_at: float | None = None
+        self.models_done_at: float | None = None
         self.expected: dict[tuple[int, int], processes.Process] = {}
         self.stopped_since: dict[tuple[int, int], float] = {}
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -108,8 +109,8 @@ class Ranks:
                     self.lost_rank = int(lost[1])
                 if rank < 0 and self.ended_first is None and (first := ENDED_FIRST.search(text)):
                     self.ended_first = int(first[1] or first[2])
-                if rank == 0 and REQUESTS_DONE in text:
-                    self.requests_done_at = time.monotonic()
+                if rank == 0 and MODELS_DONE in text:
+                    self.models_done_at = self.models_done_at or time.monotonic()
                 self.model_given_up |= GAVE_UP.search(text) is not None
                 self.log.line(f"rank {rank}: {text}" if rank >= 0 else text)
 
@@ -190,7 +191,7 @@ class Ranks:
         while time.monotonic() < deadline:
             if not {server.identity for server in servers} & set(processes.of_session(self.session)):
                 return True
-            if self.requests_done_at is not None and time.monotonic() - self.requests_done_at > UNLOAD_SECONDS:
+            if self.models_done_at is not None and time.monotonic() - self.models_done_at > UNLOAD_SECONDS:
                 return True
             if failure := self.failure(ending=True):
                 raise reports.serving.rank_failed(*failure, "while ending", self.tail(failure[0]))

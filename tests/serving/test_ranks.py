@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.serving import processes
+from scripts.serving import ranks as ranks_module
 from scripts.serving.output import Output, open_log
 from scripts.serving.processes import Process
 from scripts.serving.ranks import Ranks
@@ -63,3 +64,28 @@ def test_a_server_and_its_models_are_missed(ranks: Ranks, monkeypatch: pytest.Mo
     assert ranks.model_lost
     seen(monkeypatch, servers[0], model)
     assert ranks.settled_failure() == (1, "its process tritonserver (pid 90002) ended")
+
+
+@pytest.mark.parametrize(
+    ("said", "finished"),
+    [
+        ("All models are stopped, unloading models", False),
+        ("Timeout 19: Found 2 live models and 0 in-flight non-inference requests", False),
+        ("Timeout 18: Found 0 live models and 0 in-flight non-inference requests", True),
+    ],
+)
+def test_running_streams_are_waited_for_until_every_model_is_unloaded(
+    log: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, finished: bool
+) -> None:
+    """Triton 2.51 stops its models at once if answers run over gRPC; a text model is unloaded after its last one."""
+    monkeypatch.setattr(ranks_module, "UNLOAD_SECONDS", 0.0)
+    script = f"echo '[1,0]<stderr>: I1126 01:26:56.435641 29559 server.cc:345] \"{said}\"'; exec sleep 600"
+    ranks = Ranks(["sh", "-c", script], os.environ, tmp_path, tmp_path / "run", log)
+    try:
+        while not ranks.tail(0):
+            pass
+        seen(monkeypatch, process(90_001, ranks.mpirun.pid, "tritonserver"))
+        assert ranks.drain(0.3) is finished
+        monkeypatch.undo()
+    finally:
+        ranks.end()
