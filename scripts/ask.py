@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ import queue
 import sys
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
@@ -23,47 +24,68 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
-    """Stream the answer of the model `ensemble` to standard output; a Problem when there is none."""
+    """Stream the answer of the model `ensemble` to standard output; a Problem when there is none.
+
+    A connection that the server closes before the first token is opened once more: nothing of the answer was said. (gRPC's GOAWAY: a
+    server that ends, or one behind a load balancer.) After the first token the answer is not asked for again, it would begin anew.
+    """
+    import tritonclient.grpc as triton
+    from tritonclient.utils import InferenceServerException
+
+    for is_last in (False, True):
+        printed = False
+
+        def show(text: str) -> None:
+            nonlocal printed
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            printed = True
+
+        with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
+            try:
+                if not client.is_server_ready(client_timeout=10):
+                    raise reports.serving.server_not_there(address, "it is there but not ready")
+                _stream(client, prompt, max_tokens, timeout_seconds, show)
+                break
+            except InferenceServerException as error:
+                client.stop_stream(cancel_requests=True)
+                if printed:
+                    raise reports.serving.answer_cut_off(address, error.message() or str(error)) from None
+                if error.status() == "StatusCode.UNAVAILABLE" and not is_last:
+                    continue
+                if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                    raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
+                raise reports.serving.request_refused(error.message() or str(error)) from None
+    sys.stdout.write("\n")
+
+
+def _stream(client: Any, prompt: str, max_tokens: int, timeout_seconds: float, show: Callable[[str], None]) -> None:
+    """Ask, and `show` each text of the answer as it comes. Raises tritonclient's InferenceServerException."""
     import tritonclient.grpc as triton
     from tritonclient.utils import InferenceServerException
 
     answers: queue.Queue[Any] = queue.Queue()
-    printed = False
-    with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
-        try:
-            if not client.is_server_ready(client_timeout=10):
-                raise reports.serving.server_not_there(address, "it is there but not ready")
-            inputs = []
-            for name, datatype, value in (
-                ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
-                ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-                ("stream", "BOOL", np.array([[streams(client)]])),
-            ):
-                inputs.append(triton.InferInput(name, list(value.shape), datatype))
-                inputs[-1].set_data_from_numpy(value)
-            client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
-            client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
-            while True:
-                answer = answers.get(timeout=timeout_seconds)
-                if isinstance(answer, InferenceServerException):
-                    raise answer
-                text = answer.as_numpy("text_output")
-                if text is not None:
-                    sys.stdout.write(b"".join(text.reshape(-1)).decode("utf-8"))
-                    sys.stdout.flush()
-                    printed = True
-                final = answer.get_response().parameters.get("triton_final_response")
-                if final is not None and final.bool_param:
-                    break
-            client.stop_stream()
-        except InferenceServerException as error:
-            client.stop_stream(cancel_requests=True)
-            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-                if printed:
-                    raise reports.serving.answer_cut_off(address, error.message() or "") from None
-                raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
-            raise reports.serving.request_refused(error.message() or str(error)) from None
-    sys.stdout.write("\n")
+    inputs = []
+    for name, datatype, value in (
+        ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
+        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
+        ("stream", "BOOL", np.array([[streams(client)]])),
+    ):
+        inputs.append(triton.InferInput(name, list(value.shape), datatype))
+        inputs[-1].set_data_from_numpy(value)
+    client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
+    client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
+    while True:
+        answer = answers.get(timeout=timeout_seconds)
+        if isinstance(answer, InferenceServerException):
+            raise answer
+        text = answer.as_numpy("text_output")
+        if text is not None:
+            show(b"".join(text.reshape(-1)).decode("utf-8"))
+        final = answer.get_response().parameters.get("triton_final_response")
+        if final is not None and final.bool_param:
+            break
+    client.stop_stream()
 
 
 def streams(client: Any) -> bool:
@@ -74,6 +96,7 @@ def streams(client: Any) -> bool:
 def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
     """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream. url: http://HOST:PORT."""
     model = f"{url}/v2/models/ensemble"
+    printed = False
     try:
         with LOOPBACK.open(f"{model}/config", timeout=10) as config:
             decoupled = json.load(config).get("model_transaction_policy", {}).get("decoupled", False)
@@ -81,18 +104,31 @@ def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float
         body = json.dumps(asked).encode("utf-8", "surrogateescape")
         request = urllib.request.Request(f"{model}/generate_stream", data=body)
         with LOOPBACK.open(request, timeout=timeout_seconds) as events:
-            for event in events:
+            for event in _lines(events):
                 if event.startswith(b"data:"):
                     answer = json.loads(event[5:])
+                    if "error" in answer and printed:
+                        raise reports.serving.answer_cut_off(url, answer["error"])
                     if "error" in answer:
                         raise reports.serving.request_refused(answer["error"])
                     sys.stdout.write(answer["text_output"])
                     sys.stdout.flush()
+                    printed = True
     except urllib.error.HTTPError as error:
         raise reports.serving.request_refused(error.read().decode("utf-8", "replace")) from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
+        if printed:
+            raise reports.serving.answer_cut_off(url, str(error) or type(error).__name__) from None
         raise reports.serving.server_not_there(url, str(error)) from None
     sys.stdout.write("\n")
+
+
+def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Its lines as they come. Raises IncompleteRead where the body is cut off; iterating over it would end as over a whole one."""
+    rest = b""
+    while data := answer.read1():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
 
 
 def main() -> None:

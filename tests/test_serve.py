@@ -156,7 +156,6 @@ def test_ctrl_c_lets_grpc_streams_finish_and_goes_without_those_held_open(server
             assert said[-1][1] is None, said[-1]
 
 
-
 def test_a_killed_supervisor_takes_its_ranks_with_it(server: Served) -> None:
     below = {pid: name for pid, name in processes_below(server.process.pid).items() if name != "make"}
     os.kill(server.supervisor, signal.SIGKILL)

@@ -172,7 +172,7 @@ def answer_cut_off(address: str, reason: str) -> Problem:
     return Problem(
         "the answer stopped in the middle",
         address,
-        "The server closed the connection before the answer was complete: "
+        "The server ended the answer before it was complete: "
         f"{reason.splitlines()[0] if reason else 'no reason given'}\n\n"
         "Usually a rank has failed or the server was ended. The terminal of `make serve` and serve.log say which.",
         "If it does not serve any more, start it again:",
