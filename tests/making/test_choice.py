@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -31,12 +32,12 @@ def test_only_words_that_make_ranks_ask_whether_the_ranks_can_share_the_model(
 ) -> None:
     """TP is 2 unless it is typed; a model of 5 heads is read, and a running server is asked, all the same."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    (tmp_path / "config.json").write_text(
-        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 5, "hidden_size": 320,'
-        ' "intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 1, "vocab_size": 260,'
-        ' "rms_norm_eps": 1e-5, "hidden_act": "silu",'
-        ' "max_position_embeddings": 64}'
-    )
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 5, "num_key_value_heads": 1,
+        "hidden_size": 320, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 260, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
     words = {*choice.SPLIT, "ask", "config", "hf", "fsck", "weights"}
 
     def answer(goal: str) -> None:
