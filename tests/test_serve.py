@@ -24,6 +24,7 @@ import pytest
 import tritonclient.grpc as triton
 from project import make
 from server import Served, end_tree_of, free_ports, processes_below, serve
+from waiting import until
 
 from scripts import reports
 from scripts.serving import pulse
@@ -73,10 +74,10 @@ def test_a_rank_that_dies_or_stops_ends_everything_and_is_named(
     below = processes_below(server.process.pid)
     answers: list[str] = []
     # in the middle of a request, where the other ranks wait for the one that is gone
+    before = server.metric("torch_engine_steps")
     client = threading.Thread(target=lambda: answers.append(str(_post_quietly(server))), daemon=True)
     client.start()
-    while server.active < 1:
-        pass
+    until(lambda: server.metric("torch_engine_steps") > before, "the request has not begun")
     os.kill(process_of(server, rank, model), number)
     began = time.monotonic()
     status = server.process.wait(30)
@@ -99,10 +100,10 @@ def _post_quietly(server: Served) -> object:
 
 def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
     events: list[dict[str, Any]] = []
+    before = server.metric("torch_engine_steps")
     client = threading.Thread(target=lambda: events.extend(server.stream("ensemble", **LONG, stream=True)))
     client.start()
-    while server.active < 1:
-        pass
+    until(lambda: server.metric("torch_engine_steps") > before, "the request has not begun")
     below = processes_below(server.process.pid)
     environment = Path(f"/proc/{process_of(server, 0)}/environ").read_bytes().decode().split("\0")
     folders = [entry.rsplit("/", 1)[1] for entry in environment if entry.startswith("TMPDIR=/dev/shm/")]
@@ -243,10 +244,10 @@ def test_a_start_is_tried_again_if_triton_gave_up_on_a_model(tree: Path, served:
 
 
 def test_a_rank_that_stops_while_ending_is_no_success(server: Served) -> None:
+    before = server.metric("torch_engine_steps")
     client = threading.Thread(target=lambda: _post_quietly(server), daemon=True)
     client.start()
-    while server.active < 1:
-        pass
+    until(lambda: server.metric("torch_engine_steps") > before, "the request has not begun")
     follower = process_of(server, 1)
     os.kill(server.supervisor, signal.SIGTERM)
     os.kill(follower, signal.SIGSTOP)
