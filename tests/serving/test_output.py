@@ -48,7 +48,7 @@ def test_a_line_that_a_full_disk_tore_does_not_run_into_the_next(
         return int(real(descriptor, data[:fits]))
 
     log = open_log(tmp_path / "serve.log", 8000)
-    monkeypatch.setattr(output.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     for text in ("first line", "second line", "third line"):
         log.line(text)
     log.close()
