@@ -294,6 +294,10 @@ def _problem(
         return reports.settings.bad_setting(
             name, value, "one of " + ", ".join(toolchains), reports.make(typed, TOOLCHAIN=near)
         )
+    if name == "API_KEY_FILE" and fits(setting, value):
+        return reports.serving.no_api_key(value, "there is no such file")
+    if name == "CHAT_TEMPLATE" and fits(setting, value):
+        return reports.settings.bad_setting(name, value, setting.says, reports.make(typed, CHAT_TEMPLATE=""))
     if name == "ASSUME_GPU":  # as it is, if only the word is wrong
         return reports.settings.bad_setting(name, value, setting.says, reports.make("plan", **repair(name, values)))
     allowed = clash(name, values) if fits(setting, value) else setting.says

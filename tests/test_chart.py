@@ -320,6 +320,7 @@ def test_metrics_are_scraped_where_the_table_says(render: Render) -> None:
         ("drainSeconds=soon", "drainSeconds"),
         ("drainSeconds=0", "drainSeconds"),
         ("env.HOST=1.2.3.4", "HOST"),
+        ("env.METRICS=off", "live on /metrics"),
         ("env.OTEL_EXPORTER_OTLP_HEADERS=secret", "OTEL_EXPORTER_OTLP_HEADERS"),
         ("traces.endpoint=", "traces.headersSecret"),
         ("traces.endpoint=http://user:secret@collector:4318", "/traces/endpoint"),

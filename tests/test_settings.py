@@ -117,6 +117,13 @@ def test_all_wrong_settings_are_told_at_once(monkeypatch: pytest.MonkeyPatch) ->
     assert all(said in seen for said in ("TP is 'x'", "BUILDER is 'podman'", "LICENSE is 'x&y'"))
 
 
+def test_a_file_that_is_not_there_is_not_advised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command makes it, or does without."""
+    monkeypatch.chdir(ROOT)
+    assert "> keys && make serve" in " ".join(command_for({"API_KEY_FILE": "keys"}, monkeypatch, "serve"))
+    assert command_for({"CHAT_TEMPLATE": "not.jinja"}, monkeypatch, "serve")[1:] == ["serve", "CHAT_TEMPLATE="]
+
+
 def test_pad_heads_and_quantization_do_not_go_together() -> None:
     values = choice.values_of({"ENGINE": "tensorrt", "QUANT": "fp8", "PAD_HEADS": "on"})
     assert settings.wrong(values) == ["PAD_HEADS"]

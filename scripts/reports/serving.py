@@ -34,14 +34,15 @@ def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) 
     )
 
 
-def host_not_here(host: str, reason: str) -> Problem:
+def host_not_here(name: str, host: str, reason: str) -> Problem:
+    """name: the setting that says where to listen."""
     return Problem(
         "not an address of this machine",
         host,
-        f"HOST is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. "
+        f"{name} is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. "
         "Nothing was loaded.",
         "To serve this machine only (0.0.0.0 serves every machine that can reach it):",
-        make("serve", HOST="127.0.0.1"),
+        make("serve", **{name: "127.0.0.1"}),
     )
 
 
@@ -125,7 +126,7 @@ def bad_collector(name: str, wanted: str, value: str, example: str) -> Problem:
         "traces have no way out",
         name,
         f"With TRACES=on, {name} must be {wanted}{f'; it is {shown(value)}' if value else ''}.",
-        "Correct that variable of the environment, or serve without traces:",
+        "Correct that variable of the environment, for instance:",
         f"{name}={shlex.quote(example)} {make('serve', TRACES='on')}",
     )
 

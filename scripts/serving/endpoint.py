@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 from scripts import room
 from scripts.serving import processes
@@ -110,10 +110,10 @@ class Endpoint:
         self.reader.join(timeout=2)
 
 
-def openai_lacks(traces: str = "off") -> list[str]:
-    """The endpoint's modules that this interpreter has not."""
+def openai_lacks(modules: Sequence[str] | None = None) -> list[str]:
+    """Those of the endpoint's modules that this interpreter has not; modules: None for all that it always needs."""
     missing = []
-    for module in (*OPENAI_MODULES, *(TRACING_MODULES if traces == "on" else ())):
+    for module in OPENAI_MODULES if modules is None else modules:
         try:
             found = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:  # its parent is missing

@@ -32,7 +32,8 @@ def check_ports(settings: Settings) -> None:
                 probe.bind((host, port))
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise reports.serving.host_not_here(host, error.strerror or str(error)) from None
+                setting = "OPENAI_HOST" if name == "OPENAI_PORT" and settings.operating.openai_host else "HOST"
+                raise reports.serving.host_not_here(setting, host, error.strerror or str(error)) from None
             raise reports.serving.port_not_free(
                 name, port, host, error.strerror or str(error), _free_port(host)
             ) from None
@@ -52,7 +53,11 @@ def reserve_ports(settings: Settings) -> list[socket.socket]:
             claims[-1].bind(f"\0trtllm-bake-{settings.host_of(name)}-{port}")
         except OSError:
             raise reports.serving.port_not_free(
-                name, port, settings.host, "another server is starting with it", _free_port(settings.host)
+                name,
+                port,
+                settings.host_of(name),
+                "another server is starting with it",
+                _free_port(settings.host_of(name)),
             ) from None
     return claims
 

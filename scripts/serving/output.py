@@ -31,6 +31,8 @@ class Output:
         self.descriptor = os.dup(1) if path is None else self._open(path)
         self.size = 0
         self.left_out = 0
+        # a line of which the disk took a part
+        self.torn = False
         self.lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
@@ -62,9 +64,10 @@ class Output:
 
     def _write(self) -> None:
         while (text := self.lines.get()) is not None:
-            if self.left_out:
-                text, self.left_out = f"{self.left_out} lines were left out\n{text}", 0
-            data = text.encode("utf-8", "backslashreplace")
+            if left_out := self.left_out:
+                text = f"{left_out} lines were left out\n{text}"
+            data = ("\n" * self.torn + text).encode("utf-8", "backslashreplace")
+            whole = len(data)
             try:
                 if self.path is not None and self.size + len(data) > MAX_LOG_BYTES:
                     self._begin_again(self.path)
@@ -72,8 +75,11 @@ class Output:
                     written = os.write(self.descriptor, data)
                     self.size += written
                     data = data[written:]
+                self.torn = False
+                self.left_out -= left_out
             except OSError:  # a full disk, a closed pipe
                 self.left_out += 1
+                self.torn = self.torn or len(data) < whole
 
     def _begin_again(self, path: Path) -> None:
         os.replace(path, path.with_name(path.name + ".1"))

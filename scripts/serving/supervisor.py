@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scripts import reports, room
 from scripts.serving import checks, collector, processes
-from scripts.serving.endpoint import Endpoint, openai_lacks
+from scripts.serving.endpoint import TRACING_MODULES, Endpoint, openai_lacks
 from scripts.serving.host import (
     check_api_keys,
     check_ports,
@@ -125,7 +125,10 @@ class Supervisor:
 
     def _opens_endpoint(self, toolbox: Toolbox) -> bool:
         """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
-        missing = openai_lacks(self.settings.operating.traces) if self.settings.openai_port is not None else []
+        missing = openai_lacks() if self.settings.openai_port is not None else []
+        traced = self.settings.operating.traces == "on" and not missing
+        if traced and (lacking := openai_lacks(TRACING_MODULES)):
+            raise reports.packages.openai_package_missing(lacking[0])
         if missing and toolbox.backends is not None and "REHEARSAL_BACKENDS" not in os.environ:
             raise reports.packages.openai_package_missing(missing[0])
         if missing:

@@ -12,7 +12,7 @@ from scripts.serving.launch import Operating
 
 GIVEN = {
     "OPENAI_HOST": "0.0.0.0", "DRAIN_SECONDS": "60", "LAME_DUCK_SECONDS": "5", "METRICS": "off", "LOG": "json", "MODEL_ALIASES": "a,b",
-    "CORS_ORIGINS": "https://chat.example",
+    "CORS_ORIGINS": "https://chat.example", "TRACES": "on",
 }  # fmt: skip
 
 

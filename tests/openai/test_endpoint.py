@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -765,5 +766,11 @@ def test_a_python_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "no OpenAI endpoint: this image's Python lacks no_such_package" in capsys.readouterr().out
     with pytest.raises(reports.Problem, match="no package no_such_package"):
         asked._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), Path("backends"), []))
+    monkeypatch.setattr(endpoint, "OPENAI_MODULES", ())
+    monkeypatch.setattr(supervisor, "TRACING_MODULES", ("no_such_sdk.trace",))
+    assert asked._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), None, []))
+    traced = supervisor.Supervisor(replace(asked.settings, operating=launch.Operating(traces="on")))
+    with pytest.raises(reports.Problem, match="no package no_such_sdk"):
+        traced._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), None, []))
     none = supervisor.Supervisor(launch.Settings(Path("."), "127.0.0.1", 1, 2, 3))
     assert not none._opens_endpoint(toolbox.Toolbox(Path("tritonserver"), Path("backends"), []))

@@ -293,6 +293,17 @@ def test_tritons_id_ends_in_the_requests() -> None:
     assert len(ids) == 3 and all(re.fullmatch(r"r[0-9a-f]{32}-7", one) for one in ids)
 
 
+def test_the_engines_line_about_a_request_has_its_id(operated: Served) -> None:
+    """Its guide ends it and min_tokens forbids that: no token is left, and rank 0's log says of whom."""
+    body = question(guided_choice=["yes"], min_tokens=9, max_tokens=20)
+    assert ask(operated, "/v1/completions", body, X_Request_Id="my:id-5")[0] == 500
+    log = next(operated.tree.glob("build/*/*/serve.log"))
+    until(lambda: "my:id-5: no token is left" in log.read_text())
+    lines = [line for line in log.read_text().splitlines() if "my:id-5: no token is left" in line]
+    assert {line.partition(":")[0] for line in lines} == {"rank 0", "openai"}
+    assert line_of(operated, "my:id-5")["finish_reason"] == "error"
+
+
 def test_an_id_that_is_not_clean_is_another(operated: Served) -> None:
     for given in ("a b", "x" * 129, '"}', "ä"):
         _, headers, _ = ask(operated, "/v1/models", X_Request_Id=given.encode().decode("latin-1"))

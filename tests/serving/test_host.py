@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from waiting import until
 
 from scripts import reports
 from scripts.serving import host
-from scripts.serving.launch import Settings, mpirun_command, reached_at
+from scripts.serving.launch import Operating, Settings, mpirun_command, reached_at
 from scripts.serving.toolbox import Toolbox
 
 
@@ -164,6 +164,17 @@ def test_an_ipv6_address_is_written_as_each_server_reads_it() -> None:
         "[::1]",
         "10.1.2.3",
     ]
+
+
+@pytest.mark.parametrize(("openai_host", "name"), [("192.0.2.1", "OPENAI_HOST"), ("", "HOST")])
+def test_an_address_of_another_machine_is_a_report_that_changes_the_right_setting(openai_host: str, name: str) -> None:
+    asked = replace(
+        settings_on(free_ports(3), "127.0.0.1" if openai_host else "192.0.2.1"),
+        openai_port=free_ports(1)[0], operating=Operating(openai_host),
+    )  # fmt: skip
+    with pytest.raises(reports.Problem) as told:
+        host.check_ports(asked)
+    assert f"{name} is '192.0.2.1'" in told.value.seen and told.value.command.endswith(f" {name}=127.0.0.1")
 
 
 def test_a_claim_is_on_address_and_port() -> None:

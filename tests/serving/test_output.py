@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project import ROOT
@@ -32,6 +33,27 @@ def test_a_full_disk_costs_lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
         log.line(f"line {n}")
     log.close()
     assert log.left_out and not log.thread.is_alive()
+
+
+def test_a_line_that_a_full_disk_tore_does_not_run_into_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads LOG=json reads line by line."""
+    room = [7, 0, 0, 1000]
+
+    def write(descriptor: int, data: bytes, real: Any = os.write) -> int:
+        fits = room.pop(0)
+        if not fits:
+            raise OSError("No space left on device")
+        return int(real(descriptor, data[:fits]))
+
+    log = open_log(tmp_path / "serve.log", 8000)
+    monkeypatch.setattr(os, "write", write)
+    for text in ("first line", "second line", "third line"):
+        log.line(text)
+    log.close()
+    monkeypatch.undo()
+    assert (tmp_path / "serve.log").read_text() == "first l\n2 lines were left out\nthird line\n"
 
 
 def test_a_log_begins_again_before_it_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,11 @@ trtllm-bake/group: {{ .Values.group | default .Release.Name }}
 {{- if and (not .Values.service.enabled) (not .Values.group) }}
 {{- fail "service.enabled is false and group is empty: nothing would reach the pods. group names the release whose Service they share" }}
 {{- end }}
+{{- if eq (toString .Values.env.METRICS) "off" }}
+{{- if or .Values.serviceMonitor.enabled (ne .Values.autoscaling.kind "none") .Values.alerts.enabled }}
+{{- fail "env.METRICS is off, and serviceMonitor, alerts or autoscaling live on /metrics" }}
+{{- end }}
+{{- end }}
 {{- if and .Values.traces.headersSecret (not .Values.traces.endpoint) }}
 {{- fail "traces.headersSecret is named and traces.endpoint is empty: the headers would go nowhere" }}
 {{- end }}

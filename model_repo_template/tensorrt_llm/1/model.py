@@ -33,6 +33,11 @@ TRUE = ("true", "True", "TRUE", "1")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
+def named(request_id: str) -> str:
+    """A client's word for its request, as a line of the log may have it."""
+    return json.dumps(request_id[:200])[1:-1] or "a request without id"
+
+
 class Reply:
     """One request on its way: the pieces that the engine has produced and Triton has not got yet."""
 
@@ -187,7 +192,7 @@ class TritonPythonModel:
                 try:
                     self._send(reply, pieces)
                 except Exception:
-                    log.exception("sending failed")
+                    log.exception("%s: sending failed", named(reply.request_id))
                     engine.cancel(reply.request)
             if time.monotonic() >= next_poll or not live:
                 next_poll = time.monotonic() + POLL_SECONDS
@@ -199,6 +204,7 @@ class TritonPythonModel:
     def _send(self, reply: Reply, pieces: list[Piece]) -> None:
         last = pieces[-1]
         if last.error is not None:
+            log.error("%s: %s", named(reply.request_id), last.error)
             response = pb_utils.InferenceResponse(error=pb_utils.TritonError(last.error))
         else:
             tensors = [pb_utils.Tensor(name, array) for name, array in self._arrays(reply, pieces).items()]
