@@ -29,6 +29,10 @@ TRIMMED = (  # Llama 3's way: contents are trimmed, headers are special
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
+JOINED = (  # nothing between the messages, and text beside them that completes a half
+    "{{ bos_token }}{% for m in messages %}<|{{ m['content'] }}|>{{ m['content'] }}{% endfor %}<|end|>"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}<|eot|>"
+)
 MODEL = sentencepiece_tokenizer.read_tokenizer_model(ROOT / "models/stories/tokenizer.model")
 
 
@@ -85,7 +89,7 @@ def text_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return text_code(root)
 
 
-KINDS = ("llama-2", "chatml", "trimmed", "metaspace")
+KINDS = ("llama-2", "chatml", "trimmed", "metaspace", "joined")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, text_module: Any) -> dict[st
         "llama-2": llama_folder(base / "llama-2", LLAMA_2, []),
         "chatml": byte_level_folder(base / "chatml", CHATML, ["<|im_start|>", "<|im_end|>"]),
         "trimmed": byte_level_folder(base / "trimmed", TRIMMED, ["<|begin|>", *headers]),
+        "joined": byte_level_folder(base / "joined", JOINED, ["<|begin|>", *headers]),
         "metaspace": llama_folder(base / "metaspace", TRIMMED, headers, metaspace=True),
     }
     made = {}
@@ -188,15 +193,39 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20_000 if "--hypothesis-profile=long" in sys.argv else 500, deadline=None)
-@given(contents=st.lists(HOSTILE, min_size=1, max_size=3).filter(lambda contents: len(contents) % 2), system=HOSTILE)
-def test_nothing_in_a_message_becomes_a_special_token(cases: Any, kind: str, contents: list[str], system: str) -> None:
-    template, _ = cases[kind]
-    ids = template.token_ids(conversation(*contents, system=system))
-    harmless = template.token_ids(conversation(*("x" for _ in contents), system="x" if system else ""))
-    known = set(template.special.values())
-    assert [token for token in ids if token in known] == [token for token in harmless if token in known]
+def check_that_all_is_text(cases: Any, contents: list[str], system: str) -> None:
+    """A conversation has the special tokens that its template writes, and no others, whatever is in it."""
+    for kind in KINDS:
+        template, _ = cases[kind]
+        ids = template.token_ids(conversation(*contents, system=system))
+        harmless = template.token_ids(conversation(*("x" for _ in contents), system="x" if system else ""))
+        known = set(template.special.values())
+        assert [one for one in ids if one in known] == [one for one in harmless if one in known], (
+            kind,
+            contents,
+            system,
+        )
+
+
+# making an example takes longer than all four templates with it
+@settings(max_examples=20_000 if "--hypothesis-profile=long" in sys.argv else 150, deadline=None)
+@given(contents=HOSTILE.map(lambda one: [one]) | st.lists(HOSTILE, min_size=3, max_size=3), system=HOSTILE)
+def test_nothing_in_a_message_becomes_a_special_token(cases: Any, contents: list[str], system: str) -> None:
+    check_that_all_is_text(cases, contents, system)
+
+
+def test_no_half_of_a_spelling_is_completed(cases: Any) -> None:
+    """Every spelling, cut everywhere: in two turns, in a turn and the system's, and as what a template's own text could complete."""
+    for spelt in SPELLINGS:
+        for cut in range(1, len(spelt)):
+            head, tail = spelt[:cut], spelt[cut:]
+            for contents, system in (
+                ([f"a {head}", tail, "b"], ""),
+                ([tail], head),
+                ([head], ""),
+                ([f" {tail} "], f" {head}\n"),
+            ):
+                check_that_all_is_text(cases, contents, system)
 
 
 @pytest.mark.parametrize("kind", KINDS)

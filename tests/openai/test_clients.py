@@ -148,7 +148,7 @@ def test_a_json_object_is_one(chatting: Served) -> None:
     ids = vocabulary(chatting.tree)
     asked: dict[str, Any] = {
         "model": "stories", "messages": [USER], "response_format": {"type": "json_object"}, "max_tokens": 150,
-        "logit_bias": {str(ids["<0x7D>"]): 8, str(ids["<0x22>"]): 8},
+        "logit_bias": {str(ids["<0x7D>"]): 14, str(ids["<0x22>"]): 8},
     }  # fmt: skip
     ended = 0
     for more in (

@@ -26,7 +26,7 @@ from engine_config import EngineConfig, read_config
 from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
-from sampling import Sampling, adjusted, choose, ends_with, log_probs, of_prompt, refusal, with_likeliest
+from sampling import Sampling, adjusted, choose, ends_with, guided, log_probs, of_prompt, refusal, with_likeliest
 from step import HELD_IDS, ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
@@ -130,11 +130,6 @@ class Running:
         """Whether the chunk's last token is the sequence's last, so that a new one follows."""
         return chunk.start + len(chunk.token_ids) >= len(self.request.prompt)
 
-    def look_ahead(self, chunk: Chunk) -> None:
-        """Start to compute which tokens may follow, while the step runs."""
-        if (guide := self.request.sampling.guide) is not None and self.ends_with(chunk):
-            guide.ahead(self.tokens[len(self.request.prompt) :])
-
     def draw(self) -> float:
         return float(torch.rand((), generator=self._generator))
 
@@ -179,11 +174,11 @@ def choice_of(batch: Batch, logits: Tensor) -> Choice:
     rows = logits[last.to(logits.device, non_blocking=True)]
     samplings = [one.request.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
     changed = [
-        rows[index] if sampling == Sampling() else adjusted(rows[index], sampling, one.tokens, one.generated(chunk))
+        adjusted(rows[index], sampling, one.tokens, one.generated(chunk)) if sampling.adjusts else rows[index]
         for index, (sampling, (one, chunk)) in enumerate(zip(samplings, choosing, strict=True))
     ]
     draws = [one.draw() for sampling, (one, _) in zip(samplings, choosing, strict=True) if not sampling.greedy]
-    tokens = choose(torch.stack(changed), samplings, draws)
+    tokens = choose(guided(torch.stack(changed), samplings), samplings, draws)
     asked = any(one.request.log_probs for one, _ in choosing)
     if not asked:
         return Choice(tokens, None)
@@ -231,6 +226,13 @@ class Engine:
             if self._failure is not None:
                 raise Refused(self._failure)
             self._waiting.append(request)
+            self._changed.notify()
+        if request.sampling.guide is not None:
+            request.sampling.guide.when_ready(self._look_again)
+
+    def _look_again(self) -> None:
+        """A request that waited for its guide may start."""
+        with self._changed:
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
@@ -298,23 +300,26 @@ class Engine:
             one.request.receive(piece)
 
     def _admit(self) -> None:
-        """Gives waiting requests, first come first served, a slot and their blocks of the cache. The caller holds the
-        lock."""
-        while self._waiting and self._free_slots:
-            request = self._waiting[0]
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
+        while self._free_slots and (request := self._next_waiting()) is not None:
             # whoever wants logits of the whole prompt has it computed
             computed = request.context_logits or request.prompt_log_probs
             taken = self.blocks.take(self._blocks_for(request), () if computed else request.prompt)
             if taken is None:
                 return
             slot, (blocks, shared) = heapq.heappop(self._free_slots), taken
-            self._waiting.pop(0)
+            self._waiting.remove(request)
             self._running.append(Running(request, slot, blocks, shared, on_device=self._model.lookahead > 0))
             self._tables.append((slot, blocks))
             sampling = request.sampling
             ends = sampling.end_ids[:HELD_IDS] if sampling.held else ()
             until = len(request.prompt) + sampling.min_length
             self._held.append((slot, until, *ends, *(-1,) * (HELD_IDS - len(ends))))
+
+    def _next_waiting(self) -> Request | None:
+        """The first of those that need not wait for their guides. Called with the lock held."""
+        ready = (one for one in self._waiting if (guide := one.sampling.guide) is None or guide.ready)
+        return next(ready, None)
 
     def _hold(self, one: Running, tokens: Sequence[int], told: int) -> None:
         """Lets other requests that begin with these tokens share their blocks; the first `told` tokens are shared
@@ -329,7 +334,9 @@ class Engine:
         """
         with self._changed:
             if not self._in_flight:
-                self._changed.wait_for(lambda: self._waiting or self._running or self._failure is not None)
+                self._changed.wait_for(
+                    lambda: self._running or self._failure is not None or self._next_waiting() is not None
+                )
             if self._failure is not None:
                 return None
             if self._in_flight and any(one.request.sampling.from_history for one in self._running):
@@ -381,8 +388,11 @@ class Engine:
                     self._end([one.request for one, _ in lost], failed)
 
     def _launch(self, batch: Batch) -> None:
-        for one, chunk in batch:
-            one.look_ahead(chunk)
+        # what may follow guided answers is computed while the step runs
+        ahead = [(guide, one.tokens[len(one.request.prompt) :]) for one, chunk in batch
+                 if (guide := one.request.sampling.guide) is not None and one.ends_with(chunk)]  # fmt: skip
+        if ahead:
+            ahead[0][0].guides.ahead(ahead)
         tables, self._tables = tuple(self._tables), []
         held, self._held = tuple(self._held), []
         step = Step(tuple(chunk for _, chunk in batch), tables, held, any(one.with_logits for one, _ in batch))

@@ -7,9 +7,10 @@ before it comes here; this module imports no PyTorch, so that they can.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TYPES = ("json", "json_schema", "regex", "ebnf_grammar")
 MAX_GUIDE_BYTES = 64 << 10
 # so many threads compute a step's masks; llguidance releases the interpreter's lock meanwhile
 THREADS = 2
+# compiled grammars and checked guides that are remembered: clients ask with the same schema again and again
+KEPT = 64
 TRIED_BYTES = 64
 # What a grammar may cost at its start, and per token: about a tenth of llguidance's own limits
 LIMITS: dict[str, Any] = {
@@ -58,6 +61,7 @@ def grammar_of(kind: str, text: str) -> str:
     raise ValueError(f"guided_decoding_guide_type is {kind[:40]!r}; it must be one of {', '.join(TYPES)}")
 
 
+@functools.lru_cache(KEPT)
 def why_not(kind: str, text: str) -> str | None:
     """Why a guide cannot be used; None when it can."""
     if (size := len(text.encode())) > MAX_GUIDE_BYTES:
@@ -88,56 +92,92 @@ def tried(grammar: str) -> str:
 
 
 class Guides:
-    """Makes guides for one tokenizer. tokenizer: a folder with tokenizer.json, which is read for the first guide."""
+    """Makes guides for one tokenizer, and the masks of all answers of a step together, in a thread beside the step.
+
+    tokenizer: a folder with tokenizer.json; it is read when the first guide comes.
+    """
 
     def __init__(self, tokenizer: Path, vocab_size: int) -> None:
         self._folder, self.vocab_size = tokenizer, vocab_size
-        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="guides")
-        self._tokenizer: Future[Any] | None = None
-
-    def tokenizer(self) -> Any:
-        """llguidance's view of the vocabulary. Threads of the pool call this."""
-        assert self._tokenizer is not None
-        return self._tokenizer.result()
+        # what is new is made ready here, and what runs does not wait for it
+        self._starting = ThreadPoolExecutor(1, thread_name_prefix="guides")
+        self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._executor: Any = None
+        self._tokenizer: Any = None
+        # compiled grammars, the latest last; a copy of one costs nothing
+        self._known: dict[tuple[str, str], Any] = {}
 
     def guide(self, kind: str, text: str, end_ids: Sequence[int]) -> Guide:
-        """The guide of one answer. It returns at once; the pool does the work."""
+        """The guide of one answer; at once, its work is done beside."""
+        ends = [token for token in end_ids if 0 <= token < self.vocab_size]
+        return Guide(self, self._starting.submit(self._start, kind, text), ends)
+
+    def _start(self, kind: str, text: str) -> Any:
         if self._tokenizer is None:
-            path = str(self._folder / "tokenizer.json")
-            self._tokenizer = self.pool.submit(llguidance.LLTokenizer, path, n_vocab=self.vocab_size)
-        return Guide(self, kind, text, end_ids)
+            self._tokenizer = llguidance.LLTokenizer(str(self._folder / "tokenizer.json"), n_vocab=self.vocab_size)
+            self._executor = llguidance.LLExecutor(num_threads=THREADS)
+        made = self._known.pop((kind, text), None)
+        if made is None:
+            made = llguidance.LLMatcher(self._tokenizer, grammar_of(kind, text), log_level=0, limits=limits())
+        self._known[kind, text] = made
+        if len(self._known) > KEPT:
+            self._known.pop(next(iter(self._known)))
+        return made.deep_copy()
+
+    def ahead(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> None:
+        """Begin to look for what may follow each answer's tokens; there are more of them at each call. `Guide.allowed` waits for it."""
+        news = []
+        for row, (guide, tokens) in enumerate(answers):
+            news.append((guide, list(tokens[guide.taken :])))
+            guide.taken, guide.row = len(tokens), row
+        masks = self._masking.submit(self._masks, news)
+        for guide, _ in answers:
+            guide.masks = masks
+
+    def _masks(self, news: Sequence[tuple[Guide, list[int]]]) -> NDArray[np.bool_]:
+        """What may follow, bool (answers, vocab_size)."""
+        matchers = [guide.matcher.result() for guide, _ in news]
+        # what failed before stays so
+        alive = [matcher.consume_tokens(new) if new else not matcher.is_error()
+                 for matcher, (_, new) in zip(matchers, news)]  # fmt: skip
+        words = -(-self.vocab_size // 32)
+        bits = np.zeros((len(news), words), dtype=np.int32)
+        if running := [(matcher, row) for row, matcher in enumerate(matchers) if alive[row]]:
+            try:
+                self._executor.unsafe_compute_mask_ptr(running, bits.ctypes.data, 4 * words, len(news))
+            except ValueError as problem:  # of one alone; of several each has its error
+                log.warning("a mask failed: %s", json.dumps(str(problem)[:200]))
+        unpacked = np.unpackbits(bits.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
+        allowed: NDArray[np.bool_] = unpacked.view(np.bool_)
+        for row, (matcher, (guide, _)) in enumerate(zip(matchers, news)):
+            if matcher.is_error():
+                log.warning("a guide failed: %s", json.dumps(matcher.get_error()[:200]))
+                allowed[row] = False
+            else:
+                # the request says which tokens end it, whatever the tokenizer's own is
+                allowed[row, guide.end_ids] = matcher.is_accepting()
+        return allowed
 
 
 class Guide:
-    """One answer's place in its grammar. The engine's thread calls `ahead` when a step begins, and `allowed` when its
-    logits are there."""
+    """One answer's place in its grammar. taken: so many of its tokens are known here; row: its place in `masks`."""
 
-    def __init__(self, guides: Guides, kind: str, text: str, end_ids: Sequence[int]) -> None:
-        self._guides, self._taken = guides, 0
-        self._end_ids = [token for token in end_ids if 0 <= token < guides.vocab_size]
-        self._matcher: Future[Any] = guides.pool.submit(self._start, kind, text)
-        self._mask: Future[NDArray[np.bool_]] | None = None
+    def __init__(self, guides: Guides, matcher: Future[Any], end_ids: Sequence[int]) -> None:
+        self.guides, self.matcher, self.end_ids = guides, matcher, list(end_ids)
+        self.taken = self.row = 0
+        self.masks: Future[NDArray[np.bool_]] | None = None
 
-    def ahead(self, tokens: Sequence[int]) -> None:
-        """Begin to look for what may follow the answer's tokens; there are more of them at each call."""
-        new, self._taken = list(tokens[self._taken :]), len(tokens)
-        self._mask = self._guides.pool.submit(self._next, new)
+    @property
+    def ready(self) -> bool:
+        """Its grammar is compiled."""
+        return self.matcher.done()
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may follow, bool (vocab_size,); none if the grammar costs too much."""
-        assert self._mask is not None
-        return self._mask.result()
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Call this when it is ready, from another thread, or at once."""
+        self.matcher.add_done_callback(lambda _: call())
 
-    def _start(self, kind: str, text: str) -> Any:
-        return llguidance.LLMatcher(self._guides.tokenizer(), grammar_of(kind, text), log_level=0, limits=limits())
-
-    def _next(self, new: list[int]) -> NDArray[np.bool_]:
-        matcher = self._matcher.result()
-        if not (matcher.consume_tokens(new) if new else not matcher.is_error()):
-            log.warning("a guide failed: %s", json.dumps(matcher.get_error()[:200]))
-            return np.zeros(self._guides.vocab_size, dtype=np.bool_)
-        packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(packed, bitorder="little")[: self._guides.vocab_size].astype(np.bool_)
-        # the request says which tokens end the answer, whatever the tokenizer's own end is
-        allowed[self._end_ids] = matcher.is_accepting()
-        return allowed
+    def allowed(self, guides: Sequence[Guide]) -> NDArray[np.bool_]:
+        """What may follow in answers of one step, bool (guides, vocab_size): nothing where a grammar costs too much."""
+        assert self.masks is not None
+        masks, rows = self.masks.result(), [guide.row for guide in guides]
+        return masks if rows == list(range(len(masks))) else masks[rows]

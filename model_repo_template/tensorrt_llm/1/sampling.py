@@ -65,6 +65,12 @@ class Sampling:
         ahead."""
         return bool(self.end_ids) and self.min_length > 0
 
+    @property
+    def adjusts(self) -> bool:
+        """Something but a guide and min_p changes the logits."""
+        penalties = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 1.0, 0.0, 0.0) or self.held or bool(self.bad_words) or self.embedding_bias is not None
+
 
 def refusal(sampling: Sampling, vocab_size: int) -> str | None:
     """Why these settings cannot be used, with the value and the limit; None when they can."""
@@ -123,9 +129,9 @@ def ends_with(tokens: Sequence[int], words: Words) -> bool:
 
 
 def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_generated: int) -> Tensor:
-    """The logits (vocab_size,) that the next token is chosen from; `tokens` are the prompt and the generated tokens
-    that are known; n_generated counts all generated tokens.
+    """The logits (vocab_size,) that the next token is chosen from, but for guides and min_p (`guided`).
 
+    tokens: the prompt and the generated tokens that are known; n_generated counts all that were chosen.
     Order and rules of v0.8.0's batchApplyPenalty and ban_bad_words: bias, temperature, repetition penalty
     (multiplicative), presence, frequency, min_length, bad words. All three penalties count the prompt's tokens too.
     """
@@ -144,10 +150,23 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
     for word in sampling.bad_words:
         if len(word) == 1 or ends_with(tokens, (word[:-1],)):
             logits[word[-1]] = -math.inf
-    if sampling.guide is not None:
-        logits[~torch.from_numpy(sampling.guide.allowed()).to(logits.device)] = -math.inf
-    if sampling.min_p > 0:
-        logits[logits < logits.max() + math.log(sampling.min_p)] = -math.inf
+    return logits
+
+
+def guided(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Adjusted logits (rows, vocab_size) without what a row's guide does not allow, and then without what is unlikely by its min_p."""
+    rows = [row for row, sampling in enumerate(samplings) if sampling.guide is not None]
+    if rows:
+        guides = [samplings[row].guide for row in rows]
+        allowed = torch.from_numpy(guides[0].allowed(guides)).to(logits.device)
+        if len(rows) == len(logits):
+            logits = logits.masked_fill(~allowed, -math.inf)
+        else:
+            at = torch.tensor(rows).to(logits.device)
+            logits = logits.index_copy(0, at, logits[at].masked_fill(~allowed, -math.inf))
+    for row, sampling in enumerate(samplings):
+        if sampling.min_p > 0:
+            logits[row, logits[row] < logits[row].max() + math.log(sampling.min_p)] = -math.inf
     return logits
 
 
