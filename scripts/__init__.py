@@ -1,4 +1,5 @@
-"""The scripts that make runs. A package that an interpreter lacks is a report for every script, also while it is imported."""
+"""The scripts that make runs. A package that an interpreter lacks is a report for every script,
+also while it is imported."""
 
 from __future__ import annotations
 

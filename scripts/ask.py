@@ -1,4 +1,5 @@
-"""Asks a running server and streams the answer to the terminal, as it comes and unwrapped; the prompt is in the variable PROMPT."""
+"""Asks a running server and streams the answer to the terminal without wrapping it;
+the prompt is in the variable PROMPT."""
 
 from __future__ import annotations
 
@@ -90,12 +91,14 @@ def _stream(client: Any, prompt: str, max_tokens: int, timeout_seconds: float, s
 
 
 def streams(client: Any) -> bool:
-    """Whether the server streams, or (STREAMING=off) gives a request one response. client: tritonclient's, over gRPC."""
+    """Whether the server streams; with STREAMING=off each request has one response. client: tritonclient's,
+    over gRPC."""
     return bool(client.get_model_config("ensemble").config.model_transaction_policy.decoupled)
 
 
 def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
-    """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream. url: http://HOST:PORT."""
+    """The same without tritonclient, which NVIDIA's containers lack: server-sent events of Triton's generate_stream.
+    url: http://HOST:PORT."""
     model = f"{url}/v2/models/ensemble"
     printed = False
     try:

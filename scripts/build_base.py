@@ -1,10 +1,13 @@
-"""Room `base`: what the image stands on. NVIDIA's container or the user's BASE_IMAGE, described; else one made from Debian packages.
+"""Room `base`: the base of the image. It describes NVIDIA's container or the user's BASE_IMAGE,
+or makes one from Debian packages.
 
-Reads   BASE (an image) from the environment; Debian's packages by mmdebstrap, or the image, which docker or buildah has already
+Reads   BASE (an image) from the environment; Debian's packages by mmdebstrap, or the image, which docker or buildah has
+        already
 Writes  base.json (image, digest, layers, Python, TensorRT-LLM); for Debian also base.tar and packages.txt
 Needs   mmdebstrap; or docker or buildah
 
-The same packages give the same base.tar, bit for bit (SOURCE_DATE_EPOCH). docker/base.txt pins them for releases: `make lock-base`.
+The same packages give the same base.tar, bit for bit (SOURCE_DATE_EPOCH). docker/base.txt pins them for releases:
+`make lock-base`.
 """
 
 from __future__ import annotations
@@ -25,16 +28,17 @@ from scripts.images import builders
 from scripts.nvidia import contracts
 
 SUITE = "bookworm"
-# Python with its shared library, which Triton's stub links, and the C++ library; the rest is Debian's Essential set.
+# Python with its shared library, which Triton's stub links, and the C++ library; all else is Debian's Essential set.
 INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "libstdc++6", "ca-certificates")
 # Manuals and translations are of no use here; copyright files stay.
 DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
         "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
-# What Debian's tools leave behind of the day they ran on
+# Files that depend on the day when Debian's tools ran
 TRACES = 'rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/* "$1"/etc/*- "$1"/tmp/*'
 DOWNLOAD = "50 MB"
 CREATED_BY = f"mmdebstrap {SUITE} {' '.join(INCLUDE)}"
-# The Python and the TensorRT-LLM of an image, asked in the image: one line, its third word missing where there is none.
+# A program that prints the versions of Python and TensorRT-LLM in an image: one line,
+# without a third word if there is no TensorRT-LLM.
 QUESTION = """import importlib.metadata as m, sys
 try: trtllm = m.version("tensorrt_llm").partition("+")[0]
 except m.PackageNotFoundError: trtllm = ""
@@ -43,7 +47,7 @@ print("bake", "%d.%d" % sys.version_info[:2], trtllm)"""
 
 @dataclass(frozen=True)
 class Settings:
-    """base_image: empty for Debian; trtllm_version: what it has to have, empty if it has to have none."""
+    """base_image: empty for Debian; trtllm_version: the version that it must have, empty if it must have none."""
 
     output: Path
     base_image: str
@@ -54,7 +58,7 @@ class Settings:
 
 
 def debian_command(output: Path) -> list[str]:
-    """mmdebstrap for base.tar, without root where the kernel lets it."""
+    """mmdebstrap's command for base.tar, without root if the kernel allows that."""
     return [
         "mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(INCLUDE)}",
         *(f"--dpkgopt={option}" for option in DPKG), f"--customize-hook={TRACES}", SUITE, str(output),
@@ -62,7 +66,7 @@ def debian_command(output: Path) -> list[str]:
 
 
 def packages_of(status: str) -> list[str]:
-    """dpkg's status file -> 'name version architecture' of what is installed, sorted."""
+    """dpkg's status file -> 'name version architecture' of each installed package, sorted."""
     found = []
     for paragraph in status.split("\n\n"):
         fields = dict(re.findall(r"^(Package|Version|Architecture|Status): (.*)$", paragraph, re.MULTILINE))
@@ -72,7 +76,7 @@ def packages_of(status: str) -> list[str]:
 
 
 def base_tag(manifest: Mapping[str, Any]) -> str:
-    """What docker calls the base that was made from Debian packages."""
+    """docker's name for the base that was made from Debian packages."""
     return f"localhost/trtllm-bake-base:{manifest['files']['base.tar']['sha256'][:12]}"
 
 
@@ -91,7 +95,7 @@ def from_debian(filling: room.Filling) -> None:
         raise reports.images.no_mmdebstrap()
     room.say("base", f"from Debian {SUITE}'s packages, a download of about {DOWNLOAD}: {', '.join(INCLUDE)}")
     tar = filling.path / "base.tar"
-    # apt asks by these, not by our environment's language
+    # apt reads these; our environment's language must not decide
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "0", "LC_ALL": "C.UTF-8"}
     with room.waiting("base", f"mmdebstrap, which fetches about {DOWNLOAD} and unpacks it"):
         done = subprocess.run(
@@ -121,7 +125,7 @@ def describe(settings: Settings, filling: room.Filling) -> None:
         raise reports.images.base_not_here(settings.base_image, builder.name)
     said = builder.ask(settings.base_image, ["python3", "-c", QUESTION])
     python, trtllm = re.findall(r"^bake (\S+) ?(\S*)$", said, re.MULTILINE)[-1]
-    # an image that does not say (24.02 has no Python package) is taken by its digest in the table alone
+    # an image without the Python package (24.02) is accepted by its digest in the table alone
     expected = contracts.reported(settings.trtllm_version) if settings.trtllm_version else ""
     if expected and trtllm != expected and (trtllm or not settings.by_table):
         raise reports.images.base_of_another_version(settings.base_image, expected, trtllm)

@@ -1,7 +1,9 @@
-"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank, straight from the weights in any form.
+"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank,
+directly from the weights in any form.
 
 Room:   checkpoint
-Reads:  config: config.json; and the weights' folder (Meta's, Hugging Face's, a GGUF file). Or the room hf, which has both
+Reads:  config: config.json; and the weights' folder (Meta's, Hugging Face's, a GGUF file). Or the room hf, which has
+both
 Writes: config.json, rank0.safetensors ... rankN-1.safetensors
 Needs:  numpy; for a GGUF file the package gguf
 """
@@ -32,10 +34,11 @@ from scripts.weights.split import RankTensor, _rows_of, _zeros, rank_tensors
 
 @dataclass(frozen=True)
 class Settings:
-    """What the room is asked to be: tp_size * pp_size ranks. dtype None: the source's own.
+    """The room's settings: tp_size * pp_size ranks. dtype None: the source's own.
 
-    model: a room with config.json and tokenizer, config or hf; weights: the folder of the weights, None if the room has them.
-    pad_heads: heads of zeros where the heads cannot be divided among tp_size ranks. engine: what will load it, torch or tensorrt.
+    model: a room with config.json and tokenizer, config or hf; weights: the folder of the weights, None if the room has
+    them.
+    pad_heads: add heads of zeros if tp_size ranks cannot share the heads. engine: what will load it, torch or tensorrt.
     """
 
     model: Path
@@ -86,7 +89,8 @@ def checkpoint_config(
     }
     config = {key: ours.get(key, value) for key, value in golden.items()}
     ranks = {"world_size": tp_size * pp_size, "tp_size": tp_size, "pp_size": pp_size, "moe_tp_size": tp_size}
-    # None of the golden files is of a model that has them; 0.8.0's lacks the keys, which it reads all the same (nvidia/abilities.py).
+    # No golden file is from a model with biases; 0.8.0's file lacks the keys,
+    # but 0.8.0 reads them (nvidia/abilities.py).
     config.update({"attn_bias": True} if shape.attention_bias else {})
     config.update({"mlp_bias": True} if shape.mlp_bias else {})
     config["mapping"] = {key: ranks.get(key, value) for key, value in golden["mapping"].items()}
@@ -94,7 +98,7 @@ def checkpoint_config(
 
 
 def build_checkpoint(settings: Settings) -> None:
-    """Fill the room, the ranks of a stage at once; what an interrupted try brought to the disk is kept."""
+    """Fill the room, all ranks of a stage at once; what an interrupted try brought to the disk is kept."""
     tp_size, pp_size = settings.tp_size, settings.pp_size
     arguments = {
         "tp_size": tp_size,
@@ -136,7 +140,7 @@ def build_checkpoint(settings: Settings) -> None:
                     continue
                 reader = _StageReader(weights, [plans[rank] for rank in ranks], DTYPES[dtype])
                 safetensors.write_together(room, names, reader.tensors, reader.blocks, advance=bar.update)
-                for name in names:  # the proof: what lies there is what was planned
+                for name in names:  # the proof: the files are as planned
                     written = safetensors.read_header(room.path / name)
                     seen = {tensor: (stored.dtype, stored.shape) for tensor, stored in written.items()}
                     assert seen == reader.tensors, f"{name} is not what was planned"
@@ -145,7 +149,7 @@ def build_checkpoint(settings: Settings) -> None:
 
 
 def _check_split(settings: Settings, config: HfConfig) -> None:
-    """A Problem for a split that cannot be, and for what the version cannot take."""
+    """A Problem for an impossible split, and for a model that the version cannot take."""
     shape, tp_size, version = config.shape, settings.tp_size, settings.trtllm_version
     impossible = why_impossible(shape, tp_size, settings.pad_heads)
     if impossible:
@@ -160,14 +164,16 @@ def _check_split(settings: Settings, config: HfConfig) -> None:
 
 
 class _StageReader:
-    """Gives the tensors of all ranks of a stage by blocks of rows, cast, each value checked to be a number. Each row is read once."""
+    """Gives the tensors of all ranks of a stage by blocks of rows: cast, and each value checked to be finite.
+    Each row is read once."""
 
     def __init__(self, weights: Weights, plans: Sequence[Mapping[str, RankTensor]], dtype: str) -> None:
         self.weights, self.plans, self.dtype = weights, plans, dtype
         self.tensors = {name: (dtype, tensor.shape) for name, tensor in plans[0].items()}
 
     def blocks(self, name: str) -> Iterator[Sequence[Raw]]:
-        """For each rank the next rows of a tensor, perhaps none. The ranks' rectangles are of the same sources in the same order."""
+        """For each rank the next rows of a tensor, perhaps none.
+        All ranks' rectangles have the same sources in the same order."""
         for cuts in zip(*(plan[name].cuts for plan in self.plans)):
             at = 0
             for block in self._cast(cuts[0].source):
@@ -185,7 +191,8 @@ class _StageReader:
 
 
 def _refuse(weights: Weights, name: str, target: str) -> None:
-    """Look at the whole tensor again and report: the source itself is damaged, or its values are too large for the target."""
+    """Read the whole tensor again for the report: the source itself is damaged,
+    or its values are too large for the target."""
     source, shape = weights.tensors[name]
     total, damaged, too_large, largest = math.prod(shape), 0, 0, 0.0
     for values in weights.blocks(name):
@@ -212,7 +219,7 @@ def _refuse(weights: Weights, name: str, target: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="ROOM", help="config, or hf")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="absent: they are in that room")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="absent: the weights are in that room")
     parser.add_argument("--tp-size", type=int, required=True, metavar="N")
     parser.add_argument("--pp-size", type=int, default=1, metavar="N")
     parser.add_argument(
@@ -221,20 +228,20 @@ def main() -> None:
     parser.add_argument("--trtllm-version", required=True, metavar="X.Y.Z")
     parser.add_argument("--engine", default="torch", metavar="torch|tensorrt", help="what will load it")
     parser.add_argument(
-        "--pad-heads", choices=("on", "off"), default="off", help="heads of zeros where TP does not divide the heads"
+        "--pad-heads", choices=("on", "off"), default="off", help="add heads of zeros if TP does not divide the heads"
     )
     parser.add_argument("--quant", default="", metavar="|".join(QUANTS), help="by TensorRT-LLM's own tools")
     parser.add_argument(
-        "--examples", type=Path, default=Path(), metavar="FOLDER", help="of TensorRT-LLM, where these are"
+        "--examples", type=Path, default=Path(), metavar="FOLDER", help="the folder with TensorRT-LLM's examples"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="ROOM")
     args = vars(parser.parse_args())
     quant, examples = args.pop("quant"), args.pop("examples")
     pad_heads = args.pop("pad_heads") == "on"
-    if quant:  # make has refused PAD_HEADS with it
+    if quant:  # make has refused PAD_HEADS together with QUANT
         args["hf"] = args.pop("model")
         args.pop("weights")
-        from scripts.nvidia import quantize  # plain checkpoints are not made from it
+        from scripts.nvidia import quantize  # imported here, because plain checkpoints do not depend on it
 
         model, version, engine = read_hf_model(args["hf"]), args["trtllm_version"], args.pop("engine")
         rope = str((model.config.rope_scaling or {}).get("type", "default"))
@@ -245,12 +252,5 @@ def main() -> None:
         build_checkpoint(Settings(**args, pad_heads=pad_heads))
 
 
-"""Fills the room checkpoint: a TensorRT-LLM checkpoint, one file of weights per rank, straight from the weights in any form.
-
-Room:   checkpoint
-Reads:  config: config.json; and the weights' folder (Meta's, Hugging Face's, a GGUF file). Or the room hf, which has both
-Writes: config.json, rank0.safetensors ... rankN-1.safetensors
-Needs:  numpy; for a GGUF file the package gguf
-"""
 if __name__ == "__main__":
     reports.run(main)

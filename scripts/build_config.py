@@ -1,8 +1,9 @@
-"""Fills the room config: what a Llama is, in Hugging Face's form, without its weights: config.json and the tokenizer.
+"""Fills the room config: a Llama in Hugging Face's form without its weights, that is config.json and the tokenizer.
 
 Room:   config
-Reads:  of the weights' folder all but the weights: Meta's params.json and sentencepiece.model, Hugging Face's config.json and tokenizer, or
-        the metadata of a GGUF file; and what the weight files say of themselves (names, sizes, checksums)
+Reads:  the weights' folder without the weights: Meta's params.json and tokenizer.model, Hugging Face's config.json and
+tokenizer,
+        or the metadata of a GGUF file; and the headers of the weight files (names, sizes, checksums)
 Writes: config.json, generation_config.json, tokenizer.json and its side files
 Needs:  numpy; for a GGUF file the package gguf
 """
@@ -34,7 +35,7 @@ from scripts.weights.shape import EMBEDDING, HEAD, LlamaShape, max_positions, re
 
 @dataclass(frozen=True)
 class Settings:
-    """What the room is asked to be. max_position_embeddings None: as the model says."""
+    """The room's settings. max_position_embeddings None: as the model says."""
 
     weights: Path
     output: Path
@@ -59,12 +60,12 @@ class Described:
     files: Mapping[str, bytes]
     positions: int
     positions_from: str
-    # what was read otherwise than a file says, for the user to know
+    # notes for the user about values that differ from what a file says
     notes: tuple[str, ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest keeps of it."""
+        """The facts for the manifest."""
         return {
             "form": self.form,
             "shards": len(self.weights.files),
@@ -74,7 +75,7 @@ class Described:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has; an output layer that is the embedding counts once."""
+        """How many parameters the model has; an output layer that is the embedding counts once."""
         shapes = self.weights.shape.hf_tensors()
         if self.weights.origin(HEAD) == self.weights.origin(EMBEDDING):
             del shapes[HEAD]
@@ -89,7 +90,7 @@ class Described:
 FORMS = {"meta": "Meta's form", "hf": "Hugging Face's form", "gguf": "a GGUF file"}
 
 
-# --- core: values in, values out ---------------------------------------------------------------------------------------
+# --- core: values in, values out --------------------------------------------------------------------------------------
 
 
 def hf_config(
@@ -131,11 +132,12 @@ def hf_config(
     return {**config, "head_dim": shape.head_dim} if shape.head_dim else config
 
 
-# --- shell --------------------------------------------------------------------------------------------------------------
+# --- shell ------------------------------------------------------------------------------------------------------------
 
 
 def describe(settings: Settings) -> Described:
-    """A model from its folder, without its weights; a Problem for whatever is wrong with it, also where only the server would see it."""
+    """A model from its folder, without its weights; a Problem for anything wrong with it, also for what only the server
+    would notice."""
     read = {"meta": _from_meta, "hf": _from_hf, "gguf": _from_gguf}
     described, sources = read[form_of(settings.weights)](settings)
     vocab_size = described.weights.shape.vocab_size
@@ -143,7 +145,8 @@ def describe(settings: Settings) -> Described:
     return described
 
 
-# What a form's reader gives: the model, and the foreign file that each file of the room was made from (the rest: tokenizer.json's).
+# The result of a form's reader: the model, and for files of the room the user's file that each was made from (default:
+# tokenizer.json's).
 Read = tuple[Described, Mapping[str, Path]]
 
 
@@ -234,15 +237,16 @@ def build_config(settings: Settings) -> None:
     with filling(settings.output, arguments=arguments, tools={"numpy": np.__version__}) as room:
         for name, data in described.files.items():
             room.write(name, data)
-        read_hf_config(room.path / "config.json")  # the proof: it says a Llama
+        read_hf_config(room.path / "config.json")  # the proof: it describes a Llama
         room.facts.update(described.facts)
-        if is_room(settings.weights):  # fetched: then what they are is known
+        if is_room(settings.weights):  # make fetched them, so their hashes are known
             room.facts["weights"] = read_manifest(settings.weights)["files"]
         for note in described.notes:
             say("config", note)
         say(
             "config",
-            f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: {described.positions_from}",
+            f"{described.parameters:,} parameters, {described.weights.dtype}; {described.positions} positions: "
+            f"{described.positions_from}",
         )
 
 
@@ -254,7 +258,7 @@ def main() -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both rooms that describe a model are told, this one and hf."""
+    """The arguments of both rooms that describe a model, this one and hf."""
     parser.add_argument("--weights", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--max-position-embeddings",

@@ -1,8 +1,8 @@
 """Room `engines`: one engine per rank and the config.json that says what they can do.
 
 Reads   the room checkpoint
-Writes  config.json in TensorRT-LLM's engine schema; rank0..N-1.engine (tensorrt), or .safetensors (torch): the checkpoint's files,
-        linked, not copied
+Writes  config.json in TensorRT-LLM's engine schema; rank0..N-1.engine (tensorrt), or .safetensors (torch): the
+        checkpoint's files, linked, not copied
 Needs   tensorrt: trtllm-build and one GPU, in the toolchain's container; torch: nothing
 """
 
@@ -41,7 +41,7 @@ class Settings:
     max_input_len: int | None = None
     max_seq_len: int | None = None
     max_num_tokens: int | None = None
-    # a folder that keeps TensorRT's measured kernel times from one build to the next; None: none are kept
+    # a folder that keeps TensorRT's measured kernel times between builds; None: they are not kept
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -52,10 +52,10 @@ class Settings:
 def limits(settings: Settings, context_tokens: int) -> dict[str, int]:
     """The four limits of an engine, every one explicit.
 
-    max_seq_len: the model's context (its max_position_embeddings); max_input_len: half of max_seq_len, so that an answer may be
-    as long as its question; max_num_tokens: MAX_NUM_TOKENS, never less than one whole prompt and never more than a full batch.
-    TensorRT-LLM reads a prompt in one step, because chunked context is off (scripts/build_model_repo.py); the torch engine reads it
-    in pieces where it has to.
+    Defaults: max_seq_len is the model's context (its max_position_embeddings); max_input_len is half of max_seq_len, so
+    that an answer may be as long as its question; max_num_tokens is MAX_NUM_TOKENS, but at least one whole prompt and
+    at most a full batch. TensorRT-LLM reads a prompt in one step, because chunked context is off
+    (scripts/build_model_repo.py); the torch engine reads it in pieces if it must.
     """
     max_seq_len = context_tokens if settings.max_seq_len is None else settings.max_seq_len
     if context_tokens < 2:
@@ -99,8 +99,8 @@ def engine_config(
 ) -> dict[str, Any]:
     """config.json of an engine: the version's golden file, key for key, with this model's values.
 
-    golden: docker/contracts/engine-config; checkpoint: the checkpoint's config.json. Up to 0.10 the schema has max_output_len
-    (new tokens) and no max_seq_len (all tokens): upstream derives the one from the other by a sum.
+    golden: docker/contracts/engine-config; checkpoint: the checkpoint's config.json. Up to 0.10 the schema has
+    max_output_len (new tokens) and no max_seq_len (all tokens): upstream adds max_input_len to get it.
     """
     dtype = checkpoint["dtype"]
     pretrained = _with_values(
@@ -127,7 +127,7 @@ def engine_config(
 
 
 def _with_values(golden: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The golden mapping with the values that it has a key for; nested mappings keep the golden keys they do not share."""
+    """The golden mapping with those values that it has a key for; nested mappings keep their other golden keys."""
     filled: dict[str, Any] = {}
     for key, value in golden.items():
         new = values.get(key, value)
@@ -143,10 +143,11 @@ def intent_of(
     workers: int,
     timing_cache: str | None,
 ) -> trtllm_build.Intent:
-    """What trtllm-build is asked for, from the checkpoint's config.json, the limits and this host's GPUs.
+    """The intent for trtllm-build, from the checkpoint's config.json, the limits and this host's GPUs.
 
-    Custom all-reduce needs peer access between the ranks' GPUs, and is advised on NVLink only (docs/source/perf_best_practices.md of
-    0.8.0); engines with it fail at run time where that is missing (TensorRT-LLM #1374), so what is not known counts as missing.
+    Custom all-reduce needs peer access between the ranks' GPUs, and is advised on NVLink only
+    (docs/source/perf_best_practices.md of 0.8.0). Engines with it fail at run time without peer access (TensorRT-LLM
+    #1374), so unknown access counts as missing.
     """
     mapping = checkpoint["mapping"]
     return trtllm_build.Intent(
@@ -163,7 +164,7 @@ def intent_of(
 
 
 def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_bytes: int, gpu: gpus.Gpu) -> memory.Fit:
-    """What a rank of these engines takes of a GPU: its weights as the checkpoint has them, the rest by the memory model."""
+    """The GPU memory of one rank of these engines: its weights as in the checkpoint, the rest from the memory model."""
     shape = shape_of_checkpoint(checkpoint)
     mapping = checkpoint["mapping"]
     asked: dict[str, Any] = {"pp_size": mapping["pp_size"], **sizes}
@@ -175,7 +176,8 @@ def fit_of(checkpoint: Mapping[str, Any], sizes: Mapping[str, int], rank_file_by
 def passport(
     intent: trtllm_build.Intent, flags: contracts.Flags, version: str, gpu: gpus.Gpu, links: gpus.Links
 ) -> dict[str, Any]:
-    """What must be true of a host that serves these engines, and how they were made; no path of this machine.
+    """Facts for the manifest: what a host needs to serve these engines, and how they were made;
+    no path of this machine.
 
     custom_all_reduce: None if the version decides at run time.
     """
@@ -205,7 +207,7 @@ def build_engines(settings: Settings) -> None:
     config = json.loads((settings.checkpoint / "config.json").read_bytes()) if settings.checkpoint.is_dir() else {}
     manifest = room.read_manifest(settings.checkpoint)
     sizes = limits(settings, config["max_position_embeddings"])
-    if config["quantization"]["quant_algo"] is None:  # what NVIDIA's tools wrote they have checked
+    if config["quantization"]["quant_algo"] is None:  # NVIDIA's tools have checked their own checkpoints
         rope = rope_kind(config.get("rotary_scaling") or {})
         abilities.check(
             settings.checkpoint,
@@ -219,7 +221,7 @@ def build_engines(settings: Settings) -> None:
 
 
 def filling(settings: Settings, sizes: Mapping[str, int], tools: Mapping[str, str] | None = None) -> Any:
-    """The room, being filled; its first line says what goes in."""
+    """Print the room's first line, which says what goes in."""
     arguments = {"engine": settings.engine, "trtllm_version": settings.trtllm_version, **sizes}
     return room.filling(settings.output, reads={"checkpoint": settings.checkpoint}, arguments=arguments, tools=tools)
 
@@ -256,7 +258,7 @@ def build_torch(
 def build_tensorrt(
     settings: Settings, config: Mapping[str, Any], manifest: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> None:
-    """trtllm-build makes the engines; what it wrote is read back before it counts."""
+    """trtllm-build makes the engines; their config.json is read back before they count."""
     version, world_size = settings.trtllm_version, config["mapping"]["world_size"]
     flags = contracts.flags("trtllm-build", version)
     host = gpus.here()
@@ -273,7 +275,8 @@ def build_tensorrt(
     intent = intent_of(config, sizes, host, links, workers, TIMING_CACHE if cached else None)
     announce(settings, config, sizes, f"; on {host[0].name}, {workers} at a time")
     with filling(settings, sizes, tools) as engines:
-        # It runs in its own folder, because config.json keeps the name of the timing cache: a bare name is not a path of this machine.
+        # It runs in its own folder, because config.json keeps the name of the timing cache:
+        # a bare name is not a path of this machine.
         work = engines.path / "building"
         work.mkdir()
         kept = timing_cache_file(settings, host[0])
@@ -311,7 +314,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_host(settings: Settings, config: Mapping[str, Any], host: list[gpus.Gpu]) -> dict[str, str]:
-    """A GPU that this version can build for, the program, and no other version in its place. Returns the versions of the tools."""
+    """A Problem unless there is a GPU that this version can build for, and the right version of trtllm-build. Returns
+    the tools' versions."""
     version = settings.trtllm_version
     if not host:
         raise reports.nvidia.no_gpu("trtllm-build")
@@ -335,7 +339,7 @@ def check_host(settings: Settings, config: Mapping[str, Any], host: list[gpus.Gp
 
 
 def free_memory_bytes() -> int:
-    """Host memory that can be taken: the system's, or what a container's limit leaves where that is less."""
+    """Free host memory: the system's, or what a container's limit leaves, if that is less."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     for limit, used in (
@@ -350,7 +354,7 @@ def free_memory_bytes() -> int:
 
 
 def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Path | None:
-    """Kernel times are true of one TensorRT and one kind of GPU."""
+    """The file for kernel times, which are valid for one TensorRT and one kind of GPU."""
     if settings.timing_cache is None:
         return None
     kind = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)
@@ -358,7 +362,7 @@ def timing_cache_file(settings: Settings, gpu: gpus.Gpu) -> Path | None:
 
 
 def run_trtllm_build(command: list[str], work: Path, intent: trtllm_build.Intent) -> None:
-    """Run it to its end in the folder `work`, its output in a log there; a Problem when it fails."""
+    """Run it to its end in the folder `work`, with its output in a log there; a Problem if it fails."""
     started = time.monotonic()
 
     def heard(line: str) -> None:
@@ -373,7 +377,7 @@ def run_trtllm_build(command: list[str], work: Path, intent: trtllm_build.Intent
 
 
 def check_built(folder: Path, intent: trtllm_build.Intent, version: str) -> None:
-    """All ranks' engines are there, and config.json says what was asked."""
+    """A Problem unless all ranks' engines are there and config.json agrees with the intent."""
     for name in ["config.json", *(f"rank{rank}.engine" for rank in range(intent.world_size))]:
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             raise reports.nvidia.engine_not_as_asked(folder / name, name, "written", "none, or an empty one")

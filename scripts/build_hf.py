@@ -1,7 +1,9 @@
-"""Fills the room hf: one whole Llama model in Hugging Face's form, from Meta's files, a Hugging Face folder or a GGUF file.
+"""Fills the room hf: one whole Llama model in Hugging Face's form, from Meta's files,
+a Hugging Face folder or a GGUF file.
 
 Room:   hf
-Reads:  the weights' folder: params.json, consolidated.NN.pth, tokenizer.model (beside them or one level up); or config.json,
+Reads:  the weights' folder: params.json, consolidated.NN.pth, tokenizer.model (beside them or one level up); or
+config.json,
         *.safetensors or *.bin, tokenizer.json; or one *.gguf
 Writes: what the room config holds, and model.safetensors (several with an index above 5 GB)
 Needs:  numpy; for a GGUF file the package gguf
@@ -31,11 +33,12 @@ from scripts.weights.shape import HEAD, Shape
 FILE_MAX_BYTES = 5_000_000_000
 
 
-# --- core: values in, values out ---------------------------------------------------------------------------------------
+# --- core: values in, values out --------------------------------------------------------------------------------------
 
 
 def file_plan(tensors: Mapping[str, tuple[str, Shape]], max_bytes: int) -> dict[str, list[str]]:
-    """File name -> its tensors: one file if all fit, else files of at most max_bytes, filled in stored order (one tensor at least)."""
+    """File name -> its tensors: one file if all fit, else files of at most max_bytes,
+    filled in stored order (one tensor at least)."""
     sizes = {name: math.prod(shape) * safetensors.ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
     groups: list[list[str]] = [[]]
     filled = 0
@@ -50,7 +53,7 @@ def file_plan(tensors: Mapping[str, tuple[str, Shape]], max_bytes: int) -> dict[
     return {f"model-{index:05d}-of-{len(groups):05d}.safetensors": group for index, group in enumerate(groups, 1)}
 
 
-# --- shell --------------------------------------------------------------------------------------------------------------
+# --- shell ------------------------------------------------------------------------------------------------------------
 
 
 def build_hf(settings: Settings) -> None:
@@ -74,7 +77,7 @@ def build_hf(settings: Settings) -> None:
 
 
 def _link_weights(room: Filling, folder: Path, weights: Weights) -> None:
-    """Safetensors are what they should be: no byte is copied, each is read once for its hash."""
+    """Link the .safetensors files of a Hugging Face folder: no byte is copied, each is read once for its hash."""
     with progress(sum(path.stat().st_size for path in weights.files), "hf") as bar:
         for path in weights.files:
             room.link(path.name, path, safetensors.fingerprint(path, bar.update))
@@ -117,7 +120,7 @@ def main() -> None:
     def prove() -> None:
         build_config.describe(settings)
 
-    # what a stranger's files may do to a reader they do to a child; then the weights take the time that they take
+    # a bounded child reads the stranger's files first; then the weights may take as long as they need
     if status := bounded(prove, settings.weights):
         sys.exit(status)
     build_hf(settings)

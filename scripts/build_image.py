@@ -1,10 +1,13 @@
 """Room `image`: the serving image, from verified rooms, in canonical form: the same rooms give the same digest.
 
-Reads   the rooms engines, model_repo, verified, base, wheels and what they were made from; docker/Dockerfile; the weights' licences
-Writes  image.iid (the config's digest), passport.json, layers.json, the Dockerfile as it was built; the image itself into docker or buildah
+Reads   the rooms engines, model_repo, verified, base, wheels and what they were made from; docker/Dockerfile; the
+        weights' licences
+Writes  image.iid (the config's digest), passport.json, layers.json, the Dockerfile as it was built; the image itself
+        into docker or buildah
 Needs   docker or buildah, and the standard library
 
-The build's context is a folder made for it, of links to what the rooms' manifests list: it cannot hold weights, nor anything else.
+The build's context is a temporary folder of links to the files in the rooms' manifests,
+so it cannot hold weights or anything else.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from scripts.serving import launch
 PROJECT = Path(__file__).parent.parent
 DOCKERFILE = PROJECT / "docker" / "Dockerfile"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
-# The archive as the builder writes it, and the canonical one, beside each other for a moment; 1.5 GB: the packages of a CPU image.
+# For a moment the disk holds the builder's archive and the canonical one. 1.5 GB: the packages of a CPU image.
 COPIES, PACKAGES_BYTES = 2, 1_500_000_000
 
 
@@ -49,7 +52,7 @@ class Settings:
 
     @property
     def tag(self) -> str:
-        """What docker calls it: the model and the variant, in the letters that a name may have."""
+        """docker's name for the image: the model and the variant, in characters that a name may have."""
         name, variant = (
             re.sub(r"[^a-z0-9._-]+", "-", word.lower()).strip("-._") for word in (self.model, self.root.name)
         )
@@ -65,7 +68,7 @@ def dockerfile_for(world_size: int) -> str:
 
 
 def rank_of(file: str, world_size: int) -> int | None:
-    """'rank1.engine' -> 1; None for what belongs to all ranks."""
+    """'rank1.engine' -> 1; None for a file that belongs to all ranks."""
     match = re.fullmatch(r"rank(\d+)\.\w+", file)
     return int(match[1]) if match and int(match[1]) < world_size else None
 
@@ -74,7 +77,7 @@ def rank_of(file: str, world_size: int) -> int | None:
 
 
 def place(source: Path, target: Path) -> None:
-    """A file into the context without copying its bytes, where the file system allows it."""
+    """Put a file into the context, without copying its bytes if the file system allows that."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
@@ -85,7 +88,8 @@ def place(source: Path, target: Path) -> None:
 def place_room(
     folder: Path, manifest: Mapping[str, Any], target_of: Callable[[str], Path], heard: Callable[[int], object]
 ) -> None:
-    """A room's files into the context, each held against its hash: what was changed after the manifest does not get into an image."""
+    """Put a room's files into the context. Each is compared with its hash,
+    so that a file changed later does not get into an image."""
     for name in manifest["files"]:
         expected, actual = room.record_of(manifest, name), room.sha256_of(folder / name)
         if (expected.size_bytes, expected.sha256) != (actual.size_bytes, actual.sha256):
@@ -98,7 +102,7 @@ def place_room(
 
 
 def place_licences(settings: Settings, target: Path) -> None:
-    """The project's licence, and the model's: Meta's download leaves them beside the models' folders."""
+    """The licences of the project and of the model, which Meta's download puts beside the models' folders."""
     ingredients.note("LICENSE")
     place(PROJECT / "LICENSE", target / "trtllm-bake" / "LICENSE")
     for folder in (settings.weights.resolve().parent, settings.weights):
@@ -146,7 +150,8 @@ def build_image(settings: Settings) -> None:
         builder = builders.find_builder(settings.builder)
         room.say(
             "image",
-            f"{world_size} ranks, {room.human_bytes(rooms_bytes)} of rooms, on {base.get('image') or base['made_from']}, by {builder.name}",
+            f"{world_size} ranks, {room.human_bytes(rooms_bytes)} of rooms, on "
+            f"{base.get('image') or base['made_from']}, by {builder.name}",
         )
         context = filling.path / "context"
         shutil.rmtree(context, ignore_errors=True)
@@ -176,7 +181,7 @@ def build_image(settings: Settings) -> None:
 def assemble(
     settings: Settings, rooms: Mapping[str, Mapping[str, Any]], context: Path, rooms_bytes: int
 ) -> tuple[str, dict[str, Any]]:
-    """The build's context; returns the Dockerfile that is in it, and the passport."""
+    """Fill the build's context; returns its Dockerfile and the passport."""
     root = settings.root
     engines, model_repo = (rooms[name]["manifest"] for name in ("engines", "model_repo"))
     world_size = engines["facts"]["world_size"]
@@ -217,23 +222,24 @@ def assemble(
 
 
 def place_compiled(root: Path, wheels: Iterable[str], target: Path) -> None:
-    """Kernels that the engine compiled beside a GPU (make verified, serve), for an image that has the compiler too (TARGET=cuda)."""
+    """Kernels that the engine compiled on a GPU (make verified, serve),
+    for an image that also has the compiler (TARGET=cuda)."""
     compiled = root / launch.COMPILED
     if not compiled.is_dir() or not any(wheel.startswith("triton-") for wheel in wheels):
         return
     for path in sorted(compiled.rglob("*")):
-        # a kernel that was being written has another name until it is whole
+        # an unfinished kernel has another name
         if path.is_file() and not path.name.startswith("tmp.") and path.name != "lock":
             place(path, target / path.relative_to(compiled))
 
 
 def base_of(builder: builders.Builder, base_room: Path, manifest: Mapping[str, Any]) -> str:
-    """The name of the base for FROM; one made from Debian packages is taken in where the builder does not have it yet."""
+    """The name of the base for FROM. One made from Debian packages is loaded first if the builder does not have it."""
     image = manifest["facts"].get("image")
     if not image:
         image = build_base.base_tag(manifest)
         if not builder.has(image):
-            with room.waiting("image", f"{builder.name}, which takes the base in"):
+            with room.waiting("image", f"{builder.name}, which loads the base"):
                 builder.make_base(base_room / "base.tar", image)
     elif not builder.has(image):
         raise reports.images.base_not_here(image, builder.name)
@@ -248,7 +254,7 @@ def bake(
     settings: Settings, builder: builders.Builder, folder: Path, context: Path, dockerfile: str, about: Mapping[str, Any],
     base_manifest: Mapping[str, Any], base: Mapping[str, Any],
 ) -> archive.Image:  # fmt: skip
-    """Build, bring into canonical form, and put that in the builder's image under its name."""
+    """Build the image, bring it into canonical form, and load that into the builder under its name."""
     base_image = base_of(builder, settings.base, base_manifest)
     base_layers = builder.layers(base_image)
     if base.get("layers") and base["layers"] != base_layers:
@@ -271,7 +277,7 @@ def bake(
             with room.waiting("image", f"{builder.name}, which builds"):
                 builder.build(context, arguments, labels, building, settings.no_cache)
             room.say("image", f"built in {time.monotonic() - started:.0f} s; now in canonical form")
-            with room.waiting("image", f"{builder.name}, which hands the image out"):
+            with room.waiting("image", f"{builder.name}, which saves the image"):
                 builder.save(building, built)
         finally:
             if builder.has(building):
@@ -283,7 +289,7 @@ def bake(
                     source, below, archive.layers_of(dockerfile), out, [settings.tag], labels, heard
                 )
         built.unlink()
-        with room.waiting("image", f"{builder.name}, which takes the image in"):
+        with room.waiting("image", f"{builder.name}, which loads the image"):
             builder.load(canonical, settings.tag)
         return image
     finally:

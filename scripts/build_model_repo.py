@@ -4,7 +4,8 @@ Reads   the rooms engines and config (its tokenizer), model_repo_template/, the 
 Writes  <model>/config.pbtxt and <model>/1/ for five models; preprocessing/1/tokenizer/
 Needs   Triton's ModelConfig protobuf: every config is parsed before the room is published
 
-All paths in the configs are relative to the folder that holds engines/ and model_repo/, which is the server's working directory.
+All paths in the configs are relative to the folder that holds engines/ and model_repo/,
+which is the server's working directory.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ TOKENIZER_FILES = (
     # several tokens may end an answer
     "generation_config.json",
 )
-# Names that later versions gave to the same inputs; the torch engine takes both.
+# Later names of the same inputs; the torch engine takes both.
 ALSO_CALLED = {"min_length": "min_tokens", "random_seed": "seed", "min_tokens": "min_length", "seed": "random_seed"}
-# What the torch engine takes as parameters of a request (contract.py beside it): no version has an input for all of it
+# Parameters of a request that the torch engine takes (its contract.py), because no version has an input for all of them
 REQUEST_PARAMETERS = ("guided_decoding_guide", "guided_decoding_guide_type", "min_p", "prompt_logprobs", "top_logprobs")
-# Parameters that are left out on purpose: the backend's own default holds (each is read in a try block, tensorrtllm_backend's
-# model_instance_state.cc), or they are for what Llama does not have: images, encoders, LoRA, draft models, more nodes.
+# Parameters that are left out on purpose. Either the backend's default is right (each is read in a try block,
+# tensorrtllm_backend's model_instance_state.cc), or Llama does not need them: images, encoders, LoRA,
+# draft models, more nodes.
 LEFT_OUT = {
     "cancellation_check_period_ms", "cross_kv_cache_fraction", "cuda_graph_cache_size", "cuda_graph_mode", "decoding_mode",
     "eagle_choices", "enable_context_fmha_fp32_acc", "enable_trt_overlap", "encoder_engine_dir", "executor_worker_path",
@@ -70,9 +72,9 @@ class Settings:
     trtllm_version: str
     streaming: bool
     kv_reuse: bool = False
-    # what clients of the OpenAI-compatible endpoint call the model
+    # the model's name for clients of the OpenAI-compatible endpoint
     name: str = "model"
-    # instead of the model's own
+    # a chat template that replaces the model's own
     chat_template: Path | None = None
 
 
@@ -86,9 +88,10 @@ def hole_values(
 ) -> dict[str, str]:
     """A value for every hole that any version's templates have.
 
-    engine: the engines' own config.json, so that the repository cannot promise what the engines do not keep.
-    streaming: Triton's decoupled mode, for all models that answer with text or tokens; without it they answer exactly once.
-    unary_response_sender: whether a Python model may answer a request of the latter kind after execute() has returned.
+    engine: the engines' own config.json, so that the repository cannot promise more than the engines can do.
+    streaming: Triton's decoupled mode, for all models that answer with text or tokens; without it they answer exactly
+    once.
+    unary_response_sender: whether a Python model without streaming may answer after execute() has returned.
     without_value: outputs that this version sends even if no input asks for their value.
     """
     build, network = engine["build_config"], engine["pretrained_config"]
@@ -101,18 +104,19 @@ def hole_values(
         "tokenizer_dir": f"model_repo/{TOKENIZER}",
         "tokenizer_type": "auto",
         "max_beam_width": str(build["max_beam_width"]),
-        # not NVIDIA's: what our text models must know of the engine
+        # not NVIDIA's: what our text models must know about the engine
         "max_input_len": str(build["max_input_len"]),
         "max_seq_len": str(limits_of(engine).max_seq_len),
         "vocab_size": str(network["vocab_size"]),
-        # in-flight batching already batches: waiting at the door only adds to the time to first token
+        # in-flight batching already batches: a delay here only adds to the time to the first token
         "max_queue_delay_microseconds": "0",
         # 0: no limit; a request that waits costs little, and the client's own deadline ends it
         "max_queue_size": "0",
         "preprocessing_instance_count": "1",
-        # more than one may hand the pieces of one answer on out of order (tensorrtllm_backend issue 614)
+        # several instances may pass on the pieces of one answer out of order (tensorrtllm_backend issue 614)
         "postprocessing_instance_count": "1",
-        # One instance serves many requests at once (tensorrt_llm_bls/1/text_model.py), unless it has to wait in execute().
+        # One instance serves many requests at once (tensorrt_llm_bls/1/text_model.py),
+        # unless it has to wait in execute().
         "bls_instance_count": "1" if streaming or unary_response_sender else str(build["max_batch_size"]),
         # not NVIDIA's
         "unary_response_sender": "true" if unary_response_sender else "false",
@@ -133,7 +137,7 @@ def hole_values(
         "guided_decoding_backend": "",
         "xgrammar_tokenizer_info_path": "",
         "logits_datatype": TRITON_TYPES[network.get("logits_dtype", "float32")],
-        # of inputs that Llama does not use, but a hole there breaks the file
+        # for inputs that Llama does not use; but an unfilled hole would break the file
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
     }
@@ -142,8 +146,9 @@ def hole_values(
 def config_holes(table: Mapping[str, Any], values: Mapping[str, str], ours: bool, where: str) -> dict[str, str]:
     """What a version's contract table says about one model, as text for the template's holes.
 
-    ours: for the torch engine. Inputs that versions call differently are declared by all their names (ALSO_CALLED); none is reshaped to
-    have no axis but the batch's: clients see the same shapes, and a batch of nothing, which ends Triton 2.51 there, is refused by size.
+    ours: for the torch engine. Inputs with several names are declared under all of them (ALSO_CALLED). None is reshaped
+    to only the batch axis: clients see the same shapes, and an empty batch, which would crash Triton 2.51 there,
+    is refused by its size.
     """
     inputs = {tensor["name"]: tensor for tensor in table["inputs"]}
     for name, alias in ALSO_CALLED.items():
@@ -190,7 +195,7 @@ def tensor_line(tensor: Mapping[str, Any]) -> str:
 
 
 def _message(name: str, fields: Mapping[str, Any]) -> str:
-    """A table's nested message in text format."""
+    """A nested message of a table in protobuf's text format."""
     parts = []
     for key, value in fields.items():
         if isinstance(value, dict):
@@ -214,7 +219,7 @@ def filled(text: str, values: Mapping[str, str], where: str) -> str:
 
 
 def fill_template(template: str, values: Mapping[str, str], where: str) -> str:
-    """Strict: a hole without a value and a value without a hole are both reports."""
+    """Fill strictly: a hole without a value and a value without a hole are both reports."""
     text = filled(template, values, where)
     unused = sorted(name for name in values if "${" + name + "}" not in template)
     if unused:
@@ -223,7 +228,8 @@ def fill_template(template: str, values: Mapping[str, str], where: str) -> str:
 
 
 def model_config_type() -> Any:
-    """Triton's ModelConfig: tritonclient's, or where that is missing (NVIDIA's containers) one made from the same description."""
+    """Triton's ModelConfig: tritonclient's, or, without tritonclient (NVIDIA's containers),
+    one made from the same description."""
     if importlib.util.find_spec("tritonclient"):
         from tritonclient.grpc import model_config_pb2
 
@@ -240,7 +246,7 @@ def model_config_type() -> Any:
 
 
 def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
-    """A filled config as Triton's own protobuf, once it has been held against the engines."""
+    """A filled config as Triton's own protobuf, after it was compared with the engines."""
     from google.protobuf import text_format
 
     def refused(reason: str) -> reports.Problem:
@@ -251,7 +257,7 @@ def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
     except text_format.ParseError as error:
         raise refused(str(error)) from None
     if config.name != model:
-        raise refused(f"it names the model {config.name}, its folder is {model}")
+        raise refused(f"it names the model {config.name}, but its folder is {model}")
     limits = engine["build_config"]
     parameters = {key: parameter.string_value for key, parameter in config.parameters.items()}
     for name, value in (
@@ -259,7 +265,7 @@ def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
         *((name, int(parameters[name])) for name in ("max_beam_width", "max_input_len") if name in parameters),
     ):
         if value > limits[name]:
-            raise refused(f"{name} is {value}, the engines were built for {limits[name]}")
+            raise refused(f"{name} is {value}, but the engines were built for {limits[name]}")
     for tensors in (config.input, config.output):
         names = [tensor.name for tensor in tensors]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -272,9 +278,11 @@ def check_config(text: str, model: str, engine: Mapping[str, Any]) -> Any:
 
 
 def check_engine(engine: Mapping[str, Any], kv_reuse: bool) -> None:
-    """The configs ask for in-flight batching, and perhaps for KV cache reuse: the engines must have been built with what these need.
+    """The configs ask for in-flight batching, and perhaps for KV cache reuse:
+    the engines must have been built with what these need.
 
-    The C++ backend refuses the first at load and the second at the first request (tensorrtllm_backend issues 89, 271, 323).
+    The C++ backend refuses the first at load and the second at the first request (tensorrtllm_backend issues 89,
+    271, 323).
     """
     build = engine["build_config"]
     plugins = build["plugin_config"]
@@ -294,7 +302,7 @@ def check_engine(engine: Mapping[str, Any], kv_reuse: bool) -> None:
 
 
 def check_together(configs: Mapping[str, Any]) -> None:
-    """What the models ask of each other: one way of answering, one tokenizer, one size of batch."""
+    """A Problem unless the models agree on one way of answering, one tokenizer and one batch size."""
     asked = {
         "decoupled": {
             model: configs[model].model_transaction_policy.decoupled
@@ -325,12 +333,12 @@ def render(
 ) -> dict[str, str]:
     """All config.pbtxt of a repository: model -> text. Nothing is returned unless all of them pass together.
 
-    end_ids: the tokens that end an answer. The torch engine is told them where there are several; TensorRT-LLM takes one for each request,
-    and the text models send it the others as stop words.
+    end_ids: the tokens that end an answer. If there are several, the torch engine gets all of them; TensorRT-LLM takes
+    one per request, and the text models send it the others as stop words.
     """
-    # the torch engine's Triton is the pinned one, which can
+    # the torch engine's Triton is the pinned one, which can do this
     unary_response_sender = engine_kind["model_code"] or contracts.toolchain(trtllm_version)["unary_response_sender"]
-    # the torch engine reuses whatever it has
+    # the torch engine can always reuse its blocks
     check_engine(engine, kv_reuse and not engine_kind["model_code"])
     without_value = contracts.sent_without_value(trtllm_version)
     values = hole_values(
@@ -351,7 +359,8 @@ def render(
         if model == "tensorrt_llm" and engine_kind["model_code"]:
             holes["parameters"] += "\n" + parameter_line("sent_without_value", values["sent_without_value"])
             holes["parameters"] += "\n" + parameter_line("request_parameters", ",".join(REQUEST_PARAMETERS))
-        # What the table says of this model must find its hole; of the values for the whole repository a template uses its own.
+        # Every value of this model's table must find a hole;
+        # of the values for the whole repository a template uses only some.
         common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}
         if model == "tensorrt_llm" and engine_kind["model_code"] and len(end_ids) > 1:
@@ -372,7 +381,7 @@ def build_model_repo(settings: Settings) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if name not in described["files"]:
             raise reports.weights.tokenizer_unreadable(
-                settings.config / name, "there is no such file, and the text models need it"
+                settings.config / name, "this file is missing, but the text models need it"
             )
     template = read_chat_template(settings.chat_template)
     if template is not None and settings.chat_template is not None:
@@ -385,8 +394,8 @@ def build_model_repo(settings: Settings) -> None:
     )  # fmt: skip
     room.say(
         "model_repo",
-        f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine {engines['facts']['engine']}"
-        + ("" if settings.streaming else ", no streaming (decoupled: false)"),
+        f"{len(configs)} models with the tensors of TensorRT-LLM {settings.trtllm_version}, engine "
+        f"{engines['facts']['engine']}" + ("" if settings.streaming else ", no streaming (decoupled: false)"),
     )
     with room.filling(
         settings.output,
@@ -421,7 +430,7 @@ def ends_of(config: Path) -> list[int]:
 
 
 def read_chat_template(path: Path | None) -> bytes | None:
-    """CHAT_TEMPLATE's file, checked as far as it can be without a conversation; a Problem when it is not a template."""
+    """CHAT_TEMPLATE's file, checked as far as possible without a conversation; a Problem if it is not a template."""
     if path is None:
         return None
     check_file(path)
@@ -439,7 +448,8 @@ def read_chat_template(path: Path | None) -> bytes | None:
 
 
 def try_chat_template(config: Path, path: Path, template: bytes) -> None:
-    """A Problem if the endpoint could not use CHAT_TEMPLATE with the model's tokenizer. (The room config has tried the model's own.)"""
+    """A Problem if the endpoint could not use CHAT_TEMPLATE with the model's tokenizer.
+    (The room config has tried the model's own.)"""
     names = [name for name in TOKENIZER_FILES if (config / name).is_file() and name != CHAT_TEMPLATE]
     files = {**{name: (config / name).read_bytes() for name in names}, CHAT_TEMPLATE: template}
     proof.open_as_served(files, lambda name: path if name == CHAT_TEMPLATE else config / name)
@@ -451,7 +461,8 @@ def _code_of(model: str) -> list[Path]:
 
 
 def _without_path(name: str, data: bytes) -> bytes:
-    """tokenizer_config.json as older transformers wrote it names the folder that it was loaded from: a path of that machine."""
+    """tokenizer_config.json without the folder that it was loaded from,
+    a path of another machine that older transformers noted."""
     if name != "tokenizer_config.json" or b"name_or_path" not in data:
         return data
     return json.dumps({key: value for key, value in json.loads(data).items() if key != "name_or_path"}).encode()
@@ -462,9 +473,13 @@ def main() -> None:
     for flag in ("--engines", "--config", "--output"):
         parser.add_argument(flag, type=Path, required=True)
     parser.add_argument("--trtllm-version", required=True)
-    parser.add_argument("--kv-reuse", choices=("on", "off"), default="off", help="share the cache of equal beginnings")
+    parser.add_argument(
+        "--kv-reuse", choices=("on", "off"), default="off", help="share the cache of requests that begin alike"
+    )
     parser.add_argument("--streaming", choices=("on", "off"), required=True, help="Triton's decoupled mode")
-    parser.add_argument("--name", default="model", help="what clients of the OpenAI-compatible endpoint call it")
+    parser.add_argument(
+        "--name", default="model", help="the model's name for clients of the OpenAI-compatible endpoint"
+    )
     parser.add_argument("--chat-template", default="", help="a Jinja file, instead of the model's own")
     args = parser.parse_args()
     build_model_repo(

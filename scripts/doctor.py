@@ -1,7 +1,8 @@
 """Runs every check of every script before anything is made: what this machine has and lacks for the journey.
 
-Cheap checks first. [✓] fine, [!] worth knowing, [✗] the journey will stop there, with the report it would stop with. Says "Ready."
-or exits 1. Needs nothing but the standard library, so that it runs before anything is installed; fetches and changes nothing.
+Cheap checks come first. [✓] fine, [!] worth knowing, [✗] the journey will stop there, with the same report. It says
+"Ready." or exits 1. It needs only the standard library, so that it runs before anything is installed.
+It fetches and changes nothing.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from scripts.weights.shape import LlamaShape, read_json
 
 MARKS = {"fine": "✓", "note": "!", "stop": "✗"}
 SCRIPTS = Path(__file__).parent
-# .venv with the CPU wheel of torch is 1.3 GB, with the CUDA one and NVIDIA's libraries 5 GB; pip unpacks beside it.
+# .venv takes 1.3 GB with the CPU wheel of torch, 5 GB with the CUDA one and NVIDIA's libraries; pip unpacks beside it.
 PACKAGES_BYTES = 3_000_000_000
-# Files up to here are compared with Meta's checklist.chk; md5 of gigabytes takes minutes and is left to the user.
+# Files up to this size are compared with Meta's checklist.chk; md5 of gigabytes takes minutes, so the user does that.
 HASHED_BYTES = 100_000_000
 LOOK_UP_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. mark: a key of MARKS; problem: the report, where the journey would stop."""
+    """The result of one check. mark: a key of MARKS; problem: the report, if the journey would stop."""
 
     name: str
     mark: str
@@ -51,7 +52,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """What the user asked make for, and the GPUs, looked up once; unseen: why they could not be."""
+    """The user's choice, and the GPUs, which are looked up once; unseen: why that failed."""
 
     choice: plan.Choice
     host: Sequence[gpus.Gpu] = ()
@@ -63,7 +64,7 @@ class Case:
 
     @property
     def toolchain(self) -> str | None:
-        """The TensorRT-LLM that is asked for, else the one that the GPU decides; None if neither says."""
+        """The TensorRT-LLM that the user names, else the one for this GPU; None if neither is known."""
         return self.choice["TOOLCHAIN"] or (plan.toolchain_for(self.host[0]) if self.host else None)
 
     def rows(self) -> dict[str, plan.Row]:
@@ -76,7 +77,7 @@ Check = Callable[[Case], str]
 
 
 def checked(name: str, check: Check, case: Case) -> Finding:
-    """Run one check. A Problem is a finding; a check that crashes is one too, never the end of the doctor."""
+    """Run one check. A Problem is a finding; so is a check that crashes: it never ends the doctor."""
     try:
         text = check(case)
     except reports.Problem as problem:
@@ -92,11 +93,11 @@ def checked(name: str, check: Check, case: Case) -> Finding:
 
 
 def check_settings(case: Case) -> str:
-    """Nothing was typed that make cannot take."""
+    """Every setting is one that make can take."""
     plan.refuse(case.choice)
     engine = f"TensorRT-LLM {case.toolchain or '(the GPU decides)'}" if case.choice.tensorrt else "the torch engine"
-    rehearsal = "; a rehearsal: what is found is of stand-ins" if case.choice["REHEARSAL"] else ""
-    unary = ", no streaming: one response a request" if case.choice["STREAMING"] == "off" else ""
+    rehearsal = "; a rehearsal: the findings are about stand-ins" if case.choice["REHEARSAL"] else ""
+    unary = ", no streaming: one response per request" if case.choice["STREAMING"] == "off" else ""
     return f"fine {case.choice['MODEL']} by {engine}, TP {case.choice['TP']}{unary}{rehearsal}"
 
 
@@ -110,7 +111,7 @@ def check_make(case: Case) -> str:
 
 
 def check_weights(case: Case) -> str:
-    """The weights are there, and each file is as long as the model's shape or its own header says."""
+    """The weights are there, and each file has the size that the model's shape or its own header requires."""
     folder, source = case.choice.weights, case.choice["SOURCE"]
     if not folder.is_dir():
         secret = source.startswith("meta:") and not (os.environ.get("META_URL") or os.environ.get("META_URL_FILE"))
@@ -131,7 +132,7 @@ def check_weights(case: Case) -> str:
 
 
 def check_meta_files(folder: Path, shape: LlamaShape) -> str:
-    """consolidated.NN.pth: the count and sizes that the shape asks for; small files against checklist.chk."""
+    """consolidated.NN.pth: the count and sizes that the shape requires; small files are compared with checklist.chk."""
     sentencepiece.path_of(folder)
     paths = sorted(folder.glob("consolidated.*.pth"))
     for index in range(max(1, len(paths))):
@@ -148,12 +149,12 @@ def check_meta_files(folder: Path, shape: LlamaShape) -> str:
     for path, size in zip(paths, sizes):
         least = (total - replicated) // len(paths) + replicated
         if size < least:
-            raise reports.weights.weights_unreadable(path, f"it has {size} bytes, its tensors alone take {least}")
+            raise reports.weights.weights_unreadable(path, f"it has {size} bytes, but its tensors alone take {least}")
     return f"{len(paths)} whole shard(s); {check_checklist(folder)}"
 
 
 def check_checklist(folder: Path) -> str:
-    """Meta's md5 sums, as far as the files are small."""
+    """Compares small files with Meta's md5 sums."""
     checklist = folder / "checklist.chk"
     if not checklist.is_file():
         return "no checklist.chk"
@@ -175,7 +176,8 @@ def check_checklist(folder: Path) -> str:
 
 
 def check_hf_files(folder: Path) -> str:
-    """The .safetensors of config.json's model: all that the index names, each as long as its header says."""
+    """The .safetensors of config.json's model: all that the index names,
+    each with the size that its header requires."""
     if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
         return "weights in .bin files, whose checksums are compared when they are converted"
     index = folder / "model.safetensors.index.json"
@@ -186,13 +188,13 @@ def check_hf_files(folder: Path) -> str:
         size, expected = (folder / name).stat().st_size, safetensors_bytes(folder / name)
         if size != expected:
             raise reports.weights.weights_unreadable(
-                folder / name, f"it has {size} bytes, its header speaks of {expected}"
+                folder / name, f"it has {size} bytes, but its header says {expected}"
             )
     return f"{len(names)} whole file(s)"
 
 
 def safetensors_bytes(path: Path) -> int:
-    """How long a .safetensors file says it is: 8 bytes, the header, and the data up to the last offset."""
+    """The size of a .safetensors file by its header: 8 bytes, the header, and the data up to the last offset."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -216,13 +218,13 @@ def check_ports(case: Case) -> str:
 
 
 def check_memory(case: Case) -> str:
-    """Host memory against the hungriest room. An estimate that was never measured stops nothing."""
+    """Host memory, compared with the room that needs most. An estimate that was never measured stops nothing."""
     available = build_engines.free_memory_bytes()
     rows = case.rows()
     needs = {"conversion": memory.CONVERSION_BYTES}
     needs.update({name: rows[name].host_memory_bytes or 0 for name in ("engines", "serve")})
     if not case.choice.tensorrt and case.host:
-        needs["serve"] = memory.CONVERSION_BYTES  # the weights go on to the GPUs, tensor by tensor
+        needs["serve"] = memory.CONVERSION_BYTES  # the weights go to the GPUs tensor by tensor
     said = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.items() if size)
     short = [name for name, size in needs.items() if size > available]
     return f"{'note' if short else 'fine'} {human_bytes(available)} of memory available; at most needed by {said}" + (
@@ -231,11 +233,11 @@ def check_memory(case: Case) -> str:
 
 
 def check_disk(case: Case) -> str:
-    """Room for the rooms that are not made yet, and for the packages while there are none."""
+    """Disk space for the rooms that are not made yet, and for the packages if they are not installed."""
     free = shutil.disk_usage("build" if Path("build").is_dir() else ".").free  # build/ may be a link
     rows = case.rows()
     folders = {"config": Path(case.choice["CONFIG"] or "build/config")}
-    if case.choice["QUANT"]:  # what else needs the whole model in Hugging Face's form is asked for by name
+    if case.choice["QUANT"]:  # other users of the room hf (make hf, make verified) are named by the user
         folders["hf"] = Path(case.choice["HF"] or "build/hf")
     for name in ("checkpoint", "engines", "model_repo"):
         folders[name] = Path(case.choice["VARIANT"] or "build") / name
@@ -250,12 +252,12 @@ def check_disk(case: Case) -> str:
 
 
 def check_fit(case: Case) -> str:
-    """MODEL x TP x DTYPE x limits against the GPUs' memory and abilities."""
+    """Whether MODEL, TP, DTYPE and the limits fit the GPUs' memory and abilities."""
     if case.unseen:
         return "note the GPUs are not known, see above"
     journey = plan.journey_of(case.choice, plan.model_of(case.choice), case.host)
     if not journey.fit and case.choice.tensorrt:
-        return "note without a GPU there is nothing to fit on; for instance: " + reports.make(
+        return "note without a GPU there is nothing to compare with; for instance: " + reports.make(
             "plan", ASSUME_GPU="2x A100-80GB"
         )
     if not journey.fit:
@@ -268,7 +270,7 @@ def check_fit(case: Case) -> str:
 
 
 def check_system(case: Case) -> str:
-    """The system, its C library and an interpreter: what scripts/make_venv.sh would say."""
+    """The system, its C library and an interpreter, with the answer of scripts/make_venv.sh."""
     if case.python.is_file():
         command = [str(case.python), "-V"]
         version = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
@@ -285,14 +287,14 @@ def check_system(case: Case) -> str:
 
 
 def check_shared_memory(case: Case) -> str:
-    """/dev/shm, through which Triton's processes and MPI's ranks talk."""
+    """/dev/shm, which Triton's processes and MPI's ranks use to talk to each other."""
     host.check_shared_memory(world_size=case.choice.number("TP") or 1)
     stat = os.statvfs("/dev/shm")
     return f"fine {human_bytes(stat.f_bavail * stat.f_frsize)} of shared memory"
 
 
 def check_server(case: Case) -> str:
-    """mpirun and tritonserver are there, where the packages are."""
+    """mpirun and tritonserver are there, if the packages are."""
     if not case.python.is_file():
         return "note mpirun and tritonserver come with the packages"
     toolbox.check_mpirun()
@@ -302,7 +304,7 @@ def check_server(case: Case) -> str:
 
 
 def check_gpus_wanted(case: Case) -> str:
-    """NVIDIA's GPUs, when there are any; the torch engine runs without."""
+    """NVIDIA's GPUs, if there are any; the torch engine also runs without."""
     if case.unseen:
         return f"note {case.unseen.title}: {case.unseen.seen}"
     return (
@@ -314,7 +316,7 @@ def check_gpus_wanted(case: Case) -> str:
 
 
 def check_host(case: Case) -> str:
-    """Only what runs docker: everything else is in the container."""
+    """The host's system only: everything else is in the container."""
     system = f"{platform.system()} {platform.machine()}"
     return f"fine {system}" if system == "Linux x86_64" else f"note {system}: NVIDIA's images here are for Linux x86_64"
 
@@ -336,19 +338,19 @@ def seen(case: Case) -> str:
 
 
 def check_driver(case: Case) -> str:
-    """The driver against what the container's CUDA needs."""
+    """Whether the driver is new enough for the container's CUDA."""
     if not case.toolchain or not case.host:
         return "note without a GPU or a TOOLCHAIN there is nothing to compare"
     row = contracts.toolchain(case.toolchain)
     driver, needed, own = case.host[0].driver, str(row["driver_min"]), str(row["driver"])
     if driver is None:
-        return f"note of assumed GPUs no driver is known; TensorRT-LLM {case.toolchain} needs {needed} or later"
+        return f"note the driver of assumed GPUs is not known; TensorRT-LLM {case.toolchain} needs {needed} or later"
     if numbers(driver) < numbers(needed):
         raise reports.planning.driver_too_old(driver, needed, case.toolchain)
     if numbers(driver) < numbers(own):
         return (
-            f"note driver {driver} is older than CUDA {row['cuda']}'s own, {own}: the container brings what it takes to run all the same, "
-            "on data-center GPUs only"
+            f"note driver {driver} is older than CUDA {row['cuda']}'s own, {own}: the container brings libraries "
+            "that run it anyway, on data-center GPUs only"
         )
     return f"fine driver {driver}, {needed} or later is needed"
 
@@ -370,14 +372,15 @@ def check_links(case: Case) -> str:
     if links.nvlink:
         return "fine NVLink between all of them"
     if links.peer_access:
-        return "fine they read each other's memory over PCIe; custom all-reduce is for NVLink, so NCCL it is"
+        return "fine they read each other's memory over PCIe; custom all-reduce is for NVLink, so the engines use NCCL"
     if links.peer_access is None:
-        return "note whether they read each other's memory is not known; engines will be built for NCCL"
+        return "note it is not known whether they read each other's memory; engines will be built for NCCL"
     return "note they cannot read each other's memory: NCCL goes through the host, which is slower; engines will be built for it"
 
 
 def check_docker(case: Case) -> str:
-    """docker, NVIDIA's runtime and the image: what scripts/toolchain.sh would say. An image is only looked up, never pulled."""
+    """docker, NVIDIA's runtime and the image, with the answer of scripts/toolchain.sh. An image is looked up,
+    never pulled."""
     version = case.toolchain or contracts.versions()[-1]
     script = ["bash", str(SCRIPTS / "toolchain.sh")]
     image = container.image_of(contracts.toolchain(version))
@@ -436,7 +439,7 @@ CHECKS: dict[str, dict[str, Check]] = {
 
 
 def case_of(choice: plan.Choice) -> Case:
-    """The choice with the GPUs that are there, or that it names."""
+    """The choice, with this machine's GPUs or those that it names."""
     try:
         return Case(choice, plan.gpus_of(choice))
     except reports.Problem as problem:
@@ -456,10 +459,10 @@ def main() -> int:
         else:
             print(f"[{MARKS[findings[-1].mark]}] {name:<14} {findings[-1].text}", flush=True)
         if name == "settings" and findings[-1].mark == "stop":
-            break  # what the others would look at is not known
+            break  # the other checks need the choice, which is not known
     stops = [finding for finding in findings if finding.mark == "stop"]
     if not as_json:
-        for problem in dict.fromkeys(finding.problem for finding in stops):  # two checks may meet the same one
+        for problem in dict.fromkeys(finding.problem for finding in stops):  # two checks may find the same problem
             print(f"\n{problem}", file=sys.stderr)
         print("\nReady." if not stops else f"\nNot ready: {', '.join(finding.name for finding in stops)}.")
     return 1 if stops else 0

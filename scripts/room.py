@@ -19,27 +19,29 @@ from typing import Any, Callable, Iterator, Mapping
 from scripts import reports
 from scripts.making import ingredients
 
-# How often a step that takes long says so where no terminal watches
+# How often a long step prints a line if no terminal watches
 SPEAK_SECONDS = 10.0
-# A line that is written in place must not wrap.
+# The longest line that is written in place: it must not wrap.
 TERMINAL_WIDTH = 79
 
 MANIFEST = "manifest.json"
 ARGS = "args"
-# What sha256sum says of `args`. Not in the manifest: the question may hold a path of this machine, and two trees give one manifest.
+# The output of sha256sum for `args`. It is not in the manifest, because `args` may hold a path of this machine, and two
+# trees must give the same manifest.
 ARGS_SUM = "args.sha256"
-# of a manifest, the key for the sha256 of all the rest of it
+# the key in a manifest for the sha256 of the rest of it
 OWN_SHA256 = "sha256"
-# Inside a .partial folder only: what the interrupted try was asked, and which of its files are whole.
+# Only inside a .partial folder: the question of the interrupted try, and which of its files are whole.
 FINISHED = "finished.json"
-# Inside a .partial folder only: what the programs used that the room started.
+# Only inside a .partial folder: the modules that the programs started by the room have used.
 CHILDREN_USED = "used_by_children"
 MANIFEST_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of one file. tensors: of a file of weights, the CRC-32 of each tensor's bytes, so that damage has a name."""
+    """A manifest's entry for one file. tensors: for a file of weights, the CRC-32 of each tensor, so that fsck can name
+    the damaged one."""
 
     size_bytes: int
     sha256: str
@@ -54,8 +56,10 @@ class FileRecord:
 class Filling:
     """A room while it is being filled; `path` is its .partial folder.
 
-        After an interrupted try with the same question, `kept` holds the files that it had finished: they need not be made again; `begun`
-    holds the files whose first tensors are whole and on the disk, with the CRC-32 of each (safetensors.write_together goes on after them).
+        After an interrupted try with the same question, `kept` holds the files that it had finished: they need not be
+        made again; `begun`
+    holds the files whose first tensors are whole and on the disk,
+    with the CRC-32 of each (safetensors.write_together goes on after them).
     """
 
     room: Path
@@ -63,18 +67,21 @@ class Filling:
     question: dict[str, Any]
     kept: dict[str, FileRecord] = field(default_factory=dict)
     begun: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    # what the source of each file says of it: the next try keeps a file only where the source says the same again (fetch_weights.py)
+    # what the source says about each file: the next try keeps a file only if the source still says the same
+    # (fetch_weights.py)
     promised: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, record: FileRecord) -> None:
-        """Take a finished file into the room. It must lie whole and synced at `path / name`; its hash comes from writing it."""
+        """Add a finished file to the room. It must be complete and synced at `path / name`;
+        its hash was computed while writing."""
         self.files[name] = record
         self.note({name: parts for name, parts in self.begun.items() if name not in self.files})
 
     def note(self, begun: Mapping[str, Mapping[str, Any]]) -> None:
-        """Remember what is whole, should this try be interrupted. begun: of the files that are not, what of them is on the disk."""
+        """Note what is whole, in case this try is interrupted. begun: for unfinished files,
+        which part of them is on the disk."""
         self.begun = dict(begun)
         files = {name: record.as_json() for name, record in {**self.kept, **self.files}.items()}
         finished = {"question": self.question, "files": files, "begun": begun, "promised": self.promised}
@@ -82,7 +89,7 @@ class Filling:
         write_synced(self.path / FINISHED, json.dumps(finished).encode())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole and take it in."""
+        """Write a small file and add it to the room."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         write_synced(target, data)
@@ -93,13 +100,13 @@ class Filling:
         self.write(name, json.dumps(value, indent=4, ensure_ascii=False).encode())
 
     def take(self, name: str) -> None:
-        """Take in a file that another program wrote at `path / name`."""
+        """Add a file that another program wrote at `path / name`."""
         with open(self.path / name, "rb") as file:
             os.fsync(file.fileno())
         self.add(name, sha256_of(self.path / name))
 
     def link(self, name: str, source: Path, record: FileRecord) -> None:
-        """Take in a file of another room (or of the user) without copying its bytes.
+        """Add a file of another room (or of the user) without copying its bytes.
 
         A hard link where the file system allows it, else a symbolic one: gigabytes are never copied.
         """
@@ -113,21 +120,21 @@ class Filling:
 
 
 def say(room: str, text: str) -> None:
-    """One plain line of a room's story; a rehearsal (docker/rehearsal) says what it is in each of them."""
+    """Print one line about a room; in a rehearsal (docker/rehearsal) every line says so."""
     print(f"{room:<11} {'[rehearsal] ' if 'REHEARSAL_GPUS' in os.environ else ''}{text}", flush=True)
 
 
 def human_bytes(size_bytes: float) -> str:
     """9491528 -> '9.5 MB' (decimal units, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 999.95:  # which would be written as 1000.0
+        if size_bytes < 999.95:  # from there on it would be written as 1000.0
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
 
 
 def human_gpu_bytes(size_bytes: float) -> str:
-    """16944988160 -> '15.8 GiB': what is in a GPU's memory, which nvidia-smi and the GPU's name count in binary units."""
+    """16944988160 -> '15.8 GiB': for GPU memory, because nvidia-smi and the GPU's name use binary units."""
     return f"{size_bytes / (1 << 30):.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / (1 << 20):.0f} MiB"
 
 
@@ -152,7 +159,7 @@ def sha256_of(path: Path) -> FileRecord:
 
 
 def manifest_bytes(room: Path) -> bytes:
-    """A room's manifest as it lies there; a Problem if there is none."""
+    """A room's manifest, unchecked; a Problem if there is none."""
     try:
         with open(room / MANIFEST, "rb") as file:
             return file.read(MANIFEST_MAX_BYTES)
@@ -161,17 +168,17 @@ def manifest_bytes(room: Path) -> bytes:
 
 
 def manifest_sha256(room: Path) -> str:
-    """The one number that names everything in a room, and through `reads` everything before it."""
+    """The hash that identifies everything in a room, and through `reads` everything before it."""
     return hashlib.sha256(manifest_bytes(room)).hexdigest()
 
 
 def as_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as it lies in its room."""
+    """The bytes of a manifest in its room."""
     return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def own_sha256(manifest: Mapping[str, Any]) -> str:
-    """What a manifest says of itself, so that damage to it is found: the sha256 of what it would be without saying this."""
+    """A manifest's own checksum, so that damage to it is found: the sha256 of the manifest without this entry."""
     rest = {name: value for name, value in manifest.items() if name != OWN_SHA256}
     return hashlib.sha256(as_bytes(rest)).hexdigest()
 
@@ -182,7 +189,7 @@ def args_sum(args: bytes) -> bytes:
 
 
 def read_manifest_only(room: Path) -> dict[str, Any]:
-    """A finished room's manifest, whatever became of its files; a Problem if it is missing or no manifest."""
+    """A finished room's manifest, whatever happened to its files; a Problem if it is missing or not a manifest."""
     try:
         manifest = json.loads(manifest_bytes(room))
         for name, _ in manifest["files"].items():
@@ -193,7 +200,7 @@ def read_manifest_only(room: Path) -> dict[str, Any]:
 
 
 def is_room(folder: Path) -> bool:
-    """Whether we filled it; other tools, too, leave a manifest.json in their folders."""
+    """Whether we filled this room; other tools also write a manifest.json into their folders."""
     if (folder / ARGS).is_file() or not (folder / MANIFEST).is_file():
         return (folder / MANIFEST).is_file()
     try:
@@ -203,7 +210,8 @@ def is_room(folder: Path) -> bool:
 
 
 def read_manifest(room: Path) -> dict[str, Any]:
-    """A finished room's manifest; a Problem if the room is missing, damaged, or a file has not the size that was written."""
+    """A finished room's manifest; a Problem if the room is missing or damaged,
+    or if a file has another size than was written."""
     manifest = read_manifest_only(room)
     for name in manifest["files"]:
         record = record_of(manifest, name)
@@ -216,7 +224,7 @@ def read_manifest(room: Path) -> dict[str, Any]:
 
 
 def record_of(manifest: Mapping[str, Any], name: str) -> FileRecord:
-    """What a manifest says of one of its files."""
+    """A manifest's record of one of its files."""
     record = FileRecord(**manifest["files"][name])
     if type(record.size_bytes) is not int or not isinstance(record.sha256, str):
         raise TypeError(f"no size and sha256 of {name}")
@@ -234,15 +242,17 @@ def filling(
 ) -> Iterator[Filling]:
     """Fill `room` from the rooms it `reads`.
 
-    The body writes into `filling.path`; when it returns, the manifest is written last and the folder takes the room's name.
-    When it fails or is killed, the room is as it was and the evidence stays in the .partial folder until the next try.
-    arguments: what the room was made with (no path, no time, no user name: two trees give one digest). tools: name -> version.
-    A second make that wants the same room waits, and finds it made; a room that was whole when it was interrupted only gets its
-    name (both raise Finished). ROOM_ARGS (what the room is asked to be, kept in its file `args`) and ROOM_NEEDS (the files it is
-    made from) come from the Makefile; the modules and tables it is made from the room lists itself (scripts/making/ingredients.py).
-    `args` may hold a path of this machine: it is the question, not part of the answer.
-    name: what the room is called, where its folder is named after something else. asked: in place of ROOM_ARGS, for a room that is made
-    from no files of this tree and stays whatever code changes (weights).
+    The body writes into `filling.path`. When it returns, the manifest is written last and the folder gets the room's
+    name. If it fails or is killed, the room is as before, and the evidence stays in the .partial folder until the next
+    try.
+    arguments: what the room was made with (no path, no time, no user name: two trees give the same digest). tools: name
+    -> version. A second make that wants the same room waits and finds it made. A room that was complete when it was
+    interrupted only gets its name. Both raise Finished. From the Makefile come ROOM_ARGS (the room's question, kept in
+    its file `args`) and ROOM_NEEDS (the files it is made from). The room itself lists the modules and tables that it is
+    made from (scripts/making/ingredients.py). `args` may hold a path of this machine, because it is the question and
+    not part of the answer.
+    name: the room's name, if its folder has another one. asked: replaces ROOM_ARGS, for a room that does not depend on
+    files of this tree and stays whatever code changes (weights).
     """
     room = room.absolute()
     partial, old = room.with_name(room.name + ".partial"), room.with_name(room.name + ".old")
@@ -271,7 +281,7 @@ def filling(
         kept, begun, promised = _keep_finished(partial, question, made_from_files)
         filling_room = Filling(room, partial, question, kept, begun, promised)
         os.environ[ingredients.CHILDREN] = str(partial / CHILDREN_USED)
-        before = ingredients.used()  # as they are now, should a module be edited while it runs
+        before = ingredients.used()  # their present state, in case a module is edited while this runs
         yield filling_room
         manifest = {
             "room": name or room.name,
@@ -299,7 +309,7 @@ def filling(
         (partial / FINISHED).unlink(missing_ok=True)
         raise
     except OSError as error:
-        error.filename = error.filename or str(partial)  # a failed write does not say where
+        error.filename = error.filename or str(partial)  # a failed write does not name its file
         raise
     finally:
         os.environ.pop(ingredients.CHILDREN, None)
@@ -308,7 +318,7 @@ def filling(
 
 
 def _lock(folder: Path, how: int, waiting: str) -> int:
-    """Lock a directory itself: no lock file is left behind, and the lock ends with the process, however it ends."""
+    """Lock a directory itself, so that no lock file is left behind. The lock ends with the process, however it ends."""
     while True:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -316,7 +326,7 @@ def _lock(folder: Path, how: int, waiting: str) -> int:
         except BlockingIOError:
             say(folder.stem, waiting)
             fcntl.flock(fd, how)
-        # Another make may have given the folder that we waited for another name.
+        # Another make may have renamed the folder that we waited for.
         if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
             return fd
         os.close(fd)
@@ -335,12 +345,12 @@ def _lock_partial(partial: Path) -> int:
         partial.mkdir(exist_ok=True)
         try:
             return _lock(partial, fcntl.LOCK_EX, "another make is filling this room; waiting for it")
-        except FileNotFoundError:  # between our two lines the other make gave it its final name
+        except FileNotFoundError:  # between these two lines the other make gave it its final name
             continue
 
 
 def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
-    """Make's own question, asked again under the lock: is this room whole, and right for what is asked now?"""
+    """Make's question, asked again under the lock: is this room complete, and right for the present question?"""
     try:
         return (
             (not made_from_files or (_newer_than_needs(folder / MANIFEST) and not ingredients.stale(folder)))
@@ -352,14 +362,15 @@ def _answers(folder: Path, asked: str, made_from_files: bool) -> bool:
 
 
 def _newer_than_needs(path: Path) -> bool:
-    """Whether no file that make names as a need is newer ('none': there is none); False if make named nothing, or was told -B."""
+    """Whether none of the files that make names as needs is newer ('none': there are none); False if make named
+    nothing, or runs with -B."""
     needs = os.environ.get("ROOM_NEEDS", "").split()
     made_ns = path.stat().st_mtime_ns
     return bool(needs) and all(os.stat(need).st_mtime_ns <= made_ns for need in needs if need != "none")
 
 
 def interrupted_arguments(room: Path) -> dict[str, Any]:
-    """What an interrupted try to fill a room was made with; nothing if there is none."""
+    """The question of an interrupted try to fill a room; empty if there was none."""
     try:
         return dict(
             json.loads((room.with_name(room.name + ".partial") / FINISHED).read_bytes())["question"]["arguments"]
@@ -371,7 +382,8 @@ def interrupted_arguments(room: Path) -> dict[str, Any]:
 def _keep_finished(
     partial: Path, question: Mapping[str, Any], made_from_files: bool
 ) -> tuple[dict[str, FileRecord], dict[str, Mapping[str, Any]], dict[str, Any]]:
-    """Empty the .partial folder but for files that an interrupted try with the same question and the same code finished, or began."""
+    """Empty the .partial folder, except for files that an interrupted try with the same question and code finished or
+    began."""
     try:
         finished = json.loads((partial / FINISHED).read_bytes())
         same = finished["question"] == question and (
@@ -402,7 +414,8 @@ def _keep_finished(
 
 
 def _publish(partial: Path, room: Path, old: Path) -> None:
-    """Give the whole folder its final name. os.replace cannot overwrite a non-empty directory, so the old room moves aside first."""
+    """Give the complete folder its final name. os.replace cannot overwrite a non-empty directory,
+    so the old room moves aside first."""
     (partial / FINISHED).unlink(missing_ok=True)
     if old.exists():
         shutil.rmtree(old)
@@ -419,7 +432,7 @@ def _publish(partial: Path, room: Path, old: Path) -> None:
 
 
 class Spoken:
-    """The progress of bytes in a log: a line every SPEAK_SECONDS, none for what is done sooner."""
+    """Progress in a log: one line every SPEAK_SECONDS, none for a shorter step."""
 
     def __init__(self, total_bytes: int, room: str, spoken: bool = True) -> None:
         self.total_bytes, self.room, self.spoken, self.done_bytes = total_bytes, room, spoken, 0
@@ -443,7 +456,7 @@ class Spoken:
 
 
 def progress(total_bytes: int, room: str, spoken: bool = True) -> Any:
-    """A progress bar in bytes where a terminal watches, else Spoken. With update(bytes) and close(). spoken: False if the caller
+    """A progress bar in bytes on a terminal, else Spoken. It has update(bytes) and close(). spoken: False if the caller
     itself writes the lines for a log."""
     if not sys.stderr.isatty():
         return Spoken(total_bytes, room, spoken)
@@ -456,7 +469,8 @@ def progress(total_bytes: int, room: str, spoken: bool = True) -> Any:
 
 @contextmanager
 def waiting(room: str, awaited: str | Callable[[], str]) -> Iterator[None]:
-    """Says what is waited for while a step without a measure runs: every SPEAK_SECONDS a line, on a terminal the seconds in place."""
+    """While a step without a measure of progress runs, say what it waits for: one line every SPEAK_SECONDS; on a
+    terminal, the seconds in place."""
     over, watched, began = threading.Event(), sys.stderr.isatty(), time.monotonic()
 
     def speak() -> None:

@@ -1,11 +1,11 @@
-"""Supervisor: serves a model repository in leader mode, one tritonserver per rank under one mpirun, and the OpenAI-compatible endpoint
-(scripts/openai) beside them; ends them all together.
+"""Supervisor: serves a model repository in leader mode (one tritonserver per rank under one mpirun) and the
+OpenAI-compatible endpoint (scripts/openai); it ends all of them together.
 
 Reads   engines/ and model_repo/ under --root
 Needs   mpirun; tritonserver, from NVIDIA's container or from the wheel nvidia-pytriton
 
-Ready means that a token went through all ranks. When a rank dies or stops, all end and the status is not 0. SIGTERM and Ctrl-C let
-running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
+Ready means that a token went through all ranks. If a rank dies or stops, all end and the exit status is not 0. SIGTERM
+and Ctrl-C let running requests finish (DRAIN_SECONDS), leave no process behind and exit 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def settings_parser() -> argparse.ArgumentParser:
 
 
 def operating_from(args: argparse.Namespace) -> Operating:
-    """What the options of settings.OPERATING say. A value that cannot be is a report."""
+    """The values of the options in settings.OPERATING; an impossible value is a report."""
     found: dict[str, Any] = {}
     for name in settings.OPERATING:
         value = getattr(args, settings.flag(name)[2:].replace("-", "_"), "") or settings.BY_NAME[name].default

@@ -1,6 +1,7 @@
 """The settings of make: one table, from which the checks, the reports, the pages and the tests all come.
 
-Run by any Python from 3.8 on that a machine has, before anything is installed: the standard library only, here and in scripts/reports.
+Any Python from 3.8 on runs it, before anything is installed.
+So this file and scripts/reports use only the standard library.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Mapping, NamedTuple, Sequence
 
 from scripts import reports
 
-# Characters that a makefile, or the shell in its recipes, would not take as part of a word. A colon is one too: make splits rules by it.
+# Characters that are not part of a word for make, or for the shell in its recipes. A colon is one too:
+# make splits rules by it.
 NOT_IN_WORDS = " \t\r\n$#%;'\"`&|<>()[]{}*?!~\\:"
 DTYPES = ("float16", "bfloat16", "float32")
 QUANTS = ("int8_wo", "int4_awq", "fp8", "sq")
-# They are read from the environment or from a file: a command line is seen by every user of the machine.
+# Secrets come from the environment or from a file, because every user of the machine can see a command line.
 SECRETS = ("META_URL", "MIRROR_URL", "HF_TOKEN")
 NUMBER, NUMBER_OR_EMPTY = r"[1-9][0-9]{0,8}", r"(?:[1-9][0-9]{0,8})?"
 A_NUMBER = "a whole number of at least 1"
@@ -22,12 +24,13 @@ ORIGIN = r"https?://[\w.-]+(?::[0-9]+)?"
 
 
 class Setting(NamedTuple):
-    """One setting. pattern: of the whole value; says: the same in words; example: a value that would do.
+    """One setting. pattern: of the whole value; says: the pattern in words; example: a valid value.
 
-    default: its value if neither the command line nor the preset has it; shown: how the page says the default, if not as it is;
-    words: the values, if it is one of a few; goals: the words of make it is for, none for all that make or use rooms; text: what it is;
-    holds: characters of NOT_IN_WORDS that it may hold nevertheless; free: text that no recipe ever holds: it travels in the environment;
-    with_torch: the only value with ENGINE=torch, None if any will do.
+    default: its value if neither the command line nor the preset has it; shown: the default in the page's words, if
+    they differ;
+    words: the values, if there are only a few; goals: the make words that use it; empty: all that make or use rooms;
+    text: what it is; holds: characters of NOT_IN_WORDS that it may hold; free: text for the environment only, never for
+    a recipe; with_torch: the only value with ENGINE=torch, None if any will do.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Setting(NamedTuple):
 
 
 def _one_of(name: str, default: str, words: Sequence[str], text: str, **more: object) -> Setting:
-    """A setting that is one of some words; the empty word is one if it is in `words`."""
+    """A setting with a fixed list of words; it may be empty if `words` has the empty word."""
     named = [word for word in words if word]
     says = " or ".join(filter(None, [", ".join(named[:-1]), named[-1]])) + (", or empty" if "" in words else "")
     pattern = "|".join(map(re.escape, words))
@@ -74,7 +77,7 @@ TABLE: tuple[Setting, ...] = (
             "a preset of `models/`, or a folder (with a slash in it)"),
     Setting("WEIGHTS", "", ".*", "a folder", "weights/llama-2-7b", "where the weights are", shown="the preset's"),
     Setting("SOURCE", "", ".*", "where weights come from", "hf:meta-llama/Llama-2-7b-hf",
-            "where they are fetched from if they are not there: see `scripts/fetching/sources.py`",
+            "where missing weights are fetched from: see `scripts/fetching/sources.py`",
             shown="the preset's", holds=":"),
     _one_of("ENGINE", "torch", ("torch", "tensorrt"), 'see "Two engines"'),
     _number("TP", "2", "tensor parallelism: ranks, each with its part of every layer"),
@@ -96,7 +99,7 @@ TABLE: tuple[Setting, ...] = (
     _one_of("STREAMING", "on", ("on", "off"),
             '`off`: every request has one response, see "The served models"'),
     _one_of("KV_REUSE", "off", ("on", "off"),
-            "share the KV cache of equal beginnings; with `ENGINE=tensorrt` not on V100"),
+            "share the KV cache of requests that begin alike; with `ENGINE=tensorrt` not on V100"),
     Setting("HOST", "127.0.0.1", r"[\w.:-]+", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1",
             "127.0.0.1", "where the server listens", SERVING, holds=":"),
     _number("HTTP_PORT", "8000", "Triton's HTTP", goals=SERVING),
@@ -113,21 +116,22 @@ TABLE: tuple[Setting, ...] = (
             "https://chat.example", "origins whose pages may ask the endpoint, or `any`", SERVING, holds=":", shown="none"),
     Setting("DRAIN_SECONDS", "20", NUMBER, A_NUMBER, "20", "how long running requests may take when the server ends", SERVING),
     Setting("LAME_DUCK_SECONDS", "0", r"0|[1-9][0-9]{0,3}", "a whole number, or 0", "5",
-            "before that: how long new ones are still served while `/health` says 503", SERVING),
+            "before that: how long new requests are still served while `/health` says 503", SERVING),
     _one_of("METRICS", "on", ("on", "off"), "Prometheus' page `/metrics` on the endpoint's port", goals=SERVING),
     _one_of("TRACES", "off", ("on", "off"), "`on`: a trace of each request for OpenTelemetry (docs/operations.md)", goals=SERVING),
     _one_of("LOG", "text", ("text", "json"), "`json`: also a line for each request to the endpoint", goals=SERVING),
     Setting("CHAT_TEMPLATE", "", ".*", "a Jinja file that is there, or empty for the model's own template", "",
             "a Jinja file", shown="the model's own, or the preset's"),
-    Setting("API_KEY_FILE", "", ".*", "a file that is there, with one API key a line, or empty", "",
-            "keys of its clients, one a line (scripts/openai/README.md); or `BAKE_API_KEY`", SERVING,
-            shown="no key is asked for"),
+    Setting("API_KEY_FILE", "", ".*", "a file that is there, with one API key per line, or empty", "",
+            "keys of its clients, one per line (scripts/openai/README.md); or `BAKE_API_KEY`", SERVING,
+            shown="no key is needed"),
     _free("PROMPT", "Once upon a time", "what `ask` asks", "ask"),
     _number("MAX_TOKENS", "48", "how long the answer may be", goals=("ask", "demo")),
     Setting("PYTHON", "", ".*", "an interpreter that runs", "",
             "an interpreter that has the packages; no `.venv` is made", shown="`.venv/bin/python`"),
     Setting("ASSUME_GPU", "", r"(?:(?:[1-9][0-9]? *x *)?[\w.-]+)?",
-            "the GPUs to assume, for instance 4x V100-SXM2-16GB, only in make plan, make doctor and make -n: nothing is built for it",
+            "the GPUs to assume, for instance 4x V100-SXM2-16GB, only in make plan, make doctor and make -n: nothing "
+            "is built for it",
             "4x V100-SXM2-16GB", "GPUs to assume in `plan`, `doctor` and `make -n`, for instance `4x V100-SXM2-16GB`", holds=" "),
     Setting("REHEARSAL", "", r"(?:[1-9][0-9]?x [\w.-]+)?",
             "the GPUs to stand in for, for instance 2x A100-80GB (docker/README.md)", "2x A100-80GB",
@@ -157,14 +161,14 @@ TABLE: tuple[Setting, ...] = (
     _one_of("PEERS", "", ("", "on"), "`on`: measure other servers too", goals=("bench",)),
     Setting("VLLM_PYTHON", "", r"[\w./-]*", "an interpreter that has vLLM", "",
             "an interpreter that has vLLM, in its own environment, for `PEERS=on`", ("bench",)),
-    _one_of("FORM", "", ("", "gguf"), "of a preset: `gguf` if that is the form of its weights", shown="found in the folder"),
+    _one_of("FORM", "", ("", "gguf"), "in a preset: `gguf` if its weights have that form", shown="found in the folder"),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
-# Triton's three ports and the endpoint's, where nothing else is asked for. Files that no Python reads repeat them
-# (docker/, the chart, docs): tests/test_settings.py holds them to this.
+# Triton's three ports and the endpoint's, by default. Files that no Python reads repeat them (docker/, the chart, docs):
+# tests/test_settings.py compares them.
 PORTS = {name: int(BY_NAME[name].default) for name in NAMES if name.endswith("_PORT")}
-# Settings that are options too, under their names; LOG's is not --log, which names a file
+# Settings that are also options with the same name; LOG's option is not --log, which names a file
 OPERATING = (
     "OPENAI_HOST", "DRAIN_SECONDS", "LAME_DUCK_SECONDS", "METRICS", "TRACES", "LOG", "MODEL_ALIASES", "CORS_ORIGINS",
 )  # fmt: skip
@@ -181,19 +185,19 @@ MODELS_OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fits(setting: Setting, value: str) -> bool:
-    """Whether a value can be the setting's, as far as the value alone can say."""
+    """Whether the setting allows a value, as far as the value alone can say."""
     if setting.free:
         return True
     return not characters(setting, value) and re.fullmatch(setting.pattern, value) is not None
 
 
 def characters(setting: Setting, value: str) -> list[str]:
-    """What in a value make and the shell would not take as part of a word."""
+    """The characters of a value that make and the shell would not take as part of a word."""
     return [] if setting.free else sorted(set(value) & (set(NOT_IN_WORDS) - set(setting.holds)))
 
 
 def clash(name: str, values: Mapping[str, str]) -> str:
-    """What a value that fits needs besides, in words; empty if nothing is missing."""
+    """What else a valid value needs, in words; empty if nothing is missing."""
     setting, value = BY_NAME[name], values[name]
     if setting.with_torch is not None and values["ENGINE"] != "tensorrt" and value != setting.with_torch:
         return f"{setting.with_torch or 'empty'} with ENGINE=torch; {setting.says} with ENGINE=tensorrt"
@@ -203,7 +207,7 @@ def clash(name: str, values: Mapping[str, str]) -> str:
 
 
 def wrong(values: Mapping[str, str]) -> list[str]:
-    """The settings whose values cannot be, in the order of the table. Files and folders are not looked at."""
+    """The settings with impossible values, in the order of the table. Files and folders are not checked."""
     return [name for name in NAMES if not fits(BY_NAME[name], values[name]) or clash(name, values)]
 
 
@@ -215,7 +219,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def repair(name: str, values: Mapping[str, str]) -> dict[str, str]:
-    """The settings to type instead: what the user wished, as near as it can be."""
+    """The settings to type instead, as near as possible to what the user typed."""
     setting, value = BY_NAME[name], values[name]
     fixed = value
     if not fits(setting, value):
@@ -240,7 +244,7 @@ def problem(
         for n, name in enumerate(names)
         if name in SECRETS or (name in PATHS and not fits(BY_NAME[name], values[name]))
     ]
-    if alone or len(problems) == 1:  # their advice is more than another value
+    if alone or len(problems) == 1:  # these reports advise more than another value
         return problems[alone[0] if alone else 0]
     fixed: dict[str, object] = {}
     for name in names:
@@ -252,7 +256,7 @@ def problem(
 
 
 def _goal(name: str, goal: str) -> str:
-    """The word that the advice types: the user's own if it is known, else one that the setting is for."""
+    """The make word in the advice: the user's own if it is known, else one that uses the setting."""
     return goal or (BY_NAME[name].goals or ("serve",))[0] if name in BY_NAME else goal or "serve"
 
 
@@ -318,7 +322,7 @@ def table_page() -> str:
     return "\n".join(row.replace("|  |", "| |") for row in rows) + "\n"
 
 
-# What tests give every setting; `wrong_values` keeps those that a setting must refuse.
+# Values that tests give to every setting; `wrong_values` keeps those that a setting must refuse.
 SLIPS = (
     "", "0", "-1", "07", "1.5", "2 3", "x", "on off", "false", "%", ".*", "a b", "a;b", "a'b", 'a"b', "a#b", "x&y", "$(shell touch pwned)",
     "`touch pwned`", "$HOME", "../..", "a:b", "9.9.9", "1000000000",
@@ -326,5 +330,5 @@ SLIPS = (
 
 
 def wrong_values(setting: Setting) -> list[str]:
-    """Values that a setting cannot have, made from what the table says it can."""
+    """Values that a setting must refuse, derived from what the table allows."""
     return [value for value in SLIPS if not fits(setting, value)]

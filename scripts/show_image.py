@@ -14,14 +14,14 @@ from scripts import reports, room
 from scripts.images import builders
 from scripts.settings import PORTS
 
-# Docker publishes where it is told; the container listens on all its addresses.
+# docker decides which addresses are published; the container listens on all its addresses.
 TRITON = f"{PORTS['HTTP_PORT']}-{PORTS['METRICS_PORT']}"
 PUBLISHED = " ".join(f"--publish 127.0.0.1:{ports}:{ports}" for ports in (TRITON, PORTS["OPENAI_PORT"]))
 RUN = "docker run --rm {gpus}--stop-timeout 40 " + PUBLISHED + " {tag}"
 
 
 def run_command(tag: str, passport: dict[str, Any]) -> str:
-    """How to serve it. --stop-timeout: running requests get 20 s, docker's own patience is 10 s."""
+    """The command that serves it. --stop-timeout: running requests get 20 s, but docker alone waits only 10 s."""
     gpus = passport["engine"]["kind"] == "tensorrt"
     return RUN.format(
         gpus="--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824 " if gpus else "", tag=tag
@@ -29,7 +29,7 @@ def run_command(tag: str, passport: dict[str, Any]) -> str:
 
 
 def table(described: dict[str, Any]) -> list[str]:
-    """A line for each layer, and one for the sum."""
+    """One line per layer, and one for the sum."""
     lines = [
         f"{room.human_bytes(layer['size_bytes']):>10}  {layer['instruction'] or '(base)':<46} {layer['why']}"
         for layer in described["layers"]
@@ -39,7 +39,7 @@ def table(described: dict[str, Any]) -> list[str]:
 
 
 def beyond(described: dict[str, Any], root: Path) -> dict[str, int]:
-    """Bytes of the image, of its base, of engines with tokenizer, and what is on top of these."""
+    """Bytes of the image, of its base, of engines with tokenizer, and of the rest."""
     total = sum(layer["size_bytes"] for layer in described["layers"])
     base = sum(layer["size_bytes"] for layer in described["layers"] if not layer["instruction"])
     engines = room.read_manifest(root / "engines")["files"]
@@ -63,8 +63,8 @@ def summary(sums: dict[str, int]) -> str:
         room.human_bytes(sums[f"{name}_bytes"]) for name in ("image", "base", "engines_and_tokenizer", "added")
     )
     return (
-        f"The image has {image}: {base} of base, {rooms} of engines and tokenizer, "
-        f"{added} of packages, launcher, configs and passport."
+        f"The image has {image}: {base} of base, {rooms} of engines and tokenizer, {added} of packages, launcher, "
+        "configs and passport."
     )
 
 

@@ -2,12 +2,12 @@
 for measuring speed.
 
 Writes  weights/synthetic-7b (or -13b, -70b, as MODEL says): config.json, model-*.safetensors, tokenizer.model; for 70B
-        repeated.json, because only its first four layers have their own numbers: 7.9 GB, so that a disk has to hold the
-        ranks' files alone
+        repeated.json, because only its first four layers have their own numbers: it takes 7.9 GB, so that a disk need
+        hold little more than the ranks' files
 Needs   PyTorch; a GPU makes the numbers in seconds, a CPU in minutes (and different ones)
 
-It says nothing of sense. Its tokenizer is the bundled model's with words made up to 32000,
-so that every token has a text.
+Its text has no meaning. Its tokenizer is the bundled model's, filled up with invented words to 32000, so that every
+token has a text.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SHAPES = {
 # How many layers have their own numbers; the others repeat them in turn
 OWN_LAYERS = {"synthetic-70b": 4}
 POSITIONS = 4096
-# of a normal distribution; Llama's own matrices have about as much
+# standard deviation of the normal distribution; about that of Llama's own matrices
 SPREAD = 0.02
 LAYERS_PER_FILE = 8
 TOKENIZER = Path(__file__).parent.parent / "models" / "stories" / "tokenizer.model"
 
 
 def hf_config(shape: LlamaShape) -> dict[str, Any]:
-    """config.json as transformers has it."""
+    """config.json in transformers' form."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "torch_dtype": "bfloat16",
         "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.n_layers,
@@ -51,8 +51,8 @@ def hf_config(shape: LlamaShape) -> dict[str, Any]:
 
 
 def tokenizer_model(bundled: bytes, size: int) -> bytes:
-    """The bundled tokenizer.model with pieces appended up to `size`: in a protobuf,
-    a repeated field may go on at the end.
+    """The bundled tokenizer.model with pieces appended up to `size`;
+    a protobuf allows more of a repeated field at the end.
 
     Field numbers: sentencepiece's src/sentencepiece_model.proto (pieces = 1; piece = 1, score = 2). No text has these
     words, so the encoding of any text stays as it is.
@@ -68,7 +68,7 @@ def tokenizer_model(bundled: bytes, size: int) -> bytes:
 
 
 def repeats(shape: LlamaShape, own_layers: int) -> dict[str, str]:
-    """Tensors of the layers after the first `own_layers` -> whose numbers they have."""
+    """Tensors of the layers after the first `own_layers` -> the tensors whose numbers they repeat."""
     names = {}
     for name in shape.hf_tensors():
         if name.startswith("model.layers."):
@@ -88,7 +88,7 @@ def files(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def write(output: Path, shape: LlamaShape, seed: int, own_layers: int | None = None) -> None:
-    """All or nothing: the folder appears when it is whole."""
+    """All or nothing: the folder appears when it is complete."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,9 +1,10 @@
-"""Is an image what its passport says? Recomputes everything that can be recomputed: `make verify-image IMAGE=name` or a file of dist/.
+"""Is an image what its passport says? Recomputes everything that can be recomputed:
+`make verify-image IMAGE=name` or a file of dist/.
 
-Reads   IMAGE from the environment: what docker or buildah keeps, or an archive; git, where it has the revision
+Reads   IMAGE from the environment: an image of docker or buildah, or an archive; git, if it has the revision
 Needs   the standard library
 
-What cannot be recomputed from an image: that the weights are Meta's, and that the accuracy report was not made up. It is said at the end.
+An image cannot prove that the weights are Meta's, or that the accuracy report is true. The last line says so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ METADATA_MAX_BYTES = 1 << 20
 
 
 class Content:
-    """The image's files as its user sees them, from one walk over its layers: sizes and hashes, and the few that are read."""
+    """The image's files as its user sees them, from one walk over its layers: sizes and hashes,
+    and the content of a few."""
 
     def __init__(self, archive: Archive, base_layers: int) -> None:
         self.files: dict[str, room.FileRecord] = {}
@@ -70,7 +72,7 @@ Finding = Tuple[str, List[str]]
 
 
 def findings(archive: Archive) -> Iterator[Finding]:
-    """(what was recomputed, what differs) one after the other; nothing differs where the list is empty."""
+    """(what was recomputed, what differs), one after the other; an empty list means that nothing differs."""
     base_layers = len(archive.diff_ids) - sum(
         1
         for entry in archive.config.get("history", [])
@@ -106,7 +108,8 @@ def findings(archive: Archive) -> Iterator[Finding]:
         actual = content.files.get(name)
         if actual != record:
             differ.append(
-                f"{name}: sha256 {record.sha256[:12]} in the passport, {actual.sha256[:12] if actual else 'no such file'} in the image"
+                f"{name}: sha256 {record.sha256[:12]} in the passport, "
+                f"{actual.sha256[:12] if actual else 'no such file'} in the image"
             )
     extra = {name for name in content.files if name.startswith("srv/")} - {*expected_files, "srv/passport.json"}
     yield (
@@ -122,7 +125,7 @@ def findings(archive: Archive) -> Iterator[Finding]:
     revision = about.get("revision") or ""
     if re.fullmatch(r"[0-9a-f]{40}", revision) and _git("cat-file", "-e", revision) is not None:
         differ = [
-            f"{name}: not what revision {revision[:12]} has"
+            f"{name}: differs from revision {revision[:12]}"
             for name, record in sorted(content.files.items())
             if name.startswith(LAUNCHER)
             and passport.sha256(_git("show", f"{revision}:{name[len(LAUNCHER) :]}") or b"") != record.sha256
@@ -165,7 +168,8 @@ def verify(archive: Archive, image: str) -> None:
         print(f"[{'✗' if differ else '✓'}] {text}", flush=True)
         failed += differ
     print(
-        "[!] not recomputed: that the weights are their publisher's, and what the accuracy report measured", flush=True
+        "[!] cannot be recomputed: that the weights are their publisher's, and what the accuracy report measured",
+        flush=True,
     )
     if failed:
         raise reports.images.image_not_what_it_says(image, failed)

@@ -1,6 +1,7 @@
 """Finds habits that make a sentence hard to read (CONTRIBUTING.md, "Plain English"). `make lint` runs it.
 
-Reads:  Markdown, comments, docstrings, the literals of scripts/, and shell, Make and YAML files; not the tests' literals.
+Reads:  Markdown, comments, docstrings, the literals of scripts/, and shell, Make and YAML files; not the tests'
+literals.
 Writes: one line per place: file:line, the words, the better form. The exit status is 1 if there is one.
 Needs:  git, which names the files, and the standard library.
 
@@ -19,7 +20,8 @@ from typing import NamedTuple
 
 
 class Pattern(NamedTuple):
-    """One habit. START is where a sentence begins. A match with a group `fine` is not counted. A test reads bad and good."""
+    """One habit. START is where a sentence begins. A match with a group `fine` is not counted.
+    A test reads bad and good."""
 
     words: str
     better: str

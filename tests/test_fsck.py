@@ -156,7 +156,7 @@ def test_a_room_from_before_manifests_could_be_checked_says_so_and_is_held_to_wh
     done = fsck(own, "config")
     assert done.returncode == 0 and "made before manifests had their own checksum" in done.stdout
     [damage] = damages(own, "checkpoint")
-    assert (damage["file"], damage["part"]) == ("manifest.json", "what it says of config")
+    assert (damage["file"], damage["part"]) == ("manifest.json", "its entry for config")
 
 
 def test_what_is_no_damage_is_mentioned(own: Path) -> None:

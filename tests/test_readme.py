@@ -90,3 +90,18 @@ def test_every_make_command_of_the_pages_is_one_that_make_takes(tree: Path) -> N
         if done.returncode:
             wrong.append(f"{page}: {command}: {(done.stdout + done.stderr).strip()[:300]}")
     assert not wrong, "\n".join(wrong)
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers of a text, as they are written: 7,167 and 4.47.1 are one each."""
+    return {found.rstrip(".,") for found in re.findall(r"(?<![\w.])\d[\d.,]*", text)}
+
+
+def test_measured_numbers_have_one_source() -> None:
+    """What the Korean page says of speed is in docs/numbers.md; what both pages show of a start is the same."""
+    korean, english = ((ROOT / page).read_text() for page in ("README.ko.md", "README.md"))
+    measured = korean.partition("## 속도 재기")[2].partition("\n## ")[0]
+    said = numbers("\n".join(line for line in measured.splitlines() if not line.startswith("    ")))
+    assert len(said) > 30 and said <= numbers((ROOT / "docs/numbers.md").read_text())
+    start = [line for line in korean.splitlines() if re.match(r"    serve |      (HTTP|OpenAI) ", line)]
+    assert len(start) == 3 and set(start) <= set(english.splitlines())

@@ -1,4 +1,4 @@
-"""Streams over Triton's gRPC for `make bench`, where perf_analyzer does not run: one process, the official client."""
+"""Streams over Triton's gRPC for `make bench`, if perf_analyzer does not run: one process, the official client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts import reports
 
 
 def ask(address: str, concurrency: int, count: int, max_tokens: int, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """`count` streamed requests, `concurrency` at a time; each as bench_ranks.request_times has it."""
+    """`count` streamed requests, `concurrency` at a time; each in the form of ranks.request_times."""
     return asyncio.run(_ask(address, concurrency, count, max_tokens, prompts))
 
 

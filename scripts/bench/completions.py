@@ -1,9 +1,10 @@
-"""Streams over an OpenAI-compatible /v1/completions, the same for every server: ours, and the peers beside it.
+"""Streams over an OpenAI-compatible /v1/completions, the same for every server: ours and the peers.
 
 python3 -m scripts.bench.completions URL MODEL OUT 128:128:32 ...    two rounds of each load, the second one counts
 
-Prompts are token ids drawn at random, different in every request, so that no server can reuse a prefix. Needs the standard library alone.
-Several processes share the streams: one cannot read as fast as a server of 256 streams writes.
+Prompts are random token ids, different in every request, so that no server can reuse a prefix. It needs only the
+standard library. Several processes share the streams,
+because one process cannot read as fast as a server writes 256 streams.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def ask(
     seed: int,
     vocab_size: int,
 ) -> list[dict[str, Any]]:
-    """`concurrency` streams that each ask `rounds` times; every request as ranks.request_times has it. A Problem when one is refused."""
+    """`concurrency` streams that each ask `rounds` times; every request in the form of ranks.request_times.
+    A Problem if one is refused."""
     processes = min(os.cpu_count() or 1, -(-concurrency // STREAMS_PER_PROCESS))
     shares = [concurrency // processes + (n < concurrency % processes) for n in range(processes)]
     work = [
@@ -47,7 +49,7 @@ def ask(
     ]
     if processes == 1:
         return _process(work[0])
-    # a fork would copy what the measuring process holds
+    # a fork would copy the memory of the measuring process
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [one for many in pool.map(_process, work) for one in many]
 
@@ -76,7 +78,7 @@ async def _streams(
 
 
 async def _one(url: str, body: bytes) -> dict[str, Any]:
-    """One request: when it began, when each piece arrived, how many tokens each had."""
+    """One request: when it began, when each piece arrived, and how many tokens each piece had."""
     parts = urlsplit(url)
     began = perf_counter()
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
@@ -87,7 +89,7 @@ async def _one(url: str, body: bytes) -> dict[str, Any]:
         if b" 200 " not in status:
             raise reports.serving.request_refused((status + await reader.read(2000)).decode(errors="replace")[:300])
         arrivals, tokens = list[float](), 0
-        # A piece is one line; the lengths of HTTP's chunks stand on their own lines between them.
+        # A piece is one line; the lengths of HTTP's chunks are separate lines between them.
         async for line in reader:
             if not line.startswith(b"data: {"):
                 continue
@@ -103,7 +105,8 @@ async def _one(url: str, body: bytes) -> dict[str, Any]:
 
 
 def times(began: float, arrivals: Sequence[float], tokens: int) -> dict[str, Any]:
-    """A request as ranks.request_times has it: a piece carries one token or, when the client is slower than the engine, some."""
+    """A request in the form of ranks.request_times: a piece has one token,
+    or several if the client is slower than the engine."""
     if not arrivals or not tokens:
         raise reports.serving.request_refused(
             f"the answer ended after {len(arrivals)} pieces without its number of tokens"
@@ -114,7 +117,7 @@ def times(began: float, arrivals: Sequence[float], tokens: int) -> dict[str, Any
 
 
 def measure(url: str, model: str, points: Sequence[str], vocab_size: int = ORDINARY[1]) -> list[Mapping[str, Any]]:
-    """Each load 'input:output:streams' asked two times over; the second one counts."""
+    """Runs each load 'input:output:streams' twice; the second round counts."""
     from scripts.bench.load import summary
 
     rows: list[Mapping[str, Any]] = []

@@ -1,7 +1,8 @@
-"""Measures Meta's weights -> checkpoint (the rooms config and checkpoint) against copying, syncing and hashing the same bytes, and against
-transformers 4.47.1's converter alone, in one run on one disk.
+"""Measures Meta's weights -> checkpoint (the rooms config and checkpoint) against copying, syncing and hashing the same
+bytes, and against transformers 4.47.1's converter alone, in one run on one disk.
 
-Makes a random Llama-2-shaped model under the scratch folder, converts it, prints ratios and peak memory, writes them as JSON.
+It makes a random model of Llama 2's shape in the scratch folder, converts it, and prints ratios and peak memory,
+also as JSON.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ DIM, HEADS, MULTIPLE_OF = 2048, 16, 256
 WIDE = 270_336
 SAMPLE_SECONDS = 0.005
 PEER = "transformers 4.47.1"
-# one sha256 of every byte, as Python has it (coreutils' sha256sum takes five times as long where the processor could help)
+# one sha256 of every byte by Python (coreutils' sha256sum takes five times as long on a CPU with instructions for it)
 HASH = "import sys; from pathlib import Path; from scripts.room import sha256_of; [sha256_of(Path(p)) for p in sys.argv[1:]]"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """size_gb: of the model's weights, decimal; cache: whether each step finds its input in memory; runs: medians are over these.
+    """size_gb: decimal, of the model's weights; cache: whether each step finds its input in memory; runs: how many runs
+    the medians are over.
 
     wide: one layer whose matrices have more than 1 GiB each, to see that memory does not follow.
     """
@@ -53,9 +55,11 @@ class Settings:
 
 @dataclass
 class Measured:
-    """One step over all runs: wall seconds (interpreter start and imports included, output synced), peak anonymous memory.
+    """One step over all runs: wall seconds (interpreter start and imports included, output synced),
+    peak anonymous memory.
 
-    cpu_seconds (user and system) tell whether others were busy on the machine meanwhile: they hardly change then, wall time does.
+    cpu_seconds (user and system) show whether other programs were busy: then wall time changes,
+    but CPU time hardly does.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -71,7 +75,7 @@ def layers_for(size_bytes: float) -> int:
 
 
 def ratios(measured: dict[str, Measured]) -> dict[str, list[float]]:
-    """Ours against each other way, run by run: what else happens on the machine then weighs on both sides."""
+    """Ours against each other way, run by run, so that other load on the machine counts for both sides."""
 
     def together(*names: str) -> list[float]:
         return [sum(seconds) for seconds in zip(*(measured[name].seconds for name in names))]
@@ -88,7 +92,7 @@ def ratios(measured: dict[str, Measured]) -> dict[str, list[float]]:
 
 
 def report(measured: dict[str, Measured], size_bytes: int) -> dict[str, object]:
-    """What is written as JSON: seconds, ratios and GB/s of the input for each run, peak memory."""
+    """The result as JSON: seconds, ratios and GB/s of the input for each run, peak memory."""
 
     def rounded(values: list[float]) -> list[float]:
         return [round(value, 2) for value in values]
@@ -156,7 +160,7 @@ def bench_convert(settings: Settings) -> dict[str, object]:
             _set_cache(meta, settings.cache)
             os.sync()
             _measure(command, {"cp+sync": copy, PEER: theirs}.get(name), measured[name])
-            shutil.rmtree(copy, ignore_errors=True)  # two of them at once would need more disk than the steps do
+            shutil.rmtree(copy, ignore_errors=True)  # two copies at once would need more disk than the steps do
     shutil.rmtree(scratch)
     result = {"cache": settings.cache, **report(measured, size_bytes)}
     for name, step in measured.items():
@@ -164,7 +168,8 @@ def bench_convert(settings: Settings) -> dict[str, object]:
         cpu, memory = median(step.cpu_seconds), human_bytes(step.anonymous_bytes)
         speed = "" if name == "config" else f", {size_bytes / 1e9 / median(step.seconds):.2f} GB/s"
         print(
-            f"{name:<20} {median(step.seconds):6.2f} s ({times}){speed}, processor {cpu:.2f} s, peak anonymous memory {memory}"
+            f"{name:<20} {median(step.seconds):6.2f} s ({times}){speed}, CPU {cpu:.2f} s, peak anonymous memory "
+            f"{memory}"
         )
     for name, values in ratios(measured).items():
         print(f"{name:<44} {median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
@@ -172,7 +177,7 @@ def bench_convert(settings: Settings) -> dict[str, object]:
 
 
 def _measure(command: list[str], unsynced: Path | None, into: Measured) -> None:
-    """Run a step; where it leaves its output unsynced, the sync counts too."""
+    """Run a step; if it does not sync its output, the sync counts too."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if unsynced:
         environment["TMPDIR"] = str(unsynced.parent)
@@ -194,7 +199,7 @@ def _measure(command: list[str], unsynced: Path | None, into: Measured) -> None:
 
 
 def _sample(process: subprocess.Popen[bytes], into: Measured) -> None:
-    """Peak of RssAnon + RssShmem, looked at every SAMPLE_SECONDS."""
+    """Peak of RssAnon + RssShmem, sampled every SAMPLE_SECONDS."""
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()

@@ -2,11 +2,12 @@
 
 Reads   engines/ and model_repo/ under --root, the tokenizer of the room config, and the whole model for the peers
 Writes  OUT.json, OUT.csv, OUT.html: every number with the host, the versions and the command that made it
-Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf for the
-        OpenAI-compatible endpoint
+Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf
+        for the OpenAI-compatible endpoint
 
-Serves the rooms itself, so that the engine alone can have the GPUs afterwards. A load generator that does not run here is named as not run.
-With --baseline, every number is held against the same number of an older run, and the status is 1 when one is worse.
+It serves the rooms itself, so that afterwards the engine alone can have the GPUs. Load generators that cannot run here
+are named. With --baseline, every number is compared with the same number of an older run;
+the status is 1 if one is worse.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from scripts.serving.started import started
 
 # (input tokens, output tokens, streams at once)
 DEFAULT_POINTS = "128:128:1 128:128:8 128:128:32 128:128:128 128:128:256 1024:64:1 1024:64:8"
-# How many times over the streams of a point are asked
+# How many rounds each point has
 ROUNDS = 3
 Note = Callable[[str, "Point", Mapping[str, float]], None]
-# A difference below it is noise: two runs of the same tree on the same machine differ by up to 4 % (docs/bench)
+# A smaller difference is noise: two runs of the same tree on the same machine differ by up to 4 % (docs/bench)
 NOISE = 0.05
 GENERATOR_SECONDS = 600
 # name, unit, whether more is better
@@ -60,7 +61,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One load: `concurrency` streams at once, each of `input_tokens` and `output_tokens`; `requests` of them in all."""
+    """One load: `requests` requests of `input_tokens` and `output_tokens` each, `concurrency` at once."""
 
     input_tokens: int
     output_tokens: int
@@ -75,7 +76,7 @@ class Point:
 
 
 def points_of(text: str, limits: Mapping[str, int]) -> list[Point]:
-    """'128:128:1 1024:64:8' as points; those that the engine does not take are left out. A Problem for anything else."""
+    """'128:128:1 1024:64:8' as points, without those that exceed the engine's limits. A Problem for anything else."""
     points = []
     for word in text.split():
         parts = word.split(":")
@@ -102,10 +103,10 @@ def points_of(text: str, limits: Mapping[str, int]) -> list[Point]:
 
 
 def summary(requests: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers of a point from its requests (bench_ranks.request_times).
+    """The numbers of a point from its requests (ranks.request_times).
 
-    Inter-token latency: of each request, the time from its first to its last token over the tokens in between. Fairness: the slowest
-    stream's time over the median's.
+    Inter-token latency: of each request, the time from its first to its last token over the tokens in between.
+    Fairness: the slowest stream's time over the median's.
     """
     first = min(one["began"] for one in requests)
     last = max(one["arrivals"][-1] for one in requests)
@@ -129,7 +130,7 @@ def summary(requests: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def rounds_of(requests: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Tokens per second of each round: the requests in the order in which they began, in ROUNDS equal parts."""
+    """Tokens per second of each round: the requests, ordered by their beginning, in ROUNDS equal parts."""
     ordered = sorted(requests, key=lambda one: one["began"])
     each = len(ordered) // ROUNDS
     parts = [ordered[n * each : (n + 1) * each] for n in range(ROUNDS)] if each else []
@@ -141,7 +142,7 @@ def rounds_of(requests: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of them do not exceed."""
+    """The smallest value that `percent` of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * int(percent) // 100) - 1)]
 
@@ -161,7 +162,8 @@ def model_bytes(pretrained: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def ceiling(pretrained: Mapping[str, Any], measured: Mapping[str, Any], point: Point) -> dict[str, float]:
-    """Tokens per second that memory alone allows, and with the all-reduces of this host's library, two for each layer."""
+    """Tokens per second that memory alone allows;
+    and the same with two all-reduces of this host's library per layer."""
     weights, per_position = model_bytes(pretrained)
     positions = point.concurrency * (point.input_tokens + point.output_tokens / 2)
     read = (weights + per_position * positions) / measured["copy_bytes_per_second"]
@@ -216,12 +218,13 @@ def generator(name: str, why_missing: str) -> tuple[str | None, str]:
 
 
 def generate(command: Sequence[str], log_path: Path, server: subprocess.Popen[bytes], export: Path) -> None:
-    """Run a load generator until it ends or the server does. A Problem, and what it said, when `export` is not written."""
+    """Run a load generator until it ends or the server does. A Problem, and what it said,
+    when `export` is not written."""
     export.unlink(missing_ok=True)
     with log_path.open("w+") as log:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + GENERATOR_SECONDS
-        # it waits for ever when the server ends
+        # it waits for ever if the server ends
         while running.poll() is None and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         running.kill()
@@ -232,7 +235,8 @@ def generate(command: Sequence[str], log_path: Path, server: subprocess.Popen[by
 
 
 def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> list[str]:
-    """Texts of `n_tokens` for this model's tokenizer, different from the first word on. folder: where tokenizer.json is."""
+    """Texts of `n_tokens` for this model's tokenizer, different from the first word on. folder:
+    where tokenizer.json is."""
     sys.path.append(str(model_repo / "tensorrt_llm_bls" / "1"))
     tokenizer = importlib.import_module("text").Text(folder)
     chance, prompts = random.Random(n_tokens), list[str]()
@@ -257,7 +261,7 @@ def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> lis
     while len(prompts) < count:
         line = str(chance.randrange(10**6))
         have = len(tokenizer.encode([line])[0])
-        # a word is one token or two: many at once, then single ones up to the length
+        # a word is one token or two: add many at once, then single ones up to the length
         while have < n_tokens:
             step = max(1, (n_tokens - have) // 3)
             line += "".join(f" {chance.choice(words)}" for _ in range(step))
@@ -269,7 +273,7 @@ def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> lis
 def ask_perf_analyzer(
     path: str, address: str, point: Point, prompts: Sequence[str], folder: Path, server: subprocess.Popen[bytes]
 ) -> list[dict[str, Any]]:
-    """Triton's gRPC, streamed: every response's time."""
+    """Triton's gRPC, streamed: the time of every response."""
     data, export = folder / "input.json", folder / "export.json"
     inputs = {"max_tokens": point.output_tokens, "stream": True, "end_id": -1}
     asked = [
@@ -287,7 +291,8 @@ def ask_perf_analyzer(
     requests = []
     for request in experiment["requests"]:
         arrivals = [when / 1e9 for when in request["response_timestamps"]]
-        # responses carry one token or, when the client is slower than the engine, some; together they are all that was asked for
+        # responses carry one token or, when the client is slower than the engine, some;
+        # together they are all that was asked for
         tokens = [1] * len(arrivals)
         tokens[-1] += point.output_tokens - len(arrivals)
         requests.append({"began": request["timestamp"] / 1e9, "arrivals": arrivals, "tokens": tokens})
@@ -298,7 +303,7 @@ def ask_aiperf(
     path: str, settings: launch.Settings, point: Point, prompts: Sequence[str], tokenizer: Path, folder: Path,
     server: subprocess.Popen[bytes],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The OpenAI-compatible endpoint, streamed: of every request when it began, its first and its last token."""
+    """The OpenAI-compatible endpoint, streamed: the times of each request's beginning, first token and last token."""
     data, export = folder / "prompts.jsonl", folder / "aiperf" / "profile_export.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts))
     command = [
@@ -314,13 +319,13 @@ def ask_aiperf(
 
 
 def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> list[dict[str, Any]]:
-    """aiperf's records as bench_ranks.request_times has them. A Problem when one failed or is shorter than what was asked for."""
+    """aiperf's records in the form of ranks.request_times. A Problem if one failed or is too short."""
     requests = []
     for record in records:
         metrics = {name: metric["value"] for name, metric in record["metrics"].items()}
         tokens = metrics.get("output_sequence_length")
         if record.get("error") or tokens != point.output_tokens:
-            said = record.get("error") or f"{tokens} tokens where {point.output_tokens} were asked for"
+            said = record.get("error") or f"{tokens} tokens instead of {point.output_tokens}"
             raise reports.serving.request_refused(str(said)[:300])
         began = record["metadata"]["request_start_ns"] / 1e9
         arrivals = [began + metrics["time_to_first_token"] / 1e3, began + metrics["request_latency"] / 1e3]
@@ -329,7 +334,7 @@ def aiperf_requests(records: Sequence[Mapping[str, Any]], point: Point) -> list[
 
 
 def mpirun(world_size: int, root: Path, *arguments: object) -> None:
-    """A program of bench_ranks on every rank, in the environment that the server has."""
+    """A program of scripts.bench.ranks on every rank, in the server's environment."""
     command = [*launch.MPIRUN, "-n", str(world_size)]
     command += [sys.executable, "-m", "scripts.bench.ranks", *map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm") as folder:
@@ -358,7 +363,7 @@ def host() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this tree, with +changes where files differ from it; empty if git says nothing."""
+    """The commit of this tree, with +changes if files differ from it; empty without git."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -378,7 +383,8 @@ def processor() -> str:
 def measure(
     args: argparse.Namespace, settings: launch.Settings, folder: Path, keep: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """All sides of one variant; what did not run is in `not_run`, with the reason. keep: called with what there is before the peers."""
+    """All sides of one variant; `not_run` has what did not run, with the reason. keep: gets the result so far,
+    before the peers run."""
     config = json.loads((args.root / "engines" / "config.json").read_bytes())
     pretrained = config["pretrained_config"]
     limits = vars(limits_of(config))
@@ -481,7 +487,7 @@ def through_triton(
             for side, ask in ways.items():
                 try:
                     note(side, point, summary(ask()))
-                except reports.Problem as problem:  # the rest still tells something
+                except reports.Problem as problem:  # the other numbers are still useful
                     failed[f"{side}, {point.input_tokens}+{point.output_tokens} x{point.concurrency}"] = problem.title
             if server.poll() is not None:
                 break
@@ -489,7 +495,7 @@ def through_triton(
 
 
 def ask_completions(url: str, model: str, point: Point, vocab_size: int) -> list[dict[str, Any]]:
-    """The generator that asks us and peers alike: once over the streams to warm, then as often as the others ask."""
+    """The generator for us and for peers: one round to warm up, then as many rounds as the others run."""
     sizes = (point.input_tokens, point.output_tokens, point.concurrency)
     completions.ask(url, model, *sizes, 1, 1, vocab_size)
     return completions.ask(url, model, *sizes, ROUNDS, 2, vocab_size)
@@ -499,7 +505,7 @@ def peers(
     args: argparse.Namespace, points: Sequence[Point], pretrained: Mapping[str, Any], limits: Mapping[str, int], folder: Path,
     note: Note, not_run: dict[str, str], generators: dict[str, str],
 ) -> None:  # fmt: skip
-    """The same weights and lengths through others. They are not our code: one that fails is named in the result."""
+    """The same weights and lengths through other servers. If one fails, the result names it."""
     if not args.peers:
         not_run["transformers generate"] = not_run["vLLM"] = "not asked for (PEERS=on)"
         return

@@ -1,12 +1,14 @@
-"""`make bench-openai`: what the OpenAI-compatible endpoint costs, against gRPC straight to tensorrt_llm, in one run on this machine.
+"""`make bench-openai`: what the OpenAI-compatible endpoint costs, against gRPC straight to tensorrt_llm,
+in one run on this machine.
 
-Streams of exactly --tokens tokens each, 1 and --streams of them at once, both ways in turn; the best of three.
-cpu      microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the machine does)
-guided   tokens a second of answers that follow a JSON schema, over those of answers that follow none: the two in turn, the median of
-         --rounds rounds' ratios (MAX_BATCH_SIZE=16 for 16 streams that run together)
+Streams have exactly --tokens tokens; 1 and --streams of them run at once, both ways in turn; the best of three counts.
+cpu      microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the
+         machine does)
+guided   tokens a second of answers that follow a JSON schema, over those of answers that follow none: the two in turn,
+         the median of --rounds rounds' ratios (MAX_BATCH_SIZE=16 for 16 streams that run together)
 
-With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are asked in turn,
---rounds times. Each answer has a trace, which goes to a collector in this process.
+With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are
+asked in turn, --rounds times. Each answer has a trace, which goes to a collector in this process.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from scripts.serving.started import started
 PROMPT = "Once upon a time"
 # how often each of two servers is asked before the other's turn
 TURNS = 4
-# what never ends within a measured answer: a list of things with a text, a number and a choice
+# an object that never ends within a measured answer: a list of things with a text, a number and a choice
 GUIDE = {
     "type": "array", "minItems": 1000,
     "items": {
@@ -86,14 +88,14 @@ def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
 
 
 def key_of(settings: launch.Settings) -> dict[str, str]:
-    """The header with the first of the endpoint's keys, where it has some (API_KEY_FILE, BAKE_API_KEY)."""
+    """The header with the first of the endpoint's keys, if it has keys (API_KEY_FILE, BAKE_API_KEY)."""
     file = settings.api_key_file
     lines = Path(file).read_text(encoding="utf-8-sig") if file else os.environ.get("BAKE_API_KEY", "")
     return {"Authorization": f"Bearer {lines.split()[0]}"} if lines.split() else {}
 
 
 def served_name(settings: launch.Settings) -> str:
-    """What the endpoint calls its model: a folder given as MODEL has another name than its rooms."""
+    """The endpoint's name of the model: if MODEL is a folder, its rooms have another name."""
     connection = http.client.HTTPConnection(settings.reached_at, settings.openai_port, timeout=60)
     connection.request("GET", "/v1/models", headers=key_of(settings))
     answer = connection.getresponse()
@@ -128,7 +130,7 @@ def over_openai(
 def together(
     one: Callable[..., float], settings: launch.Settings, ids: list[int], tokens: int, count: int
 ) -> dict[str, float]:
-    """Tokens a second of `count` answers at once, and the median time until a first token. When one fails there are no numbers:
+    """Tokens per second of `count` answers at once, and the median time to the first token. If one fails,
     its Problem is raised."""
     firsts: list[float] = []
     failures: list[BaseException] = []
@@ -155,8 +157,8 @@ def together(
 def guided(
     settings: launch.Settings, ids: list[int], tokens: int, count: int, rounds: int, model: str
 ) -> dict[str, float]:
-    """What following a schema costs: `count` answers at once with one and without, in turn. The machine may be shared: the ratio of each
-    round counts, and its median is told."""
+    """The cost of following a schema: `count` answers at once with one and without, in turn. Other programs may use the
+    machine, so the ratio of each round counts; the result is their median."""
     ways: dict[str, Mapping[str, Any]] = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
     ask = {way: functools.partial(over_openai, model=model, more=more) for way, more in ways.items()}
     together(ask["guided"], settings, ids, tokens, count)  # warm
@@ -213,7 +215,7 @@ def measure(settings: launch.Settings, streams: int, tokens: int, rounds: int) -
 
 
 class Deaf(http.server.BaseHTTPRequestHandler):
-    """A collector that takes everything and keeps nothing."""
+    """A collector that accepts everything and keeps nothing."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -226,7 +228,7 @@ class Deaf(http.server.BaseHTTPRequestHandler):
 
 
 def measure_traces(settings: launch.Settings, streams: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Two servers, asked in turn: tokens a second and CPU a token, and the ratios with traces to without."""
+    """Two servers, asked in turn: tokens per second, CPU per token, and the ratios of with traces to without."""
     moved = [port + 100 for port in settings.ports.values()]
     other = replace(
         settings, http_port=moved[0], grpc_port=moved[1], metrics_port=moved[2], openai_port=moved[3],

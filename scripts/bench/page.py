@@ -1,6 +1,7 @@
-"""bench.html: one page that needs nothing else, with plots as inline SVG, from the dictionary that bench.json holds.
+"""bench.html: one page that needs no other file, with plots as inline SVG, from the dictionary of bench.json.
 
-Colour says whose numbers they are, the dash says which load; heights are logarithmic, with plain numbers. Light and dark, wide and narrow.
+The colour stands for the server, the dash for the load; heights are logarithmic, with plain numbers. It works light and
+dark, wide and narrow.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from scripts import reports
 
-# Okabe and Ito's colours, which the colour-blind tell apart, and lighter ones for a dark page
+# Okabe and Ito's colours, which colour-blind people can distinguish, and lighter ones for a dark page
 COLOURS = {
     "Triton": ("#0072b2", "#56b4e9"),
     "OpenAI's API": ("#009e73", "#2fd6a5"),
@@ -57,7 +58,7 @@ Row = Mapping[str, Any]
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """An earlier bench.json; a Problem when it is none."""
+    """An earlier bench.json; a Problem if the file is not one."""
     try:
         run = json.loads(path.read_bytes())
         run["rows"][0]["side"]
@@ -93,7 +94,7 @@ def colour(side: str) -> str:
 
 
 class Names:
-    """What the rows are called on this page: the TP only where there are several."""
+    """The names of the rows on this page, with TP only if there are several."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.several = len({row["tp_size"] for row in rows}) > 1
@@ -108,7 +109,7 @@ class Names:
 
 
 def against(rows: Sequence[Row], side: str, other: str) -> dict[tuple[Any, ...], float]:
-    """TP, load and streams -> tokens/s of one side over another's, where both were measured."""
+    """TP, load and streams -> tokens/s of one side over the other's, for loads that both have."""
 
     def table(kind: str) -> dict[tuple[Any, ...], float]:
         return {
@@ -210,7 +211,8 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(drawn, key=lambda row: row["concurrency"]):
         lines.setdefault((names.side(row), load_of(row)), []).append(row)
-    # of labels, by place and anchor: height, colour, text. The first load's stand on the right of their points, the others' on the left
+    # labels by place and anchor: height, colour, text. Those of the first load are right of their points,
+    # the others left
     columns: dict[tuple[float, str], list[tuple[float, str, str]]] = {}
     for index, ((side, _), points) in enumerate(lines.items()):
         stroke, dash, shift = colour(side), names.dash(points[0]), 2.0 * (index - len(lines) / 2)
@@ -243,7 +245,7 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
 
 
 def spread(heights: Sequence[float]) -> list[float]:
-    """Heights in rising order, moved apart as little as the height of a label asks for, inside the plot."""
+    """Heights in rising order inside the plot, moved apart just enough for the labels."""
     placed = list[float]()
     for height in heights:
         placed.append(max(height, placed[-1] + LABEL_HEIGHT) if placed else height)
@@ -277,7 +279,7 @@ COLUMNS = (
 
 
 def numbers(rows: Sequence[Row], names: Names) -> str:
-    """One group of lines for each load, one line for each side; how it compares with the ceiling and with vLLM."""
+    """One group of lines per load, one line per side, compared with the ceiling and with vLLM."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["input_tokens"], row["output_tokens"], row["concurrency"]), []).append(row)
@@ -371,7 +373,7 @@ def page(run: Mapping[str, Any], source: str | None = None) -> str:
 
 
 def comparison(lines: Any) -> str:
-    """Every number held against the baseline's."""
+    """Every number, compared with the baseline's."""
     if not lines:
         return ""
     body = "".join(

@@ -1,4 +1,4 @@
-"""One process of `make bench` below the server: a rank of the engine alone, of the host's ceilings, or a peer.
+"""One process of `make bench` without the server: a rank of the engine alone, of the host's ceilings, or a peer.
 
 python3 -m scripts.bench.ranks ceilings OUT         under mpirun: copy bandwidth, all-reduce time by size
 python3 -m scripts.bench.ranks engine ENGINES POINTS OUT    under mpirun: the engine without Triton, the same requests
@@ -27,7 +27,7 @@ REPEAT = 20
 
 
 def request_times(began: float, arrivals: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
-    """One request as a load generator tells it: seconds on one clock, and how many tokens came with each response."""
+    """One request as a load generator reports it: seconds on one clock, and how many tokens came with each response."""
     return {"began": began, "arrivals": list(arrivals), "tokens": list(tokens)}
 
 
@@ -45,7 +45,7 @@ def median_seconds(run: Callable[[], object], wait: Callable[[], None]) -> float
 
 
 def ceilings(out: Path) -> None:
-    """What no engine on this host can beat. all_reduce: bytes -> seconds for one, of 64 in a row."""
+    """The limits for every engine on this host. all_reduce: bytes -> seconds of one, measured over 64 in a row."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -73,14 +73,14 @@ def ceilings(out: Path) -> None:
                     torch.distributed.all_reduce(numbers)
 
             run: Callable[[], object] = some
-            if gpu:  # as the engine launches its steps: one by one, the launches would be what is measured
+            if gpu:  # a graph, like the engine's steps: launched one by one, the launches would dominate
                 some()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     some()
                 run = graph.replay
             reduced[str(size)] = median_seconds(run, wait) / 64
-        # NCCL waits for ever for a graph that still holds its communicator
+        # NCCL waits for ever for a graph that still uses its communicator
         run = some = graph = None  # type: ignore[assignment]
         torch.distributed.destroy_process_group()
     if world.Get_rank() == 0:
@@ -130,7 +130,7 @@ def engine_point(code: Any, opened: Any, point: dict[str, Any]) -> list[dict[str
                 results.append(request_times(began, arrivals, counts))
                 if len(results) == point["requests"]:
                     done.set()
-                threading.Thread(target=submit).start()  # not from the engine's thread, which holds its lock
+                threading.Thread(target=submit).start()  # the engine's thread holds its lock, so another one submits
 
         prompt = tuple(chance.randrange(3, opened.config.vocab_size) for _ in range(point["input_tokens"]))
         opened.submit(code.Request(prompt, point["output_tokens"], receive))
@@ -142,7 +142,7 @@ def engine_point(code: Any, opened: Any, point: dict[str, Any]) -> list[dict[str
 
 
 def transformers(folder: Path, points: Path, out: Path) -> None:
-    """The peer that everybody has: static batches, no streaming."""
+    """The simplest peer: static batches, no streaming."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +159,7 @@ def transformers(folder: Path, points: Path, out: Path) -> None:
             "do_sample": False,
         }
         with torch.inference_mode():
-            for _ in range(2):  # the second one counts
+            for _ in range(2):  # the second round counts
                 began = time.perf_counter()
                 model.generate(ids, attention_mask=torch.ones_like(ids), **counts)
                 if device == "cuda":

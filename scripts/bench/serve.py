@@ -1,6 +1,6 @@
 """`make bench-serve`: how the served model behaves, as ratios from one run on this machine.
 
-ready         seconds from `serve` to the first token through all ranks, everything made before
+ready         seconds from `serve` to the first token through all ranks, with all rooms made before
 nothing to do seconds of a `make model_repo` that finds nothing to do
 streams       wall time of 8 streams at once against one alone, over gRPC, the same tokens each
 """
@@ -89,7 +89,7 @@ def measure(settings: launch.Settings, streams: int, max_tokens: int) -> dict[st
 
 
 def idle_make_seconds() -> float:
-    """The best of three runs of make that find nothing to do."""
+    """The best of three runs of make with nothing to do."""
     seconds = []
     for _ in range(3):
         began = time.monotonic()
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """Cores and processor, for the results."""
+    """Cores and CPU, for the results."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{os.cpu_count()} cores, {found[1] if found else platform.machine()}"
 

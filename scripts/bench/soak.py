@@ -1,9 +1,9 @@
 """`make soak`: strangers and honest clients on the OpenAI-compatible endpoint for a long time, every answer checked.
 
-Valid requests in every form, whose text is known from a quiet server; invalid ones, whose status is known; clients that leave, that read
-slowly, that never read, that send half a head, a body without end, or no HTTP. Honest clients come from 127.0.0.1, the others from
-127.0.0.2. Memory, descriptors and the engine's slots are looked at every few seconds, and must be flat: at the end, when all have left,
-they are what they were after the first minute.
+There are valid requests in every form, whose text is known from a quiet server; invalid ones, whose status is known;
+and clients that leave, read slowly, never read, or send half a head, a body without end, or no HTTP. Honest clients
+come from 127.0.0.1, the others from 127.0.0.2. Memory, descriptors and the engine's slots are sampled every few
+seconds. They must not grow: at the end, when all clients have left, they must be what they were after the first minute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from scripts.serving.started import started
 
 STRANGER = "127.0.0.2"
 PROMPTS = ["Once upon a time", "One day", "The little dog", "Lily and Tom"]
-# How much more memory, and how many descriptors, all processes of the endpoint may have at the end than after the warm-up
+# How much more memory, and how many descriptors,
+# all processes of the endpoint may have at the end than after the warm-up
 MEMORY_BYTES, DESCRIPTORS = 64 << 20, 8
 LOOK_SECONDS = 5.0
 # An answer of an honest client that takes longer is a failure, however busy the machine is
@@ -38,7 +39,7 @@ ANSWER_SECONDS = 120.0
 
 @dataclass
 class Seen:
-    """What all clients saw. wrong: the first few answers that were not as they must be."""
+    """What all clients saw. wrong: the first few wrong answers."""
 
     counts: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Clients:
         self.expected: dict[str, str] = {}
 
     def learn(self) -> None:
-        """What the answers are, while nothing else is asked."""
+        """Get the right answers from the idle server."""
         for prompt in PROMPTS:
             status, _, body = self._ask("POST", "/v1/completions", self._body(prompt))
             if status != 200:
@@ -111,7 +112,7 @@ class Clients:
         return head.encode() + data
 
     def _answered(self, kind: str, began: float, status: int, headers: Any, body: bytes) -> bool:
-        """Whether there is an answer to look at; 429 is one of the server's, with its Retry-After."""
+        """Whether there is an answer to check; a 429 with Retry-After is allowed."""
         if status == 429:
             self.seen.count(f"{kind}: 429")
             self.seen.must(headers["Retry-After"] is not None, f"{kind}: 429 without Retry-After")
@@ -193,7 +194,7 @@ class Clients:
         self.seen.count("unread")
 
     def held(self, chance: random.Random) -> None:
-        """Half of something; the server must close it."""
+        """Sends half of a request; the server must close the connection."""
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         half = chance.choice([b"", b"GET / HTTP/1.1\r\nHost", head + b"Content-Length: 9000\r\n\r\n{", b"\r\n"])
         link = self._raw(half, 60)
@@ -208,7 +209,7 @@ class Clients:
         self.seen.count("held")
 
     def flood(self, chance: random.Random) -> None:
-        """Much of something: the server must refuse it or close."""
+        """Sends too much of something; the server must refuse it or close the connection."""
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         trailers = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 100_000
         ahead = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 5000
@@ -225,7 +226,7 @@ class Clients:
 
 
 def text_of(events: bytes) -> tuple[str, int]:
-    """The text of a streamed answer, and its tokens where usage was asked for."""
+    """The text of a streamed answer, and its number of tokens if usage was requested."""
     chunks = [json.loads(event[6:]) for event in events.split(b"\n\n") if event.startswith(b"data: {")]
     usage = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")]
     return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]), usage[-1] if usage else 0
@@ -259,7 +260,7 @@ KINDS: dict[str, int] = {
 
 
 def measure(settings: launch.Settings, seconds: float) -> dict[str, Any]:
-    """Serve, visit for so long, end: figures, with what went wrong under `wrong`."""
+    """Serve, visit for some seconds, end. Returns figures, with everything that went wrong under `wrong`."""
     seen, stop = Seen(), threading.Event()
     with started(settings) as serving:
         endpoint = serving.endpoint_pid
@@ -300,7 +301,7 @@ def measure(settings: launch.Settings, seconds: float) -> dict[str, Any]:
         seen.must(serving.process.poll() is None, "the server ended")
         text = clients._ask("POST", "/v1/completions", clients._body(PROMPTS[0]))
         seen.must(text[0] == 200, f"afterwards an honest request got {text[0]}")
-    # of a short run the first quarter is the warm-up
+    # in a short run the first quarter is the warm-up
     warm = looks[min(len(looks) // 4, int(60 / LOOK_SECONDS)) :] or looks
     first, late = warm[: max(1, len(warm) // 4)], warm[-max(1, len(warm) // 4) :]
     memory = [statistics.median(look["memory_bytes"] for look in some) for some in (first, late)]

@@ -1,11 +1,15 @@
-"""`make bench-text`: the text models against NVIDIA's of v0.8.0, side by side on a real tritonserver, over an engine without weights.
+"""`make bench-text`: the text models against NVIDIA's of v0.8.0, side by side on a real tritonserver,
+over an engine without weights.
 
-alone   tensorrt_llm asked with token ids: a stand-in (scripts/bench/models/stand_in.py), the most that anything over it can reach
-stock   Triton's ensemble of NVIDIA's pre- and postprocessing, written from its behaviour (scripts/bench/models/stock_*.py)
+alone   tensorrt_llm, asked with token ids: a stand-in (scripts/bench/models/stand_in.py); the upper limit for all
+        others
+stock   Triton's ensemble of NVIDIA's pre- and postprocessing, written from its behaviour
+        (scripts/bench/models/stock_*.py)
 ours    the ensemble that `make model_repo` makes
 
-Each client keeps one request on its way over its own gRPC stream: 128 tokens in, 64 out, streamed. Every answer of ours is compared
-with the text of its tokens. Ratios are of one run; a round asks all three in turn, the numbers are medians over the rounds.
+Each client always has one request in progress over its own gRPC stream: 128 tokens in, 64 out, streamed. Every answer
+of ours is compared with the text of its tokens. Ratios are from one run: a round asks all three in turn, and numbers
+are medians over rounds.
 """
 
 from __future__ import annotations
@@ -39,12 +43,12 @@ from scripts.serving import launch, processes, pulse, ranks, toolbox
 
 MODELS = Path(__file__).parent / "models"
 WRITTEN = Path(__file__).parents[2] / "model_repo_template" / "tensorrt_llm_bls" / "1"
-# the first: the one whose stock models are described here
+# the first version: its stock models are described here
 VERSION = contracts.versions()[0]
 IN_TOKENS, OUT_TOKENS = 128, 64
 MAX_BATCH_SIZE = 64
 WARM_SECONDS = 1.0
-# English, Korean, Chinese, joined emoji, two spaces: what streams break on
+# English, Korean, Chinese, joined emoji, two spaces: texts that streams break
 SAMPLE = "Once upon a time  there was 다람쥐 한 마리, 숲속의 작은 집. 你好 👩‍👩‍👧 and a fox 🦊 who said: naïve! "
 
 
@@ -161,16 +165,16 @@ class Server:
             time.sleep(0.1)
 
     def pace(self, text: str) -> None:
-        """How the stand-in steps from its next idle moment on (its file `pace`)."""
+        """Set the stand-in's steps, from its next idle moment on (its file `pace`)."""
         (self.folder / "model_repo" / "tensorrt_llm" / "1" / "pace").write_text(text)
 
     def tail(self) -> list[str]:
-        """What it has to say of its failure."""
+        """The last lines of its log."""
         lines = Path(self.log.name).read_text().splitlines()
         return [line for line in lines if line[:1] in ("E", "F")][-ranks.LOG_LINES :]
 
     def end(self) -> None:
-        """With all that it started: a server that hangs leaves its stubs behind."""
+        """End it with all processes that it started: a server that hangs leaves its stubs behind."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(10)
@@ -200,7 +204,7 @@ def prompt_of(tokenizer_dir: Path) -> tuple[str, list[int], str]:
 
 
 def request_of(model: str, prompt: str, ids: Sequence[int]) -> Any:
-    """The gRPC message that each client sends again and again."""
+    """The gRPC message that each client sends repeatedly."""
     import tritonclient.grpc as triton
     from tritonclient.grpc import service_pb2
 
@@ -230,7 +234,7 @@ STOCK_ATTEMPTS = 4
 
 
 async def client(stub: Any, request: Any, expected: str | None, until: float, begins: float, seen: Measured) -> None:
-    """Ask, read to the end, ask again. Only what begins after `begins` and ends before `until` counts."""
+    """Ask, read to the end, ask again. Only answers that begin after `begins` and end before `until` count."""
     stream = stub.ModelStreamInfer()
     while time.monotonic() < until:
         asked, first, text, responses, done = time.monotonic(), 0.0, [], 0, False
@@ -286,10 +290,10 @@ def median_of(rounds: Sequence[Measured]) -> dict[str, float]:
 
 
 class Bench:
-    """Two servers of the same tritonserver, ours and stock's; only one has something to do at a time.
+    """Two servers of the same tritonserver, ours and stock's; only one of them works at a time.
 
-    Not one server: Triton 2.51 was seen to crash under stock's ensemble, or to hang in its own report of that, for it corrupts the
-    heap. Stock's server is then started again.
+    There are two because Triton 2.51 was seen to crash under stock's ensemble, which corrupts the heap, or to hang
+    while it reports the crash. Then stock's server is started again.
     """
 
     def __init__(
@@ -345,7 +349,7 @@ PACES: dict[str, tuple[str, int, str]] = {
     "paced": (
         "8000 ready",
         8,
-        "an engine of 1,000 tokens a second for 8 clients: what the text adds to an answer's time",
+        "an engine of 1,000 tokens per second for 8 clients: what the text adds to an answer's time",
     ),
 }
 
@@ -383,7 +387,7 @@ def main() -> None:
     print(
         f"{'':<14}{'tokens/s':>10}{'responses/s':>13}{'first token p50':>17}{'p99':>8}{'answer':>9}{'wrong texts':>13}"
     )
-    # one event loop for all windows: grpc.aio was seen to hang where each had its own
+    # one event loop for all windows: grpc.aio was seen to hang if each had its own
     with (
         tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder,
         asyncio.Runner() as runner,

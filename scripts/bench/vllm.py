@@ -1,4 +1,5 @@
-"""vLLM as a peer of `make bench PEERS=on`: served from its own environment (VLLM_PYTHON), asked by the generator that asks us."""
+"""vLLM as a peer of `make bench PEERS=on`: served from its own environment (VLLM_PYTHON),
+asked by the generator that asks us."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def version(python: str) -> str:
 def command(
     python: str, model: Path, name: str, dtype: str, tp_size: int, limits: Mapping[str, int], port: int, dummy: bool
 ) -> list[str]:
-    """The same limits as our engine; no prefix is reused, as our prompts have none in common. dummy: random its own weights."""
+    """vLLM's command, with the limits of our engine and without reuse of prefixes, because our prompts share none.
+    dummy: with its own random weights."""
     return [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name, "--dtype", dtype,
         "--tensor-parallel-size", f"{tp_size}", "--max-model-len", f"{limits['max_seq_len']}", "--max-num-seqs",
@@ -55,12 +57,13 @@ def command(
 
 
 def folder_of(config: Path, weights: Path, folder: Path) -> bool:
-    """Fills `folder` with links to config.json and tokenizer (the room config) and to the weights; whether there were any."""
+    """Fills `folder` with links to config.json and tokenizer (the room config) and to the weights;
+    whether there were any."""
     folder.mkdir()
     for path in sorted(config.iterdir()):
         if path.name not in ("manifest.json", "args"):
             (folder / path.name).symlink_to(path.absolute())
-    # whose layers repeat each other can be read by us alone
+    # only we can read a model whose layers repeat each other
     found = (
         []
         if (weights / REPEATED).is_file()
@@ -82,7 +85,7 @@ def served(
     limits: Mapping[str, int],
     folder: Path,
 ) -> Iterator[str]:
-    """A running vLLM's URL; it and all its processes end afterwards. Raises NotRun with its last words."""
+    """The URL of a running vLLM; it and all its processes end afterwards. Raises NotRun with its last lines."""
     real = folder_of(config, weights, folder / "vllm-model")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -1,1 +1,1 @@
-"""What make decides before it makes: which settings are right, where rooms lie, what they are asked, how a script runs."""
+"""What make decides before it makes: which settings are valid, where rooms lie, their questions, how a script runs."""

@@ -2,8 +2,9 @@
 
 python3 -m scripts.making [--asked] [--below] WORDS GOALS [NAME=VALUE...]
 
-WORDS: the words of the Makefile; GOALS: those that were typed; --asked: make -n or -q, so nothing is written; --below: a make above
-this one may have its own settings. The answer is one line, because make's $(shell) takes no line breaks: `{newline}` stands for them.
+WORDS: the words of the Makefile; GOALS: those that were typed; --asked: make -n or -q, so nothing is written; --below:
+a make above this one may have its own settings. The answer is one line, because make's $(shell) takes no line breaks:
+`{newline}` stands for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was typed, a preset and the defaults -> the value of every setting, and the names of those that cannot be.
+"""The command line, a preset and the defaults -> the value of every setting, and the names of impossible ones.
 
 The standard library only, any Python from 3.8 on: this runs before anything is installed, at every make.
 """
@@ -17,9 +17,9 @@ from scripts import reports, settings
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING = {"plan", "doctor"}
 TESTING = {"test", "test-fuzz", "test-image", "test-long"}
-# what is read of a config.json to know its heads; the room config reads all of it
+# fields of a config.json that say how many heads the model has; the room config reads all fields
 SMALL_BYTES = 1 << 20
-# words of those who work on this project, and words that use no weights
+# words for the development of this project, and words that use no weights
 WITHOUT_WEIGHTS = {
     "weights",
     *TESTING,
@@ -59,7 +59,8 @@ LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
 
 
 class Typed(NamedTuple):
-    """What was typed. settings: name -> value; asked: make -n or -q; below: by another make, which may have its own settings."""
+    """What was typed. settings: name -> value; asked: make -n or -q; below: by another make,
+    which may have its own settings."""
 
     goals: Sequence[str]
     settings: Mapping[str, str]
@@ -94,7 +95,8 @@ def preset(path: Path) -> dict[str, str]:
 
 
 def values_of(typed: Mapping[str, str]) -> dict[str, str]:
-    """The value of every setting: the command line, else the preset, else the default. The environment never decides."""
+    """The value of every setting: the command line, else the preset, else the default.
+    The environment never decides."""
     known = {
         name: value if settings.BY_NAME[name].free else " ".join(value.split(" ")).strip(" \t\r\n")
         for name, value in typed.items()
@@ -112,7 +114,7 @@ def values_of(typed: Mapping[str, str]) -> dict[str, str]:
 
 
 def refused(typed: Typed, values: Mapping[str, str]) -> list[str]:
-    """The settings that cannot be: unknown names, wrong values, values that this project or this machine has not."""
+    """The refused settings: unknown names, wrong values, and values that this project or this machine does not have."""
     unknown = [] if typed.below else [name for name in typed.settings if name not in settings.NAMES]
     names = [*sorted(unknown, key=lambda name: name not in settings.SECRETS), *settings.wrong(values)]
     source = values["SOURCE"]
@@ -158,14 +160,15 @@ def runs(python: str) -> bool:
 
 
 def nearest_word(goal: str, words: Sequence[str]) -> str:
-    """The word of the Makefile that a goal is, or most looks like. A file may be a goal too."""
+    """The word of the Makefile that a goal is or resembles most. A file may be a goal too."""
     if goal in words or "/" in goal or "." in goal:
         return goal
     return settings.nearest(goal.lower(), sorted(words))
 
 
 def check_split(values: Mapping[str, str], goal: str) -> None:
-    """A Problem for ranks that cannot share the model, if its shape is known before it is read: a preset's, or its folder's."""
+    """A Problem for ranks that cannot share the model, if its shape is known before it is read: a preset's,
+    or its folder's."""
     tp_size = int(values["TP"])
     sizes = sizes_known(values)
     if tp_size == 1 or not sizes or all(size % tp_size == 0 for size in sizes):
@@ -181,7 +184,7 @@ def check_split(values: Mapping[str, str], goal: str) -> None:
         else:
             table = ROOT / "models" / "shapes.json"
             shape = shapes.params_of(json.loads(table.read_text())[values["MODEL"]], table).shape(0)
-    except reports.Problem:  # the room that reads it says more
+    except reports.Problem:  # the room that reads the file reports it better
         return
     impossible = shapes.why_impossible(shape, tp_size, values["PAD_HEADS"] == "on")
     if impossible:
@@ -193,7 +196,7 @@ def check_split(values: Mapping[str, str], goal: str) -> None:
 
 
 def sizes_known(values: Mapping[str, str]) -> set[int]:
-    """The numbers of heads and of key/value heads, if a small file tells; for a first look that costs nothing."""
+    """The numbers of heads and of key/value heads, if a small file has them: a cheap first check."""
     folder = Path(values["WEIGHTS"])
     for path in (folder / "params.json", folder / "config.json", ROOT / "models" / "shapes.json"):
         if not path.is_file():  # it may be a pipe without a writer

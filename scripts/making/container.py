@@ -1,6 +1,7 @@
 """How a script runs with ENGINE=tensorrt: the words in front of `-m`, which start NVIDIA's container.
 
-Every path is the same inside and outside. A room has no network. NVIDIA's entrypoint only prints a banner and checks what we check.
+Every path is the same inside and outside. A room has no network.
+NVIDIA's entrypoint only prints a banner and checks what we check.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from scripts.serving import collector
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
 )  # fmt: skip
-# as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks, a limit of which only what is used is taken
+# as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks;
+# only what is used takes memory
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
 GPU_JOBS = ("engines", "verified", "serve", "demo")
 JOBS = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "ask", "fsck", "wheels")
 
 
 class Container(NamedTuple):
-    """The image a version runs in. lacks: the list of packages that NVIDIA's image lacks; iid: the file with the completed image's id.
+    """The image that a version runs in. lacks: the list of packages that NVIDIA's image lacks; iid:
+    the file with the completed image's id.
 
-    serving: the same for serve and demo, which need packages that no image of NVIDIA's has; rooms do not, and an image brings them itself.
+    serving: the same for serve and demo, which need packages that NVIDIA's images lack. Rooms do not need them, and a
+    baked image brings them.
     """
 
     image: str
@@ -42,7 +46,7 @@ class Container(NamedTuple):
 
     @property
     def made_in(self) -> str:
-        """What names it in a room's question."""
+        """The image's name in a room's question."""
         packages = hashlib.sha256(Path(self.lacks).read_bytes()).hexdigest()[:12] if self.lacks else ""
         return f"image={self.image}" + (f"+{packages}" if packages else "")
 
@@ -60,10 +64,10 @@ def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Co
 
 
 def mounts(weights: str, to_fetch: bool = False) -> list[str]:
-    """docker's flags for what lies outside of the project. to_fetch: the weights will be there when docker runs.
+    """docker's flags for folders outside of the project. to_fetch: the weights will be there when docker runs.
 
-    Weights, what their links point to, and a build/ that is a link, may lie elsewhere. Each is mounted at the place it has on the host: a
-    room may hold a link to the weights, and the link has to mean the same in the container and outside.
+    Weights, the targets of their links, and a build/ that is a link may lie elsewhere. Each is mounted at its place on
+    the host: a room may hold a link to the weights, which must mean the same inside and outside of the container.
     """
     places = {(os.path.realpath("build"), "")}
     if os.path.exists(weights):
@@ -87,7 +91,8 @@ def mounts(weights: str, to_fetch: bool = False) -> list[str]:
 
 
 def network(job: str, values: Mapping[str, str]) -> list[str]:
-    """A room has none, but wheels fetches packages, by hash, and quantization texts to measure on (scripts/nvidia/quantize.py)."""
+    """docker's flags for the network. Rooms have none, except wheels, which fetches packages by hash, and quantization,
+    which fetches texts to measure on (scripts/nvidia/quantize.py)."""
     if job == "ask":
         return ["--network host"]
     if job == "serve":

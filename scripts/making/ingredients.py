@@ -26,7 +26,7 @@ from typing import Iterator, Mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "made_from.json"
-# In the environment of what a room starts: the file to which each program of ours adds what it used, when it ends.
+# In the environment of a room's programs: the file to which each of our programs adds what it used, when it ends.
 CHILDREN = "ROOM_USED"
 # An image holds the words of its reports and the whole launcher: it notes those files by their bytes
 # (scripts/images/launcher.py).
@@ -36,11 +36,11 @@ NO_INGREDIENTS = (
     "scripts/making/*",
     "scripts/serve.py",  # launching, the supervisor, and checks of this host
     "scripts/serving/*",
-    "scripts/nvidia/gpus.py",  # the GPUs that were seen; what is built for them is in the room's arguments and facts
+    "scripts/nvidia/gpus.py",  # this machine's GPUs; what is built for them is in the room's arguments and facts
     "scripts/nvidia/memory.py",  # estimates
     "docker/gpus.json",
     "scripts/bench/*",
-    "scripts/weights/folder.py",  # what of a model's folder may be read, in what time, and by whom it is tried
+    "scripts/weights/folder.py",  # which files of a model's folder may be read, and with which limits
     "scripts/weights/bounded.py",
     "scripts/tokenizer/proof.py",
     "scripts/openai/*",  # the endpoint, which proof.py tries a template with; an image notes it by its bytes
@@ -53,16 +53,15 @@ _noted: dict[str, str] = {}
 _seen: dict[tuple[str, int, int], str] = {}
 
 
-# --- core: values in, values out
-# --------------------------------------------------------------------------------------------
+# --- core: values in, values out --------------------------------------------------------------------------------------
 
 
 def meaning(source: bytes) -> bytes:
-    """A module without what changes nothing that it makes: comments, docstrings, empty lines, and statements that only
-    say a line.
+    """A module without the parts that do not change its results: comments, docstrings, empty lines, and statements that
+    only print a line.
 
-    By positions in the text, not by the parser's tree, whose form differs between the Pythons of the host and of
-    NVIDIA's containers. SyntaxError if this Python is too old for the module.
+    It works with positions in the text, not with the parser's tree, whose form differs between the Pythons of the host
+    and of NVIDIA's containers. SyntaxError if this Python is too old for the module.
     """
     tree = ast.parse(source)
     lines = source.splitlines(keepends=True)
@@ -138,14 +137,14 @@ def is_ingredient(path: str) -> bool:
 
 
 def note(pattern: str) -> None:
-    """A file, or all that match a pattern with *, is used as it is. pattern: relative to the project; other files are
-    not ours to note."""
+    """Note that a file, or all files that match a pattern with *, are used. pattern: relative to the project; other
+    files are not noted."""
     if is_ingredient(pattern):
         _noted[pattern] = files_now(pattern)
 
 
 def note_path(path: Path) -> None:
-    """The same for a path; one outside of the project is a setting's value, and settings are in the question."""
+    """The same for a path. A path outside of the project comes from a setting, and settings are in the question."""
     try:
         note(path.resolve().relative_to(ROOT).as_posix())
     except ValueError:
@@ -153,17 +152,17 @@ def note_path(path: Path) -> None:
 
 
 def note_content(pattern: str) -> None:
-    """The same for what a room contains as it is, even if a room is never made from it."""
+    """The same for a file that a room contains unchanged, even if rooms are never made from such files."""
     _noted[pattern] = files_now(pattern)
 
 
 def note_row(path: str, key: str) -> None:
-    """One entry of a JSON object of the project is used: the others may change."""
+    """Note that one entry of a JSON file of the project is used: the other entries may change."""
     _noted[f"{path}#{key}"] = row_now(path, key)
 
 
 def files_now(pattern: str) -> str:
-    """The sum of the files that match, by names and bytes; of none of them, '-'."""
+    """The sum of the names and bytes of the matching files; '-' if there are none."""
     digest, count = hashlib.sha256(), 0
     for path in sorted(ROOT.glob(pattern)):
         if path.is_file():
@@ -225,7 +224,7 @@ def _sums(path: str) -> str:
 
 
 def used(children: Path | None = None) -> dict[str, str]:
-    """ingredient -> sum, of this process and of its children as they told it."""
+    """ingredient -> sum, for this process and its children."""
     found = {**{path: _sums(path) for path in _modules()}, **_noted}
     if children is not None and children.is_file():
         for line in children.read_text().splitlines():
@@ -238,7 +237,7 @@ def as_bytes(record: Mapping[str, str]) -> bytes:
 
 
 def changed(record: Mapping[str, str]) -> list[str]:
-    """The ingredients that are not now as the record says."""
+    """The ingredients that differ from the record."""
 
     def now(name: str, recorded: str) -> str:
         if recorded.startswith("code "):
@@ -250,7 +249,7 @@ def changed(record: Mapping[str, str]) -> list[str]:
 
 
 def stale(room: Path) -> bool:
-    """Whether a room that is there was made from something else than is here now; also if it does not say from what."""
+    """Whether an existing room was made from other ingredients than the present ones, or does not say from which."""
     if not (room / "manifest.json").is_file():
         return False
     try:
@@ -268,7 +267,7 @@ def tell_parent() -> None:
             fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError:  # the room is gone
             return
-        os.write(fd, (json.dumps(used()) + "\n").encode())  # in one piece: ranks end at the same time
+        os.write(fd, (json.dumps(used()) + "\n").encode())  # in one call, because ranks end at the same time
         os.close(fd)
 
     atexit.register(tell)

@@ -1,6 +1,7 @@
-"""From settings to make's variables: where rooms lie, what each is asked, what is installed first, how a script runs.
+"""From settings to make's variables: where rooms lie, their questions, what is installed first, how a script runs.
 
-Settings are values here; nothing is written but build/gpu.json (scripts/making/toolchain.py). see docs/design.md.
+Settings are values here. The only file that this writes is build/gpu.json (scripts/making/toolchain.py).
+See docs/design.md.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ PERF_NEEDS_GLIBC = (2, 38)
 LINE_BREAK = "{newline}"
 
 
-# --- core: values in, values out --------------------------------------------------------------------------------------------
+# --- core: values in, values out --------------------------------------------------------------------------------------
 
 
 def name_of(model: str) -> str:
-    """What a model's rooms are called: the preset's name; of a folder its last part, and a sum of the whole path."""
+    """The name of a model's rooms: the preset's name; for a folder, its last part and a sum of the whole path."""
     if "/" not in model:
         return model
     path = os.path.realpath(model)
@@ -52,7 +53,7 @@ def variant_of(values: Mapping[str, str]) -> str:
 
 
 def ground_of(values: Mapping[str, str]) -> str:
-    """The folder of what an image stands on; it is made once for all models."""
+    """The folder of the rooms below an image (base, wheels), which are made once for all models."""
     kind = values["TOOLCHAIN"] if values["ENGINE"] == "tensorrt" else values["TARGET"]
     base = values["BASE_IMAGE"]
     return f"build/ground-{values['ENGINE']}-{kind}" + (
@@ -68,7 +69,8 @@ def locks_of(values: Mapping[str, str]) -> list[str]:
 
 
 def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: str) -> dict[str, str]:
-    """room -> the options of its script. They may hold a path of this machine: they are the question, not part of the answer."""
+    """room -> the options of its script. They may hold a path of this machine, because they are the question,
+    not the answer."""
     tensorrt, quant, version = values["ENGINE"] == "tensorrt", values["QUANT"], values["TOOLCHAIN"]
     config, hf, variant, ground = (places[name] for name in ("CONFIG", "HF", "VARIANT", "GROUND"))
     about_model = f"--max-position-embeddings={values['CONTEXT']}"
@@ -77,7 +79,8 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
         "config": [about_model],
         "hf": [about_model],
         "checkpoint": [
-            f"--model {hf if quant else config} --pad-heads {values['PAD_HEADS']} --tp-size {values['TP']} --pp-size {values['PP']}",
+            f"--model {hf if quant else config} --pad-heads {values['PAD_HEADS']} --tp-size {values['TP']} --pp-size "
+            f"{values['PP']}",
             f"--dtype={values['DTYPE']} --trtllm-version {version} --engine {values['ENGINE']}",
             f"--quant {quant} --examples build/TensorRT-LLM-{version}" if quant else "",
         ],
@@ -89,7 +92,8 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
         ],
         "verified": [f"--engines {variant}/engines --hf {hf}"],
         "model_repo": [
-            f"--engines {variant}/engines --config {config} --trtllm-version {version} --streaming {values['STREAMING']}",
+            f"--engines {variant}/engines --config {config} --trtllm-version {version} --streaming "
+            f"{values['STREAMING']}",
             f"--kv-reuse {values['KV_REUSE']} --name {os.path.basename(values['MODEL'].rstrip('/'))}",
             f"--chat-template={values['CHAT_TEMPLATE']}",
         ],
@@ -100,7 +104,8 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
         "wheels": [f"--base {ground}/base --target {values['TARGET']}", *(f"--lock {lock}" for lock in locks_of(values))],
         "image": [
             f"--root {variant} --base {ground}/base --wheels {ground}/wheels --weights '{values['WEIGHTS']}'",
-            f"--model {places['NAME']} --license={values['LICENSE']} --revision={revision} --builder={values['BUILDER']}",
+            f"--model {places['NAME']} --license={values['LICENSE']} --revision={revision} "
+            f"--builder={values['BUILDER']}",
         ],
     }  # fmt: skip
     return {room: " ".join(filter(None, words)) for room, words in asked.items()}
@@ -125,7 +130,7 @@ def packages(values: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return ["run.txt", *(["gguf.txt"] if gguf else [])], ["run.txt", *(["fetch.txt"] if fetch else [])]
 
 
-# --- shell ------------------------------------------------------------------------------------------------------------------
+# --- shell ------------------------------------------------------------------------------------------------------------
 
 
 def revision_here() -> str:
@@ -152,7 +157,7 @@ def fetches_without_packages(python: str) -> bool:
 
 
 def packages_sum() -> str:
-    """What names the pinned packages in a room's question."""
+    """The name of the pinned packages in a room's question."""
     locks = b"".join(Path("requirements", name).read_bytes() for name in ("run.txt", "torch.txt"))
     return hashlib.sha256(locks).hexdigest()[:12]
 
@@ -176,7 +181,7 @@ def places_of(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[str]) -> dict[str, str]:
-    """Everything the Makefile reads, but the settings themselves."""
+    """Everything that the Makefile reads, except the settings themselves."""
     goals = set(typed.goals)
     places = places_of(values)
     tensorrt = values["ENGINE"] == "tensorrt"
@@ -264,7 +269,7 @@ def rehearsal_path(values: Mapping[str, str]) -> str:
 
 
 def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
-    """The lines for make; a Problem for what was typed wrong."""
+    """The lines for make; a Problem if the user typed something wrong."""
     meant = [choice.nearest_word(goal, words) for goal in typed.goals]
     os.environ["BAKE_SETTINGS"] = "\n".join(
         f"{name}={value}" for name, value in typed.settings.items() if told(name, meant)
@@ -310,7 +315,7 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
             f"export REHEARSAL_GPUS := {values['REHEARSAL']}",
             f"export REHEARSAL_TRTLLM := {values['TOOLCHAIN']}",
         ]
-    # what is asked about (plan, doctor) is shown as it was typed; rooms of it there are none
+    # plan and doctor show a refused choice as it was typed; it has no rooms
     right = {
         **values,
         **{name: settings.BY_NAME[name].default for name in refused if name in values and name != "WEIGHTS"},
@@ -330,7 +335,7 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
 
 
 def told(name: str, goals: Sequence[str]) -> bool:
-    """Whether the command of a report repeats a setting that was typed: not free text, nor what other words are for."""
+    """Whether a report's command repeats a setting of the user: not free text, and not settings of other words."""
     setting = settings.BY_NAME.get(name)
     if setting is None or setting.free or name == "JSON":
         return False
@@ -338,12 +343,12 @@ def told(name: str, goals: Sequence[str]) -> bool:
 
 
 def for_make(text: str) -> str:
-    """Text as it stands in a makefile."""
+    """Text, escaped for a makefile."""
     return text.replace("$", "$$").replace("#", "\\#").replace(LINE_BREAK, "")
 
 
 def typed_of(arguments: Sequence[str]) -> tuple[choice.Typed, list[str]]:
-    """What the Makefile passes on, and the words that it knows."""
+    """The arguments from the Makefile, with the words that it knows."""
     flags = [word for word in arguments if word in ("--asked", "--below")]
     words, goals, *pairs = [word for word in arguments if word not in flags]
     split = [pair.partition("=") for pair in pairs]

@@ -1,4 +1,5 @@
-"""What make sees of a folder of weights: its place, and the names, sizes and times of its files. They stand for the content.
+"""What make sees of a folder of weights: its path, and the names, sizes and times of its files,
+which stand for the content.
 
 python3 -m scripts.making.seen FOLDER
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 
 
 def seen(folder: str) -> str:
-    """'models/stories ./params.json 85 1700000000.0000000000 ...': files of the folder itself, and Meta's tokenizer one level up."""
+    """'models/stories ./params.json 85 1700000000.0000000000 ...': files of the folder itself,
+    and Meta's tokenizer one level up."""
     place = os.path.realpath(folder)
     here = os.getcwd()
     inside = place == here or place.startswith(here + "/")
@@ -29,7 +31,7 @@ def seen(folder: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A file's name without what make or a shell would not take as it stands."""
+    """A file's name without characters that make or a shell would interpret."""
     return re.sub(rb"[^A-Za-z0-9._/+=,:-]", lambda match: b"%%%02X" % match[0][0], os.fsencode(name)).decode()
 
 

@@ -1,6 +1,8 @@
-"""Which TensorRT-LLM is used, if TOOLCHAIN does not name one: the newest of docker/toolchains.json that runs on the GPUs.
+"""Which TensorRT-LLM is used, if TOOLCHAIN does not name one:
+the newest of docker/toolchains.json that runs on the GPUs.
 
-build/gpu.json keeps what the GPUs decided, because nvidia-smi takes seconds. Its key is what the kernel says of the GPUs, and the table.
+build/gpu.json keeps the result, because nvidia-smi takes seconds. Its key is the kernel's description of the GPUs,
+and the table.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def newest_for(capability: str, table: Mapping[str, Mapping[str, object]]) -> st
 
 
 def parse(text: str) -> list[tuple[str, str]]:
-    """The answer to QUERY: (name, compute capability) of each GPU. A line that is not one is left out (infoROM is corrupted)."""
+    """The answer to QUERY: (name, compute capability) of each GPU. Other lines are left out (infoROM is corrupted)."""
     found = [re.fullmatch(r"(.+?)\s*,\s*(\d+\.\d)\s*", line) for line in text.splitlines()]
     return [(match[1], match[2]) for match in found if match]
 
@@ -55,7 +57,7 @@ def decided(gpus: Sequence[tuple[str, str]]) -> tuple[str, str]:
 
 
 def gpus_here(path: str) -> list[tuple[str, str]]:
-    """This machine's GPUs by nvidia-smi on `path`; a Problem if there is none to ask, or it does not answer."""
+    """This machine's GPUs from nvidia-smi on `path`; a Problem if it is missing or does not answer."""
     program = shutil.which(QUERY[0], path=path)
     if not program:
         raise reports.nvidia.which_gpu()

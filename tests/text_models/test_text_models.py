@@ -415,6 +415,3 @@ def test_no_unexpected_warning_is_in_the_servers_log(served: Served) -> None:
         if re.search(r"(: |^)[WEF]\d{4} |[Ee]rror|Traceback|[Ww]arning", line)
     ]
     assert [line for line in found if not any(noise in line for noise in NOISE)] == []
-
-
-"""What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""

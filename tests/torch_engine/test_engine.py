@@ -549,6 +549,3 @@ def test_a_gpu_that_pytorch_has_no_code_for_is_known(
     capability: tuple[int, int], built_for: list[str], runs: bool
 ) -> None:
     assert has_code_for(capability, built_for) is runs
-
-
-"""The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""

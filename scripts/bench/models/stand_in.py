@@ -1,8 +1,10 @@
-"""The model tensorrt_llm of `make bench-text`: no weights, a clock. Every running request gets one token per step, its prompt's in turn.
+"""The model tensorrt_llm of `make bench-text`: no weights, a clock. Every running request gets one token per step,
+its prompt's in turn.
 
-Steps are due at fixed times, as a GPU's are: what else the machine does delays a step only where it takes the processor away.
-The file `pace` in the model's version folder says how: microseconds of a step, and whether a response carries one token (as
-NVIDIA's backend sends them) or all that are ready (as the torch engine does). It is read whenever the engine has been idle.
+Steps are due at fixed times, like a GPU's: other work on the machine delays a step only if it takes the CPU away. The
+file `pace` in the model's version folder has the microseconds of a step, and whether a response carries one token (as
+NVIDIA's backend sends them) or all that are ready (as the torch engine does).
+It is read whenever the engine has been idle.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ZEROS = {
 
 
 class Running:
-    """A request, the tokens that it is still to get, and those that it has got and not been sent."""
+    """A request, the tokens that it will get, and those that it has got but that were not sent."""
 
     def __init__(self, request: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
@@ -38,7 +40,7 @@ class Running:
         self.ready: list[int] = []
 
     def take(self, at_once: bool) -> list[int]:
-        """Tokens for a response."""
+        """The tokens of the next response."""
         if not self.streaming and self.coming:
             return []
         n = 1 if self.streaming and not at_once else len(self.ready)

@@ -1,6 +1,8 @@
-"""What NVIDIA's postprocessing of v0.8.0 does, for `make bench-text`, written from notes on its behaviour: every response by itself.
+"""NVIDIA's postprocessing of v0.8.0 for `make bench-text`, written from notes on its behaviour:
+every response by itself.
 
-The tokens of a response through Hugging Face's tokenizer without those before them; log probabilities and logits copied through.
+It decodes the tokens of a response without those before them, by Hugging Face's tokenizer;
+it copies log probabilities and logits.
 """
 
 from __future__ import annotations

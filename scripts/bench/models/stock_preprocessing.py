@@ -1,6 +1,8 @@
-"""What NVIDIA's preprocessing of v0.8.0 does, for `make bench-text`, written from notes on its behaviour: one request after the other.
+"""NVIDIA's preprocessing of v0.8.0 for `make bench-text`, written from notes on its behaviour:
+one request after the other.
 
-Each prompt by itself through Hugging Face's tokenizer, without BOS; word lists by the words' own tokens; all of its eight outputs.
+It encodes each prompt by itself with Hugging Face's tokenizer, without BOS, word lists by the words' own tokens, and
+gives all of its eight outputs.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def test_verify_image_recomputes_it(baked: Baked) -> None:
     [
         ("/srv/engines/rank1.safetensors", "srv/engines/rank1.safetensors: sha256"),
         ("/srv/passport.json", "label trtllm-bake.passport.sha256"),
-        ("/opt/trtllm-bake/scripts/serve.py", "opt/trtllm-bake/scripts/serve.py: not what revision"),
+        ("/opt/trtllm-bake/scripts/serve.py", "opt/trtllm-bake/scripts/serve.py: differs from revision"),
     ],
 )
 def test_verify_image_names_what_was_changed(baked: Baked, run: Run, tmp_path: Path, file: str, said: str) -> None:
