@@ -6,69 +6,44 @@ import argparse
 import importlib.util
 import json
 import os
-import queue
 import sys
 import urllib.error
 import urllib.request
-from typing import Any
-
-import numpy as np
 
 from scripts import reports, settings
 from scripts.serving import launch
 from scripts.serving.pulse import LOOPBACK
 
-# gRPC has its own variable and option for proxies
-NO_PROXY = [("grpc.enable_http_proxy", 0)]
-
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
     """Stream the answer of the model `ensemble` to standard output; a Problem when there is none."""
-    import tritonclient.grpc as triton
     from tritonclient.utils import InferenceServerException
 
-    answers: queue.Queue[Any] = queue.Queue()
-    printed = False
-    with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
-        try:
-            if not client.is_server_ready(client_timeout=10):
-                raise reports.serving.server_not_there(address, "it is there but not ready")
-            inputs = []
-            for name, datatype, value in (
-                ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
-                ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-                ("stream", "BOOL", np.array([[streams(client)]])),
-            ):
-                inputs.append(triton.InferInput(name, list(value.shape), datatype))
-                inputs[-1].set_data_from_numpy(value)
-            client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
-            client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
-            while True:
-                answer = answers.get(timeout=timeout_seconds)
-                if isinstance(answer, InferenceServerException):
-                    raise answer
-                text = answer.as_numpy("text_output")
-                if text is not None:
-                    sys.stdout.write(b"".join(text.reshape(-1)).decode("utf-8"))
-                    sys.stdout.flush()
-                    printed = True
-                final = answer.get_response().parameters.get("triton_final_response")
-                if final is not None and final.bool_param:
-                    break
-            client.stop_stream()
-        except InferenceServerException as error:
-            client.stop_stream(cancel_requests=True)
-            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-                if printed:
-                    raise reports.serving.answer_cut_off(address, error.message() or "") from None
-                raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
-            raise reports.serving.request_refused(error.message() or str(error)) from None
+    from scripts.serving import triton_client as triton
+
+    printed, whole = False, False
+    stream = triton.Stream(address, timeout_seconds)
+    try:
+        if not stream.client.is_server_ready(client_timeout=10):
+            raise reports.serving.server_not_there(address, "it is there but not ready")
+        asked = {"text_input": triton.texts(prompt), "max_tokens": triton.ints(max_tokens)}
+        stream.send("ensemble", **asked, stream=triton.yes(stream.streams))
+        for answer in stream.until_final():
+            text = answer.as_numpy("text_output")
+            if text is not None:
+                sys.stdout.write(b"".join(text.reshape(-1)).decode("utf-8"))
+                sys.stdout.flush()
+                printed = True
+        whole = True
+    except InferenceServerException as error:
+        if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+            if printed:
+                raise reports.serving.answer_cut_off(address, error.message() or "") from None
+            raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
+        raise reports.serving.request_refused(error.message() or str(error)) from None
+    finally:
+        stream.close(cancel=not whole)
     sys.stdout.write("\n")
-
-
-def streams(client: Any) -> bool:
-    """Whether the server streams, or (STREAMING=off) gives a request one response. client: tritonclient's, over gRPC."""
-    return bool(client.get_model_config("ensemble").config.model_transaction_policy.decoupled)
 
 
 def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import signal
 import socket
@@ -14,21 +13,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
 from project import make
 from server import Served, end_tree_of, free_ports, processes_below, serve
+from triton_requests import Stream
 
 from scripts import reports
 from scripts.serving import pulse
 from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
+from scripts.serving.triton_client import ints, texts
 
 LONG: dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -117,18 +117,9 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
 
 def test_ctrl_c_with_a_client_that_only_holds_a_stream_open(server: Served) -> None:
     """Such a client keeps Triton 2.51 from ever exiting."""
-    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    with triton.InferenceServerClient(server.grpc) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        inputs = []
-        for name, kind, value in (
-            ("text_input", "BYTES", np.array([[b"Once"]], dtype=object)),
-            ("max_tokens", "INT32", np.array([[3]], dtype=np.int32)),
-        ):
-            inputs.append(triton.InferInput(name, [1, 1], kind))
-            inputs[-1].set_data_from_numpy(value)
-        client.async_stream_infer("ensemble", inputs)
-        assert answers.get(timeout=30)[1] is None
+    with closing(Stream(server)) as stream:
+        stream.send("ensemble", text_input=texts("Once"), max_tokens=ints(3))
+        assert len(list(stream.until_final())) == 1
         # the stream stays open, as a client library leaves it
         assert server.end(signal.SIGINT, timeout=19) == 0
 
