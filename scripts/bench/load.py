@@ -2,7 +2,7 @@
 
 Reads   engines/ and model_repo/ under --root, the tokenizer of the room config, and the whole model for the peers
 Writes  OUT.json, OUT.csv, OUT.html: every number with the host, the versions and the command that made it
-Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf for the
+Needs   perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf for the
         OpenAI-compatible endpoint
 
 Serves the rooms itself, so that the engine alone can have the GPUs afterwards. A load generator that does not run here is named as not run.
