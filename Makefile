@@ -23,8 +23,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-fuzz test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai soak \
-           bench-convert
+           test test-fuzz test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text \
+           bench-openai bench-convert soak
 .PHONY: $(WORDS) FORCE
 
 help: ## this page
@@ -172,7 +172,6 @@ push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=reg
 	@$(HOST_PY) -m scripts.push_image --dist dist/$(NAME)-$(VERSION) --builder=$(BUILDER)
 
 # --- the packages, pinned by hash (CONTRIBUTING.md) ---
-
 
 has   = $(if $(HAS),$(addprefix $(HAS),$(addsuffix .txt,$1)))
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh \
