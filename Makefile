@@ -23,8 +23,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-fuzz test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text bench-openai soak \
-           bench-convert
+           test test-fuzz test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text \
+           bench-openai bench-convert soak
 .PHONY: $(WORDS) FORCE
 
 help: ## this page
@@ -173,19 +173,18 @@ push: ## send a release's image to a registry: make push VERSION=x.y.z IMAGE=reg
 
 # --- the packages, pinned by hash (CONTRIBUTING.md) ---
 
-
 has   = $(if $(HAS),$(addprefix $(HAS),$(addsuffix .txt,$1)))
 $(VENV)/locks/run.txt: requirements/torch.txt requirements/torch-cuda.txt scripts/make_venv.sh \
                        $(if $(realpath $(VENV)/bin/python),,FORCE)
-$(call has,bench perf aiperf clients release gguf fetch verify openai chart test dev): $(VENV)/locks/run.txt
+$(call has,perf aiperf clients release gguf fetch verify openai chart test dev): $(VENV)/locks/run.txt
 $(VENV)/locks/%.txt: requirements/%.txt
 	@scripts/make_venv.sh $(VENV) $*
 
 ##
 ## Development:
 
-TESTED := $(call has,run verify gguf fetch openai bench aiperf clients chart test release)
-BENCH_NEEDS := $(call has,bench openai aiperf $(if $(PEERS),verify)) $(PERF)
+TESTED := $(call has,run verify gguf fetch openai aiperf clients chart test release)
+BENCH_NEEDS := $(call has,openai aiperf $(if $(PEERS),verify)) $(PERF)
 FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
 LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
 PYTEST  = $(PY) -m pytest -q --durations=25

@@ -1,12 +1,3 @@
-# llama-2-13b-chat: Meta's Llama 2. make weights fetches it; or put the folder (or a link to it) at weights/llama-2-13b-chat, or say WEIGHTS=/path.
-WEIGHTS = weights/llama-2-13b-chat
-SOURCE = meta:llama-2-13b-chat
-# float16 is what Meta's own inference code computes in, and all that a V100 can do
-DTYPE = float16
-TP = 2
-LICENSE = llama2
-CONTEXT = 4096
-MAX_SEQ_LEN = 4096
-MAX_BATCH_SIZE = 8
-# Meta's files have none
+# Meta's Llama 2 13B, the chat version. Meta's files have no chat template
+include models/shared/llama-2.mk
 CHAT_TEMPLATE = models/llama-2.jinja

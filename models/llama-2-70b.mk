@@ -1,10 +1,3 @@
-# llama-2-70b: Meta's Llama 2. make weights fetches it; or put the folder (or a link to it) at weights/llama-2-70b, or say WEIGHTS=/path.
-WEIGHTS = weights/llama-2-70b
-SOURCE = meta:llama-2-70b
-# float16 is what Meta's own inference code computes in, and all that a V100 can do
-DTYPE = float16
+# Meta's Llama 2 70B
+include models/shared/llama-2.mk
 TP = 8
-LICENSE = llama2
-CONTEXT = 4096
-MAX_SEQ_LEN = 4096
-MAX_BATCH_SIZE = 8

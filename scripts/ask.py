@@ -8,30 +8,22 @@ import http.client
 import importlib.util
 import json
 import os
-import queue
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
 
 from scripts import reports, settings
 from scripts.serving import launch
 from scripts.serving.pulse import LOOPBACK
 
-# gRPC has its own variable and option for proxies
-NO_PROXY = [("grpc.enable_http_proxy", 0)]
-
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
-    """Stream the answer of the model `ensemble` to standard output; a Problem when there is none.
+    """Stream the answer of the model `ensemble` to standard output; a Problem if there is none.
 
-    A connection that the server closes before the first token is opened once more: nothing of the answer was said. (gRPC's GOAWAY: a
-    server that ends, or one behind a load balancer.) After the first token the answer is not asked for again, it would begin anew.
+    If the server closes the connection before the first token (gRPC's GOAWAY: a server that ends, or one after a load balancer), a second
+    connection asks again. After the first token it does not: the answer would start over.
     """
-    import tritonclient.grpc as triton
     from tritonclient.utils import InferenceServerException
 
     for is_last in (False, True):
@@ -43,57 +35,38 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
             sys.stdout.flush()
             printed = True
 
-        with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
-            try:
-                if not client.is_server_ready(client_timeout=10):
-                    raise reports.serving.server_not_there(address, "it is there but not ready")
-                _stream(client, prompt, max_tokens, timeout_seconds, show)
-                break
-            except InferenceServerException as error:
-                client.stop_stream(cancel_requests=True)
-                if printed:
-                    raise reports.serving.answer_cut_off(address, error.message() or str(error)) from None
-                if error.status() == "StatusCode.UNAVAILABLE" and not is_last:
-                    continue
-                if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
-                    raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
-                raise reports.serving.request_refused(error.message() or str(error)) from None
+        try:
+            _stream(address, prompt, max_tokens, timeout_seconds, show)
+            break
+        except InferenceServerException as error:
+            if printed:
+                raise reports.serving.answer_cut_off(address, error.message() or str(error)) from None
+            if error.status() == "StatusCode.UNAVAILABLE" and not is_last:
+                continue
+            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
+            raise reports.serving.request_refused(error.message() or str(error)) from None
     sys.stdout.write("\n")
 
 
-def _stream(client: Any, prompt: str, max_tokens: int, timeout_seconds: float, show: Callable[[str], None]) -> None:
-    """Ask, and `show` each text of the answer as it comes. Raises tritonclient's InferenceServerException."""
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException
+def _stream(address: str, prompt: str, max_tokens: int, timeout_seconds: float, show: Callable[[str], None]) -> None:
+    """Ask over one connection, and `show` each text of the answer as it comes. Raises tritonclient's InferenceServerException."""
+    from scripts.serving import triton_client as triton
 
-    answers: queue.Queue[Any] = queue.Queue()
-    inputs = []
-    for name, datatype, value in (
-        ("text_input", "BYTES", np.array([[prompt.encode("utf-8", "surrogateescape")]], dtype=object)),
-        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-        ("stream", "BOOL", np.array([[streams(client)]])),
-    ):
-        inputs.append(triton.InferInput(name, list(value.shape), datatype))
-        inputs[-1].set_data_from_numpy(value)
-    client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=timeout_seconds)
-    client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
-    while True:
-        answer = answers.get(timeout=timeout_seconds)
-        if isinstance(answer, InferenceServerException):
-            raise answer
-        text = answer.as_numpy("text_output")
-        if text is not None:
-            show(b"".join(text.reshape(-1)).decode("utf-8"))
-        final = answer.get_response().parameters.get("triton_final_response")
-        if final is not None and final.bool_param:
-            break
-    client.stop_stream()
-
-
-def streams(client: Any) -> bool:
-    """Whether the server streams; with STREAMING=off each request has one response. client: tritonclient's,
-    over gRPC."""
-    return bool(client.get_model_config("ensemble").config.model_transaction_policy.decoupled)
+    whole = False
+    stream = triton.Stream(address, timeout_seconds)
+    try:
+        if not stream.client.is_server_ready(client_timeout=10):
+            raise reports.serving.server_not_there(address, "it is there but not ready")
+        asked = {"text_input": triton.texts(prompt), "max_tokens": triton.ints(max_tokens)}
+        stream.send("ensemble", **asked, stream=triton.yes(stream.streams))
+        for answer in stream.until_final():
+            text = answer.as_numpy("text_output")
+            if text is not None:
+                show(b"".join(text.reshape(-1)).decode("utf-8"))
+        whole = True
+    finally:
+        stream.close(cancel=not whole)
 
 
 def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:

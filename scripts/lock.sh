@@ -13,7 +13,6 @@ lock --no-emit-package torch -c torch.txt -o torch-cuda.txt - <<<"$torch"
 mapfile -t cuda < <(grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' torch-cuda.txt)
 lock "${cuda[@]/#/--no-emit-package=}" --no-emit-package torch verify.in -o verify.txt
 lock image.in -o image.txt
-lock bench.in -o bench.txt
 "$python" -m uv pip compile --quiet --generate-hashes --no-annotate --no-header --no-deps \
     --python-version 3.11 --python-platform x86_64-manylinux_2_40 perf.in -o perf.txt
 lock aiperf.in -o aiperf.txt

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import queue
 import shlex
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
 from project import make
 from server import Served, free_ports
-from triton_requests import STORY
+from triton_requests import STORY, Stream
+
+from scripts.serving.triton_client import floats, ints, texts, yes
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -79,26 +79,14 @@ def test_generate_and_generate_stream_and_grpc_say_the_same(served: Served) -> N
 
 def grpc_stream(served: Served, model: str, prompt: str, max_tokens: int) -> list[str]:
     """What NVIDIA's end_to_end_grpc_client.py sends: text_input, max_tokens, stream, beam_width, temperature."""
-    values = {
-        "text_input": np.array([[prompt.encode()]], dtype=object), "max_tokens": np.array([[max_tokens]], dtype=np.int32),
-        "stream": np.array([[True]]), "beam_width": np.array([[1]], dtype=np.int32), "temperature": np.array([[1.0]], dtype=np.float32),
-    }  # fmt: skip
-    types = {"object": "BYTES", "int32": "INT32", "bool": "BOOL", "float32": "FP32"}
-    inputs = []
-    for name, value in values.items():
-        inputs.append(triton.InferInput(name, list(value.shape), types[str(value.dtype)]))
-        inputs[-1].set_data_from_numpy(value)
-    answers: queue.Queue[tuple[object, object]] = queue.Queue()
-    pieces: list[str] = []
-    with triton.InferenceServerClient(served.grpc) as client:
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer(model, inputs, enable_empty_final_response=True)
-        final = False
-        while not final:
-            result, error = answers.get(timeout=60)
-            assert error is None, error
-            text = result.as_numpy("text_output")  # type: ignore[attr-defined]
-            pieces += [] if text is None else [b"".join(text.reshape(-1)).decode()]
-            final = result.get_response().parameters["triton_final_response"].bool_param  # type: ignore[attr-defined]
-        client.stop_stream()
-    return pieces
+    with closing(Stream(served)) as stream:
+        stream.send(
+            model,
+            text_input=texts(prompt),
+            max_tokens=ints(max_tokens),
+            stream=yes(),
+            beam_width=ints(1),
+            temperature=floats(1.0),
+        )
+        pieces = [answer.as_numpy("text_output") for answer in stream.until_final()]
+    return [b"".join(text.reshape(-1)).decode() for text in pieces if text is not None]

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from project import ROOT
 from server import Served, end_tree_of, serve
-from triton_requests import PROMPT, STORY, Stream, core_request, floats, ints, tell, texts, yes
+from triton_requests import PROMPT, STORY, Stream, core_request, tell
 from tritonclient.utils import InferenceServerException
+
+from scripts.serving.triton_client import floats, ints, texts, yes
 
 RULES = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
 TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())

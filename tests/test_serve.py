@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import signal
 import socket
@@ -14,16 +13,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
 from project import make
 from server import Served, end_tree_of, free_ports, processes_below, serve
+from triton_requests import Stream
 from waiting import until
 
 from scripts import reports
@@ -31,6 +29,7 @@ from scripts.serving import pulse
 from scripts.serving.launch import Settings, mpirun_command, server_environment
 from scripts.serving.ranks import OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
+from scripts.serving.triton_client import ints, is_final, texts, yes
 
 LONG: dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "end_id": -1}
 
@@ -117,44 +116,22 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
     assert [name for name in os.listdir("/dev/shm") if name.startswith(folders[0])] == []
 
 
-def _grpc_stream(client: Any, max_tokens: int) -> queue.Queue[tuple[Any, Any]]:
-    """Ask over a stream that is then held open, as a client library leaves it; what comes is in the queue."""
-    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    client.start_stream(lambda result, error: answers.put((result, error)))
-    inputs = []
-    for name, kind, value in (
-        ("text_input", "BYTES", np.array([[b"Once upon a time"]], dtype=object)),
-        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-        ("end_id", "INT32", np.array([[-1]], dtype=np.int32)),
-        ("stream", "BOOL", np.array([[True]])),
-    ):
-        inputs.append(triton.InferInput(name, [1, 1], kind))
-        inputs[-1].set_data_from_numpy(value)
-    client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
-    return answers
-
-
-def _is_final(result: Any) -> bool:
-    return bool(result.get_response().parameters["triton_final_response"].bool_param)
-
-
 def test_ctrl_c_lets_grpc_streams_finish_and_goes_without_those_held_open(server: Served) -> None:
     """Triton 2.51 does not count answers over gRPC, and a client that only holds a stream open keeps it from ever exiting."""
     with ExitStack() as stack:
-        clients = [stack.enter_context(triton.InferenceServerClient(server.grpc)) for _ in range(17)]
-        held = _grpc_stream(clients[0], 3)
-        while not _is_final(held.get(timeout=30)[0]):
-            pass
-        # as many as make their answers take longer than the models' end
-        running = [_grpc_stream(client, 480) for client in clients[1:]]
-        first = [answers.get(timeout=30) for answers in running]
-        assert [error for _, error in first] == [None] * len(running)
+        held, *running = [stack.enter_context(closing(Stream(server))) for _ in range(17)]
+        held.send("ensemble", text_input=texts("Once upon a time"), max_tokens=ints(3))
+        assert len(list(held.until_final())) == 1
+        # so many that their answers take longer than the models' end
+        for stream in running:
+            stream.send(
+                "ensemble", text_input=texts("Once upon a time"), max_tokens=ints(480), end_id=ints(-1), stream=yes()
+            )
+        for stream in running:
+            assert not is_final(stream.next())
         assert server.end(signal.SIGINT) == 0
-        for answers in running:
-            said = [answers.get_nowait()]
-            while said[-1][1] is None and not _is_final(said[-1][0]):
-                said.append(answers.get(timeout=5))
-            assert said[-1][1] is None, said[-1]
+        for stream in running:
+            assert list(stream.until_final()), "what came after the first token, without an error"
 
 
 def test_a_killed_supervisor_takes_its_ranks_with_it(server: Served) -> None:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from scripts import reports
 
 
@@ -22,19 +20,14 @@ async def _ask(
 ) -> list[dict[str, Any]]:
     import tritonclient.grpc.aio as triton
 
+    from scripts.serving.triton_client import NO_PROXY, inputs_of, ints, is_final, texts, yes
+
     waiting, results = iter(range(count)), []
-    async with triton.InferenceServerClient(address) as client:
+    async with triton.InferenceServerClient(address, channel_args=NO_PROXY) as client:
 
         async def one(text: str) -> dict[str, Any]:
-            inputs = []
-            for name, kind, value in (
-                ("text_input", "BYTES", np.array([[text.encode()]], dtype=object)),
-                ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-                ("end_id", "INT32", np.array([[-1]], dtype=np.int32)),
-                ("stream", "BOOL", np.array([[True]])),
-            ):
-                inputs.append(triton.InferInput(name, [1, 1], kind))
-                inputs[-1].set_data_from_numpy(value)
+            asked = {"text_input": texts(text), "max_tokens": ints(max_tokens), "end_id": ints(-1), "stream": yes()}
+            inputs = inputs_of(asked)
 
             async def requests() -> Any:
                 yield {"model_name": "ensemble", "inputs": inputs, "enable_empty_final_response": True}
@@ -45,7 +38,7 @@ async def _ask(
                     raise reports.serving.request_refused(str(error))
                 if result.get_response().outputs:
                     arrivals.append(time.perf_counter())
-                if result.get_response().parameters["triton_final_response"].bool_param:
+                if is_final(result):
                     break
             tokens = [1] * len(arrivals)
             tokens[-1] += max_tokens - len(arrivals)

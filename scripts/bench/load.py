@@ -2,8 +2,7 @@
 
 Reads   engines/ and model_repo/ under --root, the tokenizer of the room config, and the whole model for the peers
 Writes  OUT.json, OUT.csv, OUT.html: every number with the host, the versions and the command that made it
-Needs   the packages of requirements/bench.txt; perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf
-        for the OpenAI-compatible endpoint
+Needs   perf_analyzer (glibc 2.38) for Triton's gRPC, else tritonclient; aiperf for the OpenAI-compatible endpoint
 
 It serves the rooms itself, so that afterwards the engine alone can have the GPUs. Load generators that cannot run here
 are named. With --baseline, every number is compared with the same number of an older run;

@@ -22,6 +22,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,42 +50,23 @@ GUIDE = {
 
 def over_grpc(settings: launch.Settings, ids: list[int], tokens: int) -> float:
     """One answer of tensorrt_llm; seconds until its first token."""
-    import tritonclient.grpc as triton
+    from tritonclient.utils import InferenceServerException
 
-    done, first = threading.Event(), [0.0]
-    failures: list[object] = []
-    began = time.monotonic()
+    from scripts.serving import triton_client as triton
 
-    def receive(result: Any, error: Any) -> None:
-        first[0] = first[0] or time.monotonic() - began
-        if error is not None:
-            failures.append(error)
-        if error is not None or result.get_response().parameters["triton_final_response"].bool_param:
-            done.set()
-
-    values = {
-        "input_ids": (ids, "INT32"), "input_lengths": ([len(ids)], "INT32"), "request_output_len": ([tokens], "INT32"),
-        "end_id": ([-1], "INT32"), "streaming": ([True], "BOOL"),
+    began, first = time.monotonic(), 0.0
+    asked = {
+        "input_ids": triton.ints(*ids), "input_lengths": triton.ints(len(ids)), "request_output_len": triton.ints(tokens),
+        "end_id": triton.ints(-1), "streaming": triton.yes(),
     }  # fmt: skip
-    inputs = []
-    for name, (value, kind) in values.items():
-        array = np.array([value], dtype={"INT32": np.int32, "BOOL": np.bool_}[kind])
-        inputs.append(triton.InferInput(name, list(array.shape), kind))
-        inputs[-1].set_data_from_numpy(array)
-    with triton.InferenceServerClient(f"{settings.reached_at}:{settings.grpc_port}") as client:
-        client.start_stream(receive)
-        client.async_stream_infer(
-            "tensorrt_llm",
-            inputs,
-            outputs=[triton.InferRequestedOutput(name) for name in ("output_ids", "sequence_length")],
-            enable_empty_final_response=True,
-        )
-        if not done.wait(600):
-            failures.append("no answer within 600 s")
-        client.stop_stream()
-    if failures:
-        raise reports.serving.request_refused(str(failures[0]))
-    return first[0]
+    with closing(triton.Stream(f"{settings.reached_at}:{settings.grpc_port}", 600)) as stream:
+        try:
+            stream.send("tensorrt_llm", outputs=("output_ids", "sequence_length"), **asked)
+            for _ in stream.until_final():
+                first = first or time.monotonic() - began
+        except InferenceServerException as error:
+            raise reports.serving.request_refused(str(error)) from None
+    return first
 
 
 def key_of(settings: launch.Settings) -> dict[str, str]:

@@ -14,12 +14,10 @@ import re
 import subprocess
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from scripts import ask, reports, serve
+from scripts import reports, serve
 from scripts.serving import launch
 from scripts.serving.started import started
 
@@ -28,37 +26,21 @@ PROMPT = "Once upon a time"
 
 def stream(address: str, max_tokens: int) -> float:
     """Seconds until the last token of one streamed answer of exactly `max_tokens` tokens."""
-    import tritonclient.grpc as triton
+    from tritonclient.utils import InferenceServerException
 
-    done = threading.Event()
-    failures: list[object] = []
+    from scripts.serving import triton_client as triton
 
-    def receive(result: Any, error: Any) -> None:
-        if error is not None:
-            failures.append(error)
-            done.set()
-        elif result.get_response().parameters["triton_final_response"].bool_param:
-            done.set()
-
-    with triton.InferenceServerClient(address) as client:
-        inputs = []
-        for name, datatype, value in (
-            ("text_input", "BYTES", np.array([[PROMPT.encode()]], dtype=object)),
-            ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
-            ("end_id", "INT32", np.array([[-1]], dtype=np.int32)),
-            ("stream", "BOOL", np.array([[ask.streams(client)]])),
-        ):
-            inputs.append(triton.InferInput(name, [1, 1], datatype))
-            inputs[-1].set_data_from_numpy(value)
-        client.start_stream(receive)
+    with closing(triton.Stream(address, 600)) as stream:
+        asked = {"text_input": triton.texts(PROMPT), "max_tokens": triton.ints(max_tokens), "end_id": triton.ints(-1)}
+        streams = triton.yes(stream.streams)
         began = time.monotonic()
-        client.async_stream_infer("ensemble", inputs, enable_empty_final_response=True)
-        done.wait(600)
-        seconds = time.monotonic() - began
-        client.stop_stream()
-    if failures:
-        raise reports.serving.request_refused(str(failures[0]))
-    return seconds
+        try:
+            stream.send("ensemble", **asked, stream=streams)
+            for _ in stream.until_final():
+                pass
+        except InferenceServerException as error:
+            raise reports.serving.request_refused(str(error)) from None
+        return time.monotonic() - began
 
 
 def together(address: str, count: int, max_tokens: int) -> float:

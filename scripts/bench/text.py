@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 
 from scripts import build_model_repo, reports
 from scripts.bench import serve as bench_serve
@@ -205,28 +204,19 @@ def prompt_of(tokenizer_dir: Path) -> tuple[str, list[int], str]:
 
 def request_of(model: str, prompt: str, ids: Sequence[int]) -> Any:
     """The gRPC message that each client sends repeatedly."""
-    import tritonclient.grpc as triton
-    from tritonclient.grpc import service_pb2
+    from scripts.serving.triton_client import ints, message_of, texts, yes
 
     if model == "tensorrt_llm":
-        values = {
-            "input_ids": np.array([ids], np.int32), "input_lengths": np.array([[len(ids)]], np.int32),
-            "request_output_len": np.array([[OUT_TOKENS]], np.int32), "streaming": np.array([[True]]),
-        }  # fmt: skip
-    else:
-        values = {
-            "text_input": np.array([[prompt.encode()]], dtype=object), "max_tokens": np.array([[OUT_TOKENS]], np.int32),
-            "stream": np.array([[True]]), "bad_words": np.array([[b""]], dtype=object), "stop_words": np.array([[b""]], dtype=object),
-        }  # fmt: skip
-    types = {"i": "INT32", "?": "BOOL", "O": "BYTES"}
-    message = service_pb2.ModelInferRequest(model_name=model)
-    message.parameters["triton_enable_empty_final_response"].bool_param = True
-    for name, value in values.items():
-        tensor = triton.InferInput(name, list(value.shape), types[value.dtype.char])
-        tensor.set_data_from_numpy(value)
-        message.inputs.append(tensor._get_tensor())
-        message.raw_input_contents.append(tensor._get_content())
-    return message
+        return message_of(
+            model, {
+                "input_ids": ints(*ids), "input_lengths": ints(len(ids)), "request_output_len": ints(OUT_TOKENS), "streaming": yes(),
+            },
+        )  # fmt: skip
+    return message_of(
+        model, {
+            "text_input": texts(prompt), "max_tokens": ints(OUT_TOKENS), "stream": yes(), "bad_words": texts(""), "stop_words": texts(""),
+        },
+    )  # fmt: skip
 
 
 ANSWER_SECONDS = 20

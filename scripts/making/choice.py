@@ -55,7 +55,9 @@ SPLIT = {
 }
 # words that need no TensorRT-LLM version if none was named
 WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
-LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)")
+LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)(?:#.*)?")
+# what several presets share; in a folder below models/, or it would be a preset itself
+INCLUDE = re.compile(r"include\s+(models/shared/[\w.-]+\.mk)")
 
 
 class Typed(NamedTuple):
@@ -82,13 +84,15 @@ def presets() -> list[str]:
     return sorted(path.stem for path in Path("models").glob("*.mk"))
 
 
-def preset(path: Path) -> dict[str, str]:
-    """The settings of a preset; a Problem for a line that is not one."""
+def preset(path: Path, name: str = "") -> dict[str, str]:
+    """The settings of a preset; a Problem for a line that is not one. name: what $(MODEL) is in a file that presets share."""
     found = {}
     for line in path.read_text().splitlines():
-        match = LINE.fullmatch(line.strip())
+        match, shared = LINE.fullmatch(line.strip()), INCLUDE.fullmatch(line.strip())
         if match and match[1] in settings.NAMES:
-            found[match[1]] = match[2].strip()
+            found[match[1]] = match[2].strip().replace("$(MODEL)", name or path.stem)
+        elif shared and Path(shared[1]).is_file():
+            found.update(preset(Path(shared[1]), name or path.stem))
         elif line.strip() and not line.lstrip().startswith("#"):
             raise reports.settings.no_preset(path, line)
     return found

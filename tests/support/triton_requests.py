@@ -2,80 +2,27 @@
 
 from __future__ import annotations
 
-import queue
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-import numpy as np
-import tritonclient.grpc as triton
 from server import Served
-from tritonclient.utils import InferenceServerException
 from waiting import until
+
+from scripts.serving import triton_client
+from scripts.serving.triton_client import floats, ints, texts, yes
 
 PROMPT = "Once upon a time"
 STORY = ", in a small village surrounded by a beautiful forest, there lived a little girl named Lily."
 Outputs = dict[str, Any]
-TYPES = {"O": "BYTES", "?": "BOOL", "i": "INT32", "l": "INT64", "L": "UINT64", "f": "FP32", "e": "FP16"}
 
 
-def texts(*values: Any) -> Any:
-    return np.array([[value if isinstance(value, bytes) else value.encode() for value in values]], dtype=object)
-
-
-def ints(*values: int) -> Any:
-    return np.array([values], dtype=np.int32)
-
-
-def floats(*values: float) -> Any:
-    return np.array([values], dtype=np.float32)
-
-
-def yes(value: bool = True) -> Any:
-    return np.array([[value]])
-
-
-def inputs_of(values: dict[str, Any]) -> list[Any]:
-    inputs = []
-    for name, value in values.items():
-        inputs.append(triton.InferInput(name, list(value.shape), TYPES[value.dtype.char]))
-        inputs[-1].set_data_from_numpy(value)
-    return inputs
-
-
-class Stream:
-    """One gRPC stream, as NVIDIA's clients use it; many requests may be on their way in it."""
+class Stream(triton_client.Stream):
+    """A stream to a server of the tests."""
 
     def __init__(self, served: Served) -> None:
-        self._client = triton.InferenceServerClient(served.grpc)
-        self._answers: queue.Queue[Any] = queue.Queue()
-        self._client.start_stream(lambda result, error: self._answers.put(error or result))
-
-    def send(self, model: str, request_id: str = "", outputs: Sequence[str] | None = None, **values: Any) -> None:
-        wanted = None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs]
-        self._client.async_stream_infer(
-            model, inputs_of(values), request_id=request_id, outputs=wanted, enable_empty_final_response=True
-        )
-
-    def next(self) -> Any:
-        answer = self._answers.get(timeout=60)
-        if isinstance(answer, InferenceServerException):
-            raise answer
-        return answer
-
-    def until_final(self) -> Iterator[Any]:
-        """The responses of the requests on their way, until one of them has ended."""
-        while True:
-            answer = self.next()
-            if answer.get_response().outputs:
-                yield answer
-            if answer.get_response().parameters["triton_final_response"].bool_param:
-                return
-
-    def close(self, cancel: bool = False) -> None:
-        self._client.stop_stream(cancel_requests=cancel)
-        self._client.close()
+        super().__init__(served.grpc)
 
 
 def ask(served: Served, model: str, request_id: str = "", **values: Any) -> list[Outputs]:
@@ -97,9 +44,7 @@ def tell(served: Served, model: str = "ensemble", prompt: Any = PROMPT, max_toke
 
 
 def infer(served: Served, model: str, **values: Any) -> Outputs:
-    with triton.InferenceServerClient(served.grpc) as client:
-        result = client.infer(model, inputs_of(values))
-        return {tensor.name: result.as_numpy(tensor.name) for tensor in result.get_response().outputs}
+    return triton_client.infer(served.grpc, model, **values)
 
 
 def preprocessed(served: Served, prompt: str = PROMPT, n: int = 12) -> Outputs:

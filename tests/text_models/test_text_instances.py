@@ -8,8 +8,10 @@ from contextlib import closing
 import pytest
 from project import copy_of_project
 from server import Served, end_tree_of, serve
-from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, ints, tell, texts, yes
+from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, tell
 from waiting import until
+
+from scripts.serving.triton_client import ints, texts, yes
 
 
 @pytest.fixture(scope="module")

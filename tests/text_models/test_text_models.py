@@ -24,18 +24,16 @@ from triton_requests import (
     abandoned,
     ask,
     core_request,
-    floats,
     infer,
-    ints,
     is_clean,
     preprocessed,
     tell,
     text_of,
-    texts,
-    yes,
 )
 from tritonclient.utils import InferenceServerException
 from waiting import until
+
+from scripts.serving.triton_client import floats, ints, texts, yes
 
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])

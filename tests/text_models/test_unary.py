@@ -20,25 +20,20 @@ from triton_requests import (
     NOISE,
     PROMPT,
     STORY,
-    TYPES,
     Outputs,
     abandoned,
     ask,
     core_request,
-    floats,
     infer,
-    inputs_of,
-    ints,
     is_clean,
     preprocessed,
     text_of,
-    texts,
-    yes,
-)  # fmt: skip
+)
 from tritonclient.utils import InferenceServerException
 from waiting import until
 
 from scripts.ask import ask_over_http
+from scripts.serving.triton_client import TYPES, floats, inputs_of, ints, texts, yes
 
 TEXT_MODELS = ["ensemble", "tensorrt_llm_bls"]
 REFUSED_STREAM = "Streaming is only supported if model is deployed using decoupled mode."

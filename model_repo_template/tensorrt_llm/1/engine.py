@@ -300,7 +300,7 @@ class Engine:
             one.request.receive(piece)
 
     def _admit(self) -> None:
-        """Gives waiting requests, first come first served, a slot and their blocks of the cache. Called with the lock held."""
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache. The caller holds the lock."""
         while self._free_slots and (request := self._next_waiting()) is not None:
             # whoever wants logits of the whole prompt has it computed
             computed = request.context_logits or request.prompt_log_probs
@@ -317,7 +317,7 @@ class Engine:
             self._held.append((slot, until, *ends, *(-1,) * (HELD_IDS - len(ends))))
 
     def _next_waiting(self) -> Request | None:
-        """The first of those that need not wait for their guides. Called with the lock held."""
+        """The first of those that need not wait for their guides. The caller holds the lock."""
         ready = (one for one in self._waiting if (guide := one.sampling.guide) is None or guide.ready)
         return next(ready, None)
 

@@ -177,7 +177,7 @@ class Guide:
         self.matcher.add_done_callback(lambda _: call())
 
     def allowed(self, guides: Sequence[Guide]) -> NDArray[np.bool_]:
-        """What may follow in answers of one step, bool (guides, vocab_size): nothing where a grammar costs too much."""
+        """What may follow in answers of one step, bool (guides, vocab_size): nothing if a grammar costs too much."""
         assert self.masks is not None
         masks, rows = self.masks.result(), [guide.row for guide in guides]
         return masks if rows == list(range(len(masks))) else masks[rows]
