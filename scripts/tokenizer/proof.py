@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from scripts import reports
 from scripts.weights.bounded import bounded
 
@@ -29,7 +31,7 @@ TEMPLATE_BYTES = 1 << 30
 SAMPLE = "Hello, 안녕 0123 \t\n x\N{REPLACEMENT CHARACTER}"
 HELLO = [{"role": "user", "content": "Hello"}]
 # what the child ends with
-UNREADABLE, UNBOUNDED = 3, 4
+UNREADABLE, UNBOUNDED, TOKENIZER_UNREADABLE = 3, 4, 5
 
 
 def open_as_served(files: Mapping[str, bytes], source: Callable[[str], Path], vocab_size: int = 1 << 31) -> None:
@@ -83,12 +85,17 @@ def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> Non
     template = _opened(path, lambda: code.template_of(folder))
     if template is None:
         return
-    said = folder / "said"
+    said, tokenizer = folder / "said", source("tokenizer.json")
 
     def write() -> int:
         try:
             made = _opened(path, lambda: (made := code.ChatTemplate(template, folder, text), made.template)[0])
         except reports.Problem as problem:
+            try:  # the template's code opens the tokenizer, too
+                _opened(tokenizer, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+            except reports.Problem as of_tokenizer:
+                said.write_text(of_tokenizer.seen)
+                return TOKENIZER_UNREADABLE
             said.write_text(problem.seen)
             return UNREADABLE
         started = time.process_time()
@@ -104,8 +111,8 @@ def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> Non
         status = bounded(write, path, TEMPLATE_SECONDS, TEMPLATE_BYTES)
     except reports.Problem:
         status = UNBOUNDED
-    if status == UNREADABLE:
-        raise reports.weights.unopened(path, said.read_text())
+    if status in (UNREADABLE, TOKENIZER_UNREADABLE):
+        raise reports.weights.unopened(path if status == UNREADABLE else tokenizer, said.read_text())
     if status:
         raise reports.weights.template_unbounded(path)
 

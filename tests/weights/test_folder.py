@@ -99,6 +99,12 @@ ODD: dict[str, dict[str, bytes]] = {
             model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}, pre_tokenizer=None, decoder=None
         )
     },
+    "pieces of words": {
+        "tokenizer.json": tokenizer(
+            model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a", "continuing_subword_prefix": "##",
+                   "max_input_chars_per_word": 100}
+        )
+    },
     "no model": {"tokenizer.json": b"{}"},
     "a list of tokens": {"tokenizer.json": b"[]"},
     "config.json in UTF-16": {"config.json": b""},
@@ -114,6 +120,16 @@ def test_what_the_server_cannot_open_is_refused_by_the_files_name(case: str, fol
     with pytest.raises(reports.Problem) as caught:
         described(folder)
     assert name in str(caught.value.where) + caught.value.seen, caught.value.report()
+
+
+def test_a_special_token_that_is_not_whole_is_the_tokenizers_fault(folder: Path) -> None:
+    """Only the chat template's code reads special tokens with the tokenizers library."""
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    half = [{"id": 256, "content": "<s>", "special": True}]
+    (folder / "tokenizer.json").write_bytes(tokenizer(added_tokens=half))
+    with pytest.raises(reports.Problem) as caught:
+        described(folder)
+    assert Path(caught.value.where).name == "tokenizer.json", caught.value.report()
 
 
 @pytest.mark.parametrize(
