@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -59,10 +60,29 @@ def test_base_and_key_are_asked_for_before_anything_is_made(own_tree: Path, tmp_
         subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True).stdout
     )
     assert "a private key of another kind" in refused(f"KEY={tmp_path / 'rsa.pem'}")
-    (own_tree / "docker/base.txt").write_text("")
+    for there in (True, False):  # empty, then missing
+        (own_tree / "docker/base.txt").write_text("") if there else (own_tree / "docker/base.txt").unlink()
+        committed(own_tree)
+        report = refused()
+        assert "THE BASE IS NOT PINNED" in report and "make lock-base" in report
+
+
+def test_what_is_missing_is_told_before_docker_is_asked_for_anything(
+    own_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if every room before the image is there already, as after a release that was refused."""
+    asked = tmp_path / "asked"
+    for name in ("docker", "buildah"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$0 $*" >>{asked}\nexit 1\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (own_tree / "docker/base.txt").unlink()
     committed(own_tree)
-    report = refused()
-    assert "THE BASE IS NOT PINNED" in report and "make lock-base" in report
+    for words in ([], ["KEY=none.pem"], ["LICENSE=llama2"]):
+        done = make(own_tree, "release", "VERSION=1.0.0", *words)
+        assert done.returncode != 0 and "Nothing was made" not in done.stdout
+        assert "IS NOT PINNED" in done.stderr or "LICENCE IS NOT WITH IT" in done.stderr, done.stderr
+        assert not (own_tree / "build").exists() and not asked.exists(), done.stdout
 
 
 def test_a_base_that_was_made_is_held_to_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,16 @@ def link_leaves(path: PathLike, target: PathLike) -> Problem:
     )
 
 
+def link_dangles(path: PathLike, target: PathLike) -> Problem:
+    return Problem(
+        "a link leads nowhere",
+        path,
+        f"{Path(path).name} is a link to {target}, which is not there. In a hub cache a download was interrupted.",
+        "Fetch the file again, or remove the link if the model has no such file:",
+        f"ls -l {shlex.quote(shown(path))}",
+    )
+
+
 def reading_unbounded(path: PathLike, what: str) -> Problem:
     return Problem(
         "this model cannot be read",

@@ -135,7 +135,10 @@ def _fast(path: Path, said: Mapping[str, Mapping[str, Any]], vocab_size: int) ->
     if not isinstance(vocab, (dict, list)):
         raise reports.weights.tokenizer_unreadable(path, "it has no model with a vocabulary")
     kind = model.get("type") or "BPE"
-    if kind in ("WordPiece", "WordLevel"):  # their texts are put together from words, by rules that the server does not have
+    if kind in (
+        "WordPiece",
+        "WordLevel",
+    ):  # their texts are put together from words, by rules that the server does not have
         raise reports.weights.tokenizer_unfit(path, f"Its tokenizer is of the kind {kind}, not BPE or Unigram")
     numbers = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     if any(type(number) is not int for number in numbers) or not all(

@@ -47,6 +47,8 @@ def check_file(path: Path, *inside: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError:
+        if path.is_symlink():
+            raise reports.weights.link_dangles(path, os.readlink(path)) from None
         return
     if not stat.S_ISREG(mode):
         raise reports.weights.not_a_plain_file(path, KINDS.get(stat.S_IFMT(mode), "not a plain file"))

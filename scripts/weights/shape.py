@@ -21,6 +21,7 @@ MISTRAL = ["MistralForCausalLM"]
 # A Qwen2 (2.5 too) is a Llama with biases on q, k and v.
 QWEN2 = ["Qwen2ForCausalLM"]
 ARCHITECTURES = (["LlamaForCausalLM"], MISTRAL, QWEN2)
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 # transformers' defaults for what config.json leaves out (configuration_qwen2.py);
 # the other models have Llama's defaults
 QWEN2_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -195,6 +196,9 @@ def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
         raise reports.weights.model_unfit(
             path, f"architectures is {architectures}", " or ".join(map(str, ARCHITECTURES))
         )
+    kind = config.get("model_type")
+    if kind not in (None, MODEL_TYPES[architectures[0]]):  # other code computes it, which came with its auto_map
+        raise reports.weights.model_unfit(path, f"model_type is {kind!r}", repr(MODEL_TYPES[architectures[0]]))
     defaults = QWEN2_DEFAULTS if architectures == QWEN2 else {}
     positions = positive(config, "max_position_embeddings", path, defaults.get("max_position_embeddings", 2048))
     # by default transformers' Mistral has a window of 4096; its Qwen2 has one only with use_sliding_window

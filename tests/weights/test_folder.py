@@ -101,8 +101,13 @@ ODD: dict[str, dict[str, bytes]] = {
     },
     "pieces of words": {
         "tokenizer.json": tokenizer(
-            model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a", "continuing_subword_prefix": "##",
-                   "max_input_chars_per_word": 100}
+            model={
+                "type": "WordPiece",
+                "vocab": {"a": 0},
+                "unk_token": "a",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+            }
         )
     },
     "no model": {"tokenizer.json": b"{}"},
@@ -154,6 +159,25 @@ def test_a_link_that_leaves_the_folder_is_refused(name: str, folder: Path, tmp_p
     done = config(folder, tmp_path / "room")
     assert done.returncode == 1 and "A LINK LEAVES THE MODEL'S FOLDER" in done.stderr, done.stderr
     assert MARK not in done.stdout + done.stderr and not (tmp_path / "room").exists()
+
+
+@pytest.mark.parametrize("target", ["../blobs/0123", "chat_template.jinja"])
+def test_a_link_that_leads_nowhere_is_refused(target: str, folder: Path) -> None:
+    """A hub cache has it after an interrupted download; without its file the model would be another one."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").symlink_to(target)
+    with pytest.raises(reports.Problem, match="a link leads nowhere"):
+        described(folder)
+
+
+def test_a_model_that_other_code_computes_is_refused(folder: Path) -> None:
+    """transformers runs what auto_map names if it is told to trust it; its type is not llama then."""
+    values = json.loads((folder / "config.json").read_text())
+    values.update(model_type="custom", auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(reports.Problem) as caught:
+        described(folder)
+    assert "model_type is 'custom'. Supported: 'llama'" in caught.value.seen
 
 
 def test_a_link_through_another_link_is_followed_to_its_end(folder: Path, tmp_path: Path) -> None:
