@@ -11,6 +11,7 @@ and Ctrl-C let running requests finish (DRAIN_SECONDS), leave no process behind 
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def operating_from(args: argparse.Namespace) -> Operating:
     return Operating(**found)
 
 
+def address_of(host: str) -> str:
+    """The address of a name such as localhost. Triton's HTTP server knows numbers only:
+    it would listen on 255.255.255.255 and say nothing. A name that nobody knows stays, and is refused."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return host
+    return str(sorted(found, key=lambda one: one[0] != socket.AF_INET)[0][4][0])
+
+
 def settings_from(args: argparse.Namespace) -> Settings:
     """argparse's result -> Settings."""
     ports = {}
@@ -76,10 +87,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
                 reports.make("serve", **{name: settings.PORTS[name]}),
             )
         ports[name.lower()] = int(value)
+    host = address_of(args.host)
     log = args.root / "serve.log" if args.log is None else None if str(args.log) == "-" else args.log
     shown_host = getattr(args, "shown_host", "")
     return Settings(
-        args.root, args.host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
+        args.root, host, ports["http_port"], ports["grpc_port"], ports["metrics_port"], log, args.startup_seconds,
         shown_host, ports.get("openai_port"), getattr(args, "api_key_file", ""),
         getattr(args, "ready_file", None),
         getattr(args, "openai_workers", ""), operating_from(args),

@@ -112,6 +112,9 @@ def values_of(typed: Mapping[str, str]) -> dict[str, str]:
     values = {setting.name: setting.default for setting in settings.TABLE}
     values.update(preset(path) if named else {})
     values.update(known)
+    for name in ("HOST", "OPENAI_HOST"):
+        if values[name] == "localhost":  # docker publishes ports at addresses only
+            values[name] = "127.0.0.1"
     if "/" in model and "WEIGHTS" not in known:
         values["WEIGHTS"] = model
     return values

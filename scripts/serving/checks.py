@@ -25,6 +25,7 @@ from scripts import reports, room
 from scripts.nvidia import contracts, gpus
 from scripts.nvidia.gpus import Gpu, Links
 from scripts.serving import launch, processes
+from scripts.serving.flag import Flag
 
 PROJECT = Path(__file__).parents[2]
 # Triton's Python backend takes by default 64 MB for each of the three Python models; NCCL and MPI take tens of MB per
@@ -172,7 +173,7 @@ def check_all_reduce(
     world_size: int,
     environment: Mapping[str, str],
     folder: Path,
-    asked_to_end: threading.Event,
+    asked_to_end: Flag,
     seconds: float = ALL_REDUCE_SECONDS,
 ) -> None:
     """All ranks add up a number, in processes like the servers', before a deadline:
@@ -208,7 +209,7 @@ def check_all_reduce(
 
 
 def check_tensorrt(
-    engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event, said_by: str
+    engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: Flag, said_by: str
 ) -> None:
     """TensorRT engines: cheap checks first, then all ranks together."""
     facts = room.read_manifest(engines)["facts"]
@@ -224,9 +225,7 @@ def check_tensorrt(
     check_all_reduce(facts["world_size"], environment, folder, asked_to_end)
 
 
-def check_torch(
-    engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: threading.Event, said_by: str
-) -> None:
+def check_torch(engines: Path, environment: Mapping[str, str], folder: Path, asked_to_end: Flag, said_by: str) -> None:
     """The torch engine runs anywhere, and reports lost ranks itself."""
 
 
@@ -240,7 +239,7 @@ def check(
     engines: Path,
     environment: Mapping[str, str],
     folder: Path,
-    asked_to_end: threading.Event,
+    asked_to_end: Flag,
     said_by: str = "serve",
 ) -> None:
     """Every check for the room `engines`; raises the first Problem. environment: the ranks'; folder: temporary,

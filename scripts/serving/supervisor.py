@@ -48,7 +48,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.asked_to_end, self.loaded, self.answered = threading.Event(), threading.Event(), threading.Event()
+        self.asked_to_end, self.loaded, self.answered = Flag(), threading.Event(), threading.Event()
         self.pulse = Pulse()
         self.endpoint: Endpoint | None = None
 

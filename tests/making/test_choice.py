@@ -55,3 +55,8 @@ def test_a_running_server_is_asked_without_the_weights(monkeypatch: pytest.Monke
     for goal, names in {"ask": [], "push": [], "verify-image": [], "serve": ["WEIGHTS"]}.items():
         typed = choice.Typed([goal], {"MODEL": "llama-2-7b"})
         assert choice.refused(typed, choice.values_of(typed.settings)) == names
+
+
+def test_localhost_is_an_address() -> None:
+    assert choice.values_of({"HOST": "localhost"})["HOST"] == "127.0.0.1"
+    assert choice.values_of({"HOST": "::1"})["HOST"] == "::1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ import stand_ins
 from scripts import reports, room
 from scripts.nvidia import gpus
 from scripts.serving import checks, launch, ranks, toolbox
+from scripts.serving.flag import Flag
 
 V100 = "Tesla V100-SXM2-16GB, 16160, 7.0, 535.104.05"
 FACTS: dict[str, Any] = {
@@ -133,14 +133,14 @@ def with_mpirun(environment: dict[str, str], folder: Path, script: str) -> dict[
 
 
 def test_ranks_that_reach_each_other_add_up(tmp_path: Path, environment: dict[str, str]) -> None:
-    checks.check_all_reduce(2, environment, tmp_path, threading.Event())
+    checks.check_all_reduce(2, environment, tmp_path, Flag())
     words = (tmp_path / "all_reduce/log").read_text()
     for rank in range(2):
         assert f"rank {rank}: MPI adds up over 2 ranks" in words and f"rank {rank}: gloo adds up over 2 ranks" in words
 
 
 def test_one_rank_has_nobody_to_reach(tmp_path: Path) -> None:
-    checks.check_all_reduce(1, {}, tmp_path, threading.Event())
+    checks.check_all_reduce(1, {}, tmp_path, Flag())
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +149,7 @@ def test_ranks_that_hang_are_ended_at_the_deadline(tmp_path: Path, environment: 
         environment, tmp_path / "bin", f"echo $$ > {tmp_path}/pid; echo NCCL waits; sleep 600; exit 0"
     )
     with pytest.raises(reports.Problem) as caught:
-        checks.check_all_reduce(2, hanging, tmp_path, threading.Event(), seconds=1)
+        checks.check_all_reduce(2, hanging, tmp_path, Flag(), seconds=1)
     assert "did not finish within 1 s" in caught.value.seen and "NCCL waits" in caught.value.seen
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
@@ -159,12 +159,12 @@ def test_ranks_that_fail_are_quoted(tmp_path: Path, environment: dict[str, str])
         environment, tmp_path / "bin", "echo 'NCCL WARN Cuda failure: peer access is not supported'; exit 6"
     )
     with pytest.raises(reports.Problem) as caught:
-        checks.check_all_reduce(2, failing, tmp_path, threading.Event())
+        checks.check_all_reduce(2, failing, tmp_path, Flag())
     assert "status 6" in caught.value.seen and "peer access is not supported" in caught.value.seen
 
 
 def test_told_to_end_it_ends(tmp_path: Path, environment: dict[str, str]) -> None:
-    asked_to_end = threading.Event()
+    asked_to_end = Flag()
     asked_to_end.set()
     started = time.monotonic()
     checks.check_all_reduce(2, with_mpirun(environment, tmp_path / "bin", "sleep 600"), tmp_path, asked_to_end)
@@ -184,9 +184,9 @@ def test_the_manifest_decides_which_checks_there_are(tmp_path: Path, monkeypatch
     stand_ins.nvidia_smi(tmp_path, [V100])
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    checks.check(engines(tmp_path / "torch", {"engine": "torch"}), environment, tmp_path, threading.Event())
+    checks.check(engines(tmp_path / "torch", {"engine": "torch"}), environment, tmp_path, Flag())
     (tmp_path / "tensorrt").mkdir()
     room_of_two = engines(tmp_path / "tensorrt", FACTS)
     with pytest.raises(reports.Problem, match="not enough GPUs"):
-        checks.check(room_of_two, environment, tmp_path, threading.Event())
+        checks.check(room_of_two, environment, tmp_path, Flag())
     assert set(checks.CHECKS) == set(json.loads((ranks.PROJECT / "docker/engines.json").read_text()))

@@ -22,6 +22,7 @@ from server import end_tree_of, free_ports, processes_below, serve
 from waiting import until
 
 from scripts import reports
+from scripts import serve as serve_script
 from scripts.serving import host
 from scripts.serving.launch import Operating, Settings, mpirun_command, reached_at
 from scripts.serving.toolbox import Toolbox
@@ -186,3 +187,14 @@ def test_a_claim_is_on_address_and_port() -> None:
         for claim in one:
             assert claim.family == socket.AF_UNIX
             claim.close()
+
+
+def test_a_name_becomes_an_address_that_tritons_http_server_knows() -> None:
+    """Given a name it listens on 255.255.255.255, says nothing, and is never ready."""
+    assert serve_script.address_of("localhost") in ("127.0.0.1", "::1")
+    assert [serve_script.address_of(host) for host in ("127.0.0.2", "::1", "0.0.0.0")] == [
+        "127.0.0.2",
+        "::1",
+        "0.0.0.0",
+    ]
+    assert serve_script.address_of("no.such.name.invalid") == "no.such.name.invalid"
