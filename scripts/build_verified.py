@@ -32,6 +32,7 @@ from typing import Any
 from scripts import limits, reports, room
 from scripts.making import ingredients
 from scripts.serving import checks, host, launch, processes, toolbox
+from scripts.serving.flag import Flag
 from scripts.verifying import compare
 from scripts.verifying import page as verified_report
 from scripts.weights.hugging_face import read_hf_model
@@ -236,7 +237,7 @@ def build_verified(settings: Settings) -> None:
                 os.environ, find_toolbox(), folder, world_size, os.cpu_count() or 1, settings.engines.parent
             )
             # Hugging Face's side takes minutes, so the engine's problems are looked for first.
-            checks.check(settings.engines, environment, folder, threading.Event(), said_by="verified")
+            checks.check(settings.engines, environment, folder, Flag(), said_by="verified")
             (folder / "questions.json").write_text(json.dumps(asked))
             ask("Hugging Face's model", hf_command(settings.hf, folder), environment, folder, done)
             command = engine_command(engine["engine"], settings.engines, world_size, folder)

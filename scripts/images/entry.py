@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Callable, cast
 
 from scripts import reports, room, serve, settings
 from scripts.serving import checks, host, launch, pulse, supervisor, toolbox
+from scripts.serving.flag import Flag
 
 SRV = Path("/srv")
 # A token takes milliseconds, a full queue seconds. HEALTHCHECK's limit is 20 s, which includes the start of Python.
@@ -132,7 +132,7 @@ def check_host(srv: Path) -> str:
         environment = launch.server_environment(
             os.environ, tools, Path(folder), about["engine"]["world_size"], os.cpu_count() or 1
         )
-        checks.check(srv / "engines", environment, Path(folder), threading.Event(), said_by="doctor")
+        checks.check(srv / "engines", environment, Path(folder), Flag(), said_by="doctor")
     if about["engine"]["kind"] == "torch":
         return f"{os.cpu_count()} cores for {about['engine']['world_size']} ranks" + (
             ", and GPUs" if shutil.which("nvidia-smi") else "; no GPU is asked for"

@@ -276,6 +276,11 @@ def answer(typed: choice.Typed, words: Sequence[str]) -> list[str]:
     )
     os.environ["BAKE_GOAL"] = typed.goal
     for goal, near in zip(typed.goals, meant):
+        if goal != near and goal.upper() in settings.NAMES:
+            after = typed.goals[typed.goals.index(goal) + 1 :]
+            value = after[0] if after and after[0] not in words else settings.BY_NAME[goal.upper()].example
+            wanted = next((word for word in typed.goals if word in words), "serve")
+            raise reports.settings.setting_without_equals(goal, value, wanted)
         if goal != near:
             raise reports.settings.no_such_word(goal, sorted(words), near)
     values = choice.values_of(typed.settings)

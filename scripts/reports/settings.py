@@ -40,6 +40,18 @@ def no_such_word(word: str, words: Sequence[str], near: str) -> Problem:
     )
 
 
+def setting_without_equals(word: str, value: str, goal: str) -> Problem:
+    """word: what was typed as a word of the Makefile and is a setting's name, as in `make serve TP 2`."""
+    name = word.lstrip("-").replace("-", "_").upper()
+    return Problem(
+        f"{name} is a setting",
+        "Makefile",
+        f"{word!r} was typed as a word of this Makefile. A setting is typed as NAME=value.",
+        "For instance:",
+        make(goal, **{name: value}),
+    )
+
+
 def model_of_the_hub(model: str, goal: str) -> Problem:
     """A name like one of the hub: no folder has that name, but the weights can be fetched."""
     folder = f"weights/{model.partition('/')[2]}"

@@ -15,7 +15,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +228,7 @@ def check_torch(engines: Path, environment: Mapping[str, str], folder: Path, ask
     """The torch engine runs anywhere, and reports lost ranks itself."""
 
 
-CHECKS: dict[str, Callable[[Path, Mapping[str, str], Path, threading.Event, str], None]] = {
+CHECKS: dict[str, Callable[[Path, Mapping[str, str], Path, Flag, str], None]] = {
     "torch": check_torch,
     "tensorrt": check_tensorrt,
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 from scripts import reports, room
 from scripts.serving import checks, collector, processes
 from scripts.serving.endpoint import TRACING_MODULES, Endpoint, openai_lacks
+from scripts.serving.flag import Flag
 from scripts.serving.host import (
     check_api_keys,
     check_ports,

@@ -60,3 +60,17 @@ def test_a_running_server_is_asked_without_the_weights(monkeypatch: pytest.Monke
 def test_localhost_is_an_address() -> None:
     assert choice.values_of({"HOST": "localhost"})["HOST"] == "127.0.0.1"
     assert choice.values_of({"HOST": "::1"})["HOST"] == "::1"
+
+
+@pytest.mark.parametrize(
+    ("goals", "command"),
+    [(["serve", "TP", "2"], "make serve TP=2"), (["serve", "model", "stories"], "make serve MODEL=stories"),
+     (["TP", "demo"], "make demo TP=2")],
+)  # fmt: skip
+def test_a_setting_typed_as_a_word_is_told_how_it_is_typed(
+    monkeypatch: pytest.MonkeyPatch, goals: list[str], command: str
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(reports.Problem, match="is a setting") as caught:
+        journey.answer(choice.Typed(goals, {}), ["demo", "model_repo", "pin", "serve"])
+    assert caught.value.report().rstrip().endswith(command)
