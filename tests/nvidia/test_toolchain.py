@@ -318,7 +318,7 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
 def test_the_endpoint_is_published_where_openai_host_says_and_its_files_are_mounted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """OPENAI_HOST is no address of the container; a secret's value is on no command line."""
+    """OPENAI_HOST is not an address of the container; a secret's value is on no command line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
     words = {
