@@ -26,7 +26,8 @@ from scripts import build_engines, plan, reports, serve
 from scripts.making import container
 from scripts.nvidia import contracts, gpus, memory
 from scripts.room import MANIFEST, human_bytes, human_gpu_bytes
-from scripts.serving import host, toolbox
+from scripts.serving import host, launch, toolbox
+from scripts.settings import OPERATING, flag
 from scripts.tokenizer import sentencepiece
 from scripts.weights.folder import check_folder
 from scripts.weights.shape import LlamaShape, read_json
@@ -205,16 +206,29 @@ def safetensors_bytes(path: Path) -> int:
         raise reports.weights.weights_unreadable(path, f"no header of safetensors ({error})") from None
 
 
-def check_ports(case: Case) -> str:
-    """Every port is free."""
+def served_with(case: Case) -> launch.Settings:
+    """What `make serve` would be asked."""
     choice = case.choice
-    settings = serve.settings_from(argparse.Namespace(
+    return serve.settings_from(argparse.Namespace(
         root=Path("."), log=None, startup_seconds=0.0, host=choice["HOST"],
         http_port=choice["HTTP_PORT"], grpc_port=choice["GRPC_PORT"], metrics_port=choice["METRICS_PORT"],
-        openai_port=choice["OPENAI_PORT"],
+        openai_port=choice["OPENAI_PORT"], api_key_file=choice["API_KEY_FILE"],
+        **{flag(name)[2:].replace("-", "_"): choice[name] for name in OPERATING},
     ))  # fmt: skip
+
+
+def check_ports(case: Case) -> str:
+    """Every port is free."""
+    settings = served_with(case)
     host.check_ports(settings)
     return f"fine ports {', '.join(map(str, settings.ports.values()))} on {settings.host} are free"
+
+
+def check_operating(case: Case) -> str:
+    """Keys of the endpoint's clients, and where traces go."""
+    settings = served_with(case)
+    host.check_operating(settings)
+    return f"fine keys from {settings.api_key_file or 'no file'}; traces are {settings.operating.traces}"
 
 
 def check_memory(case: Case) -> str:
@@ -414,6 +428,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "system": check_system,
         "weights": check_weights,
         "ports": check_ports,
+        "operating": check_operating,
         "shared memory": check_shared_memory,
         "memory": check_memory,
         "disk": check_disk,
@@ -427,6 +442,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "system": check_host,
         "weights": check_weights,
         "ports": check_ports,
+        "operating": check_operating,
         "memory": check_memory,
         "disk": check_disk,
         "gpus": check_gpus_needed,

@@ -118,6 +118,16 @@ def test_ports() -> None:
         stops("ports", case(OPENAI_PORT=str(port)), f"OPENAI_PORT is {port}")
 
 
+def test_keys_and_the_collector_of_traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    is_fine("operating", case(), "no file", "traces are off")
+    is_fine("operating", tensorrt(TRACES="on"), "traces are on")
+    stops("operating", case(API_KEY_FILE=str(tmp_path / "keys")), "NO API KEY", "No such file")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    is_fine("operating", case())
+    stops("operating", case(TRACES="on"), "OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    stops("ports", case(OPENAI_HOST="192.0.2.1"), "OPENAI_HOST is '192.0.2.1'")
+
+
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     is_fine("shared memory", case(TP="1"))
     monkeypatch.setattr(host, "SHARED_MEMORY_BYTES_PER_RANK", 1 << 50)

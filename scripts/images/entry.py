@@ -140,12 +140,19 @@ def check_host(srv: Path) -> str:
     return f"{about['engine']['world_size']} GPUs as the engines want them"
 
 
+def check_operating(srv: Path) -> str:
+    settings = settings_of(srv)
+    host.check_operating(settings)
+    return f"keys from {settings.api_key_file or 'no file'}; traces are {settings.operating.traces}"
+
+
 CHECKS: list[tuple[str, Callable[[Path], str]]] = [
     ("rooms", check_rooms),
     ("memory", check_memory),
     ("shared memory", check_shared_memory),
     ("/tmp", check_temporary),
     ("ports", check_ports),
+    ("operating", check_operating),
     ("host", check_host),
 ]
 

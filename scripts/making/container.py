@@ -63,8 +63,9 @@ def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Co
     return Container(image_of(row), lacks, f"build/toolchain-{name}" if lacks else "", f"build/serving-{name}")
 
 
-def mounts(weights: str, to_fetch: bool = False) -> list[str]:
+def mounts(weights: str, to_fetch: bool = False, files: Sequence[str] = ()) -> list[str]:
     """docker's flags for folders outside of the project. to_fetch: the weights will be there when docker runs.
+    files: others that are read, mounted one by one, since their folder may be one that the image has, like /etc.
 
     Weights, the targets of their links, and a build/ that is a link may lie elsewhere. Each is mounted at its place on
     the host: a room may hold a link to the weights, which must mean the same inside and outside of the container.
@@ -85,6 +86,7 @@ def mounts(weights: str, to_fetch: bool = False) -> list[str]:
             places.add((tokenizer, ":ro"))
     elif to_fetch:
         places.add((os.path.abspath(weights), ":ro"))
+    places.update((os.path.abspath(file), ":ro") for file in files)
     here = os.getcwd() + "/"
     outside = [(place, mode) for place, mode in sorted(places) if not (place + "/").startswith(here)]
     return [f"--volume '{place}:{place}{mode}'" for place, mode in outside]
@@ -96,8 +98,10 @@ def network(job: str, values: Mapping[str, str]) -> list[str]:
     if job == "ask":
         return ["--network host"]
     if job == "serve":
-        host = f"[{values['HOST']}]" if ":" in values["HOST"] else values["HOST"]
-        return [" ".join(f"--publish {host}:{values[port]}:{values[port]}" for port in settings.PORTS)]
+        hosts = dict.fromkeys(settings.PORTS, values["HOST"])
+        hosts["OPENAI_PORT"] = values["OPENAI_HOST"] or values["HOST"]
+        shown = {port: f"[{host}]" if ":" in host else host for port, host in hosts.items()}
+        return [" ".join(f"--publish {shown[port]}:{values[port]}:{values[port]}" for port in settings.PORTS)]
     if job == "wheels" or (job == "checkpoint" and values["QUANT"] and quants.TABLE[values["QUANT"]].measured):
         return []
     return ["--network none"]
@@ -117,16 +121,17 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
         )
         start = "docker run --rm --init --pull never --entrypoint '' --user \"$$(id -u):$$(id -g)\""
         to_fetch = bool(values["SOURCE"]) and job in ("config", "hf", "checkpoint")
-        here = " ".join(["--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)'", *mounts(values["WEIGHTS"], to_fetch)])
+        traced = [
+            name for name in collector.NAMES if values["TRACES"] == "on" and job == "serve" and name in os.environ
+        ]
+        files = [os.environ[name] for name in traced if name in collector.FILES and os.environ[name]]
+        files += [values["API_KEY_FILE"]] if job == "serve" and values["API_KEY_FILE"] else []
+        outside = mounts(values["WEIGHTS"], to_fetch, files)
+        here = " ".join(["--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)'", *outside])
         known = " ".join(
             [
                 "--env HOME=/tmp --env USER=bake --env PYTHONDONTWRITEBYTECODE=1",
-                *(f"--env {name}" for name in PASSED_ON),
-                *(
-                    f"--env {name}"
-                    for name in collector.NAMES
-                    if values["TRACES"] == "on" and job == "serve" and name in os.environ
-                ),
+                *(f"--env {name}" for name in (*PASSED_ON, *traced)),
             ]
         )
         lines = [*steps[:-1], f"{steps[-1]} {start}", here, known, *network(job, values)]

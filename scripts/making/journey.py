@@ -194,11 +194,13 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
     )
     keys = f" --api-key-file {values['API_KEY_FILE']}" if values["API_KEY_FILE"] else ""
     workers = f" --openai-workers {values['OPENAI_WORKERS']}" if values["OPENAI_WORKERS"] else ""
-    more = "".join(
-        f" {settings.flag(name)} {values[name]}"
+    operating = {
+        name: f" {settings.flag(name)} {values[name]}"
         for name in settings.OPERATING
         if values[name] != settings.BY_NAME[name].default
-    )
+    }
+    more = "".join(operating.values())
+    inside = "".join(words for name, words in operating.items() if name != "OPENAI_HOST")
     endpoint = f"--openai-port {values['OPENAI_PORT']}{workers}{keys}"
     host = f"--host {values['HOST']} {ports}"
     own_hf = values["WEIGHTS"] if Path(values["WEIGHTS"], "config.json").is_file() else ""
@@ -238,7 +240,8 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         found.update(
             NEEDED=box.iid, SERVING=box.serving, MADE_IN=box.made_in, NVIDIA=box.image, LACKS=box.lacks,
             DEMO_ON=f"--host 127.0.0.1 {ports}",
-            LISTEN=f"--host 0.0.0.0 --shown-host {values['HOST']} {ports} {endpoint}{more}",
+            # OPENAI_HOST is an address of this host, where docker publishes the port
+            LISTEN=f"--host 0.0.0.0 --shown-host {values['HOST']} {ports} {endpoint}{inside}",
             BASE=values["BASE_IMAGE"] or (f"$(file <{box.iid})" if box.iid else box.image),
             **{f"in_{job}": words for job, words in container.runs(box, values).items()},
         )  # fmt: skip

@@ -34,6 +34,8 @@ SERVICE = "trtllm-bake"
 # requests that have spans, and what OpenTelemetry calls their operation
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 HEADERS = (b"traceparent", b"tracestate")
+# What W3C's recommendation asks everybody to carry on; each span that waits keeps it
+MOST_HEADER_BYTES = 512
 # What is left in the queue when a worker ends has so long to go out
 LAST_SECONDS = 1.0
 
@@ -76,9 +78,8 @@ class Traces:
         operation = OPERATIONS.get(request.route)
         if operation is None or request.method != "POST" or request.status == 401:
             return
-        carrier = {
-            name.decode(): request.headers[name].decode("latin-1") for name in HEADERS if name in request.headers
-        }
+        given = {name.decode(): request.headers.get(name, b"") for name in HEADERS}
+        carrier = {name: data.decode("latin-1") for name, data in given.items() if 0 < len(data) <= MOST_HEADER_BYTES}
         now, wall = time.monotonic(), time.time_ns()
 
         def at(moment: float) -> int:

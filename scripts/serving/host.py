@@ -11,6 +11,7 @@ from pathlib import Path
 
 from scripts import reports, room
 from scripts.openai import keys
+from scripts.serving import collector
 from scripts.serving.launch import Settings
 from scripts.settings import PORTS
 
@@ -70,6 +71,13 @@ def check_api_keys(settings: Settings) -> None:
             keys.checked(path)
     except (OSError, ValueError) as error:
         raise reports.serving.no_api_key(path, getattr(error, "strerror", None) or str(error)) from None
+
+
+def check_operating(settings: Settings) -> None:
+    """What the endpoint reads from outside of the rooms: the keys of its clients, and where traces go."""
+    check_api_keys(settings)
+    if settings.operating.traces == "on":
+        collector.check_collector()
 
 
 def _free_port(host: str) -> int:

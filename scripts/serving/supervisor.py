@@ -18,7 +18,7 @@ from scripts.serving import checks, collector, processes
 from scripts.serving.endpoint import TRACING_MODULES, Endpoint, openai_lacks
 from scripts.serving.flag import Flag
 from scripts.serving.host import (
-    check_api_keys,
+    check_operating,
     check_ports,
     check_rooms,
     check_shared_memory,
@@ -67,9 +67,7 @@ class Supervisor:
         self.reserved = reserve_ports(self.settings)
         check_ports(self.settings)
         check_temporary()
-        check_api_keys(self.settings)
-        if self.settings.operating.traces == "on":
-            collector.check_collector()
+        check_operating(self.settings)
         check_shared_memory(world_size)
         with tempfile.TemporaryDirectory(prefix="bake-", dir="/dev/shm", ignore_cleanup_errors=True) as folder:
             toolbox = find_toolbox(Path(folder))

@@ -26,7 +26,7 @@ from stand_ins import nvidia_smi, on_path
 from tritonclient.grpc import model_config_pb2
 
 from scripts import ask, build_model_repo, build_wheels, plan, reports, settings
-from scripts.making import toolchain
+from scripts.making import choice, journey, toolchain
 from scripts.nvidia import contracts, gpus
 from scripts.serving import supervisor
 
@@ -313,6 +313,31 @@ def test_make_n_shows_the_journey_on_a_laptop_and_writes_nothing(
             assert one(step, "--output") == [f"{variant}/{room}"]
     assert one(steps[1], "--tp-size") == [tp]
     assert one(steps[4], "--publish") == [f"127.0.0.1:{port}:{port}" for port in settings.PORTS.values()]
+
+
+def test_the_endpoint_is_published_where_openai_host_says_and_its_files_are_mounted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """OPENAI_HOST is not an address of the container; a secret's value is on no command line."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
+    words = {
+        "MODEL": "llama-2-7b", "ENGINE": "tensorrt", "TOOLCHAIN": NEWEST, "OPENAI_HOST": "10.0.0.1", "LOG": "json",
+        "API_KEY_FILE": str(tmp_path / "keys"),
+    }  # fmt: skip
+    (tmp_path / "keys").write_text("key\n")
+    for traces in ("off", "on"):
+        values = choice.values_of({**words, "TRACES": traces})
+        found = journey.variables(choice.Typed(["serve"], words, asked=True), values, [])
+        run = found["in_serve"].replace("$(BREAK)", "").split()
+        assert one(run, "--publish") == [
+            "127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002", "10.0.0.1:9000:9000",
+        ]  # fmt: skip
+        assert "--openai-host" not in found["LISTEN"] and "--log-form json" in found["LISTEN"]
+        keys = words["API_KEY_FILE"]
+        assert f"'{keys}:{keys}:ro'" in one(run, "--volume")
+        assert ("OTEL_EXPORTER_OTLP_HEADERS" in one(run, "--env")) == (traces == "on")
+        assert not any("secret" in word for word in run) and str(tmp_path) not in found["in_engines"]
 
 
 @pytest.mark.parametrize("has_urllib3", [True, False])

@@ -119,6 +119,16 @@ def test_a_request_is_a_span_with_its_parts_below(collector: Collector, clean: p
     assert (resource["service.name"], resource["deployment.environment"]) == ("trtllm-bake", "test")
 
 
+def test_the_clients_tracestate_goes_on_if_it_is_not_too_long(collector: Collector) -> None:
+    traces = Traces()
+    for state in (b"a=b,c=d", b"a=" + b"x" * 512):
+        one = request()
+        one.headers[b"tracestate"] = state
+        traces.tell(one)
+    traces.end()
+    assert [span.trace_state for span in collector.spans if span.kind == span.SPAN_KIND_SERVER] == ["a=b,c=d", ""]
+
+
 def test_what_fails_says_so_and_what_is_not_sampled_is_not_sent(collector: Collector) -> None:
     traces = Traces()
     traces.tell(request(f"00-{TRACE}-{PARENT}-00"))

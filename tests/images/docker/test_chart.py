@@ -150,7 +150,9 @@ def test_a_container_run_as_the_chart_says_answers_its_probes_and_ends_in_its_ti
     values: Path, run: Callable[..., Container], render: Render, tmp_path: Path
 ) -> None:
     wanted = tmp_path / "values.yaml"
-    wanted.write_text(values.read_text() + "keys: {secret: stories-keys}\ntriton: {expose: true}\n")
+    # and with traces, though no collector is there
+    more = "keys: {secret: stories-keys}\ntriton: {expose: true}\nnetworkPolicy: {egress: [{}]}\n"
+    wanted.write_text(values.read_text() + more + "traces: {endpoint: 'http://127.0.0.1:4318'}\n")
     pod = pod_of(render(wanted))
     [server] = pod["containers"]
     secret = tmp_path / "secret"
@@ -175,6 +177,9 @@ def test_a_container_run_as_the_chart_says_answers_its_probes_and_ends_in_its_ti
     }
     models = f"http://127.0.0.1:{ports['openai']}/v1/models"
     assert (status(models), status(models, KEY)) == (401, 200)
+    assert "--traces\0on" in container.python(
+        "import pathlib; print(*(p.read_text() for p in pathlib.Path('/proc').glob('[0-9]*/cmdline')))"
+    )
     # mpirun opens two ports more, of any number; no Service and no NetworkPolicy lets anybody reach them
     assert {port["containerPort"] for port in server["ports"]} <= set(json.loads(container.python(LISTENING)))
     assert container.python("import os; print(os.getuid())").strip() == str(pod["securityContext"]["runAsUser"])
