@@ -28,6 +28,8 @@ THREADS = 2
 # compiled grammars and checked guides that are remembered: clients ask with the same schema again and again
 KEPT = 64
 TRIED_BYTES = 64
+# llguidance's own words for it are the name of an enumeration's value
+UNFOLLOWABLE = "no answer can follow it"
 # What a grammar may cost at its start, and per token: about a tenth of llguidance's own limits
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
@@ -88,7 +90,8 @@ def tried(grammar: str) -> str:
         allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")[:256]
         if not allowed.any() or not matcher.consume_token(int(allowed.argmax())):
             break
-    return str(matcher.get_error()).partition("<state>")[0] if matcher.is_error() else ""
+    said = str(matcher.get_error()).partition("<state>")[0] if matcher.is_error() else ""
+    return UNFOLLOWABLE if "NoExtension" in said else said
 
 
 class Guides:
