@@ -252,7 +252,9 @@ def test_a_recursive_schema_is_taken_or_a_clear_400(folder: Path, schema: dict[s
     told = refusal_of(reader, {**asked, "tools": [strict]})
     # a tool's arguments are an object in any case
     assert (
-        told.startswith("Invalid 'tools[0].function.parameters': ") if said else not told or schema.get("type") == "array"
+        told.startswith("Invalid 'tools[0].function.parameters': ")
+        if said
+        else not told or schema.get("type") == "array"
     )
 
 
