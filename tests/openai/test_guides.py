@@ -90,6 +90,7 @@ HOSTILE = [
     ({"guided_choice": []}, "guided_choice"),
     ({"guided_choice": ["a"], "guided_regex": "a"}, "only one of guided_regex and guided_choice"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos is not supported with guided_regex"),
+    ({"guided_regex": "a", "min_tokens": 2}, "min_tokens is not supported with guided_regex"),
     ({"guided_grammar": "x"}, "guided_grammar is not supported"),
 ]  # fmt: skip
 
