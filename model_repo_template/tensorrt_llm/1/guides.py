@@ -94,6 +94,27 @@ def tried(grammar: str) -> str:
     return UNFOLLOWABLE if "NoExtension" in said else said
 
 
+def without_spellings(folder: Path) -> tuple[str, int | None]:
+    """A tokenizer.json in which no text spells a special token, and the id of one of them, the end's if it is named.
+
+    llguidance tokenizes the text that a grammar leaves no choice about. If that text is `</s>`, it is these four characters.
+    """
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["content"]: token["id"] for token in described.get("added_tokens") or [] if token.get("special")}
+    named = {content: f"\U0010fffd{token_id}" for content, token_id in special.items()}
+    for token in described.get("added_tokens") or []:
+        token["content"] = named.get(token["content"], token["content"])
+    model = described["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {named.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}
+    if model.get("unk_token") in named:
+        model["unk_token"] = named[model["unk_token"]]
+    config = folder / "tokenizer_config.json"
+    end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    return json.dumps(described), special.get(end, next(iter(special.values()), None))
+
+
 class Guides:
     """Makes guides for one tokenizer, and the masks of all answers of a step together, in a thread beside the step.
 
@@ -107,6 +128,7 @@ class Guides:
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._executor: Any = None
         self._tokenizer: Any = None
+        self._end: int | None = None
         # compiled grammars, the latest last; a copy of one costs nothing
         self._known: dict[tuple[str, str], Any] = {}
 
@@ -117,7 +139,8 @@ class Guides:
 
     def _start(self, kind: str, text: str) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = llguidance.LLTokenizer(str(self._folder / "tokenizer.json"), n_vocab=self.vocab_size)
+            described, self._end = without_spellings(self._folder)
+            self._tokenizer = llguidance.LLTokenizer(described, n_vocab=self.vocab_size, eos_token=self._end)
             self._executor = llguidance.LLExecutor(num_threads=THREADS)
         made = self._known.pop((kind, text), None)
         if made is None:
@@ -158,6 +181,8 @@ class Guides:
                 allowed[row] = False
             else:
                 # the request says which tokens end it, whatever the tokenizer's own is
+                if self._end is not None:
+                    allowed[row, self._end] = False
                 allowed[row, guide.end_ids] = matcher.is_accepting()
         return allowed
 
