@@ -90,7 +90,7 @@ def test_what_spells_a_special_token_is_text(tmp_path: Path, kind: str) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     whole = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    end_id, size = whole.token_to_id(end), whole.get_vocab_size()
+    end_id, size = whole.get_vocab()[end], whole.get_vocab_size()
     makes = guides.Guides(tmp_path, size)
     guide = makes.guide("json_schema", json.dumps({"const": f"a{end}b"}), [end_id])
     tokens: list[int] = []

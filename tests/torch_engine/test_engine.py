@@ -336,20 +336,21 @@ class EvenGuide:
     """A guide that allows even tokens, ready when the test says so."""
 
     def __init__(self) -> None:
-        self.guides, self.ready, self.calls = self, False, [int]
+        self.guides, self.ready = self, False
 
     def when_ready(self, call: Callable[[], None]) -> None:
-        self.calls.append(call)
+        self.call = call
 
     def begin(self) -> None:
         self.ready = True
-        self.calls[-1]()
+        self.call()
 
     def ahead(self, answers: Sequence[tuple[EvenGuide, Sequence[int]]]) -> None:
         self.rows = len(answers)
 
     def allowed(self, guides: Sequence[EvenGuide]) -> np.ndarray[Any, Any]:
-        return np.arange(TINY["vocab_size"])[None].repeat(len(guides), 0) % 2 == 0
+        even: np.ndarray[Any, Any] = np.arange(TINY["vocab_size"])[None].repeat(len(guides), 0) % 2 == 0
+        return even
 
 
 def test_what_waits_for_its_guide_keeps_no_slot_and_no_one_waiting(
