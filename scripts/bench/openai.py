@@ -153,7 +153,8 @@ def guided(
             runs[way].append(together(ask[way], settings, ids, tokens, count)["tokens_per_second"])
             used[way].append(cpu_below(server) - before)
     speeds = [one / other for one, other in zip(runs["guided"], runs["plain"])]
-    costs = [other / one for one, other in zip(used["guided"], used["plain"])]
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    costs = [max(other, tick) / max(one, tick) for one, other in zip(used["guided"], used["plain"])]
     found = {f"{way} tokens_per_second, {count} at once": float(np.median(speeds)) for way, speeds in runs.items()}
     for name, shares in (("tokens_per_second", speeds), ("tokens for a second of CPU", costs)):
         name = f"guided / plain, {name}"

@@ -260,9 +260,15 @@ class Function(Strict):
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; it goes to the model as it is")
     # Open WebUI's tool servers say it here too
     type: Literal["function"] | None = None
-    strict: bool | None = Field(
-        None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
-    )
+    strict: bool | None = Field(None, description="Its arguments follow its schema")
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = (value or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise ValueError(f"the type of arguments is object, not {str(kind)[:40]!r}")
+        return value
 
 
 class Tool(Strict):

@@ -19,7 +19,7 @@ from scripts.openai.__main__ import TOKENIZER, guide_check, text_code
 from scripts.openai.chat_template import ChatTemplate
 from scripts.openai.engine import Engine, Limits
 from scripts.openai.reader import Reader
-from scripts.openai.tools import SPACES, Calls, beginning, form_of, grammar, joined
+from scripts.openai.tools import JSON_OPTIONS, Calls, beginning, form_of, grammar, joined
 from scripts.openai.wrong import ApiError
 
 sys.path.insert(0, str(ROOT / "model_repo_template/tensorrt_llm/1"))
@@ -120,6 +120,12 @@ WRONG = [
     ({"tool_choice": "required"}, "tool_choice is only allowed when tools are given"),
     ({"tools": [STRICT, {**STRICT, "function": {**STRICT["function"], "parameters": {"pattern": "(?=a)b", "$ref": "x:y"}}}]},
      "Invalid 'tools[1].function.parameters'"),
+    ({"tools": [{**STRICT, "function": {**STRICT["function"], "parameters": {"x-guidance": {"lenient": True}, "not": {}}}}]},
+     "Unimplemented keys"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"x-guidance": {"lenient": True}, "not": {}}}}},
+     "Unimplemented keys"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+     "Invalid 'tools[0].function.parameters': the type of arguments is object"),
     ({"tools": [STRICT], "guided_regex": "a"}, "guided_regex is not supported with tools"),
     ({"tools": [STRICT], "tool_choice": "required", "response_format": {"type": "json_object"}},
      "only one of response_format and tools can guide an answer"),
@@ -182,8 +188,8 @@ def test_a_grammar_of_calls_lets_through_what_it_should(texts: list[str], how: d
                 jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
 
 
-def test_spaces_are_those_of_a_schema_alone() -> None:
-    assert guides.SPACES == SPACES
+def test_options_are_those_of_a_schema_alone() -> None:
+    assert guides.JSON_OPTIONS == JSON_OPTIONS
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "city"}}], ids=str)

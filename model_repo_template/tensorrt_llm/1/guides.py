@@ -38,8 +38,12 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,
 }
 
-# Only the spaces that Python's json writes: a small model fills its answer with line breaks if they are allowed
-SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Only the spaces that Python's json writes: a small model fills its answer with line breaks if they are allowed. A schema's own
+# `x-guidance` cannot ask that what llguidance does not know is left out of it.
+JSON_OPTIONS: Any = {
+    "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
+    "coerce_one_of": False, "lenient": False,
+}  # fmt: skip
 
 
 def limits() -> Any:
@@ -51,11 +55,11 @@ def grammar_of(kind: str, text: str) -> str:
     """llguidance's form of a guide. Raises ValueError if it has none."""
     matcher = llguidance.LLMatcher
     if kind == "json":
-        return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=SPACES))
+        return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS))
     if kind == "json_schema":
         # the schema that is true allows any value, as the empty one does
         text = "{}" if text.strip() == "true" else text
-        return str(matcher.grammar_from_json_schema(text, overrides=SPACES))
+        return str(matcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
     if kind == "regex":
         return str(matcher.grammar_from_regex(text))
     if kind == "ebnf_grammar":
