@@ -5,7 +5,8 @@ Streams have exactly --tokens tokens; 1 and --streams of them run at once, both 
 cpu      microseconds of all the endpoint's processes for each streamed token (their own clocks, whatever else the
          machine does)
 guided   tokens a second of answers that follow a JSON schema, over those of answers that follow none: the two in turn,
-         the median of --rounds rounds' ratios (MAX_BATCH_SIZE=16 for 16 streams that run together)
+         the median of --rounds rounds' ratios (MAX_BATCH_SIZE=16 for 16 streams that run together). If other programs
+         use the machine, the same ratio of CPU time is more stable (TP=1: ranks use CPU while they wait for each other)
 
 With --compare-traces (BENCH=--compare-traces): what TRACES=on costs. Two servers side by side, one with traces, are
 asked in turn, --rounds times. Each answer has a trace, which goes to a collector in this process.
@@ -137,21 +138,47 @@ def together(
 
 
 def guided(
-    settings: launch.Settings, ids: list[int], tokens: int, count: int, rounds: int, model: str
+    settings: launch.Settings, ids: list[int], tokens: int, count: int, rounds: int, model: str, server: int
 ) -> dict[str, float]:
     """The cost of following a schema: `count` answers at once with one and without, in turn. Other programs may use the
-    machine, so the ratio of each round counts; the result is their median."""
+    machine, so the ratio of each round counts; the result is their median. server: the process that started all of the server's."""
     ways: dict[str, Mapping[str, Any]] = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
     ask = {way: functools.partial(over_openai, model=model, more=more) for way, more in ways.items()}
     together(ask["guided"], settings, ids, tokens, count)  # warm
     runs: dict[str, list[float]] = {way: [] for way in ways}
+    used: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in sorted(ways, reverse=bool(number % 2)):
+            before = cpu_below(server)
             runs[way].append(together(ask[way], settings, ids, tokens, count)["tokens_per_second"])
-    shares = [one / other for one, other in zip(runs["guided"], runs["plain"])]
+            used[way].append(cpu_below(server) - before)
+    speeds = [one / other for one, other in zip(runs["guided"], runs["plain"])]
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    costs = [max(other, tick) / max(one, tick) for one, other in zip(used["guided"], used["plain"])]
     found = {f"{way} tokens_per_second, {count} at once": float(np.median(speeds)) for way, speeds in runs.items()}
-    return {**found, f"guided / plain, {count} at once": float(np.median(shares)),
-            f"guided / plain, {count} at once, least": min(shares), f"guided / plain, {count} at once, most": max(shares)}  # fmt: skip
+    for name, shares in (("tokens_per_second", speeds), ("tokens for a second of CPU", costs)):
+        name = f"guided / plain, {name}"
+        found.update({name: float(np.median(shares)), f"{name}, least": min(shares), f"{name}, most": max(shares)})
+    return found
+
+
+def cpu_below(pid: int) -> float:
+    """CPU seconds of a process and of all that live below it."""
+    ticks: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(") ", 1)[1].split()
+            except OSError:
+                continue  # it has ended
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+            ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
+    total, found = 0, [pid]
+    while found:
+        total += ticks.get(found[-1], 0)
+        found += children.get(found.pop(), [])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -192,7 +219,7 @@ def measure(settings: launch.Settings, streams: int, tokens: int, rounds: int) -
             result[f"openai / grpc, {count} at once"] = share
             result[f"cpu microseconds a token, {count} at once"] = 1e6 * used / (3 * count * tokens)
         if rounds and (settings.root / GUIDES).is_file():
-            result.update(guided(settings, ids, tokens, streams, rounds, model))
+            result.update(guided(settings, ids, tokens, streams, rounds, model, serving.process.pid))
     return result
 
 

@@ -183,7 +183,19 @@ class CompletionRequest(Sampling):
     suffix: Annotated[Any, NotSupported("")] = None
 
 
+def refuse_kinds(data: Any, *kinds: str, name: str = "type") -> Any:
+    """What OpenAI documents and this server does not do is "not supported", not unknown. data: what stands where one of its kinds may."""
+    if isinstance(data, dict) and data.get(name) in kinds:
+        raise PydanticCustomError("not_supported", "{kind}", {"kind": data[name]})
+    return data
+
+
 class TextPart(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return refuse_kinds(data, "image_url", "input_audio", "file", "refusal", "audio_url", "video_url")
+
     type: Literal["text"]
     text: str
     # Anthropic's, which some clients send to every server: it changes no answer
@@ -207,6 +219,11 @@ class ToolCall(Strict):
 
 class Message(Strict):
     """One turn of a conversation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return refuse_kinds(data, "function", name="role")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
@@ -243,12 +260,23 @@ class Function(Strict):
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema; it goes to the model as it is")
     # Open WebUI's tool servers say it here too
     type: Literal["function"] | None = None
-    strict: bool | None = Field(
-        None, description="Its arguments follow its schema; with a tool_choice that makes it the one"
-    )
+    strict: bool | None = Field(None, description="Its arguments follow its schema")
+
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = (value or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise ValueError(f"the type of arguments is object, not {str(kind)[:40]!r}")
+        return value
 
 
 class Tool(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return refuse_kinds(data, "custom")
+
     type: Literal["function"]
     function: Function
     cache_control: Any = None
@@ -259,6 +287,11 @@ class NamedFunction(Strict):
 
 
 class NamedTool(Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        return refuse_kinds(data, "allowed_tools", "custom")
+
     type: Literal["function"]
     function: NamedFunction
 
@@ -285,9 +318,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("type") in ("grammar", "structural_tag"):
-            raise PydanticCustomError("not_supported", "{kind}", {"kind": data["type"]})
-        return data
+        return refuse_kinds(data, "grammar", "python", "structural_tag")
 
 
 class ChatRequest(Sampling):

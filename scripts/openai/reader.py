@@ -309,8 +309,10 @@ class Reader:
                     400, f"{name} is not supported by this engine: its backend has no guided decoding, or it is off", name,
                     "unsupported_parameter",
                 )  # fmt: skip
-            if body.ignore_eos:
-                raise ApiError(400, f"ignore_eos is not supported with {name}", "ignore_eos", "unsupported_parameter")
+            # a guide says where the answer ends
+            for other in ("ignore_eos", "min_tokens"):
+                if getattr(body, other):
+                    raise ApiError(400, f"{other} is not supported with {name}", other, "unsupported_parameter")
             self._check_guide(name, kind, text)
         return next(iter(found.values()), None)
 
@@ -573,6 +575,8 @@ def invalid(error: ValidationError) -> ApiError:
             400, f"Invalid '{param}': {number} {side} value. Expected a value {_BOUNDS[bound]} {context[bound]}, but got "
             f"{_shown(given)} instead.", param, code,
         )  # fmt: skip
+    if kind == "finite_number":
+        return ApiError(400, f"Invalid '{param}': it must be a finite number", param, "invalid_value")
     said = first["msg"].partition("Value error, ")[2] or first["msg"].replace("String should", "it should")
     return ApiError(400, f"Invalid '{param}': {said}", param, "invalid_value")
 

@@ -28,7 +28,10 @@ BEGINS = CALL.replace(" ", "")
 ANY, GAP = r"(.|\n)*", r"/[ \n]{0,2}/"
 BEGINS_CALL = r'\s*\{\s*"name"\s*:\s*"'
 # as guides.py beside the engine has them for a schema alone
-SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_OPTIONS = {
+    "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
+    "coerce_one_of": False, "lenient": False,
+}  # fmt: skip
 TURN = re.compile(r'["{}\[\]]')
 STRING_END = re.compile(r'["\\]')
 
@@ -97,8 +100,8 @@ def _lark(text: str) -> str:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    """A schema in a grammar, whose spaces are those of guides.py."""
-    return json.dumps({**schema, "x-guidance": SPACES})
+    """A schema in a grammar, with the options of guides.py."""
+    return json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
 
 class Calls:

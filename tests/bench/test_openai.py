@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_the_endpoint_is_asked_what_it_serves(settings: launch.Settings) -> None
     found = bench.together(functools.partial(bench.over_openai, model=model), settings, [1, 2], 3, 4)
     assert found["tokens_per_second"] > 0 and {json.loads(body)["model"] for body in Endpoint.bodies} == {"another"}
     assert set(Endpoint.keys) == {"Bearer first"}
+
+
+def test_answers_with_a_schema_are_asked_beside_answers_without(settings: launch.Settings) -> None:
+    found = bench.guided(settings, [1, 2], 3, count=2, rounds=3, model="another", server=os.getpid())
+    bodies = [json.loads(body) for body in Endpoint.bodies]
+    guided = [body for body in bodies if body.get("guided_json") == bench.GUIDE]
+    plain = [body for body in bodies if body.get("ignore_eos")]
+    assert len(guided) == 2 * (1 + 3) and len(plain) == 2 * 3 and len(bodies) == 14
+    assert found["guided / plain, tokens_per_second, least"] <= found["guided / plain, tokens_per_second"]
+    assert {"guided / plain, tokens for a second of CPU", "plain tokens_per_second, 2 at once"} <= set(found)
 
 
 def test_failed_requests_give_a_report_and_no_numbers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,34 @@ def test_a_client_streams_calls_and_follows_a_schema(chatting: Served, client: s
     for name in ("call", "schema"):
         jsonschema.validate(told[name], SCHEMA)
     assert isinstance(told.get("json", {}), dict)
+    said = next(
+        row for name, row in matrix().items() if name.lower().replace(" ", "_").replace("-", "_").startswith(client)
+    )
+    assert {column for column, key in COLUMNS.items() if said[column] == "tested"} == {
+        column for column, key in COLUMNS.items() if key in told
+    }, "docs/clients.md"
+
+
+# what a column of docs/clients.md is called in what ask_clients.py prints
+COLUMNS = {"stream": "stream", "tool call": "call", "result sent back": "after", "schema": "schema", "JSON object": "json",
+           "background tasks": "title"}  # fmt: skip
+
+
+def matrix() -> dict[str, dict[str, str]]:
+    """The first table of docs/clients.md, by client."""
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+            for line in (ROOT / "docs/clients.md").read_text().split("## How")[0].splitlines() if line.startswith("|")]  # fmt: skip
+    return {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+
+
+def test_the_page_of_clients_has_every_client_at_its_pinned_version() -> None:
+    pinned = dict(re.findall(r"(?m)^([a-z-]+)==([^ ]+)", (ROOT / "requirements/clients.txt").read_text()))
+    named = re.findall(r"(?m)^([a-z-]+)", (ROOT / "requirements/clients.in").read_text())
+    assert {name: row["version"] for name, row in matrix().items() if name in pinned} == {
+        name: pinned[name] for name in named
+    }
+    assert len(matrix()) == len(CLIENTS) == len(named) + 1
+    assert all(set(COLUMNS) <= set(row) for row in matrix().values())
 
 
 def vocabulary(tree: Path) -> dict[str, int]:

@@ -584,7 +584,7 @@ def test_health_is_bad_when_no_token_comes(served: Served, there: bool) -> None:
         ),
         ("completions", {"stop": [1]}, "Invalid type for 'stop[0]': expected a string, but got an integer instead."),
         ("completions", {"temperature": 3}, "Expected a value <= 2.0, but got 3 instead."),
-        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text'"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'text'"),
         ("completions", {"stop": ["x"] * 17}, "at most 16"),
         ("completions", {"stop": "a" * 65_000}, "a stop string has 65000 bytes; one may have 512"),
         ("completions", {"prompt": [-1]}, "Expected a value >= 0"),

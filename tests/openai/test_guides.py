@@ -51,6 +51,9 @@ def test_expressions_choices_and_recursive_schemas(served: Served) -> None:
     for n in range(3):
         [one] = said(served, seed=n, extra_body={"guided_regex": r"[0-9]{3}-[a-f]{2}"})
         assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", one.text) and one.finish_reason == "stop"
+        [one] = said(served, seed=n, extra_body={"guided_choice": ["</s>", "a<s></s>b<unk>"]})
+        assert one.text in ("</s>", "a<s></s>b<unk>"), "text, whatever it spells"
+        assert json.loads(said(served, seed=n, extra_body={"guided_json": {"const": "</s>"}})[0].text) == "</s>"
         [one] = said(served, seed=n, extra_body={"guided_choice": ["a.b", "a|c", "(d)", "한글"]})
         assert one.text in ("a.b", "a|c", "(d)", "한글")
     [one] = said(served, temperature=0, extra_body={"guided_json": LIST})
@@ -90,6 +93,7 @@ HOSTILE = [
     ({"guided_choice": []}, "guided_choice"),
     ({"guided_choice": ["a"], "guided_regex": "a"}, "only one of guided_regex and guided_choice"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos is not supported with guided_regex"),
+    ({"guided_regex": "a", "min_tokens": 2}, "min_tokens is not supported with guided_regex"),
     ({"guided_grammar": "x"}, "guided_grammar is not supported"),
 ]  # fmt: skip
 

@@ -86,6 +86,26 @@ def test_defaults_ask_for_nothing_and_what_is_not_supported_is_called_that() -> 
         assert (refused.value.status, refused.value.param) == (400, name)
 
 
+KINDS = [
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": kind, kind: {}}]}]},
+     f"messages[0].content[1] {kind}")
+    for kind in ("image_url", "input_audio", "file", "refusal")
+] + [
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0] custom"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice custom"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}}, "tool_choice allowed_tools"),
+    ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages[0] function"),
+    ({"response_format": {"type": "structural_tag", "structures": []}}, "response_format structural_tag"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "named"), KINDS, ids=[named for _, named in KINDS])
+def test_kinds_that_openai_knows_are_not_supported_and_not_unknown(more: dict[str, Any], named: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        reader.checked(messages.ChatRequest, json.dumps({**CHAT, **more}).encode())
+    assert (refused.value.message, refused.value.code) == (f"{named} is not supported", "unsupported_parameter")
+
+
 @pytest.fixture(scope="module")
 def folder(served: Served) -> Path:
     [found] = (served.tree / "build/stories").glob("torch-0.8.0-tp2-float16")

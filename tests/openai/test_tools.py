@@ -19,7 +19,7 @@ from scripts.openai.__main__ import TOKENIZER, guide_check, text_code
 from scripts.openai.chat_template import ChatTemplate
 from scripts.openai.engine import Engine, Limits
 from scripts.openai.reader import Reader
-from scripts.openai.tools import SPACES, Calls, beginning, form_of, grammar, joined
+from scripts.openai.tools import JSON_OPTIONS, Calls, beginning, form_of, grammar, joined
 from scripts.openai.wrong import ApiError
 
 sys.path.insert(0, str(ROOT / "model_repo_template/tensorrt_llm/1"))
@@ -120,6 +120,12 @@ WRONG = [
     ({"tool_choice": "required"}, "tool_choice is only allowed when tools are given"),
     ({"tools": [STRICT, {**STRICT, "function": {**STRICT["function"], "parameters": {"pattern": "(?=a)b", "$ref": "x:y"}}}]},
      "Invalid 'tools[1].function.parameters'"),
+    ({"tools": [{**STRICT, "function": {**STRICT["function"], "parameters": {"x-guidance": {"lenient": True}, "not": {}}}}]},
+     "Unimplemented keys"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"x-guidance": {"lenient": True}, "not": {}}}}},
+     "Unimplemented keys"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+     "Invalid 'tools[0].function.parameters': the type of arguments is object"),
     ({"tools": [STRICT], "guided_regex": "a"}, "guided_regex is not supported with tools"),
     ({"tools": [STRICT], "tool_choice": "required", "response_format": {"type": "json_object"}},
      "only one of response_format and tools can guide an answer"),
@@ -182,8 +188,8 @@ def test_a_grammar_of_calls_lets_through_what_it_should(texts: list[str], how: d
                 jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
 
 
-def test_spaces_are_those_of_a_schema_alone() -> None:
-    assert guides.SPACES == SPACES
+def test_options_are_those_of_a_schema_alone() -> None:
+    assert guides.JSON_OPTIONS == JSON_OPTIONS
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "city"}}], ids=str)
@@ -224,6 +230,67 @@ def test_arguments_that_nest_without_end_are_refused(folder: Path) -> None:
     asked = {"model": "m", "messages": [USER, {"role": "assistant", "tool_calls": [deep]}]}
     with pytest.raises((ApiError, RecursionError)):  # reader.bounded answers 400 to both
         reader_of(folder).read(True, json.dumps(asked).encode())
+
+
+RECURSIVE = [
+    # what nothing can follow, what never ends, what llguidance does not do, and what is as good as any
+    ({"$ref": "#"}, "no answer can follow it"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no answer can follow it"),
+    ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, "no answer can follow it"),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "Too many items"),
+    ({"allOf": [{"properties": {"a": {"$ref": "#"}}}, {"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}}]}, "circular"),
+    ({"$dynamicRef": "#x", "$dynamicAnchor": "x"}, "Unimplemented keys"),
+    ({"type": "array", "items": {"$ref": "#"}, "maxItems": 2}, ""),
+    ({"$ref": "#/$defs/a0", "$defs": {"a5": {"type": "object"}, **{
+        f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(5)}}}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "said"), RECURSIVE, ids=range(len(RECURSIVE)))
+def test_a_recursive_schema_is_taken_or_a_clear_400(folder: Path, schema: dict[str, Any], said: str) -> None:
+    """As what an answer follows, and as a strict tool's parameters."""
+    reader = reader_of(folder)
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = {"model": "m", "messages": [USER]}
+    told = refusal_of(reader, {**asked, "response_format": response_format})
+    assert told.startswith("Invalid 'response_format': ") and said in told if said else not told
+    strict = {**STRICT, "function": {"name": "city", "parameters": schema, "strict": True}}
+    told = refusal_of(reader, {**asked, "tools": [strict]})
+    # a tool's arguments are an object in any case
+    assert (
+        told.startswith("Invalid 'tools[0].function.parameters': ")
+        if said
+        else not told or schema.get("type") == "array"
+    )
+
+
+def refusal_of(reader: Reader, asked: dict[str, Any]) -> str:
+    """The 400 of a request, empty where it is taken."""
+    try:
+        reader.read(True, json.dumps(asked).encode())
+    except ApiError as refused:
+        assert refused.status == 400 and len(refused.message) < 500
+        return refused.message
+    return ""
+
+
+def test_a_template_without_roles_or_with_few(folder: Path) -> None:
+    """One that asks for no roles takes every turn; one that has no system's says so in its own words, with a 400."""
+    texts = reader_of(folder, "{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    seen: list[int] = []
+    texts.engine.message_of = lambda values, outputs=(): seen.extend(values.get("input_ids", [])) or b""  # type: ignore[method-assign,func-returns-value]
+    turns = [{"role": role, "content": role} for role in ("system", "developer", "user", "assistant", "user")]
+    assert refusal_of(texts, {"model": "m", "messages": turns}) == ""
+    assert texts.text.decode(seen).split() == ["system", "developer", "user", "assistant", "user"]
+    few = reader_of(
+        folder, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    )
+    assert refusal_of(few, {"model": "m", "messages": [USER]}) == ""
+    for role in ("system", "developer"):
+        told = refusal_of(few, {"model": "m", "messages": [{"role": role, "content": "s"}, USER]})
+        assert "System role not supported" in told
+    told = refusal_of(few, {"model": "m", "messages": [{"role": "function", "content": "x", "name": "f"}]})
+    assert told.startswith("messages[0] function is not supported")
 
 
 def test_a_template_that_knows_no_tools_says_so(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,6 +330,42 @@ def test_requests_that_cannot_be_served_are_refused_at_once(
     with pytest.raises(Refused) as refused:
         Answer(engine, **request_)
     assert seen in str(refused.value) and limit in str(refused.value)
+
+
+class EvenGuide:
+    """A guide that allows even tokens, ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.guides, self.ready = self, False
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def begin(self) -> None:
+        self.ready = True
+        self.call()
+
+    def ahead(self, answers: Sequence[tuple[EvenGuide, Sequence[int]]]) -> None:
+        self.rows = len(answers)
+
+    def allowed(self, guides: Sequence[EvenGuide]) -> np.ndarray[Any, Any]:
+        even: np.ndarray[Any, Any] = np.arange(TINY["vocab_size"])[None].repeat(len(guides), 0) % 2 == 0
+        return even
+
+
+def test_what_waits_for_its_guide_keeps_no_slot_and_no_one_waiting(
+    open_tiny: Callable[..., Engine], tiny_oracle: LlamaForCausalLM
+) -> None:
+    one_slot = open_tiny(max_batch_size=1)
+    guide, other, prompt = EvenGuide(), EvenGuide(), some_tokens(5, 1)
+    guided = Answer(one_slot, prompt, 6, guide=guide)
+    gone = Answer(one_slot, prompt, 6, guide=other)
+    assert Answer(one_slot, prompt, 4).wait().tokens == greedy(tiny_oracle, prompt, 4), "it came later and is not kept"
+    gone.cancel()
+    assert gone.wait().tokens == []
+    guide.begin()
+    assert all(token % 2 == 0 for token in guided.wait().tokens) and len(guided.tokens) == 6
+    assert (one_slot.running, one_slot.waiting) == (0, 0)
 
 
 REUSED = {**TINY_BUILD, "max_input_len": 60, "max_num_tokens": 37}

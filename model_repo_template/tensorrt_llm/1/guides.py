@@ -28,6 +28,8 @@ THREADS = 2
 # compiled grammars and checked guides that are remembered: clients ask with the same schema again and again
 KEPT = 64
 TRIED_BYTES = 64
+# llguidance's own words for it are the name of an enumeration's value
+UNFOLLOWABLE = "no answer can follow it"
 # What a grammar may cost at its start, and per token: about a tenth of llguidance's own limits
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
@@ -36,8 +38,12 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,
 }
 
-# Only the spaces that Python's json writes: a small model fills its answer with line breaks if they are allowed
-SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Only the spaces that Python's json writes: a small model fills its answer with line breaks if they are allowed. A schema's own
+# `x-guidance` cannot ask that what llguidance does not know is left out of it.
+JSON_OPTIONS: Any = {
+    "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
+    "coerce_one_of": False, "lenient": False,
+}  # fmt: skip
 
 
 def limits() -> Any:
@@ -49,11 +55,11 @@ def grammar_of(kind: str, text: str) -> str:
     """llguidance's form of a guide. Raises ValueError if it has none."""
     matcher = llguidance.LLMatcher
     if kind == "json":
-        return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=SPACES))
+        return str(matcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS))
     if kind == "json_schema":
         # the schema that is true allows any value, as the empty one does
         text = "{}" if text.strip() == "true" else text
-        return str(matcher.grammar_from_json_schema(text, overrides=SPACES))
+        return str(matcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
     if kind == "regex":
         return str(matcher.grammar_from_regex(text))
     if kind == "ebnf_grammar":
@@ -88,7 +94,29 @@ def tried(grammar: str) -> str:
         allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")[:256]
         if not allowed.any() or not matcher.consume_token(int(allowed.argmax())):
             break
-    return str(matcher.get_error()).partition("<state>")[0] if matcher.is_error() else ""
+    said = str(matcher.get_error()).partition("<state>")[0] if matcher.is_error() else ""
+    return UNFOLLOWABLE if "NoExtension" in said else said
+
+
+def without_spellings(folder: Path) -> tuple[str, int | None]:
+    """A tokenizer.json in which no text spells a special token, and the id of one of them, the end's if it is named.
+
+    llguidance tokenizes the text that a grammar leaves no choice about. If that text is `</s>`, it is these four characters.
+    """
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["content"]: token["id"] for token in described.get("added_tokens") or [] if token.get("special")}
+    named = {content: f"\U0010fffd{token_id}" for content, token_id in special.items()}
+    for token in described.get("added_tokens") or []:
+        token["content"] = named.get(token["content"], token["content"])
+    model = described["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {named.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}
+    if model.get("unk_token") in named:
+        model["unk_token"] = named[model["unk_token"]]
+    config = folder / "tokenizer_config.json"
+    end = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    return json.dumps(described), special.get(end, next(iter(special.values()), None))
 
 
 class Guides:
@@ -104,6 +132,7 @@ class Guides:
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._executor: Any = None
         self._tokenizer: Any = None
+        self._end: int | None = None
         # compiled grammars, the latest last; a copy of one costs nothing
         self._known: dict[tuple[str, str], Any] = {}
 
@@ -114,7 +143,8 @@ class Guides:
 
     def _start(self, kind: str, text: str) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = llguidance.LLTokenizer(str(self._folder / "tokenizer.json"), n_vocab=self.vocab_size)
+            described, self._end = without_spellings(self._folder)
+            self._tokenizer = llguidance.LLTokenizer(described, n_vocab=self.vocab_size, eos_token=self._end)
             self._executor = llguidance.LLExecutor(num_threads=THREADS)
         made = self._known.pop((kind, text), None)
         if made is None:
@@ -155,6 +185,8 @@ class Guides:
                 allowed[row] = False
             else:
                 # the request says which tokens end it, whatever the tokenizer's own is
+                if self._end is not None:
+                    allowed[row, self._end] = False
                 allowed[row, guide.end_ids] = matcher.is_accepting()
         return allowed
 
