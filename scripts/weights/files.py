@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Collection, Iterable
 
-# Meta's form: the sizes, and lists of md5 sums of the other files
+# Meta's form: the sizes, the tokenizer, and lists of md5 sums of the other files
 PARAMS = "params.json"
+TOKENIZER = "tokenizer.model"
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 # Hugging Face's form: one file of weights, or an index of several
 SINGLE, BIN_SINGLE = "model.safetensors", "pytorch_model.bin"
@@ -18,7 +19,7 @@ HF_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer.model",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,6 +41,11 @@ READ = re.compile(
 def shard(index: int) -> str:
     """Meta's name of a shard: consolidated.00.pth is the first."""
     return f"consolidated.{index:02d}.pth"
+
+
+def tokenizers_of(folder: Path) -> tuple[Path, Path]:
+    """SentencePiece's file beside the weights, and one level up, where Meta's download leaves it for all sizes."""
+    return folder / TOKENIZER, folder.resolve().parent / TOKENIZER
 
 
 def weights_among(names: Iterable[str], ending: str) -> list[str]:
