@@ -83,7 +83,7 @@ $(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
 # --- how a room is filled ---
 
 # What reads the weights themselves; where they are is in SEEN, however it is spelled.
-weights = $(if $(filter config hf $(if $(QUANT),,checkpoint),$1),--weights $(WEIGHTS) )
+weights = $(if $(filter $(READ_WEIGHTS),$1),--weights $(WEIGHTS) )
 # What a room is asked to be: its file `args`, written by room.py from ROOM_ARGS. config and hf depend on the model
 # alone, the rooms after them also on the pinned packages, or the image, that made them.
 asked   = $(if $(call weights,$1),$(SEEN)) $(if $(filter-out config hf,$1),$(MADE_IN)) $($1_ARGS)

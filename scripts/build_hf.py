@@ -24,8 +24,9 @@ from scripts.build_config import Settings
 from scripts.room import Filling, filling, progress, say
 from scripts.weights import safetensors
 from scripts.weights.bounded import bounded
+from scripts.weights.files import INDEX, SINGLE
 from scripts.weights.forms import Weights, watched
-from scripts.weights.hugging_face import INDEX, SINGLE, read_hf_config, read_hf_model
+from scripts.weights.hugging_face import read_hf_config, read_hf_model
 from scripts.weights.safetensors import Raw
 from scripts.weights.shape import HEAD, Shape
 

@@ -29,6 +29,7 @@ from scripts.room import MANIFEST, human_bytes, human_gpu_bytes
 from scripts.serving import host, launch, toolbox
 from scripts.settings import OPERATING, flag
 from scripts.tokenizer import sentencepiece
+from scripts.weights import files
 from scripts.weights.folder import check_folder
 from scripts.weights.shape import LlamaShape, read_json
 
@@ -121,7 +122,7 @@ def check_weights(case: Case) -> str:
         raise reports.settings.weights_not_there("MODEL" if "/" in case.choice["MODEL"] else "WEIGHTS", folder, source)
     check_folder(folder)
     names = sorted(path.name for path in folder.iterdir())
-    if plan.in_metas_form(names):
+    if files.in_metas_form(names):
         form, seen = "Meta's form", check_meta_files(folder, plan.model_of(case.choice).shape)
     elif "config.json" in names:
         form, seen = "Hugging Face's form", check_hf_files(folder)
@@ -129,15 +130,15 @@ def check_weights(case: Case) -> str:
         form, seen = "a GGUF file", "read when it is converted"
     else:
         raise reports.weights.weights_unknown_form(folder, names)
-    return f"fine {form}, {human_bytes(plan.weights_bytes(folder))}, in {reports.shown(folder)}: {seen}"
+    return f"fine {form}, {human_bytes(files.weights_bytes(folder))}, in {reports.shown(folder)}: {seen}"
 
 
 def check_meta_files(folder: Path, shape: LlamaShape) -> str:
     """consolidated.NN.pth: the count and sizes that the shape requires; small files are compared with checklist.chk."""
     sentencepiece.path_of(folder)
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = [folder / name for name in files.weights_among((path.name for path in folder.iterdir()), ".pth")]
     for index in range(max(1, len(paths))):
-        name = f"consolidated.{index:02d}.pth"
+        name = files.shard(index)
         if folder / name not in paths:
             raise reports.weights.weights_file_missing(folder, name, [path.name for path in paths])
     sizes = [path.stat().st_size for path in paths]
@@ -156,7 +157,7 @@ def check_meta_files(folder: Path, shape: LlamaShape) -> str:
 
 def check_checklist(folder: Path) -> str:
     """Compares small files with Meta's md5 sums."""
-    checklist = folder / "checklist.chk"
+    checklist = folder / files.CHECKLISTS[0]
     if not checklist.is_file():
         return "no checklist.chk"
     agreeing, left = 0, 0
@@ -181,8 +182,8 @@ def check_hf_files(folder: Path) -> str:
     each with the size that its header requires."""
     if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
         return "weights in .bin files, whose checksums are compared when they are converted"
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index = folder / files.INDEX
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [files.SINGLE]
     for name in names:
         if not (folder / name).is_file():
             raise reports.weights.weights_file_missing(folder, name, sorted(path.name for path in folder.iterdir()))

@@ -22,7 +22,7 @@ from typing import Any
 
 from scripts import reports, room
 from scripts.making import ingredients
-from scripts.weights import safetensors
+from scripts.weights import files, safetensors
 from scripts.weights.hugging_face import read_bin
 from scripts.weights.meta import read_shard
 
@@ -188,7 +188,7 @@ def _read(path: Path, record: room.FileRecord, advance: Any) -> room.FileRecord:
 def check_weights(folder: Path, advance: Any) -> Checked:
     """Compares weights that make did not fetch with their own checksums."""
     lists = {}
-    for name in ("checklist.chk", "tokenizer_checklist.chk"):
+    for name in files.CHECKLISTS:
         if (folder / name).is_file():
             lines = (folder / name).read_text(errors="replace").splitlines()
             matches = [re.fullmatch(r"([0-9a-f]{32})\s+\*?(?:\./)?([\w.-]+)", line.strip()) for line in lines]

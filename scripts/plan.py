@@ -17,7 +17,7 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Collection, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from scripts import build_engines, reports, settings
 from scripts.making import toolchain
@@ -26,6 +26,7 @@ from scripts.nvidia import memory as memory_model
 from scripts.room import human_bytes, human_gpu_bytes
 from scripts.serving import launch, toolbox
 from scripts.tokenizer import byte_bpe, sentencepiece
+from scripts.weights import files
 from scripts.weights.folder import check_folder
 from scripts.weights.shape import (
     LlamaShape,
@@ -48,7 +49,6 @@ MODEL_REPO_BYTES = 5_000_000
 VERIFIED_BYTES = 1_000_000
 # tokenizer and configs
 CONFIG_BYTES = 5_000_000
-WEIGHTS_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 LIMITS = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 WIDTH = 120
 
@@ -147,23 +147,17 @@ def toolchain_for(gpu: gpus.Gpu) -> str | None:
     return toolchain.newest_for(gpu.compute_capability, toolchain.rows())
 
 
-def in_metas_form(names: Collection[str]) -> bool:
-    """Like weights.forms.form_of: Mistral's own repositories have a params.json beside a config.json, and no shards."""
-    shards = any(re.fullmatch(r"consolidated\..*\.pth", name) for name in names)
-    return "params.json" in names and (shards or "config.json" not in names)
-
-
 def model_of(choice: Choice) -> Model:
     """The model from its folder, or, if there is no folder, a preset from models/shapes.json."""
     name, folder = choice["MODEL"], choice.weights
     asked = choice.number("CONTEXT")
     check_folder(folder)
-    if in_metas_form({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
-        params = read_params(folder / "params.json")
+    if files.in_metas_form({path.name for path in folder.iterdir()} if folder.is_dir() else ()):
+        params = read_params(folder / files.PARAMS)
         shape = params.shape(params.vocab_size or tokens_of(sentencepiece.path_of(folder)))
         context = max_positions(asked, params)[0]
         rope = rope_kind(params.rope_scaling or {})
-        return Model(name, shape, dtype_of(folder, shape), context, "meta", weights_bytes(folder), rope)
+        return Model(name, shape, dtype_of(folder, shape), context, "meta", files.weights_bytes(folder), rope)
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         shape = shape_of_config(config, folder / "config.json")
@@ -175,7 +169,7 @@ def model_of(choice: Choice) -> Model:
             dtype if dtype in memory_model.ITEM_BYTES else dtype_of(folder, shape),
             int(context),
             "hf",
-            weights_bytes(folder),
+            files.weights_bytes(folder),
             rope_kind(rope_of(config)),
         )
     shapes = json.loads(SHAPES.read_text())
@@ -188,7 +182,7 @@ def model_of(choice: Choice) -> Model:
         "float16",
         max_positions(asked, params)[0],
         "table",
-        weights_bytes(folder) or None,
+        files.weights_bytes(folder) or None,
         rope_kind(params.rope_scaling or {}),
     )
 
@@ -203,12 +197,7 @@ def tokens_of(path: Path) -> int:
 def dtype_of(folder: Path, shape: LlamaShape) -> str:
     """The type, judged by the size of the files: four bytes per number, or two. (With two,
     Meta's Llama 2 is float16.)"""
-    return "float32" if weights_bytes(folder) > 3 * memory_model.parameters(shape) else "float16"
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a folder."""
-    return sum(path.stat().st_size for pattern in WEIGHTS_FILES for path in folder.glob(pattern))
+    return "float32" if files.weights_bytes(folder) > 3 * memory_model.parameters(shape) else "float16"
 
 
 def engine_of(choice: Choice, model: Model) -> memory_model.Engine:

@@ -9,6 +9,7 @@ from pathlib import Path
 from scripts import reports
 from scripts.fetching import source as limits
 from scripts.fetching.source import NAME, Broken, Remote, _of_listing, public_name
+from scripts.weights import files
 
 
 class Folder:
@@ -23,9 +24,9 @@ class Folder:
         if not self.path.is_dir():
             raise reports.fetching.fetch_odd(self.path.name, self.name, "no folder is there")
         found = {path.name: path.stat() for path in self.path.iterdir() if path.is_file() and NAME.fullmatch(path.name)}
-        for name in ("tokenizer.model", "tokenizer_checklist.chk"):  # Meta's download leaves them here for all sizes
+        for name in ("tokenizer.model", files.CHECKLISTS[1]):  # Meta's download leaves them here for all sizes
             above = self.path.resolve().parent / name
-            if name not in found and "params.json" in found and above.is_file():
+            if name not in found and files.PARAMS in found and above.is_file():
                 found[name] = above.stat()
         names = {name: stat.st_size for name, stat in found.items()}
         versions = {name: self._version(stat) for name, stat in found.items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from scripts import reports
 from scripts.fetching.http import Http, HttpSource
-from scripts.fetching.source import HF_FILES, HF_INDEXES, NAME, Remote, _first_line
+from scripts.fetching.source import NAME, Remote, _first_line
+from scripts.weights import files
 
 
 class Hub(HttpSource):
@@ -37,16 +37,15 @@ class Hub(HttpSource):
         info = self._info()
         self.revision = str(info.sha)
         by_name = {str(sibling.rfilename): sibling for sibling in info.siblings or ()}
-        wanted = [name for name in HF_FILES if name in by_name]
+        wanted = [name for name in files.HF_FILES if name in by_name]
         for suffix in (".safetensors", ".bin", ".gguf"):
-            pattern = {".safetensors": r"model.*", ".bin": r"pytorch_model.*"}.get(suffix, r".*") + re.escape(suffix)
-            weights = [name for name in by_name if re.fullmatch(pattern, name) and NAME.fullmatch(name)]
+            weights = [name for name in files.weights_among(by_name, suffix) if NAME.fullmatch(name)]
             if weights:
-                wanted += weights + [name for name in (HF_INDEXES.get(suffix),) if name in by_name]
+                wanted += weights + [name for name in (files.INDEXES.get(suffix),) if name in by_name]
                 break
         else:
             raise reports.fetching.fetch_odd(
-                "model.safetensors", self.name, f"there are no weights among its {len(by_name)} files"
+                files.SINGLE, self.name, f"there are no weights among its {len(by_name)} files"
             )
         if weights[0].endswith(".gguf") and len(weights) > 1:
             raise reports.fetching.fetch_odd(

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from scripts import reports
 from scripts.fetching.http import Http, HttpSource, _secret_url
 from scripts.fetching.source import Remote, _sha256, checklist
+from scripts.weights import files
 
 
 def meta_url() -> str:
@@ -43,10 +44,8 @@ class Meta(HttpSource):
         lists: dict[str, str] = {}
         digests: dict[str, dict[str, str]] = {}
         found: list[tuple[str, str]] = []
-        for name, key in (
-            ("checklist.chk", f"{self.folder}/checklist.chk"),
-            ("tokenizer_checklist.chk", "tokenizer_checklist.chk"),
-        ):
+        first, second = files.CHECKLISTS
+        for name, key in ((first, f"{self.folder}/{first}"), (second, second)):
             data = self.small(key)
             if data is None:
                 raise reports.fetching.fetch_refused(name, self.name, 404)
@@ -55,7 +54,7 @@ class Meta(HttpSource):
             found.append((name, key))
         found += [
             (name, f"{self.folder}/{name}")
-            for name in {"params.json", *lists}
+            for name in {files.PARAMS, *lists}
             if name != "tokenizer.model" and name not in dict(found)
         ]
         found.append(("tokenizer.model", "tokenizer.model"))

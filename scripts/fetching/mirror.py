@@ -8,8 +8,6 @@ from urllib.parse import quote, unquote, urlsplit
 from scripts import reports
 from scripts.fetching.http import Http, HttpSource, _secret_url
 from scripts.fetching.source import (
-    HF_FILES,
-    HF_INDEXES,
     Remote,
     _named_by,
     _public_url,
@@ -17,6 +15,7 @@ from scripts.fetching.source import (
     checklist,
     public_name,
 )
+from scripts.weights import files
 
 
 def mirror_url(source: str) -> str:
@@ -57,23 +56,24 @@ class Mirror(HttpSource):
         return super().refused(name, status)
 
     def files(self) -> list[Remote]:
-        data = self.small("checklist.chk")
+        first, second = files.CHECKLISTS
+        data = self.small(first)
         if data is not None:
-            lists = checklist(data, "checklist.chk", self.name)
-            digests = {"checklist.chk": _sha256(data)}
-            tokens = self.small("tokenizer_checklist.chk")
+            lists = checklist(data, first, self.name)
+            digests = {first: _sha256(data)}
+            tokens = self.small(second)
             if tokens is not None:
-                lists.update(checklist(tokens, "tokenizer_checklist.chk", self.name))
-                digests["tokenizer_checklist.chk"] = _sha256(tokens)
+                lists.update(checklist(tokens, second, self.name))
+                digests[second] = _sha256(tokens)
             digests.update({name: {"md5": md5} for name, md5 in lists.items()})
-            names = {"params.json", "tokenizer.model", *digests}
+            names = {files.PARAMS, "tokenizer.model", *digests}
             return [self.remote(name, name, digests.get(name)) for name in sorted(names)]
-        read = {name: data for name in HF_FILES if (data := self.small(name)) is not None}
+        read = {name: data for name in files.HF_FILES if (data := self.small(name)) is not None}
         if "config.json" not in read:
             raise reports.fetching.fetch_odd(
-                "checklist.chk", self.name, "it has neither this file (Meta's form) nor config.json (Hugging Face's)"
+                first, self.name, "it has neither this file (Meta's form) nor config.json (Hugging Face's)"
             )
-        for suffix, index in HF_INDEXES.items():
+        for suffix, index in files.INDEXES.items():
             single = index.replace(".index.json", "")
             data = self.small(index)
             if data is not None:
@@ -85,9 +85,7 @@ class Mirror(HttpSource):
                 continue
             digests = {name: _sha256(data) for name, data in read.items()}
             return [self.remote(name, name, digests.get(name)) for name in sorted({*digests, *weights})]
-        raise reports.fetching.fetch_odd(
-            "model.safetensors", self.name, "neither it nor an index of several files is there"
-        )
+        raise reports.fetching.fetch_odd(files.SINGLE, self.name, "neither it nor an index of several files is there")
 
     def _there(self, key: str) -> bool:
         response = self._tried(key)

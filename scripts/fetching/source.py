@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from scripts import reports, room
+from scripts.weights import files
 
 PIECE_BYTES = 1 << 20
 # Checklists, indexes and configs, which name the other files.
@@ -18,19 +19,8 @@ SMALL_MAX_BYTES = 64 << 20
 # A file of a model; no name leaves the folder.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHECKLIST_LINE = re.compile(r"([0-9a-f]{32})\s+\*?(?:\./)?(\S+)")
-# Files of a model in Hugging Face's form besides its weights. Never code.
-HF_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
-HF_INDEXES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+# what a report calls the weights that are not there
+FIRST = {".pth": files.shard(0), ".safetensors": files.SINGLE, ".gguf": "model.gguf"}
 
 
 class Broken(Exception):
@@ -153,27 +143,23 @@ def _first_line(error: Exception) -> str:
 def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> list[Remote]:
     """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file
     (llama_weights.form_of)."""
-    patterns = {
-        "consolidated.00.pth": r"consolidated\.\d\d\.pth",
-        "model.safetensors": r"model.*\.safetensors",
-        "pytorch_model.bin": r"pytorch_model.*\.bin",
-        "model.gguf": r".*\.gguf",
-    }
-    found = {kind: [name for name in names if re.fullmatch(pattern, name)] for kind, pattern in patterns.items()}
-    if "params.json" in names and (found["consolidated.00.pth"] or "config.json" not in names):
-        kinds, besides = ["consolidated.00.pth"], ["params.json", "tokenizer.model", *CHECKLISTS]
+    found = {ending: files.weights_among(names, ending) for ending in files.WEIGHTS}
+    if files.in_metas_form(names):
+        kinds, besides = [".pth"], [files.PARAMS, "tokenizer.model", *files.CHECKLISTS]
     elif "config.json" in names:
-        kinds, besides = ["model.safetensors", "pytorch_model.bin"], [*HF_FILES]
+        kinds, besides = [".safetensors", ".bin"], [*files.HF_FILES]
     else:
-        kinds, besides = ["model.gguf"], []
+        kinds, besides = [".gguf"], []
     weights = next((found[kind] for kind in kinds if found[kind]), [])
     if not weights:
-        raise reports.fetching.fetch_odd(kinds[0], source, f"no weights are there: {reports.some(sorted(names), 12)}")
-    index = HF_INDEXES.get(Path(weights[0]).suffix, "")
+        raise reports.fetching.fetch_odd(
+            FIRST[kinds[0]], source, f"no weights are there: {reports.some(sorted(names), 12)}"
+        )
+    index = files.INDEXES.get(Path(weights[0]).suffix, "")
     wanted = [*weights, *(name for name in (*besides, index) if name in names)]
     lists: dict[str, str] = {}
     digests: dict[str, dict[str, str]] = {}
-    for name in CHECKLISTS:
+    for name in files.CHECKLISTS:
         if name in wanted and names[name] <= SMALL_MAX_BYTES:
             data = small(name)
             lists.update(checklist(data, name, source))

@@ -13,11 +13,18 @@ from typing import Any, Mapping, Sequence
 
 from scripts import reports, room
 from scripts.nvidia import contracts
+from scripts.weights import files
 
 VERSION = 1
 LABEL = "trtllm-bake"
 # the files of a weights folder that a journey may read; other files are not hashed
-WEIGHT_FILES = ("*.pth", "*.safetensors", "*.bin", "*.gguf", "*.json", "tokenizer.model", "*.jinja", "checklist.chk")
+WEIGHT_FILES = (
+    *(f"*{ending}" for ending in files.WEIGHTS),
+    "*.json",
+    "tokenizer.model",
+    "*.jinja",
+    files.CHECKLISTS[0],
+)
 
 
 def chain(rooms: Sequence[Path], places: Sequence[Path]) -> dict[str, dict[str, Any]]:

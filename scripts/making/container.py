@@ -14,6 +14,7 @@ from typing import Mapping, NamedTuple, Sequence
 from scripts import settings
 from scripts.nvidia import quants
 from scripts.serving import collector
+from scripts.weights import files
 
 PASSED_ON = (
     "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
@@ -79,11 +80,9 @@ def mounts(weights: str, to_fetch: bool = False, files: Sequence[str] = ()) -> l
         for path in Path(weights).iterdir():
             if path.is_file() and not path.name.startswith("."):
                 places.add((os.path.dirname(os.path.realpath(path)), ":ro"))
-        tokenizer = os.path.join(
-            os.path.dirname(real), "tokenizer.model"
-        )  # where Meta's download leaves it for all sizes
-        if os.path.isfile(tokenizer):
-            places.add((tokenizer, ":ro"))
+        above = files.tokenizers_of(Path(weights))[1]
+        if above.is_file():
+            places.add((str(above), ":ro"))
     elif to_fetch:
         places.add((os.path.abspath(weights), ":ro"))
     places.update((os.path.abspath(file), ":ro") for file in files)

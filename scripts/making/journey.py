@@ -219,6 +219,7 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         "SERVING": "",
         "ENDPOINT_NEEDS": f"{locks}openai.txt" if locks and (not tensorrt or values["REHEARSAL"]) else "",
         "FETCH_PY": python,
+        "READ_WEIGHTS": "config hf" if values["QUANT"] else "config hf checkpoint",
         "PORTS": ports,
         "ENDPOINT": endpoint,
         "ADDRESS": host,

@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from scripts.weights import files
+
 
 def seen(folder: str) -> str:
     """'models/stories ./params.json 85 1700000000.0000000000 ...': files of the folder itself,
@@ -21,7 +23,7 @@ def seen(folder: str) -> str:
     lines = []
     if os.path.isdir(folder):
         found = [(f"./{path.name}", path) for path in Path(place).iterdir() if not path.name.startswith(".")]
-        found.append(("../tokenizer.model", Path(place).parent / "tokenizer.model"))
+        found.append((f"../{files.TOKENIZER}", files.tokenizers_of(Path(place))[1]))
         for name, path in found:
             if path.is_file():
                 stat = path.stat()

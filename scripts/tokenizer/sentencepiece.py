@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from scripts import reports
+from scripts.weights import files
 
 # sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -49,11 +50,11 @@ class SentencePieceModel:
 
 def path_of(folder: Path) -> Path:
     """tokenizer.model beside the weights, or one level up, where Meta's download leaves it for all sizes."""
-    for path in (folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"):
+    for path in files.tokenizers_of(folder):
         if path.is_file():
             return path
     raise reports.weights.weights_file_missing(
-        folder, "tokenizer.model", sorted(path.name for path in folder.glob("*token*"))
+        folder, files.TOKENIZER, sorted(path.name for path in folder.glob("*token*"))
     )
 
 

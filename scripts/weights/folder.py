@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from scripts import reports
+from scripts.weights.files import READ
 
-# Every file of a model that any form reads; other files do not matter.
-READ = re.compile(
-    r"(config|generation_config|params|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|chat_template\.jinja|tokenizer\.model|.*\.(safetensors|pth|bin|gguf|index\.json)"
-)
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Callable, Iterator, Mapping, Protocol, Sequence
 
 from scripts import reports
+from scripts.weights import files
 from scripts.weights import gguf as gguf_file
 from scripts.weights.folder import check_folder
-from scripts.weights.hugging_face import BIN_INDEX, INDEX, HfConfig, read_hf_model
+from scripts.weights.hugging_face import HfConfig, read_hf_model
 from scripts.weights.meta import MetaModel, joined, read_shard, shard_paths
 from scripts.weights.safetensors import Raw
 from scripts.weights.shape import LlamaShape, Shape, read_params
@@ -53,14 +54,14 @@ def form_of(folder: Path) -> str:
     check_folder(folder)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     meta = [
-        name for name in names if name == "params.json" or (name.startswith("consolidated.") and name.endswith(".pth"))
+        name for name in names if name == files.PARAMS or (name.startswith("consolidated.") and name.endswith(".pth"))
     ]
-    if "config.json" in names and meta == ["params.json"]:
+    if "config.json" in names and meta == [files.PARAMS]:
         meta = []  # Mistral's own repositories have Hugging Face's form, and a params.json besides
-    hf = [name for name in names if name in ("config.json", INDEX, BIN_INDEX) or name.endswith(".safetensors")]
-    hf = hf or [name for name in names if name.startswith("pytorch_model") and name.endswith(".bin")]
-    gguf = [name for name in names if name.endswith(".gguf")]
-    found = {form: files for form, files in (("meta", meta), ("hf", hf), ("gguf", gguf)) if files}
+    hf = [name for name in names if name in ("config.json", *files.INDEXES.values()) or name.endswith(".safetensors")]
+    hf = hf or files.weights_among(names, ".bin")
+    gguf = files.weights_among(names, ".gguf")
+    found = {form: named for form, named in (("meta", meta), ("hf", hf), ("gguf", gguf)) if named}
     if meta and not any(name == "config.json" for name in hf):
         found.pop("hf", None)  # Meta's own folder may hold other formats of the same weights; Meta's form counts
     if not found:
@@ -86,7 +87,7 @@ def open_meta(folder: Path, vocab_size: int, tokenizer_path: Path) -> MetaModel:
     return joined(
         folder,
         [read_shard(path) for path in shard_paths(folder)],
-        read_params(folder / "params.json"),
+        read_params(folder / files.PARAMS),
         tokenizer_path,
         vocab_size,
     )
@@ -100,7 +101,7 @@ def watched(folder: Path, room: str) -> Iterator[Callable[[], None]]:
     Every file is held open, so that no file system reuses its inode number meanwhile.
     """
     with ExitStack() as stack:
-        paths = [path for kind in ("*.safetensors", "*.pth", "*.bin", "*.gguf") for path in folder.glob(kind)]
+        paths = [path for ending in files.WEIGHTS for path in folder.glob(f"*{ending}")]
         begun = {path: os.fstat(stack.enter_context(path.open("rb")).fileno()) for path in paths if path.is_file()}
 
         def unchanged() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 from scripts import reports
+from scripts.weights.files import BIN_INDEX, BIN_SINGLE, INDEX, SINGLE
 from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor, read_header
 from scripts.weights.shape import (
     EMBEDDING,
@@ -26,10 +27,6 @@ from scripts.weights.shape import (
 )
 from scripts.weights.torch_file import read_torch_file
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-BIN_INDEX = "pytorch_model.bin.index.json"
-BIN_SINGLE = "pytorch_model.bin"
 # In a synthetic model: which tensors have whose numbers
 REPEATED = "repeated.json"
 

@@ -15,6 +15,7 @@ from typing import Iterator, Mapping
 import numpy as np
 
 from scripts import reports
+from scripts.weights import files
 from scripts.weights.hugging_face import check_tensors
 from scripts.weights.safetensors import DTYPE_NAMES, DTYPES, ITEM_BYTES, Raw, StoredTensor
 from scripts.weights.shape import EMBEDDING, HEAD, LAST_NORM, LlamaShape, Params, Shape
@@ -51,14 +52,14 @@ def shard_paths(folder: Path) -> list[Path]:
     """consolidated.00.pth and its followers; a Problem for a gap in the numbers or for a .pth that does not belong
     there."""
     names = sorted(path.name for path in folder.glob("*.pth"))
-    expected = [f"consolidated.{index:02d}.pth" for index in range(len(names))]
-    numbered = [name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)]
+    expected = [files.shard(index) for index in range(len(names))]
+    numbered = files.weights_among(names, ".pth")
     extra = sorted(set(names) - set(numbered))
     if extra:
         raise reports.weights.weights_extra_file(folder, extra, "consolidated.NN.pth")
     missing = sorted(set(expected) - set(names))
     if missing or not names:
-        raise reports.weights.weights_file_missing(folder, missing[0] if missing else "consolidated.00.pth", names)
+        raise reports.weights.weights_file_missing(folder, missing[0] if missing else files.shard(0), names)
     dangling = [name for name in names if not (folder / name).is_file()]
     if dangling:
         raise reports.weights.weights_file_missing(folder, dangling[0], sorted(set(names) - set(dangling)))
@@ -139,7 +140,7 @@ def joined(folder: Path, shards: list[Shard], params: Params, tokenizer_path: Pa
         )
     shape = params.shape(vocab_size)
     found = [{name: tensor.shape for name, tensor in shard.items()} for shard in shards]
-    _check_feed_forward(folder / "consolidated.00.pth", params, shape, len(shards), found[0])
+    _check_feed_forward(folder / files.shard(0), params, shape, len(shards), found[0])
     model_vocab_size = found[0].get("output.weight", (0,))[0] * len(shards)
     if model_vocab_size not in (0, vocab_size):
         raise reports.weights.vocabulary_differs(tokenizer_path, vocab_size, model_vocab_size)
@@ -156,7 +157,7 @@ def joined(folder: Path, shards: list[Shard], params: Params, tokenizer_path: Pa
     names = _names(shape, shards)
     expected = _shard_shapes(shape, len(shards), names)
     for index, shapes in enumerate(found):
-        check_tensors(folder / f"consolidated.{index:02d}.pth", "params.json", expected, shapes)
+        check_tensors(folder / files.shard(index), "params.json", expected, shapes)
     dtypes = {tensor.dtype: tensor for shard in shards for tensor in shard.values()}
     if len(dtypes) > 1:
         one, other = list(dtypes.values())[:2]
