@@ -473,8 +473,14 @@ def words(journey: Journey) -> str:
         lines += ["    " + reports.make("plan", ASSUME_GPU="2x A100-80GB")]
     for room, argv in programs(journey).items():
         lines += ["", f"What {room} runs in the container:", ""]
-        lines += textwrap.wrap(shlex.join(argv), WIDTH, initial_indent="    ", subsequent_indent="        ",
-                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
+        lines += textwrap.wrap(
+            shlex.join(argv),
+            WIDTH,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 

@@ -240,9 +240,15 @@ def test_engines_that_could_never_start_are_not_built(checkpoints: Path, tmp_pat
     assert "has 0.5 GiB" in problem.seen and "56 tokens" in problem.seen and problem.command == "make plan"
     assert not (programs / "argv").exists()
     seventy_b = {
-        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "vocab_size": 32000, "dtype": "float16", "mapping": {"tp_size": 4, "pp_size": 1},
-    }  # fmt: skip
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "dtype": "float16",
+        "mapping": {"tp_size": 4, "pp_size": 1},
+    }
     sizes = {"max_batch_size": 8, "max_input_len": 2048, "max_seq_len": 4096, "max_num_tokens": 8192}
     # 138 GB in four: 34.7 GB a rank; as INT4 a quarter of that
     for name, rank_bytes, verdict in (

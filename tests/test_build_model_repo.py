@@ -58,9 +58,14 @@ def engine_config(version: str, **build: Any) -> dict[str, Any]:
 
 
 def render(
-    version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, kv_reuse: bool = False,
-    plugins: Any = (), **build: Any,
-) -> dict[str, str]:  # fmt: skip
+    version: str = "0.8.0",
+    kind: str = "torch",
+    templates: Any = TEMPLATES,
+    streaming: bool = True,
+    kv_reuse: bool = False,
+    plugins: Any = (),
+    **build: Any,
+) -> dict[str, str]:
     tables, engine = contracts.table("backend", version), engine_config(version, **build)
     engine["build_config"]["plugin_config"].update(plugins)
     return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming, kv_reuse)
@@ -256,9 +261,13 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
         ("${decoupled_mode}", "false", "decoupled differs between models"),
         ("${tokenizer_dir}", "elsewhere", "tokenizer_dir differs between models"),
         ("${triton_max_batch_size}", "5", "max_batch_size differs between models"),
-        ("output [", 'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },', "text_output is declared twice"),
+        (
+            "output [",
+            'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },',
+            "text_output is declared twice",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_template_with_a_fault_is_refused(old: str, new: str, named: str) -> None:
     report = refused(changed("ensemble", old, new))
     assert named in " ".join(report.split())

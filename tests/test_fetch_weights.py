@@ -538,9 +538,12 @@ class Bucket:
 @pytest.fixture
 def bucket(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in {
-        "AWS_ENDPOINT_URL": web.url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "s3cr3t",
+        "AWS_ENDPOINT_URL": web.url,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "s3cr3t",
         "AWS_REGION": "us-east-1",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     return Bucket(web, model)
 

@@ -28,9 +28,15 @@ V100S, A100S, H100S, H200S = "4x V100-SXM2-16GB", "2x A100-80GB", "2x H100-80GB"
 OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
 # as models/llama-2-*.mk and the Makefile set them
 PRESET = {
-    "ENGINE": "tensorrt", "TP": "2", "DTYPE": "float16", "CONTEXT": "4096", "MAX_SEQ_LEN": "4096", "MAX_BATCH_SIZE": "8",
-    "TOOLCHAIN": "", **{name: settings.BY_NAME[name].default for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")},
-}  # fmt: skip
+    "ENGINE": "tensorrt",
+    "TP": "2",
+    "DTYPE": "float16",
+    "CONTEXT": "4096",
+    "MAX_SEQ_LEN": "4096",
+    "MAX_BATCH_SIZE": "8",
+    "TOOLCHAIN": "",
+    **{name: settings.BY_NAME[name].default for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")},
+}
 
 
 def choice(**changed: str) -> plan.Choice:

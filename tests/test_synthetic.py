@@ -58,5 +58,7 @@ def test_the_shapes_are_those_that_plan_knows() -> None:
     known = json.loads(plan.SHAPES.read_text())
     for name, shape in synthetic.SHAPES.items():
         assert (known[name]["dim"], known[name]["n_layers"], known[name].get("n_kv_heads", known[name]["n_heads"])) == (
-            shape.hidden_size, shape.n_layers, shape.n_kv_heads,
-        )  # fmt: skip
+            shape.hidden_size,
+            shape.n_layers,
+            shape.n_kv_heads,
+        )

@@ -15,9 +15,7 @@ from scripts import settings
 from scripts.nvidia import quants
 from scripts.serving import collector
 
-PASSED_ON = (
-    "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
-)  # fmt: skip
+PASSED_ON = ("ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY")
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks;
 # only what is used takes memory
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"

@@ -146,15 +146,21 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     leader = [
         f"--http-restricted-api={CLOSED_TO_CLIENTS}:bake-key={key}",
         f"--grpc-restricted-protocol={CLOSED_TO_CLIENTS}:bake-key={key}",
-        f"--http-address={evhtp}", f"--http-port={settings.http_port}",
-        f"--grpc-address={bracketed}", f"--grpc-port={settings.grpc_port}",
-        f"--metrics-address={evhtp}", f"--metrics-port={settings.metrics_port}",
+        f"--http-address={evhtp}",
+        f"--http-port={settings.http_port}",
+        f"--grpc-address={bracketed}",
+        f"--grpc-port={settings.grpc_port}",
+        f"--metrics-address={evhtp}",
+        f"--metrics-port={settings.metrics_port}",
         f"--exit-timeout-secs={settings.operating.drain_seconds}",
-    ]  # fmt: skip
+    ]
     follower = [
-        "--model-control-mode=explicit", "--load-model=tensorrt_llm",
-        "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
-    ]  # fmt: skip
+        "--model-control-mode=explicit",
+        "--load-model=tensorrt_llm",
+        "--allow-http=false",
+        "--allow-grpc=false",
+        "--allow-metrics=false",
+    ]
     command = [*MPIRUN]
     command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):

@@ -30,9 +30,11 @@ class Pet(BaseModel):
 
 
 SCHEMA: Any = {
-    "type": "object", "additionalProperties": False, "required": ["kind", "age"],
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["kind", "age"],
     "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
-}  # fmt: skip
+}
 TOOL: Any = {"type": "function", "function": {"name": "pet", "description": "Tell of a pet", "parameters": SCHEMA}}
 CHOICE: Any = {"type": "function", "function": {"name": "pet"}}
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
@@ -52,8 +54,10 @@ def of_openai(url: str) -> dict[str, Any]:
     schema = ask(model=MODEL, messages=USER, response_format=FORMAT, **SAMPLING).choices[0].message.content
     return {
         "stream": "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
-        "call": json.loads(made.function.arguments), "after": after, "schema": json.loads(schema),
-    }  # fmt: skip
+        "call": json.loads(made.function.arguments),
+        "after": after,
+        "schema": json.loads(schema),
+    }
 
 
 def of_litellm(url: str) -> dict[str, Any]:
@@ -128,9 +132,14 @@ def of_open_webui(url: str) -> dict[str, Any]:
     """What Open WebUI's server sends, in its order of names (open-webui 0.6: backend/open_webui/routers/openai.py and tasks.py,
     utils/middleware.py and tools.py): it is a program with a database and no package that a test can call."""
     headers = {
-        "Authorization": "Bearer x", "Content-Type": "application/json", "X-OpenWebUI-User-Name": "Ana", "X-OpenWebUI-User-Id": "u1",
-        "X-OpenWebUI-User-Email": "ana@example.com", "X-OpenWebUI-User-Role": "user", "X-OpenWebUI-Chat-Id": "c1",
-    }  # fmt: skip
+        "Authorization": "Bearer x",
+        "Content-Type": "application/json",
+        "X-OpenWebUI-User-Name": "Ana",
+        "X-OpenWebUI-User-Id": "u1",
+        "X-OpenWebUI-User-Email": "ana@example.com",
+        "X-OpenWebUI-User-Role": "user",
+        "X-OpenWebUI-Chat-Id": "c1",
+    }
 
     def asked(path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -174,9 +183,13 @@ def of_open_webui(url: str) -> dict[str, Any]:
         return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
 
     return {
-        "stream": text(chunks), "call": json.loads(made["call"]["function"]["arguments"]), "after": text(after),
-        "schema": json.loads(text(schema)), "title": title, "tags": tags["choices"][0]["message"]["content"],
-    }  # fmt: skip
+        "stream": text(chunks),
+        "call": json.loads(made["call"]["function"]["arguments"]),
+        "after": text(after),
+        "schema": json.loads(text(schema)),
+        "title": title,
+        "tags": tags["choices"][0]["message"]["content"],
+    }
 
 
 class Anything(BaseModel):

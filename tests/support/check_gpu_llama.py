@@ -80,9 +80,14 @@ def without_gpu() -> None:
     nothing = lambda *_: None  # noqa: E731
     event = lambda **_: SimpleNamespace(record=nothing, synchronize=nothing)  # noqa: E731
     replaced: dict[str, Any] = {
-        "set_device": nothing, "synchronize": nothing, "Event": event, "Stream": nothing, "get_device_name": lambda *_: "none",
-        "get_device_capability": lambda *_: (8, 0), "mem_get_info": lambda *_: (1 << 30, 2 << 30),
-    }  # fmt: skip
+        "set_device": nothing,
+        "synchronize": nothing,
+        "Event": event,
+        "Stream": nothing,
+        "get_device_name": lambda *_: "none",
+        "get_device_capability": lambda *_: (8, 0),
+        "mem_get_info": lambda *_: (1 << 30, 2 << 30),
+    }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment, misc]

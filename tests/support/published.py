@@ -48,10 +48,12 @@ def write_published(folder: Path, vocab_size: int = VOCABULARY, seed: int = 0, *
         "generation_config.json": {"bos_token_id": 256, "eos_token_id": 257},
         "tokenizer.json": byte_tokenizer(),
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin|>",
+            "eos_token": "<|end|>",
             "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
         },
-    }  # fmt: skip
+    }
     for name, value in {**ours, **files}.items():
         (folder / name).unlink(missing_ok=True)
         if isinstance(value, dict):

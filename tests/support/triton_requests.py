@@ -50,9 +50,13 @@ def infer(served: Served, model: str, **values: Any) -> Outputs:
 def preprocessed(served: Served, prompt: str = PROMPT, n: int = 12) -> Outputs:
     """What end_to_end_test.py sends first."""
     return infer(
-        served, "preprocessing",
-        QUERY=texts(prompt), REQUEST_OUTPUT_LEN=ints(n), BAD_WORDS_DICT=texts(""), STOP_WORDS_DICT=texts(""),
-    )  # fmt: skip
+        served,
+        "preprocessing",
+        QUERY=texts(prompt),
+        REQUEST_OUTPUT_LEN=ints(n),
+        BAD_WORDS_DICT=texts(""),
+        STOP_WORDS_DICT=texts(""),
+    )
 
 
 def core_request(ids: Any, n: int, **values: Any) -> dict[str, Any]:

@@ -46,8 +46,11 @@ TEXTS = st.one_of(
     st.text(max_size=40), st.sampled_from([PROMPT, "", "</s>", "\0", "안녕 👩‍👩‍👧", "a" * 5000, "\u202e"])
 )
 NUMBERS = st.one_of(
-    st.integers(-3, 20), st.sampled_from([2**31 - 1, -(2**31), 2**31, 2**63, 2**64 - 1, 2**70]), st.floats(width=32), st.booleans()
-)  # fmt: skip
+    st.integers(-3, 20),
+    st.sampled_from([2**31 - 1, -(2**31), 2**31, 2**63, 2**64 - 1, 2**70]),
+    st.floats(width=32),
+    st.booleans(),
+)
 SCALARS = st.one_of(st.none(), TEXTS, NUMBERS)
 VALUES = st.one_of(
     SCALARS,
@@ -106,9 +109,11 @@ def http_exchange(served: Served, method: str, path: str, body: bytes, headers: 
 
 @FUZZ
 @given(
-    model=st.sampled_from(MODELS), how=st.sampled_from(["generate", "generate_stream"]),
-    body=st.dictionaries(NAMES, VALUES, max_size=6), asked=st.booleans(),
-)  # fmt: skip
+    model=st.sampled_from(MODELS),
+    how=st.sampled_from(["generate", "generate_stream"]),
+    body=st.dictionaries(NAMES, VALUES, max_size=6),
+    asked=st.booleans(),
+)
 def test_any_json_over_generate(served: Served, model: str, how: str, body: dict[str, Any], asked: bool) -> None:
     """asked: what makes it a whole request is there, so that the rest is what is looked at."""
     if asked and model in ("ensemble", "tensorrt_llm_bls"):

@@ -60,9 +60,11 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Text, tokenize
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<|begin|>", "<|end|>"], show_progress=False,
+        vocab_size=420,
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     made.train_from_iterator(["the quick brown fox 안녕하세요 한국어 😀😀 naïve\n\n  indented"] * 9, trainer)
     made.add_tokens([tokenizers.AddedToken("<tool call>", special=False)])
     made.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])

@@ -85,9 +85,13 @@ BOTH = pytest.mark.parametrize("over", [infer, over_http])
 @BOTH
 def test_end_to_end_test_has_the_same_text_in_one_step_and_in_three(unary: Served, over: Any) -> None:
     before = over(
-        unary, "preprocessing",
-        QUERY=texts(PROMPT), REQUEST_OUTPUT_LEN=ints(12), BAD_WORDS_DICT=texts(""), STOP_WORDS_DICT=texts(""),
-    )  # fmt: skip
+        unary,
+        "preprocessing",
+        QUERY=texts(PROMPT),
+        REQUEST_OUTPUT_LEN=ints(12),
+        BAD_WORDS_DICT=texts(""),
+        STOP_WORDS_DICT=texts(""),
+    )
     core = over(
         unary, "tensorrt_llm",
         input_ids=before["INPUT_ID"].astype(np.int32), input_lengths=before["REQUEST_INPUT_LEN"].astype(np.int32),
@@ -95,11 +99,15 @@ def test_end_to_end_test_has_the_same_text_in_one_step_and_in_three(unary: Serve
         bad_words_list=before["BAD_WORDS_IDS"].astype(np.int32), stop_words_list=before["STOP_WORDS_IDS"].astype(np.int32),
     )  # fmt: skip
     after = over(
-        unary, "postprocessing",
-        TOKENS_BATCH=core["output_ids"].astype(np.int32), SEQUENCE_LENGTH=core["sequence_length"].astype(np.int32),
-        CUM_LOG_PROBS=core["cum_log_probs"].astype(np.float32), OUTPUT_LOG_PROBS=core["output_log_probs"].astype(np.float32),
-        CONTEXT_LOGITS=core["context_logits"].astype(np.float32), GENERATION_LOGITS=core["generation_logits"].astype(np.float32),
-    )  # fmt: skip
+        unary,
+        "postprocessing",
+        TOKENS_BATCH=core["output_ids"].astype(np.int32),
+        SEQUENCE_LENGTH=core["sequence_length"].astype(np.int32),
+        CUM_LOG_PROBS=core["cum_log_probs"].astype(np.float32),
+        OUTPUT_LOG_PROBS=core["output_log_probs"].astype(np.float32),
+        CONTEXT_LOGITS=core["context_logits"].astype(np.float32),
+        GENERATION_LOGITS=core["generation_logits"].astype(np.float32),
+    )
     for model in TEXT_MODELS:
         whole = over(
             unary, model, text_input=texts(PROMPT), max_tokens=ints(12), bad_words=texts(""), stop_words=texts("")

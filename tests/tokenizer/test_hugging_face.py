@@ -142,10 +142,15 @@ def test_template_end_and_added_tokens_are_the_folders(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("switches", "begin", "end"), [
-    ({}, [1], []), ({"add_bos_token": False}, [], []), ({"add_eos_token": True}, [1], [2]),
-    ({"add_bos_token": False, "add_eos_token": True}, [], [2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("switches", "begin", "end"),
+    [
+        ({}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_eos_token": True}, [1], [2]),
+        ({"add_bos_token": False, "add_eos_token": True}, [], [2]),
+    ],
+)
 def test_what_begins_and_ends_a_text(
     switches: dict[str, bool], begin: list[int], end: list[int], tmp_path: Path
 ) -> None:
@@ -180,8 +185,12 @@ BAD: dict[str, Any] = {
     "another piece's id": ({**BASE, "added_tokens_decoder": {"300": {"content": "<x>"}}}, {}, "tokenizer_config.json"),
     "an id below 0": (BASE, {"added_tokens.json": {"<x>": -1}}, "added_tokens.json"),
     "an id of text": (BASE, {"added_tokens.json": {"<x>": "312"}}, "added_tokens.json"),
-    "an end beyond the embedding": ({**BASE, "eos_token": "<x>"}, {"added_tokens.json": {"<x>": 320}}, "tokenizer_config.json"),
-}  # fmt: skip
+    "an end beyond the embedding": (
+        {**BASE, "eos_token": "<x>"},
+        {"added_tokens.json": {"<x>": 320}},
+        "tokenizer_config.json",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

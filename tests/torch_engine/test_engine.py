@@ -518,10 +518,15 @@ def test_weights_that_contradict_the_config_are_named(tiny: Arrays, tmp_path: Pa
     [
         {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 24},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
     ],
-)  # fmt: skip
+)
 def test_rotary_scaling_is_that_of_transformers(scaling: dict[str, Any]) -> None:
     config = parse_config(engine_config({**TINY, "rope_scaling": scaling}, 1, **TINY_BUILD))
     hf = LlamaConfig(**{**TINY, "rope_scaling": {**scaling, "rope_theta": TINY["rope_theta"]}})

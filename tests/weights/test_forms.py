@@ -188,7 +188,7 @@ def joined(room: Path, source: Path) -> Any:
         ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 10}, 2, (16, 4)),
         ({"tie_word_embeddings": True}, 2, (8, 4)),
     ],
-)  # fmt: skip
+)
 def test_padded_heads_change_nothing(changed: dict[str, Any], tp_size: int, heads: Any, tmp_path: Path) -> None:
     folder = published(tmp_path / "published", **changed)
     room = checkpoint(folder, tmp_path / "room", tp_size, pad_heads=True, dtype="float32")
@@ -429,8 +429,12 @@ def test_llama_3_1s_positions_are_stretched_as_its_size_tells(tmp_path: Path, mo
     )
     assert config["max_position_embeddings"] == 131072
     assert config["rotary_scaling"] == {
-        "type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
 
 
 @pytest.mark.parametrize(

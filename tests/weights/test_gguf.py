@@ -421,8 +421,12 @@ def test_of_several_models_the_advice_moves_none(tmp_path: Path) -> None:
 
 
 LLAMA31 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def their_divisors(factor: float) -> Any:
@@ -430,9 +434,12 @@ def their_divisors(factor: float) -> Any:
 
     def frequencies(scaling: dict[str, Any]) -> Any:
         config = LlamaConfig(
-            hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_SIZE, max_position_embeddings=131072,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            head_dim=HEAD_SIZE,
+            max_position_embeddings=131072,
             rope_parameters={"rope_theta": 100000.0, **scaling},
-        )  # fmt: skip
+        )
         return LlamaRotaryEmbedding(config).inv_freq
 
     return (frequencies({"rope_type": "default"}) / frequencies({**LLAMA31, "factor": factor})).numpy()

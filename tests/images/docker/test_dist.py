@@ -250,8 +250,10 @@ def test_an_archive_that_is_carried_to_another_registry_keeps_its_digest(
         pytest.skip("skopeo is not installed")
     name = f"docker://127.0.0.1:{registry}/models/stories:1.2.3"
     archive = f"oci-archive:{dist / 'image.oci.tar'}"
-    for words in (["copy", "--preserve-digests", "--dest-tls-verify=false", archive, name],
-                  ["inspect", "--tls-verify=false", "--format", "{{.Digest}}", name]):  # fmt: skip
+    for words in (
+        ["copy", "--preserve-digests", "--dest-tls-verify=false", archive, name],
+        ["inspect", "--tls-verify=false", "--format", "{{.Digest}}", name],
+    ):
         done = subprocess.run(["skopeo", *words], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
     manifest = json.loads((dist / "provenance.intoto.json").read_text())["subject"][1]["digest"]["sha256"]

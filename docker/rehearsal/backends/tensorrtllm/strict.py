@@ -347,9 +347,10 @@ def _check_limits(loaded: Loaded, given: dict[str, Any], waiting: int) -> None:
         _sampling_0_14(version, given)
     if length > loaded.max_input_len:
         raise engine_said(
-            version, f"Prompt length ({length}) exceeds maximum input length ({loaded.max_input_len})."
-            " Set log level to info and check TRTLLM logs for how maximum input length is set"
-        )  # fmt: skip
+            version,
+            f"Prompt length ({length}) exceeds maximum input length ({loaded.max_input_len})."
+            " Set log level to info and check TRTLLM logs for how maximum input length is set",
+        )
     if length + asked > loaded.max_seq_len:  # cut, and only the log says so
         given["request_output_len"] = np.full((1, 1), loaded.max_seq_len - length, np.int32)
     streaming = "streaming" in given and bool(given["streaming"].any())
