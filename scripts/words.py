@@ -89,21 +89,8 @@ PATTERNS = (
 
 # Words that are not this project's: data of other projects, and pages for other eyes than an engineer's.
 OTHERS = ("scripts/openai/vendored/", "README.ko.md", "scripts/words.py")
-READ = (
-    ".py",
-    ".md",
-    ".sh",
-    ".mk",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".tpl",
-    ".cfg",
-    "Dockerfile",
-    "Makefile",
-    ".ci/run",
-    "trtllm-bake.json",
-)
+READ = (".py", ".md", ".sh", ".mk", ".yaml", ".yml", ".toml", ".tpl", ".cfg", "Dockerfile", "Makefile", ".ci/run")
+DASHBOARDS = "docker/dashboards/trtllm-bake.json"
 
 
 class Place(NamedTuple):
@@ -215,7 +202,11 @@ def files() -> Iterable[str]:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], check=True, capture_output=True, text=True
     )
-    return [name for name in listed.stdout.splitlines() if name.endswith(READ) and not name.startswith(OTHERS)]
+    return [
+        name
+        for name in listed.stdout.splitlines()
+        if name.endswith((*READ, DASHBOARDS)) and not name.startswith(OTHERS)
+    ]
 
 
 def main(names: list[str]) -> int:

@@ -154,13 +154,8 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
         f"--metrics-port={settings.metrics_port}",
         f"--exit-timeout-secs={settings.operating.drain_seconds}",
     ]
-    follower = [
-        "--model-control-mode=explicit",
-        "--load-model=tensorrt_llm",
-        "--allow-http=false",
-        "--allow-grpc=false",
-        "--allow-metrics=false",
-    ]
+    follower = ["--model-control-mode=explicit", "--load-model=tensorrt_llm", "--allow-http=false"]
+    follower += ["--allow-grpc=false", "--allow-metrics=false"]
     command = [*MPIRUN]
     command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):

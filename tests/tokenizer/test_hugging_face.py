@@ -36,15 +36,8 @@ DECODER = {
     "314": {"content": "<tool>", "special": False, **FLAGS},
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-TEXTS = [
-    "hello world",
-    "the quick <tool>brown",
-    "<tool>",
-    "a<tool>hello",
-    "안녕 <usr>hello <ctl>",
-    "hello<usr><usr>x",
-    "thethe the",
-]
+TEXTS = ["hello world", "the quick <tool>brown", "<tool>", "a<tool>hello", "안녕 <usr>hello <ctl>", "hello<usr><usr>x"]
+TEXTS += ["thethe the"]
 # What transformers makes of a folder, in its own process: its protobuf files are of a later version than the one that Triton needs
 THEIRS = """
 import json, sys

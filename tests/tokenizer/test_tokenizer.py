@@ -36,25 +36,8 @@ WITH_SPECIAL = tokenizers.Tokenizer.from_str(
     json.dumps(tokenizer.tokenizer_json(tokenizer.parse_model(MODELS["stories"])))
 )
 # Fragments that meet the rules of either side: spaces, marks, spellings of special tokens, bytes, letters outside of the vocabulary
-FRAGMENTS = [
-    "a",
-    "an",
-    "na",
-    "ab",
-    "ba",
-    " ",
-    "  ",
-    "\u2581",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<0x0A>",
-    "\n",
-    "\t",
-    "\0",
-    "\x7f",
-    "\u3000",
-]
+FRAGMENTS = ["a", "an", "na", "ab", "ba", " ", "  ", "\u2581", "</s>", "<s>", "<unk>", "<0x0A>", "\n", "\t", "\0"]
+FRAGMENTS += ["\x7f", "\u3000"]
 FRAGMENTS += ["안녕", "한국어", "é", "e\u0301", "😀", "👩‍👩‍👧", "שלום", "\ufeff", "the", "hello"]
 TEXTS = st.one_of(
     st.text(max_size=40),

@@ -34,16 +34,8 @@ def described(folder: Path) -> build_config.Described:
 
 def config(folder: Path, room: Path) -> subprocess.CompletedProcess[str]:
     """The script as make starts it."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.build_config",
-        "--weights",
-        str(folder),
-        "--max-position-embeddings=",
-        "--output",
-        str(room),
-    ]
+    command = [sys.executable, "-m", "scripts.build_config", "--weights", str(folder), "--max-position-embeddings="]
+    command += ["--output", str(room)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 

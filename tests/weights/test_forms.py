@@ -335,25 +335,8 @@ def test_what_is_no_llama_is_refused_by_name(name: str, tmp_path: Path) -> None:
 
 # --- Llama 3 in Meta's form -------------------------------------------------------------------------------------------
 
-WORDS = [
-    "he",
-    "ll",
-    "hell",
-    "hello",
-    " w",
-    "wor",
-    "or",
-    "ld",
-    " world",
-    "12",
-    "123",
-    "  ",
-    "ing",
-    "안",
-    "녕",
-    "'s",
-    "\n\n",
-]
+WORDS = ["he", "ll", "hell", "hello", " w", "wor", "or", "ld", " world", "12", "123", "  ", "ing", "안", "녕", "'s"]
+WORDS += ["\n\n"]
 
 
 def llama3(folder: Path, **params: Any) -> Path:

@@ -139,16 +139,8 @@ def verified(key: Path, data: bytes, signature: str, tmp_path: Path) -> bool:
     """As openssl sees it, and anyone can without us."""
     (tmp_path / "data").write_bytes(data)
     (tmp_path / "sig").write_bytes(base64.b64decode(signature))
-    command = [
-        "openssl",
-        "dgst",
-        "-sha256",
-        "-verify",
-        str(key),
-        "-signature",
-        str(tmp_path / "sig"),
-        str(tmp_path / "data"),
-    ]
+    command = ["openssl", "dgst", "-sha256", "-verify", str(key), "-signature", str(tmp_path / "sig")]
+    command += [str(tmp_path / "data")]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 

@@ -73,17 +73,8 @@ def images(
     (context / "Dockerfile").write_text(STAND_IN.format(base=debian, **KINDS[kind]))
     base, serving = f"bake-test/nvidia-{kind}:1", f"bake-test/serving-{kind}:1"
     docker("build", "--network", "host", "--tag", base, str(context), timeout=600)
-    words = [
-        "build",
-        "--network",
-        "host",
-        "--file",
-        str(ROOT / "docker/serving.Dockerfile"),
-        "--target",
-        "serving",
-        "--tag",
-        serving,
-    ]
+    words = ["build", "--network", "host", "--file", str(ROOT / "docker/serving.Dockerfile"), "--target", "serving"]
+    words += ["--tag", serving]
     docker(*words, "--build-arg", f"BASE={base}", str(ROOT / "requirements"), timeout=600)
     yield kind, base, serving
     docker("image", "rm", "--force", base, serving, check=False)
