@@ -254,9 +254,9 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
         ("${decoupled_mode}", "${decoupled mode}", "line 8 has a $ that opens no hole"),
         ('backend: "python"', "backend: python", "Expected string"),
         ("max_batch_size", "max_batchsize", "max_batchsize"),
-        ('name: "ensemble"', 'name: "ensembel"', "it names the model ensembel, its folder is ensemble"),
-        ("${triton_max_batch_size}", "7", "max_batch_size is 7, the engines were built for 6"),
-        ("${max_input_len}", "701", "max_input_len is 701, the engines were built for 700"),
+        ('name: "ensemble"', 'name: "ensembel"', "it names the model ensembel, but its folder is ensemble"),
+        ("${triton_max_batch_size}", "7", "max_batch_size is 7, but the engines were built for 6"),
+        ("${max_input_len}", "701", "max_input_len is 701, but the engines were built for 700"),
         ("${tokenizer_dir}", "/models/tokenizer", "tokenizer_dir is /models/tokenizer"),
         ("${decoupled_mode}", "false", "decoupled differs between models"),
         ("${tokenizer_dir}", "elsewhere", "tokenizer_dir differs between models"),
@@ -275,7 +275,7 @@ def test_a_template_with_a_fault_is_refused(old: str, new: str, named: str) -> N
 
 
 def test_a_limit_above_the_engines_is_refused() -> None:
-    assert "max_beam_width is 4, the engines were built for 3" in refused(
+    assert "max_beam_width is 4, but the engines were built for 3" in refused(
         {
             **TEMPLATES,
             "tensorrt_llm": TEMPLATES["tensorrt_llm"]
