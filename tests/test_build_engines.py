@@ -1,5 +1,6 @@
-"""The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt what trtllm-build is asked,
-what counts as done, and how each failure reads. trtllm-build and nvidia-smi are stand-ins (tests/support/stand_ins.py)."""
+"""The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt trtllm-build's
+command line, what counts as done, and the report of each failure. trtllm-build and nvidia-smi are stand-ins
+(tests/support/stand_ins.py)."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def after(words: list[str], flag: str) -> str:
 
 @pytest.mark.parametrize("engine, taken", [("tensorrt", False), ("torch", True)])
 def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, taken: bool) -> None:
-    """enable_chunked_context is false in every model repository that we fill; the torch engine cuts prompts by itself."""
+    """enable_chunked_context is false in every model repository that we fill;
+    the torch engine cuts prompts by itself."""
     asked: dict[str, Any] = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
     settings = build_engines.Settings(Path(), Path(), engine, "0.14.0", **asked)
     if taken:

@@ -1,4 +1,5 @@
-"""Every config of every version parses as Triton does it, has the tensors of NVIDIA's table, no hole, no limit above the engines'."""
+"""Every config of every version parses with Triton's protobuf, and has NVIDIA's tensors, no hole,
+and no limit above the engines'."""
 
 from __future__ import annotations
 
@@ -168,7 +169,8 @@ def test_without_streaming_a_request_has_one_response_and_none_waits_for_another
     configs = parsed(render(version, kind, streaming=False))
     assert [model for model, config in configs.items() if config.model_transaction_policy.decoupled] == []
     for model in TEXT_MODELS:
-        # Triton of 24.02: a unary Python model answers when execute() returns, so each request of a batch needs an instance
+        # Triton of 24.02: a unary Python model answers when execute() returns,
+        # so each request of a batch needs an instance
         must_wait = (version, kind) == ("0.8.0", "tensorrt")
         assert configs[model].instance_group[0].count == (6 if must_wait else 1)
         assert configs[model].parameters["unary_response_sender"].string_value == ("false" if must_wait else "true")
@@ -243,7 +245,7 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
     assert made <= engine
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_a_parameter_that_nobody_decided_about_is_refused() -> None:
     assert "new_hole" in problem.value.seen
 
 
-# --- the room ------------------------------------------------------------------------------------------------------------
+# --- the room ---------------------------------------------------------------------------------------------------------
 
 
 def rooms(folder: Path, tokenizer_config: Any, kind: str = "torch") -> build_model_repo.Settings:

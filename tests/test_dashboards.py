@@ -1,4 +1,5 @@
-"""Dashboard and alerts: they read metrics that there are, promtool's unit tests pass, and a real Prometheus answers every panel."""
+"""Dashboard and alerts read metrics that exist, promtool's unit tests pass,
+and a real Prometheus answers every panel."""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ def served_pages() -> Iterator[dict[str, int]]:
 
 
 def test_prometheus_as_compose_starts_it_answers_every_panel(tmp_path: Path) -> None:
-    """docker/prometheus.yaml with loopback in place of the container's name: both jobs, the alerts, and a number for each query."""
+    """docker/prometheus.yaml with loopback in place of the container's name: both jobs, the alerts,
+    and a number for each query."""
     if not shutil.which("prometheus"):
         pytest.skip("the program prometheus is not installed")
     config = (ROOT / "docker" / "prometheus.yaml").read_text().replace("scrape_interval: 5s", "scrape_interval: 500ms")

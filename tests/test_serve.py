@@ -1,4 +1,5 @@
-"""The supervisor: ready means ready, a fault of one rank ends all and is named, SIGTERM lets requests finish, nothing stays behind."""
+"""The supervisor: ready means ready, a fault of one rank ends all ranks and is named, SIGTERM lets requests finish,
+no process stays."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
 
 
 def test_ctrl_c_lets_grpc_streams_finish_and_goes_without_those_held_open(server: Served) -> None:
-    """Triton 2.51 does not count answers over gRPC, and a client that only holds a stream open keeps it from ever exiting."""
+    """Triton 2.51 does not count answers over gRPC,
+    and a client that only holds a stream open keeps it from ever exiting."""
     with ExitStack() as stack:
         held, *running = [stack.enter_context(closing(Stream(server))) for _ in range(17)]
         held.send("ensemble", text_input=texts("Once upon a time"), max_tokens=ints(3))
@@ -404,7 +406,8 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line: str) -> None
 
 
 def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost; the next one is answered."""
+    """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost;
+    the next one is answered."""
     now, answers = [1000.0], [False, True, False, False, False]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(pulse, "http_ok", lambda *_: answers.pop(0))

@@ -1,4 +1,4 @@
-"""Models of random weights: whole, and with layers that repeat each other, which a disk holds where the whole model would not fit."""
+"""Models of random weights: whole ones, and ones whose layers repeat each other, so that a smaller disk holds them."""
 
 from __future__ import annotations
 

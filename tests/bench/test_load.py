@@ -1,4 +1,5 @@
-"""`make bench`: loads, numbers, ceilings and the comparison; the page needs nothing else. The real run is on GPUs (docs/bench)."""
+"""`make bench`: loads, numbers, ceilings and the comparison; the page needs no other file.
+The real run is on GPUs (docs/bench)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The canonical form of an image: what a builder stamps does not count, what the Dockerfile says does."""
+"""The canonical form of an image: traces of the builder do not count, the Dockerfile does."""
 
 from __future__ import annotations
 

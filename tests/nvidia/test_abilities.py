@@ -1,4 +1,5 @@
-"""What a TOOLCHAIN lacks for a model is refused by plan, doctor, checkpoint and engines in the same words, and another one is named."""
+"""If a TOOLCHAIN lacks something for a model, plan, doctor,
+checkpoint and engines refuse in the same words and name another one."""
 
 from __future__ import annotations
 

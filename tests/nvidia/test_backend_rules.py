@@ -1,4 +1,5 @@
-"""Every rule of docker/contracts/backend-rules is broken on purpose: the rehearsal refuses, in the words of the original, per version.
+"""Tests break every rule of docker/contracts/backend-rules on purpose:
+the rehearsal refuses in the original's words, per version.
 
 A rule that nothing enforces needs a written reason; a rule without a test here fails the first test.
 """

@@ -1,5 +1,5 @@
-"""QUANT: each kind is asked of NVIDIA's tool in words that its version takes, and what the tool writes is checked. The tools are
-stand-ins at the place where they lie in TensorRT-LLM's repository; the judges of the command lines are the flag tables."""
+"""QUANT: each kind gives a command line that the version of NVIDIA's tool takes, and its output is checked. The tools
+are stand-ins at their place in TensorRT-LLM's repository; the flag tables judge the command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every command line for trtllm-build is one that the version's own parser takes, and says everything that versions differ in."""
+"""The version's own parser takes every command line for trtllm-build,
+and no default that versions differ in is left open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: rendered and tokenized as transformers does it, and no text in a message ever becomes a special token."""
+"""Chat templates are rendered and tokenized as transformers does it, and no text in a message ever becomes a special token."""
 
 from __future__ import annotations
 

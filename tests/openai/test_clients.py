@@ -1,4 +1,4 @@
-"""The clients that people use, as they are published: each streams, calls a tool, follows a schema; and what strict tools promise."""
+"""Published client packages: each streams, calls a tool and follows a schema; and what strict tools promise."""
 
 from __future__ import annotations
 

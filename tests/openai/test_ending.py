@@ -1,4 +1,4 @@
-"""How a server ends: it says so first, serves on, lets answers finish, tells those that it cuts off; and two of them behind HAProxy."""
+"""How a server ends: it announces the end, serves on, lets answers finish, and tells the ones that it cuts off; also behind HAProxy."""
 
 from __future__ import annotations
 

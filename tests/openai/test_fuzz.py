@@ -1,7 +1,6 @@
-"""Whatever a hostile client sends to the endpoint: no crash, no hang, no traceback, memory bounded, other clients unaffected.
+"""Whatever a hostile client sends to the endpoint, it does not crash or hang, memory stays bounded, and other clients are served.
 
-Requests are made by schemathesis from the endpoint's own OpenAPI description, and by hypothesis from raw bytes. `make test-long` makes
-more of them.
+schemathesis makes requests from the endpoint's OpenAPI description, hypothesis from raw bytes. `make test-long` makes more of them.
 """
 
 from __future__ import annotations

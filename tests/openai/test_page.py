@@ -1,6 +1,6 @@
 """The page at / of the endpoint, in a real browser: what people do with it, at two sizes, light and dark, in English and Korean.
 
-Most tests talk with the real server. Where a model cannot be made to say something, or to wait, tests/support/play_answers.py answers.
+Most tests talk to the real server. If a model cannot be made to say something, or to wait, tests/support/play_answers.py answers.
 """
 
 from __future__ import annotations

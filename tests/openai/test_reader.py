@@ -1,4 +1,4 @@
-"""What a request asks for, read in a bounded child: one mistake is enough, and no list is worked through before it is counted."""
+"""Requests are read in a bounded child: the first mistake ends it, and a list is counted before it is processed."""
 
 from __future__ import annotations
 

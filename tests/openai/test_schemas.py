@@ -1,4 +1,4 @@
-"""JSON Schema's own test suite, through the guides' check and grammars, held to what llguidance publishes of itself.
+"""JSON Schema's own test suite, through the guides' check and grammars, compared with llguidance's published results.
 
 schemas/draft2020-12.json: the suite (LICENSES.txt says where it comes from); llguidance.json: how each of its tests goes with llguidance
 by its own table; not_passing.txt: by name, what does not pass here. When llguidance can do more, this test fails and prints the new list.

@@ -1,4 +1,4 @@
-"""Tools: what a model writes is told as calls, piece by piece; what a client sends about tools is checked and bounded, and stays text."""
+"""Tools: the model's text becomes calls, piece by piece; what a client sends about tools is checked, bounded, and stays text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What tests of the image share: one image of the bundled model, baked by make in its own clone; containers that are taken away."""
+"""Helpers for tests of the image: one image of the bundled model, baked by make in a separate clone,
+and containers that are removed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""The GPU's Llama without a GPU: its kernels in Triton's interpreter, its graphs as plain calls. Run by test_gpu_kernels.py.
+"""The GPU's Llama without a GPU: its kernels in Triton's interpreter, its graphs as plain calls.
+Run by test_gpu_kernels.py.
 
 check_gpu_llama.py RANKS    (under mpirun where there are more than one)
 
-What only a GPU can show (captures, the order of memory) is not shown here; that each request gets the tokens and logits that the plain
-network gives is, also when ranks read and write each other's memory: here a file that all of them map, each at another address.
+This cannot show what needs a GPU (captures, the order of memory). It shows that each request gets the tokens and logits
+of the plain network, also when ranks read and write each other's memory: here a file that all of them map,
+each at another address.
 """
 
 from __future__ import annotations
@@ -146,8 +148,8 @@ def random_hf() -> dict[str, np.ndarray[Any, Any]]:
 
 
 def requests(few: bool) -> list[dict[str, Any]]:
-    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few: where many ranks
-    share few cores."""
+    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few:
+    where many ranks share few cores."""
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:

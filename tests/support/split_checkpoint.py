@@ -1,7 +1,7 @@
 """A second, slow and plain opinion on how a Llama is split over ranks: numpy only, from the documented rules.
 
-Reads the tensors of a Hugging Face Llama and writes an engine directory (config.json, rankN.safetensors) for the torch
-engine's tests. Shares no code with the project's own conversion, so that the two can be held against each other.
+It reads the tensors of a Hugging Face Llama and writes an engine directory (config.json, rankN.safetensors) for the
+torch engine's tests. It shares no code with the project's own conversion, so that the two can be compared.
 """
 
 from __future__ import annotations

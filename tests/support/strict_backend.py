@@ -1,4 +1,5 @@
-"""The rehearsal's strict stand-in for NVIDIA's backend, without Triton: models as we fill them, requests, and what it refuses."""
+"""The rehearsal's strict stand-in for NVIDIA's backend, without Triton: models as we fill them, requests,
+and what it refuses."""
 
 from __future__ import annotations
 

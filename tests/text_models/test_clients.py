@@ -1,5 +1,6 @@
-"""NVIDIA's client scripts, row by row of docker/contracts/clients.json: the tensors that a script sends, over the protocol that it
-uses, to a real tritonserver with the tensors of its version; and what the script assumes of the answer.
+"""NVIDIA's client scripts, row by row of docker/contracts/clients.json: the tensors that a script sends, over the
+protocol that it uses, to a real tritonserver with the tensors of its version;
+and what the script assumes of the answer.
 
 The rules "post-shape", "pre-decoder-ids" and "post-unknown-input" of docker/contracts/backend-rules hold here too.
 """
@@ -87,7 +88,8 @@ def sent_by(call: dict[str, Any], given: Tensors, options: bool = False) -> Tens
 
 @pytest.fixture(scope="module")
 def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """backend -> (a tree, its TOOLCHAIN). The tag 0.14.0 is in no image: its tensors are served under the name of 24.10's."""
+    """backend -> (a tree, its TOOLCHAIN). The tag 0.14.0 is in no image:
+    its tensors are served under the name of 24.10's."""
     found = {backend: (tree, version) for backend, version in BACKENDS.items()}
     if "v0.14.0" not in found:
         tag = copy_of_project(tmp_path_factory.mktemp("tag") / "tree")
@@ -136,7 +138,8 @@ CASES: list[Any] = []
 
 
 def row(script: str, modes: Sequence[bool], **more: Sequence[Any]) -> Callable[[Check], Check]:
-    """The function is called for every row of a script, at a server that streams (True) and one that does not, with each of `more`."""
+    """The function is called for every row of a script, at a server that streams (True) and one that does not,
+    with each of `more`."""
 
     def keep(check: Check) -> Check:
         for one in ROWS:
@@ -220,7 +223,8 @@ BOTH = (over_http, over_grpc)
 
 
 def streamed(served: Served, model: str, *requests: tuple[str, Tensors, Sequence[str] | None]) -> list[Response]:
-    """async_stream_infer: requests of (id, tensors, outputs) on one stream; every response until each has ended. Errors are raised."""
+    """async_stream_infer: requests of (id, tensors, outputs) on one stream; every response until each has ended.
+    Errors are raised."""
     answers: queue.Queue[Any] = queue.Queue()
     found, ended = [], 0
     with triton.InferenceServerClient(served.grpc) as client:

@@ -1,4 +1,4 @@
-"""What the real server says over the wire is what transformers says on the stored weights: greedy tokens and logits."""
+"""The real server's greedy tokens and logits are those that transformers computes from the stored weights."""
 
 from __future__ import annotations
 

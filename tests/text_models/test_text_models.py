@@ -1,4 +1,4 @@
-"""What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""
+"""Good and bad requests of NVIDIA's clients to the text models of a real Triton; and what its log says afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A slow tokenizer's folder keeps its template, its end and its added tokens, and reads texts as transformers reads them from it."""
+"""A slow tokenizer's folder keeps its template, its end and its added tokens,
+and encodes texts as transformers does."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ DECODER = {
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 TEXTS = ["hello world", "the quick <tool>brown", "<tool>", "a<tool>hello", "안녕 <usr>hello <ctl>", "hello<usr><usr>x"]
 TEXTS += ["thethe the"]
-# What transformers makes of a folder, in its own process: its protobuf files are of a later version than the one that Triton needs
+# What transformers makes of a folder, in its own process:
+# its protobuf files are of a later version than the one that Triton needs
 THEIRS = """
 import json, sys
 from transformers import AutoTokenizer
@@ -95,8 +97,8 @@ def test_texts_are_read_as_transformers_reads_them(case: str, tmp_path: Path) ->
 
 
 def test_user_defined_pieces_are_read_as_sentencepiece_reads_them(tmp_path: Path) -> None:
-    """Its control pieces are plain text in a text, and so they are for the text models. (A text that begins with a user-defined piece
-    gets a space in front of it there; transformers has none, and neither have we.)"""
+    """Its control pieces are plain text in a text, and so they are for the text models. (A text that begins with a
+    user-defined piece gets a space in front of it there; transformers has none, and neither have we.)"""
     folder = write_slow(tmp_path / "slow", user_defined())
     for name, data in made(folder).items():
         (folder / name).write_bytes(data)

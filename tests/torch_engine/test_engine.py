@@ -1,4 +1,5 @@
-"""The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
+"""The torch engine gives the answers of Hugging Face's model,
+whatever else is in the batch and however many ranks there are."""
 
 from __future__ import annotations
 
@@ -338,7 +339,8 @@ REUSED = {**TINY_BUILD, "max_input_len": 60, "max_num_tokens": 37}
 def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(
     tiny: Arrays, tiny_oracle: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    """Long before short, together and one after the other, also when the cache is full and blocks go; whoever else is in the batch."""
+    """Long before short, together and one after the other, also when the cache is full and blocks go;
+    whoever else is in the batch."""
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     shared = some_tokens(50, 1)
     prompts = [

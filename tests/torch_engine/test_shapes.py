@@ -1,4 +1,5 @@
-"""Qwen2's biases, attention_bias, mlp_bias and yarn: from the published folder to the served logits, equal to transformers'."""
+"""Qwen2's biases, attention_bias, mlp_bias and yarn: from the published folder to the served logits,
+equal to transformers'."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def test_heads_of_zeros_have_biases_of_zeros(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_says_its_biases_and_others_say_nothing_new(tmp_path: Path) -> None:
-    """attn_bias and mlp_bias are read by every version, from 0.8.0 on; the config.json of a model without them is what it was."""
+    """attn_bias and mlp_bias are read by every version, from 0.8.0 on;
+    the config.json of a model without them is what it was."""
     for version, shape in zip(contracts.versions(), ("qwen2", "yarn", "mlp_bias"), strict=True):
         folder = tmp_path / version
         published(folder / "published", shape)

@@ -1,5 +1,5 @@
-"""Every form a Llama comes in becomes the same checkpoint, and says what transformers says; a model that is not a Llama
-is refused by name."""
+"""Every form of a Llama becomes the same checkpoint and gives transformers' answers; a model that is not a Llama is
+refused by name."""
 
 from __future__ import annotations
 

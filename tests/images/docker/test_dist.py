@@ -1,4 +1,5 @@
-"""A release: what it refuses, what lies in dist/, that signatures hold and a changed byte breaks them, and the push to a registry."""
+"""A release: what it refuses, what dist/ holds, that signatures fit and a changed byte breaks them,
+and the push to a registry."""
 
 from __future__ import annotations
 

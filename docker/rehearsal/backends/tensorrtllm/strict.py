@@ -1,6 +1,7 @@
 """What NVIDIA's Triton backend refuses, rule by rule of docker/contracts/backend-rules, in the words that it uses.
 
-Pure: configs, arrays and ids in, a text out. Rules that name no words are refused in ours. Nothing here knows Triton or PyTorch.
+Pure: configs, arrays and ids in, a text out. Rules that name no words are refused in ours.
+Nothing here knows Triton or PyTorch.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def load(
     world: int,
     variables: Mapping[str, str],
 ) -> Loaded:
-    """config: Triton's ModelConfig as JSON; engine: config.json of gpt_model_path; table: the version's tensors of tensorrt_llm."""
+    """config: Triton's ModelConfig as JSON; engine: config.json of gpt_model_path; table:
+    the version's tensors of tensorrt_llm."""
     parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
     kind = parameters.get("gpt_model_type")
     if kind not in TYPES:
