@@ -1,4 +1,5 @@
-"""An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token; whole or as chunks."""
+"""An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token;
+whole or as chunks."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Entry = dict[str, Any]
 class Choice:
     """One alternative. Knows nothing of HTTP.
 
-    stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops: a StopStrings of it.
+    stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops:
+    a StopStrings of it.
     """
 
     def __init__(
@@ -31,12 +33,12 @@ class Choice:
         self.finish_reason: str | None = None
         self.starts_with_space = False
         self.prefix = ""
-        # the prefix's tokens, where they are told of: with its text, when the engine has told how likely they are
+        # the prefix's tokens, if they are reported: with its text, once the engine has sent their log probabilities
         self.echoed: list[int] = []
         self.begins = 0
-        # where the answer may call tools
+        # if the answer may call tools
         self.calls: Calls | None = None
-        # the sum of its tokens' log probabilities, where they are asked for
+        # the sum of its tokens' log probabilities, if requested
         self.log_prob = 0.0
         # tokens whose text is not shown yet: (where it begins in the answer, token id, log probability)
         self.untold: list[Any] = []
@@ -53,10 +55,10 @@ class Choice:
             stream.ids, stream.log_probs = [], []
         if self.finish_reason is not None:
             return Part("", [])
-        # an end that is a stop word comes with the answer, end_id does not; neither is part of it
+        # an end that is a stop word comes with the answer, end_id does not; neither is part of the text
         end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
         ids, log_probs, reached_end = ids[:end], log_probs[:end], end is not None
-        if not self.max_tokens:  # the engine makes one at least
+        if not self.max_tokens:  # the engine makes at least one
             ids, log_probs, reached_end = [], [], False
         self.n_tokens += len(ids)
         self.log_prob += sum(log_probs)
@@ -73,7 +75,7 @@ class Choice:
         told = [one for one in self.untold if one[0] < self.n_shown or (self.finish_reason and not stopped)]
         self.untold = [] if self.finish_reason else self.untold[len(told) :]
         if self.starts_with_space and shown:
-            # of the spaces that SentencePiece's decoder takes off again
+            # for the spaces that SentencePiece's decoder removes
             shown, self.starts_with_space = shown[1:] if shown[0] == " " else shown, False
         prefix, self.prefix = self.prefix, ""
         if self.echoed:
@@ -89,7 +91,7 @@ class Choice:
         for token, log_prob in zip(self.echoed, [None, *self.stream.prompt_log_probs]):
             told.append((at, token, log_prob))
             at += len(stream.push([token]))
-        # of a space that SentencePiece puts in front, and that the prompt has not
+        # for a space that SentencePiece puts in front and the prompt does not have
         added = max(0, at + len(stream.finish()) - len(prompt))
         return [(min(max(0, offset - added), len(prompt)), token, log_prob) for offset, token, log_prob in told]
 
@@ -122,7 +124,7 @@ class Part:
 
     text: str
     tokens: list[Any]
-    # text and calls apart, where there may be calls
+    # separates text from calls, if there may be calls
     deltas: list[Entry] | None = None
 
 
@@ -136,7 +138,7 @@ class Job:
     prompt_tokens: int
     logprobs: bool = False
     include_usage: bool = False
-    # of so many answers a prompt, the likeliest so many are told; 0: all (best_of)
+    # how many of a prompt's answers are sent, the likeliest ones; 0: all (best_of)
     n: int = 1
     keep: int = 0
     # set when there is something to take, or when the client has left
@@ -202,7 +204,8 @@ class Job:
         return b"".join(out)
 
     def _plain(self, choice: Choice, out: list[bytes]) -> None:
-        """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
+        """The events of tokens that are nothing but text, which nearly all are; the last one is not,
+        it may say how the answer ends."""
         stream = choice.stream
         if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops or choice.calls:
             return
@@ -225,7 +228,7 @@ class Job:
                 out.append(self._event(self._delta(choice, delta, tokens, None)))
                 tokens = []
         elif part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
-            # nearly every token's
+            # the usual case
             text = _text(part.text).encode()
             out.append(b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, text, self._after))
         elif self.chat and (part.text or part.tokens):
@@ -276,7 +279,8 @@ class Job:
         return {**head, "choices": choices, "usage": self.usage()}
 
     def _best(self, answers: list[Any]) -> list[Any]:
-        """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of), the best first."""
+        """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of),
+        the best first."""
         best = []
         for first in range(0, len(answers), self.n):
             own = sorted(answers[first : first + self.n], key=lambda one: -one[0].log_prob / max(1, one[0].n_tokens))

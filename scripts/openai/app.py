@@ -1,4 +1,5 @@
-"""The endpoint itself, an ASGI application: paths, keys, shares, answers. What its paths take and give is at /openapi.json."""
+"""The endpoint itself, an ASGI application: paths, keys, shares, answers.
+What its paths take and give is at /openapi.json."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from scripts.openai.shares import BODIES, PLACES, REQUESTS, Shares
 from scripts.openai.tools import Calls
 from scripts.openai.wrong import ApiError, busy
 
-if TYPE_CHECKING:  # with TRACES=on alone it is loaded
+if TYPE_CHECKING:  # it is loaded only with TRACES=on
     from scripts.openai.tracing import Traces
 
 log = logging.getLogger("openai")
@@ -40,31 +41,31 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 PAGE = Path(__file__).with_name("page.html")
-# the page's Markdown parser, as it is published; vendored/get.sh takes it
+# the page's Markdown parser, as published; vendored/get.sh fetches it
 MARKDOWN = PAGE.parent / "vendored" / "markdown-it.umd.min.js"
-# A body is at most what a prompt can be in JSON, where a character may take six bytes, within these
+# The largest body is the longest prompt in JSON, where a character may take six bytes, but within these limits
 LEAST_BODY_BYTES, MOST_BODY_BYTES = 256 << 10, 4 << 20
-# All that are being read, together, and those of one client
+# Bytes of all bodies that are being read, and of those of one client
 MAX_BODIES_BYTES, MAX_BODIES_BYTES_OF_ONE = 64 << 20, 16 << 20
 BODY_SECONDS = 30
-# Answers of one client that may wait for a slot of the engine, for each slot that it has; and how many clients may have as many
+# Answers of one client that may wait, per slot of the engine; and how many clients may have that many
 WAITING_PER_SLOT, CLIENTS = 8, 4
 # /health: a token younger than this, or one that comes within this
 HEALTH_SECONDS = 5.0
-# How often it is looked whether the file of keys has changed
+# How often the file of keys is checked for changes
 REFRESH_SECONDS = 1.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Routes whose good answers have no line in LOG=json: probes and scrapes
 UNLOGGED = ("/health", "/health/live", "/metrics")
-# what a page of another origin may send, where it may ask at all
+# what a page of another origin may send, if it may ask at all
 ASKED_HEADERS = re.compile(r"[A-Za-z0-9, -]{1,1024}")
 NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all); traces: what makes a
-    worker's traces, None for none."""
+    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all);
+    traces: what makes a worker's traces, None for none."""
 
     aliases: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ class Request:
         peer = scope.get("client") or ("", 0)
         self.front: Front | None = Front.fronts.by_name.get((peer[0], peer[1]))
         self.client = self.front.client if self.front else str(peer[0])
-        # of its key, where keys are asked for
+        # the name of its key, if keys are used
         self.bucket: int | None = None
         self.has_body = self.headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.headers
         self.unread = self.has_body
@@ -132,14 +133,14 @@ class Request:
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
         own = [*headers, *self.more, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
-        # what is left of a body without end would be read for ever
+        # the rest of an endless body would be read for ever
         own += [(b"connection", b"close")] if self.unread or self.is_last else []
         await self._send({"type": "http.response.start", "status": status, "headers": own})
 
     async def write(self, data: bytes, more: bool = False) -> None:
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except RuntimeError as error:  # uvloop's, of a connection that its client has closed
+        except RuntimeError as error:  # uvloop raises it for a connection that the client has closed
             if "closed" not in str(error):
                 raise
         if not more and self.front is not None:
@@ -172,7 +173,7 @@ class Endpoint:
         self.name, self.engine, self.text, self.stops, self.shares, self.desk = name, engine, text, stops, shares, desk
         self.end_ids, self.keys = list(end_ids), keys or Keys()
         self.options, self.metrics = options, metrics
-        # made by the worker: they have a thread
+        # the worker makes them, because they have a thread
         self.traces: Traces | None = None
         self.limits = engine.limits
         self.capacity = capacity_of(self.limits.max_batch_size)
@@ -185,7 +186,7 @@ class Endpoint:
         # by each name that it has
         self.model = {one: json.dumps({**model, "id": one}).encode() for one in (name, *options.aliases)}
         self.models = b'{"object": "list", "data": [' + b", ".join(self.model.values()) + b"]}"
-        # what runs, so that it can be told when it must be cut off
+        # running requests, so that they can be told when they are cut off
         self.jobs: dict[str, Job] = {}
         self.cut_off = False
         self.description = description
@@ -243,7 +244,8 @@ class Endpoint:
 
     @staticmethod
     def _log(request: Request) -> None:
-        """The line of LOG=json. Nothing of the prompt, nor of the answer, nor what else a client typed but its id for the request."""
+        """The line of LOG=json. Nothing of the prompt, nor of the answer,
+        nor what else a client typed but its id for the request."""
         if requests.disabled or (request.route in UNLOGGED and request.status == 200):
             return
         line = {
@@ -389,7 +391,8 @@ class Endpoint:
         return b"".join(pieces)
 
     async def _discard(self, request: Request) -> None:
-        """Most clients read no answer before all is sent: of a body that is somewhat too large the rest is let run out."""
+        """Most clients read no answer before all is sent:
+        of a body that is somewhat too large the rest is let run out."""
 
         async def run_out() -> None:
             left = 4 * MOST_BODY_BYTES
@@ -531,12 +534,12 @@ class Endpoint:
         def written() -> bytes:
             return json.dumps(job.whole(parts), ensure_ascii=False).encode()
 
-        # the tokens of long prompts are much to write (MAX_ECHO_TOKENS)
+        # the tokens of long prompts make a large answer (MAX_ECHO_TOKENS)
         await request.answer(200, await asyncio.to_thread(written) if job.logprobs else written())
 
     async def _streamed(self, request: Request, job: Job) -> None:
         """The answer as server-sent events, as it comes; what is ready goes out in one write."""
-        # The status says whether it works: it waits for the first token, or for the reason why there is none.
+        # The status must be right, so it waits for the first token, or for the reason why there is none.
         events = job.opening()
         if not job.done and not await self._news(job):
             return
@@ -562,7 +565,8 @@ class Endpoint:
     # --- health ---
 
     async def _health(self) -> None:
-        """Healthy: a token came out of all ranks a moment ago, or comes now. One question is asked however many ask us."""
+        """Healthy: a token came out of all ranks a moment ago, or comes now.
+        One question is asked however many ask us."""
         if self.shares.ending:
             raise ApiError(503, "the server is ending; it still answers, but send what is new elsewhere", code="ending")
         if time.monotonic() - self.engine.last_token > HEALTH_SECONDS:
@@ -587,7 +591,8 @@ class Endpoint:
 
 
 def content_security_policy(page: str) -> str:
-    """Only what stands in the page itself: its script and style by their hashes; it may ask this server, nothing else."""
+    """Only what stands in the page itself: its script and style by their hashes; it may ask this server,
+    nothing else."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

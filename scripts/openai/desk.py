@@ -1,6 +1,6 @@
 """A worker's side of its readers: each client's bodies wait in their own line, and the lines are served in turn.
 
-So one client's dear requests delay that client. A line has an end, beyond which the answer is 429.
+So one client's expensive requests delay only that client. A line has a limit, beyond which the answer is 429.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scripts.openai.wrong import ApiError, busy
 
 # How many requests of one client wait to be read in a worker, and of all
 MAX_LINE, MAX_LINES = 64, 512
-# A reader is bounded by its CPU time; this is for one that waits without using any
+# CPU time bounds a reader; this bounds one that waits without using CPU time
 WAIT_SECONDS = 60.0
 
 
@@ -66,7 +66,7 @@ class Desk:
             work = line.popleft()
             if line:
                 self.lines[client] = line
-            if not work.answer.done():  # else its client has left
+            if not work.answer.done():  # otherwise the client has left
                 self.idle.pop().give(work)
 
 

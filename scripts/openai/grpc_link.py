@@ -1,8 +1,8 @@
 """gRPC calls to Triton's own port, without grpcio: HTTP/2 frames come in, whole messages go out.
 
-grpcio takes about 50 microseconds of CPU for each message that arrives, however it is used; this takes about 10 (docs/endpoint.md), and
-an answer is one message for each token. The server is our own, on this machine, and every call has the same shape: one message out, many
-in. So only that part of HTTP/2 is here. Headers are decoded by the package hpack.
+grpcio takes about 50 microseconds of CPU per received message, however it is used; this takes about 10
+(docs/endpoint.md), and an answer has one message per token. The server is our own, on this machine, and every call has
+the same shape: one message out, many in. So only that part of HTTP/2 is here. The package hpack decodes headers.
 
 Sources: RFC 9113 (HTTP/2), RFC 7541 (HPACK), gRPC's doc/PROTOCOL-HTTP2.md.
 """
@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
         self.encoder, self.decoder = hpack.Encoder(), hpack.Decoder()
         self.rest = b""
         self.consumed = 0
-        self.block: tuple[int, int, bytes] | None = None  # a header block that goes on: stream, flags, what is there
+        self.block: tuple[int, int, bytes] | None = None  # an unfinished header block: stream, flags, its bytes so far
 
     # --- from the loop ---
 
@@ -178,7 +178,8 @@ class Connection(asyncio.Protocol):
     # --- frames ---
 
     def _data(self, call: Call, payload: bytes) -> None:
-        """gRPC's messages: a byte that says whether it is compressed (we never allow it), four of its length, then it."""
+        """gRPC's messages: a byte that says whether it is compressed (we never allow it), four of its length,
+        then it."""
         data = call.received + payload if call.received else payload
         while len(data) >= 5:
             behind = 5 + int.from_bytes(data[1:5], "big")
@@ -219,7 +220,7 @@ class Connection(asyncio.Protocol):
             self.block = (stream, flags, block)
             return
         self.block = None
-        # decoded whoever it is for: the next block depends on it
+        # always decoded, because the next block depends on it
         fields: dict[Any, Any] = dict(self.decoder.decode(block))
         call = self.calls.get(stream)
         if call is not None and flags & END_STREAM:

@@ -1,7 +1,7 @@
 """API keys of the endpoint's clients: a file that is read again when it changes.
 
-A line is a key, `name: key` or `name key`; then may come what the key may use: `requests=4` at once, `tokens=20000` a minute. The
-standard library only: the supervisor checks the file with this code before anything is loaded.
+A line is a key, `name: key` or `name key`; then may come what the key may use: `requests=4` at once, `tokens=20000` a
+minute. The standard library only: the supervisor checks the file with this code before anything is loaded.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Known:
 
 
 class Keys:
-    """All keys of a server. The parent makes it: the last good content of the file is in memory that its children share, so that a
-    worker that begins while the file is broken has what the others have.
+    """All keys of a server. The parent makes it: the last good content of the file is in memory that its children
+    share, so that a worker that begins while the file is broken has the same keys as the others.
 
     path: of the file, empty for none; alone: a key that is not in a file. Raises OSError and ValueError.
     """
@@ -147,8 +147,8 @@ class Keys:
         self.seen = None
 
     def refresh(self) -> str:
-        """Read the file again if it has changed. Returns what is to be said of it, mostly nothing. A file that has vanished or is
-        broken changes nothing."""
+        """Read the file again if it has changed. Returns what is to be said of it, mostly nothing. A file that has
+        vanished or is broken changes nothing."""
         if not self.path:
             return ""
         try:

@@ -9,7 +9,7 @@ import time
 
 # Whose request is being worked on; empty if there is none
 client_of_request: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
-# Lines of one client, and of all, in a period; and how many clients are told apart
+# Lines of one client, and of all, in a period; and how many clients are counted separately
 LINES, ALL_LINES, SECONDS, CLIENTS = 20, 200, 60.0, 1000
 # Lines of LOG=json, one for each request: as many in a period, of one client and of all, for each worker
 REQUEST_LINES, ALL_REQUEST_LINES = 3000, 6000

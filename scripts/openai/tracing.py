@@ -1,11 +1,14 @@
-"""TRACES=on: a span for each request to the model, with queue, prompt and generation below it, sent to a collector over OTLP/HTTP.
+"""TRACES=on: a span for each request to the model, with queue, prompt and generation below it,
+sent to a collector over OTLP/HTTP.
 
-OpenTelemetry's SDK makes and sends them, and reads its own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS,
-OTEL_TRACES_SAMPLER, OTEL_BSP_* and so on; scripts/serving/host.py has checked them. Names of attributes are those of OpenTelemetry's
-semantic conventions for generative AI and for HTTP. Nothing of a prompt or an answer is in a span, nor who asked.
+OpenTelemetry's SDK makes and sends them, and reads its own variables: OTEL_EXPORTER_OTLP_ENDPOINT,
+OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER, OTEL_BSP_* and so on; scripts/serving/host.py has checked them. Names
+of attributes are those of OpenTelemetry's semantic conventions for generative AI and for HTTP. Nothing of a prompt or
+an answer is in a span, nor who asked.
 
-A span is made when its request is over, from times that were taken anyway: a token costs nothing more. It then waits in a bounded queue
-(OTEL_BSP_MAX_QUEUE_SIZE) for a thread that sends. A collector that is gone, or hangs, costs spans and nothing else.
+A span is made when its request is over, from times that are noted anyway, so a token costs nothing more. It waits in a
+bounded queue (OTEL_BSP_MAX_QUEUE_SIZE) for the thread that sends it.
+A collector that is gone or hangs only costs spans.
 """
 
 from __future__ import annotations
@@ -31,15 +34,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("openai")
 
 SERVICE = "trtllm-bake"
-# requests that have spans, and what OpenTelemetry calls their operation
+# requests that have spans, with OpenTelemetry's name of their operation
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 HEADERS = (b"traceparent", b"tracestate")
-# What is left in the queue when a worker ends has so long to go out
+# How long the rest of the queue may take when a worker ends
 LAST_SECONDS = 1.0
 
 
 class Link(requests.Session):
-    """One connection for each batch, and no more of an answer than its head: a collector that goes on and on costs nothing."""
+    """One connection for each batch, and no more of an answer than its head:
+    a collector that goes on and on costs nothing."""
 
     def request(self, *words: Any, **more: Any) -> requests.Response:
         answer = super().request(*words, **{**more, "stream": True})
@@ -57,7 +61,7 @@ def exporter_of(endpoint: str) -> OTLPSpanExporter:
 class Traces:
     """The spans of one worker. The worker makes it after the fork, because it starts a thread.
 
-    exporter: what sends them; None: the one that the environment describes.
+    exporter: sends the spans; None: the one that the environment describes.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -137,8 +141,8 @@ class Traces:
 
 
 def parts_of(request: Request) -> list[tuple[str, float, float, dict[str, Any]]]:
-    """What a request's time went into: (name, beginning, end, attributes), as far as it came. For several answers: the first one that
-    has a place, the first token of any, and the last token of all."""
+    """What a request's time went into: (name, beginning, end, attributes), as far as it came. For several answers: the
+    first one that has a place, the first token of any, and the last token of all."""
     job = request.job
     streams = [choice.stream for choice in job.choices] if job is not None else []
     placed = min((stream.placed for stream in streams if stream.placed), default=0.0)

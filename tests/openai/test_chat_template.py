@@ -1,4 +1,5 @@
-"""Chat templates are rendered and tokenized as transformers does it, and no text in a message ever becomes a special token."""
+"""Chat templates are rendered and tokenized as transformers does it,
+and no text in a message ever becomes a special token."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def special(token_id: int, content: str, **more: Any) -> dict[str, Any]:
 
 
 def llama_folder(folder: Path, template: str, more: list[str], metaspace: bool = False) -> Path:
-    """The bundled model's tokenizer with more special tokens; metaspace: only the start of everything has a space before it."""
+    """The bundled model's tokenizer with more special tokens; metaspace:
+    only the start of everything has a space before it."""
     described = sentencepiece_tokenizer.tokenizer_json(MODEL)
     described["added_tokens"] += [special(MODEL.vocab_size + n, content) for n, content in enumerate(more)]
     if metaspace:
@@ -215,7 +217,8 @@ def test_nothing_in_a_message_becomes_a_special_token(cases: Any, contents: list
 
 
 def test_no_half_of_a_spelling_is_completed(cases: Any) -> None:
-    """Every spelling, cut everywhere: in two turns, in a turn and the system's, and as what a template's own text could complete."""
+    """Every spelling, cut everywhere: in two turns, in a turn and the system's,
+    and as what a template's own text could complete."""
     for spelt in SPELLINGS:
         for cut in range(1, len(spelt)):
             head, tail = spelt[:cut], spelt[cut:]

@@ -110,7 +110,8 @@ def test_a_call_whole_and_streamed(chatting: Served) -> None:
 
 
 def test_strict_tools_guide_their_calls(chatting: Served) -> None:
-    """Free, required and with an answer's own schema; one call where one is asked for. The model itself knows nothing of calls."""
+    """Free, required and with an answer's own schema; one call where one is asked for.
+    The model itself knows nothing of calls."""
     client: Any = openai.OpenAI(base_url=f"{chatting.openai}/v1", api_key="x", max_retries=0, timeout=60)
     asked: dict[str, Any] = {"model": "stories", "messages": [USER], "tools": [STRICT, LOOSE], "max_tokens": 120}
 

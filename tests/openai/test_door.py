@@ -1,4 +1,5 @@
-"""Strangers attack the endpoint of a real server with two workers: each class of attack once, while another client is served."""
+"""Strangers attack the endpoint of a real server with two workers: each class of attack once,
+while another client is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a server ends: it announces the end, serves on, lets answers finish, and tells the ones that it cuts off; also behind HAProxy."""
+"""How a server ends: it announces the end, serves on, lets answers finish, and tells the ones that it cuts off;
+also behind HAProxy."""
 
 from __future__ import annotations
 
@@ -238,7 +239,8 @@ def test_a_rolling_restart_under_load_loses_nothing(two: list[Served], tmp_path:
 
 @needs_haproxy
 def test_a_stream_through_the_proxy_comes_as_it_is_made(tmp_path: Path, certificate: Path) -> None:
-    """The server makes its second event when the client has read the first, so a proxy that collects would deliver neither."""
+    """The server makes its second event when the client has read the first,
+    so a proxy that collects would deliver neither."""
     read_first = threading.Event()
 
     class Answer(http.server.BaseHTTPRequestHandler):

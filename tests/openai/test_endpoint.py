@@ -40,7 +40,8 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0}
 
 
 def client(server: Served, key: str = KEY) -> Any:
-    """The official client (openai.OpenAI). Any, because the overloads of its `create` cannot be told apart by a dict."""
+    """The official client (openai.OpenAI). Any, because the overloads of its `create` cannot be told apart by a
+    dict."""
     return openai.OpenAI(base_url=f"{server.openai}/v1", api_key=key, max_retries=0, timeout=60)
 
 
@@ -475,7 +476,7 @@ def test_openais_and_tritons_clients_at_the_same_time(served: Served) -> None:
         assert set(pool.map(one, range(48))) == {expected}
 
 
-# --- the process -------------------------------------------------------------------------------------------------------
+# --- the process ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The bounds of a connection, with uvicorn's own server and real sockets; bounds in seconds are shortened to keep the tests short."""
+"""The bounds of a connection, with uvicorn's own server and real sockets;
+bounds in seconds are shortened to keep the tests short."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Whatever a hostile client sends to the endpoint, it does not crash or hang, memory stays bounded, and other clients are served.
+"""Whatever a hostile client sends to the endpoint, it does not crash or hang, memory stays bounded,
+and other clients are served.
 
-schemathesis makes requests from the endpoint's OpenAPI description, hypothesis from raw bytes. `make test-long` makes more of them.
+schemathesis makes requests from the endpoint's OpenAPI description, hypothesis from raw bytes.
+`make test-long` makes more of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Answers that follow a schema, an expression or a choice, and the torch engine's other parameters, on the real server."""
+"""Answers that follow a schema, an expression or a choice, and the torch engine's other parameters,
+on the real server."""
 
 from __future__ import annotations
 

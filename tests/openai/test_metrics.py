@@ -1,4 +1,5 @@
-"""/metrics, LOG=json, traces, keys and their limits, aliases, CORS: one server with two workers, operated as an operator would."""
+"""/metrics, LOG=json, traces, keys and their limits, aliases, CORS: one server with two workers,
+operated as an operator would."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The page at / of the endpoint, in a real browser: what people do with it, at two sizes, light and dark, in English and Korean.
+"""The page at / of the endpoint, in a real browser: what people do with it, at two sizes, light and dark,
+in English and Korean.
 
-Most tests talk to the real server. If a model cannot be made to say something, or to wait, tests/support/play_answers.py answers.
+Most tests talk to the real server. If a model cannot be made to say something, or to wait,
+tests/support/play_answers.py answers.
 """
 
 from __future__ import annotations
@@ -170,7 +172,7 @@ ANSWER = "[...document.querySelectorAll('.answer')].at(-1)"
 STATE = "document.getElementById('state').textContent"
 
 
-# --- a base model --------------------------------------------------------------------------------------------------------
+# --- a base model -----------------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -227,7 +229,7 @@ def test_a_text_waits_with_a_caret_and_keeps_what_came_before_the_stop(base: Pla
     assert base.next().said == "One"
 
 
-# --- a conversation ------------------------------------------------------------------------------------------------------
+# --- a conversation ---------------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -456,7 +458,7 @@ def test_a_korean_syllable_is_finished_before_enter_sends(play: Play, browser: B
     browser.wait(DONE)
 
 
-# --- what the model says -------------------------------------------------------------------------------------------------
+# --- what the model says ----------------------------------------------------------------------------------------------
 
 MARKDOWN = """### Steps
 
@@ -575,7 +577,7 @@ def test_markup_that_a_script_made_would_be_refused_too(served: Served, browser:
     browser.driver.get_log("browser")
 
 
-# --- the same request elsewhere ------------------------------------------------------------------------------------------
+# --- the same request elsewhere ---------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -606,7 +608,7 @@ def test_curl_and_python_give_the_same_answer(chatting: Served, browser: Browser
     assert shown and re.sub(r"\s", "", out) == re.sub(r"\s", "", shown)
 
 
-# --- everybody can use it ------------------------------------------------------------------------------------------------
+# --- everybody can use it ---------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -677,14 +679,16 @@ def test_both_languages_have_every_word() -> None:
 
 
 def axe() -> str:
-    """axe-core's script, from the package that carries it; the package itself is for another driver and is not imported."""
+    """axe-core's script, from the package that carries it;
+    the package itself is for another driver and is not imported."""
     found = importlib.util.find_spec("axe_playwright_python")
     assert found is not None and found.submodule_search_locations is not None
     return (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text("utf-8")
 
 
 def violations(browser: Browser, rules: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What axe has against the page as it is: WCAG 2.2 A and AA, and its best practices; of these rules alone where some are named."""
+    """What axe has against the page as it is: WCAG 2.2 A and AA, and its best practices;
+    of these rules alone where some are named."""
     if not browser.say("window.axe !== undefined"):
         browser.driver.execute_script(axe())
     only = {"runOnly": list(rules)} if rules else {}
@@ -705,8 +709,8 @@ SEEN = ["color-contrast", "link-in-text-block", "target-size", "scrollable-regio
 @in_a_browser
 @pytest.mark.parametrize("browser", ["en-US", "ko-KR"], indirect=True)
 def test_axe_finds_nothing(play: Play, base: Play, browser: Browser) -> None:
-    """Every state of the page once: all rules at first, then those that can tell sizes and colours apart; English at a desk in light,
-    in dark and on a phone, Korean on a phone in dark."""
+    """Every state of the page once: all rules at first, then those that can tell sizes and colours apart; English at a
+    desk in light, in dark and on a phone, Korean on a phone in dark."""
     english = browser.say("navigator.language") == "en-US"
     views = [(DESK, "light"), (DESK, "dark"), (PHONE, "light")] if english else [(PHONE, "dark")]
     found: dict[str, Any] = {}
@@ -753,7 +757,7 @@ def test_axe_finds_nothing(play: Play, base: Play, browser: Browser) -> None:
     assert browser.say("document.querySelectorAll('main').length") == 1
 
 
-# --- what the page is made of --------------------------------------------------------------------------------------------
+# --- what the page is made of -----------------------------------------------------------------------------------------
 
 
 def test_the_page_may_ask_its_own_server_only(served: Served) -> None:

@@ -104,7 +104,8 @@ def reader_of(folder: Path, streams: bool = True, template: str = "") -> Reader:
 
 
 def test_an_engine_without_guides_refuses_them_by_name(folder: Path) -> None:
-    """NVIDIA's backend before 0.17, or one whose guided_decoding_backend is empty; the torch engine declares what it takes."""
+    """NVIDIA's backend before 0.17, or one whose guided_decoding_backend is empty;
+    the torch engine declares what it takes."""
     without = reader_of(folder)
     without.engine.guides, without.engine.parameters = False, frozenset()
     for body, name in (

@@ -1,4 +1,5 @@
-"""Tools: the model's text becomes calls, piece by piece; what a client sends about tools is checked, bounded, and stays text."""
+"""Tools: the model's text becomes calls, piece by piece; what a client sends about tools is checked, bounded,
+and stays text."""
 
 from __future__ import annotations
 
