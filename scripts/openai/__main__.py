@@ -93,7 +93,7 @@ def guide_check(root: Path) -> Callable[[str, str], str | None] | None:
 
 
 def workers_of(asked: str) -> int:
-    """How many workers: what is asked for, else by the cores that this process may use."""
+    """How many workers there are: as the setting says, else by the cores that this process may use."""
     if asked:
         return int(asked)
     return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
@@ -119,7 +119,7 @@ def listeners(host: str, port: int, count: int) -> list[socket.socket]:
 
 @dataclass
 class Child:
-    """A process that was forked. worker: the number of the worker that it is, or that it reads for."""
+    """A forked process. worker: its own number if it is a worker, else that of the worker that it reads for."""
 
     worker: int
     is_reader: bool
@@ -128,7 +128,7 @@ class Child:
 
 
 class Parent:
-    """The children, and what they are made from."""
+    """The children, and everything that they need."""
 
     def __init__(
         self, endpoint: Endpoint, reader_of: Reader, listening: list[socket.socket], folder: Path, drain: int
@@ -148,7 +148,7 @@ class Parent:
         return str(self.folder / f"desk-{number}")
 
     def fork(self, child: Child) -> None:
-        """Another child. It comes back from here in the parent only."""
+        """Fork another child. Only the parent returns from here."""
         me = os.getpid()
         pid = os.fork()
         if pid:
@@ -198,7 +198,7 @@ class Parent:
         return self.status
 
     def _end(self) -> None:
-        """No new connections; workers finish what they have."""
+        """Take no new connections; workers finish their requests."""
         self.ending = True
         self.endpoint.shares.end()
         for listener in self.listening:
@@ -248,14 +248,14 @@ WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def end_with_parent(parent: int) -> None:
-    """However the supervisor ends, we do not stay."""
+    """End with the supervisor, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
 
 
 def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
-    """Everything read and checked, then the port opened."""
+    """Read and check everything, then open the port."""
     module = text_code(args.root)
     tokenizer = args.root / TOKENIZER
     text = module.Text(tokenizer)

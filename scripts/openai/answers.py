@@ -1,4 +1,4 @@
-"""An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token;
+"""An answer on its way: token ids become text, cut at stop strings, with OpenAI's data for each token;
 whole or as chunks."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 
 class Choice:
-    """One alternative. Knows nothing of HTTP.
+    """One alternative. It does not know HTTP.
 
     stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops:
     a StopStrings of it.
@@ -45,7 +45,7 @@ class Choice:
         self.decoded = 0
 
     def take(self, most: int | None = None) -> Part:
-        """What is new, of at most so many tokens; afterwards finish_reason is set if nothing more comes."""
+        """Take what is new, at most so many tokens; afterwards finish_reason is set if the answer is over."""
         stream = self.stream
         ids, log_probs, ended = stream.ids, stream.log_probs, stream.ended
         if most is not None and len(ids) > most:
@@ -86,7 +86,7 @@ class Choice:
         return Part(prefix + shown, told)
 
     def _of_prompt(self, prompt: str) -> list[Any]:
-        """The prompt's tokens, as those of the answer are told; None: nothing says how likely the first one is."""
+        """The prompt's tokens, in the form of the answer's; the first one has no log probability (None)."""
         stream, told, at = self.text.stream(), [], 0
         for token, log_prob in zip(self.echoed, [None, *self.stream.prompt_log_probs]):
             told.append((at, token, log_prob))
@@ -96,7 +96,7 @@ class Choice:
         return [(min(max(0, offset - added), len(prompt)), token, log_prob) for offset, token, log_prob in told]
 
     def _called(self, calls: Calls, shown: str) -> list[Entry]:
-        """The deltas of what is new; the answer is over with the last call that it may have."""
+        """The deltas of what is new. The answer is over after the last call that it may have."""
         deltas = calls.push(shown)
         if calls.over and self.finish_reason is None:
             self.finish_reason = "stop"
@@ -120,7 +120,7 @@ class Choice:
 
 @dataclass
 class Part:
-    """Text that can be shown now, and the tokens that it is made of, where they are asked for."""
+    """Text that can be sent now, and its tokens, if they are requested."""
 
     text: str
     tokens: list[Any]
@@ -177,7 +177,7 @@ class Job:
     # --- streamed ---
 
     def opening(self) -> bytes:
-        """Whose turn it is, before the first token: chat only."""
+        """The chunk with the role, before the first token; only in chat."""
         if not self.chat:
             return b""
         role = {"role": "assistant", "content": "", "refusal": None}
@@ -187,7 +187,7 @@ class Job:
         )
 
     def events(self) -> bytes:
-        """Server-sent events for everything that is new: whole events, so no character is ever split."""
+        """Server-sent events for everything that is new. Events are complete, so no character is ever split."""
         out: list[bytes] = []
         for choice in self.choices:
             shown = choice.prefix and not choice.echoed
@@ -204,7 +204,7 @@ class Job:
         return b"".join(out)
 
     def _plain(self, choice: Choice, out: list[bytes]) -> None:
-        """The events of tokens that are nothing but text, which nearly all are; the last one is not,
+        """The events of tokens that are only text, as nearly all are. The last token is not:
         it may say how the answer ends."""
         stream = choice.stream
         if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops or choice.calls:
@@ -221,7 +221,7 @@ class Job:
                 )
 
     def _told_of(self, choice: Choice, part: Part, out: list[bytes]) -> None:
-        """The events of what was taken of one alternative."""
+        """The events for what was taken from one alternative."""
         if part.deltas is not None:
             tokens = part.tokens
             for delta in part.deltas or ([{"content": ""}] if tokens else []):
@@ -256,7 +256,7 @@ class Job:
     # --- whole ---
 
     def whole(self, parts: Sequence[list[Part]]) -> dict[str, Any]:
-        """The answer in one; parts: for each choice all its parts in order."""
+        """The answer in one piece; parts: all parts of each choice, in order."""
         choices: list[dict[str, Any]] = []
         told = self._best(list(zip(self.choices, parts))) if self.keep else zip(self.choices, parts)
         for choice, own in told:

@@ -64,8 +64,8 @@ NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Options:
-    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all);
-    traces: what makes a worker's traces, None for none."""
+    """The operator's choices. aliases: other names of the model; origins: whose pages may ask (`any`: all); traces:
+    makes a worker's traces, None for none."""
 
     aliases: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ def capacity_of(max_batch_size: int) -> int:
 
 
 def failed(error: EngineFailed) -> ApiError:
-    """An engine's failure as the client sees it; details are in the log."""
+    """The client's view of an engine's failure; details are in the log."""
     if error.unavailable:
         return ApiError(
             503, "the model server does not answer; it may be starting or ending", code="unavailable", Retry_After="2"
@@ -93,7 +93,7 @@ def ending() -> ApiError:
 
 
 class Request:
-    """One request on its way: what the application needs of its scope, and its connection's bounds."""
+    """One request on its way: the parts of its scope that the application needs, and its connection's bounds."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
@@ -160,7 +160,7 @@ class Request:
 
 
 class Endpoint:
-    """What one worker answers with. Limits that hold for all workers are in `shares`.
+    """The application of one worker. Limits over all workers are in `shares`.
 
     name: the model's id; text: Text of the room's tokenizer; stops: its StopStrings; desk: where bodies are read.
     """
@@ -244,8 +244,8 @@ class Endpoint:
 
     @staticmethod
     def _log(request: Request) -> None:
-        """The line of LOG=json. Nothing of the prompt, nor of the answer,
-        nor what else a client typed but its id for the request."""
+        """The line of LOG=json. It holds nothing of the prompt or the answer,
+        and of the client's words only its id for the request."""
         if requests.disabled or (request.route in UNLOGGED and request.status == 200):
             return
         line = {
@@ -281,7 +281,7 @@ class Endpoint:
             await asyncio.sleep(REFRESH_SECONDS)
 
     def cut(self) -> None:
-        """What still runs is told that it ends here."""
+        """Tell running requests that they end here."""
         self.cut_off = True
         for job in self.jobs.values():
             job.changed.set()
@@ -346,7 +346,7 @@ class Endpoint:
             )  # fmt: skip
 
     async def _preflight(self, request: Request) -> None:
-        """A browser asks whether a page of another origin may ask."""
+        """The answer to a browser that asks whether a page of another origin may send requests."""
         if not any(name == b"access-control-allow-origin" for name, _ in request.more):
             raise ApiError(403, "pages of this origin may not ask here (CORS_ORIGINS)")
         asked = request.headers.get(b"access-control-request-headers", b"").decode("latin-1")
@@ -391,8 +391,8 @@ class Endpoint:
         return b"".join(pieces)
 
     async def _discard(self, request: Request) -> None:
-        """Most clients read no answer before all is sent:
-        of a body that is somewhat too large the rest is let run out."""
+        """Most clients read no answer before they have sent everything,
+        so the rest of a body that is a bit too large is read."""
 
         async def run_out() -> None:
             left = 4 * MOST_BODY_BYTES
@@ -443,7 +443,7 @@ class Endpoint:
             self.shares.give(PLACES, bucket, asked.count)
 
     async def _answer(self, request: Request, asked: Asked, bucket: int) -> None:
-        """Run a request to its end, or until its client has left: then nothing of it goes on running."""
+        """Run a request to its end, or until its client has left; then all its work stops."""
         job = Job(self.name, asked.chat, [], asked.prompt_tokens, asked.logprobs, asked.include_usage)
         job.n, job.keep = asked.n, asked.keep
         watching = None
@@ -465,7 +465,7 @@ class Endpoint:
             self._ended(request, job, bucket)
 
     def _ended(self, request: Request, job: Job, bucket: int) -> None:
-        """Count what was made, and what the log says of it."""
+        """Count the tokens of an answer, and note them for the log."""
         made = sum(choice.n_tokens for choice in job.choices)
         if request.key.tokens:
             self.shares.spend(bucket, made)
@@ -512,7 +512,7 @@ class Endpoint:
         job.changed.set()
 
     async def _news(self, job: Job) -> bool:
-        """Wait for some; False when the client has left. Raises ApiError when the engine fails, or the server ends."""
+        """Wait for new tokens; False if the client has left. Raises ApiError if the engine fails or the server ends."""
         await job.changed.wait()
         job.changed.clear()
         if (failure := job.failure) is not None:
@@ -538,7 +538,7 @@ class Endpoint:
         await request.answer(200, await asyncio.to_thread(written) if job.logprobs else written())
 
     async def _streamed(self, request: Request, job: Job) -> None:
-        """The answer as server-sent events, as it comes; what is ready goes out in one write."""
+        """The answer as server-sent events, while it comes; everything that is ready goes out in one write."""
         # The status must be right, so it waits for the first token, or for the reason why there is none.
         events = job.opening()
         if not job.done and not await self._news(job):
@@ -565,8 +565,8 @@ class Endpoint:
     # --- health ---
 
     async def _health(self) -> None:
-        """Healthy: a token came out of all ranks a moment ago, or comes now.
-        One question is asked however many ask us."""
+        """Healthy means that a token came out of all ranks a moment ago, or comes now. However many clients ask, the
+        engine gets one question."""
         if self.shares.ending:
             raise ApiError(503, "the server is ending; it still answers, but send what is new elsewhere", code="ending")
         if time.monotonic() - self.engine.last_token > HEALTH_SECONDS:
@@ -591,8 +591,7 @@ class Endpoint:
 
 
 def content_security_policy(page: str) -> str:
-    """Only what stands in the page itself: its script and style by their hashes; it may ask this server,
-    nothing else."""
+    """The page's policy: only its own script and style, by their hashes; it may ask only this server."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

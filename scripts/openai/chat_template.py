@@ -129,11 +129,11 @@ class ChatTemplate:
 
     @property
     def knows_results(self) -> bool:
-        """Whether it writes what came of a call: a turn of the role tool."""
+        """Whether the template writes results of calls: turns of the role tool."""
         return any(word in self.source for word in ("'tool'", '"tool"', "'tool_response'", '"tool_response"'))
 
     def _space_only_at_the_start(self, described: Mapping[str, Any]) -> bool:
-        """Whether text behind a special token is tokenized without the space that SentencePiece writes before a text.
+        """Whether text after a special token is tokenized without the space that SentencePiece writes before a text.
 
         Llama 2's rule is that every stretch between special tokens gets one; that of later tokenizers (Metaspace,
         prepend_scheme `first`) that only the start of everything does.
@@ -227,8 +227,8 @@ class ChatTemplate:
         return [self._masked_all(one, mark) for one in value] if isinstance(value, list) else value
 
     def _masked(self, value: str, mark: str) -> str:
-        """A message's text with a mark inside whatever spells a special token,
-        or would together with text before or after it.
+        """A message's text with a mark inside everything that spells a special token,
+        alone or together with text before or after it.
 
         Nothing else changes, so that a template which looks into a message (for `</think>`,
         for its end) sees what is there.

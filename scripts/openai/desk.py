@@ -23,7 +23,7 @@ WAIT_SECONDS = 60.0
 
 @dataclass
 class Work:
-    """A body on its way. client: whose line it waits in."""
+    """A body on its way. client: the client in whose line it waits."""
 
     client: int
     chat: bool
@@ -49,7 +49,7 @@ class Desk:
             self.server.close()
 
     async def read(self, client: int, chat: bool, data: bytes) -> Asked:
-        """What a body asks for. Raises ApiError."""
+        """Let a reader read a body. Raises ApiError."""
         line = self.lines.get(client, ())
         if len(line) >= MAX_LINE or sum(map(len, self.lines.values())) >= MAX_LINES:
             raise busy("too many requests wait to be read; try again")
@@ -59,7 +59,8 @@ class Desk:
         return await work.answer
 
     def serve(self) -> None:
-        """Give readers that are idle the first of the line whose turn it is; that line then goes behind the others."""
+        """Give idle readers the first body of the line whose turn it is;
+        that line then waits until the others have had a turn."""
         while self.idle and self.lines:
             client = next(iter(self.lines))
             line = self.lines.pop(client)
@@ -71,7 +72,7 @@ class Desk:
 
 
 class ReaderLink(asyncio.Protocol):
-    """The connection of one reader, as long as it lives."""
+    """Serves the connection of one reader as long as it lives."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk

@@ -79,7 +79,7 @@ def read_limits(engines: Path) -> Limits:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the engine, under OpenAI's names; the defaults are OpenAI's too."""
+    """The request to the engine, under OpenAI's names and with OpenAI's defaults."""
 
     ids: Sequence[int]
     max_tokens: int
@@ -105,7 +105,7 @@ class Question:
 
 
 def is_greedy(question: Question) -> bool:
-    """Whether nothing is left to chance."""
+    """Whether the answer is not random."""
     return question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1
 
 
@@ -237,7 +237,7 @@ class Engine:
         return stream
 
     def advance(self, bucket: int) -> None:
-        """Start what may start of a client."""
+        """Start the answers of a client that may start."""
         waiting = self._waiting.get(bucket)
         while waiting and (waiting[0].over or self._may_start(waiting[0])):
             stream = waiting.popleft()
@@ -285,8 +285,8 @@ class Engine:
         return message
 
     def message_of(self, values: Mapping[str, Any], outputs: Sequence[str] = ()) -> bytes:
-        """Some of a request's values, serialized. Protobuf's messages are joined by joining their bytes: what many
-        requests share is made once, and each adds what it has alone, its id too (`named`)."""
+        """Some of a request's values, serialized. Joining the bytes of Protobuf messages joins the messages: the common
+        part of many requests is made once, and each request adds its own part, with its id (`named`)."""
         message = self.request(values, "", outputs)
         message.ClearField("model_name")
         return bytes(message.SerializeToString())
@@ -316,8 +316,8 @@ class Chance(float):
 
 
 def apart(values: Sequence[float], most: int) -> list[float]:
-    """Chances, from what the torch engine gives: for each token its own,
-    then ids and log probabilities of the likeliest in turn."""
+    """Chances from the torch engine's output: for each token its own log probability, then ids and log probabilities of
+    the likeliest, in turn."""
     chances = []
     for first in range(0, len(values), 1 + 2 * most):
         chance = Chance(values[first])
@@ -328,7 +328,7 @@ def apart(values: Sequence[float], most: int) -> list[float]:
 
 
 class Unheard:
-    """Who needs no answer: where there is none the server is gone, and the request with it."""
+    """A receiver for calls whose answer does not matter: if none comes, the server is gone, and the request too."""
 
     def message(self, data: bytes) -> None:
         pass
@@ -338,7 +338,7 @@ class Unheard:
 
 
 class Stream:
-    """One question on its way: what has come of its answer and was not taken yet.
+    """One question on its way: the part of its answer that has come and was not taken yet.
 
     It takes every response at once, so that a client that reads slowly never occupies a slot of the engine;
     at most max_tokens ids pile up.
@@ -413,7 +413,7 @@ class Stream:
     # --- of the call ---
 
     def message(self, data: bytes) -> None:
-        """One response. What differs from the last one by a token alone is not parsed."""
+        """One response. If it differs from the last one only by a token, it is not parsed."""
         if self._fast is not None and (token := self._fast.token(data)) is not None:
             self._took([token], ())
             return
@@ -472,7 +472,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class OneToken:
-    """Responses of one answer that differ in their token alone: what is before and after its four bytes."""
+    """Responses of one answer that differ only in their token: the bytes before and after its four bytes."""
 
     before: bytes
     after: bytes
@@ -485,8 +485,8 @@ class OneToken:
 
 
 def one_token(data: bytes, token: int) -> OneToken | None:
-    """Where the token stands in a response; None unless another one in its place reads as that one and nothing else
-    changed."""
+    """The position of the token in a response; None unless replacing its bytes gives a response that differs only in
+    the token."""
     written, other = token.to_bytes(4, "little", signed=True), (token ^ 0x5A).to_bytes(4, "little", signed=True)
     at = data.find(written)
     while at >= 0:
@@ -498,7 +498,7 @@ def one_token(data: bytes, token: int) -> OneToken | None:
 
 
 def _says(changed: bytes, data: bytes, written: bytes, other: bytes) -> bool:
-    """Whether a changed response has the other token instead, and nothing else is different."""
+    """Whether a changed response has the other token, and no other difference."""
     try:
         response = service_pb2.ModelStreamInferResponse.FromString(changed)
     except DecodeError:

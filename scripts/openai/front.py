@@ -1,4 +1,4 @@
-"""What bounds a connection, in front of uvicorn's own protocol, for as long as the connection lives.
+"""Bounds a connection for as long as it lives, in front of uvicorn's own protocol.
 
 uvicorn parses HTTP. It does not bound how long a head may take, how large it is, what follows a body, how long a client
 may leave its answer unread, or how many connections one address has. A Front stands between the loop and uvicorn's
@@ -41,7 +41,7 @@ HEAD, BODY, ANSWER = range(3)
 
 
 def plain_answer(error: ApiError) -> bytes:
-    """An error as bytes, for a connection on which no application was asked."""
+    """An error as bytes, for a connection that did not reach the application."""
     body = json.dumps(error.body).encode()
     head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
     head += "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
@@ -50,7 +50,7 @@ def plain_answer(error: ApiError) -> bytes:
 
 
 class Parser(HttpToolsProtocol):
-    """uvicorn's, which says in OpenAI's shape what is not HTTP."""
+    """uvicorn's protocol, with errors about bad HTTP in OpenAI's shape."""
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is None or self.cycle.response_complete:
@@ -69,7 +69,7 @@ class Fronts:
         self.by_name: dict[Any, Front] = {}
 
     async def watch(self) -> None:
-        """Close what is too slow, for ever."""
+        """Run for ever, and close connections that are too slow."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
@@ -78,7 +78,7 @@ class Fronts:
 
 
 class Front(asyncio.Protocol):
-    """One connection. Takes what uvicorn gives its protocols, and hands everything on to one of them."""
+    """One connection. It has the interface of uvicorn's protocols, and passes everything on to one of them."""
 
     # set once in each worker
     fronts: ClassVar[Fronts]
@@ -174,13 +174,13 @@ class Front(asyncio.Protocol):
     # --- from the application ---
 
     def body_came(self, size: int, more: bool) -> None:
-        """It has seen so many bytes of the body, and whether more follow."""
+        """The application has read so many bytes of the body; whether more follow."""
         self.body_bytes += size
         if not more and self.phase == BODY:
             self.phase, self.bytes = ANSWER, 0
 
     def answered(self) -> None:
-        """The answer is written: the next head may come."""
+        """The answer was written: the next head may come."""
         self.phase, self.since, self.bytes = HEAD, time.monotonic(), 0
 
     # --- bounds ---

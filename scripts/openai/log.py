@@ -18,7 +18,7 @@ MAX_LINE_BYTES = 4000
 
 
 class Bounded(logging.Handler):
-    """Writes lines to a file descriptor that is set not to block; what does not fit is left out and counted."""
+    """Writes lines to a non-blocking file descriptor; lines that do not fit are left out and counted."""
 
     def __init__(self, descriptor: int = 2, lines: int = LINES, all_lines: int = ALL_LINES) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ requests.propagate = False
 
 
 def open_log(with_requests: bool = False) -> None:
-    """For this process and what it forks. with_requests: also a line for each request."""
+    """Set up the log of this process and its children. with_requests: also a line for each request."""
     logging.raiseExceptions = False
     handler = Bounded()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

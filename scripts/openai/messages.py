@@ -36,8 +36,7 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class NotSupported:
-    """For an argument that is known, and that this server cannot do:
-    null and OpenAI's defaults ask for nothing and pass.
+    """For a known argument that this server does not support: null and OpenAI's defaults pass.
 
     In an annotation: `Annotated[Any, NotSupported("medium")]`.
     """
@@ -62,7 +61,7 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fa
 
 
 class Strict(BaseModel):
-    """No key is unknown, no "5" is a number."""
+    """Strict: unknown keys are refused, and "5" is not a number."""
 
     # NaN and Infinity are not JSON, but Python's parsers take them
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -70,8 +69,8 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        """The first unknown key ends it: pydantic would report each,
-        and a body of 2.5 MB has a quarter of a million."""
+        """The first unknown key ends the check: pydantic would report each,
+        and a body of 2.5 MB can have a quarter of a million."""
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields and name != "schema" or name == "schema_":
@@ -80,7 +79,7 @@ class Strict(BaseModel):
 
 
 def _biases(value: Any) -> Any:
-    """The first mistake ends it, as in lists: pydantic would report each."""
+    """The first mistake ends the check, as in lists: pydantic would report every mistake."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:
@@ -102,7 +101,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """What both ways of asking have in common."""
+    """The arguments that completions and chat have in common."""
 
     model: str = Field(description="The id that /v1/models gives")
     stream: bool | None = None

@@ -152,7 +152,7 @@ class Counts(Passing):
 
 
 class Page:
-    """What /metrics answers in one worker.
+    """Makes the page /metrics in one worker.
 
     model: its name; load: how many answers wait in the endpoint, and how many it has given to the engine; triton: its
     metrics' address, host:port, empty if there is none to ask.
@@ -190,7 +190,7 @@ class Page:
         said[CAME] = now
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry of Prometheus' client."""
+        """The metrics, for the registry of Prometheus' client."""
         counts, model = self.counts, self.model
         for (name, text, bounds), start in zip(HISTOGRAMS, STARTS):
             total, buckets = 0.0, []
@@ -263,7 +263,7 @@ async def fetched(address: str) -> str:
 
 
 def said_by(text: str) -> dict[int, float]:
-    """What the engine says of itself: cell -> value, of the model tensorrt_llm."""
+    """The engine's own numbers: cell -> value, for the model tensorrt_llm."""
     found = {}
     for name, labels, value in SAMPLE.findall(text):
         kind = re.search(r'(?:request_type|kv_cache_block_type)="(\w+)"', labels)

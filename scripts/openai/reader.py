@@ -1,5 +1,5 @@
-"""What a request asks for: its body is read, checked, put through the chat template and tokenized,
-in a process that may take only so much.
+"""Reads a request: its body is parsed, checked, put through the chat template and tokenized,
+in a process with bounded time and memory.
 
 A client can make all of this work expensive, so none of it runs on a loop that others wait for. A reader is a child
 with a bound on memory and on the CPU time of each request. If it exceeds either bound it dies, its request is refused,
@@ -87,7 +87,7 @@ class Asked:
         return self.n * len(self.own)
 
     def packed(self) -> bytes:
-        """Its fields as JSON, then the bytes in a row."""
+        """The fields as JSON, then all bytes in a row."""
         told = {name: value for name, value in asdict(self).items() if name not in ("shared", "own")}
         told["sizes"] = [len(self.shared), *map(len, self.own)]
         head = json.dumps(told).encode()
@@ -95,7 +95,7 @@ class Asked:
 
 
 def unpacked(data: bytes) -> Asked:
-    """The other way. Raises ApiError if the reader refused."""
+    """The reverse: bytes to a request. Raises ApiError if the reader refused."""
     behind = LENGTH.size + LENGTH.unpack_from(data)[0]
     told = json.loads(data[LENGTH.size : behind])
     if (error := told.pop("error", None)) is not None:
@@ -175,7 +175,7 @@ class Reader:
         return asked
 
     def _check_echoed(self, body: messages.CompletionRequest, prompts: Sequence[list[int]]) -> None:
-        """Whether the prompts' log probabilities can be told. Raises ApiError."""
+        """Check that the prompts' log probabilities are available. Raises ApiError."""
         if not self.engine.takes("prompt_logprobs"):
             raise ApiError(
                 400, "echo with logprobs is not supported by this engine: it does not tell a prompt's log probabilities", "echo",
@@ -224,8 +224,8 @@ class Reader:
 
     @staticmethod
     def _turns(body: messages.ChatRequest, template: ChatTemplate) -> list[dict[str, Any]]:
-        """A conversation as templates read it (transformers, chat_templating: arguments are an object,
-        not its text). Raises ApiError."""
+        """A conversation in the form that templates read (transformers, chat_templating: arguments are an object, not
+        its text). Raises ApiError."""
         turns: list[dict[str, Any]] = []
         called: dict[str, str] = {}
         for number, message in enumerate(body.messages):
@@ -324,7 +324,7 @@ class Reader:
     def _guide_calls(
         self, body: messages.ChatRequest, calls: dict[str, Any], found: dict[str, tuple[str, str]]
     ) -> None:
-        """Add what guides an answer's calls to what was found, or put it in its place. Raises ApiError.
+        """Add the guide of an answer's calls to the guide that was found, or replace it. Raises ApiError.
 
         The arguments of a strict tool follow its schema.
         So do those of others if the engine can guide and the schema can be followed.
@@ -372,7 +372,7 @@ class Reader:
         found["tools"] = ("ebnf_grammar", tools.grammar(calls["form"], schemas, not free, calls["most"], content))
 
     def _schema_of(self, tool: messages.Tool, number: int) -> dict[str, Any]:
-        """What a tool's arguments follow. Raises ApiError if a strict tool's schema cannot be followed."""
+        """The schema of a tool's arguments. Raises ApiError if a strict tool's schema cannot be followed."""
         schema = {**(tool.function.parameters or {}), "type": "object"}
         why = None if self.why_not is None else self.why_not("json_schema", json.dumps(schema))
         if why is None:
@@ -421,9 +421,8 @@ class Reader:
         self, body: messages.Sampling, prompts: Sequence[list[int]], max_tokens: int, chat: bool, logprobs: bool,
         compared: bool = False, likeliest: int = 0, guide: tuple[str, str] | None = None, of_prompt: bool = False,
     ) -> Asked:  # fmt: skip
-        """The engine's requests: what all of them share, and what each prompt adds. compared: answers are, by their
-        likelihood;
-        of_prompt: the prompts' tokens are told of too."""
+        """The engine's requests: their common part, and each prompt's own part. compared: answers are compared by their
+        likelihood; of_prompt: the prompts' tokens are reported too."""
         named = "top_logprobs" if chat else "logprobs"
         for name, asked, value in (("min_p", "min_p", body.min_p), (named, "top_logprobs", likeliest)):
             if value and not self.engine.takes(asked):
@@ -517,8 +516,8 @@ class Reader:
 
 
 def escaped(text: str) -> str:
-    """A text as a regular expression that is nothing else (of llguidance's and XGrammar's kind,
-    both RE2's or like it)."""
+    """A regular expression that matches exactly this text (for llguidance and XGrammar,
+    whose syntax is RE2's or similar)."""
     return re.sub(r"[\\.+*?()|\[\]{}^$/]", lambda found: "\\" + found[0], text)
 
 
@@ -527,7 +526,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def checked(kind: type[Body], data: bytes) -> Body:
-    """A body, checked. Raises ApiError with the first thing that is wrong with it."""
+    """Check a body. Raises ApiError with its first mistake."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -535,7 +534,7 @@ def checked(kind: type[Body], data: bytes) -> Body:
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in words that never repeat what was sent at length."""
+    """The first mistake in a body, in words that never repeat long input."""
     found = error.errors(include_url=False)
     # If a value may have several forms, the error is about the form that it has:
     # a list with a mistake is not called "not text".
@@ -621,7 +620,7 @@ def _place(names: Sequence[str | int]) -> str | None:
 
 
 def bounded(read: Callable[[bool, bytes], Asked], chat: bool, data: bytes) -> bytes:
-    """One request's answer, whatever happens: what cannot be read is told, never lost."""
+    """The answer to one request, whatever happens: a request that cannot be read gets an error, never silence."""
     try:
         return read(chat, data).packed()
     except ApiError as error:
@@ -642,7 +641,7 @@ def too_much(what: str) -> ApiError:
 
 def serve(reader: Reader, path: str, parent: int) -> NoReturn:
     """The life of a reader: connect to its worker, answer one request after another,
-    end with either of worker and parent."""
+    and end when the worker or the parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Limits that hold across worker processes: how much each client has of what there is for all.
+"""Limits across worker processes: each client's share of what there is for all.
 
 The numbers are in memory that all workers share, made before they are forked. Each worker writes its own rows, so that
 what a worker had is known, and given back, when it dies. A client is a bucket: a keyed hash of its API key, else of its
@@ -29,7 +29,7 @@ MINUTE = 60
 
 
 def client_of(address: str) -> str:
-    """Whom an address belongs to: an IPv6 customer has a /64 at least; on a socket for both,
+    """The client behind an address: an IPv6 customer has at least a /64; on a socket for both,
     IPv4 is written as IPv6."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -62,7 +62,7 @@ class Shares:
         return int.from_bytes(digest, "big") % BUCKETS
 
     def bucket_of_key(self, digest: bytes) -> int:
-        """A key has its own bucket, in all workers, as long as there are any: what it may use is told exactly."""
+        """The bucket of a key, its own in all workers as long as there are any, so that its limits are exact."""
         owner = int.from_bytes(digest[:8], "little") or 1
         first = owner % BUCKETS
         bucket: int
@@ -106,7 +106,7 @@ class Shares:
         return self.has(kind, BUCKETS)
 
     def take(self, kind: int, bucket: int, count: int, most: int, most_of_all: int) -> bool:
-        """Count it if neither the client's share nor the whole is exceeded. Counted first and looked at then: two
+        """Count it if neither the client's share nor the whole is exceeded. It counts first and checks then: two
         workers at once may both refuse, but never both exceed."""
         self.give(kind, bucket, -count)
         if self.has(kind, bucket) <= most and self.all(kind) <= most_of_all:
@@ -130,8 +130,8 @@ class Shares:
         return taken
 
     def may_start(self, bucket: int, turn: int, most: int) -> bool:
-        """Whether it is this turn's: fewer than `most` of the client are in the engine,
-        and those before it were started."""
+        """Whether this turn may start: fewer than `most` answers of the client are in the engine,
+        and all earlier turns were started."""
         return turn < self.cells[OVER * self.columns + bucket] + most and self.has(RUNNING, bucket) < most
 
     def over(self, bucket: int) -> None:
@@ -147,7 +147,7 @@ class Shares:
         return max(0, self.all(TURNS) - given), given
 
     def forget(self, worker: int) -> None:
-        """A worker has died: nothing of it counts any more."""
+        """A worker has died: take back everything that it counted."""
         with self._locked():
             for bucket in range(self.columns):
                 self.cells[OVER * self.columns + bucket] += self.cells[self._cell(worker, TURNS, bucket)]

@@ -1,4 +1,4 @@
-"""Calls of tools in what a model writes: found as the text comes, told as OpenAI tells them.
+"""Finds calls of tools in a model's text while it comes, and gives them OpenAI's form.
 
 The template decides how a model writes a call. Each known form has a parser:
 
@@ -36,7 +36,7 @@ STRING_END = re.compile(r'["\\]')
 
 
 class Form(NamedTuple):
-    """How a call is written: what stands around it, and what its arguments are called."""
+    """How a call is written: the text around it, and the name of its arguments."""
 
     opening: str
     closing: str
@@ -47,7 +47,7 @@ FORMS = {"hermes": Form("<tool_call>", "</tool_call>", "arguments"), "llama3": F
 
 
 def form_of(template: str) -> str | None:
-    """The form that a chat template teaches, by what stands in its source; None: no form that is known here."""
+    """The form of calls that a chat template teaches, judged by its source; None: not a known form."""
     if "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
         return "hermes"
     if "tool_calls" in template and '"parameters": ' in template and '{"name": ' in template:
@@ -56,15 +56,14 @@ def form_of(template: str) -> str | None:
 
 
 def beginning(form: str, name: str | None) -> str:
-    """What the answer must begin with, so that it is a call: of this tool, or of any."""
+    """The text that the answer must begin with to be a call of this tool, or of any tool."""
     return FORMS[form].opening + CALL + ("" if name is None else f'{name}", "{FORMS[form].arguments}":')
 
 
 def grammar(
     form: str, tools: list[tuple[str, dict[str, Any]]], begun: bool, most: int, content: dict[str, Any] | None = None
 ) -> str:
-    """What an answer may say that calls these tools, (name, schema of the arguments) each,
-    in llguidance's form of Lark's grammars.
+    """A grammar for answers that call these tools, (name, schema of the arguments) each, in llguidance's form of Lark.
 
     begun: the answer continues after `beginning(form, None)`, so it calls; else its text is free until it opens a call.
     most: 1 ends it with its first call, 0: any number. content:
@@ -106,7 +105,7 @@ def _json(schema: dict[str, Any]) -> str:
 
 
 class Calls:
-    """What one answer says, apart: text, and calls.
+    """Separates the text and the calls of one answer.
 
     begun: the text that the answer had to begin with (`beginning`); most: after so many calls it is over, 0: never;
     reason: its finish_reason if there are calls.
@@ -187,7 +186,7 @@ class Calls:
         return False
 
     def _first(self, out: list[Delta]) -> bool:
-        """The arguments' first character: an object's, or the model was made to call and does something else."""
+        """The arguments' first character: the start of an object, or else the forced call is not one."""
         self._buffer = self._buffer.lstrip()
         if self._buffer:
             self._state = self._value if self._buffer[0] == "{" else self._raw
@@ -233,7 +232,7 @@ class Calls:
         return False
 
     def _tail(self, out: list[Delta]) -> bool:
-        """Behind a call's arguments: its end, and perhaps another call."""
+        """After a call's arguments: its end, and perhaps another call."""
         if self.form.closing:
             _, found, behind = self._buffer.partition(self.form.closing)
             if found:
@@ -263,7 +262,7 @@ class Calls:
             out.append({"tool_calls": [{"index": self.count - 1, "function": {"arguments": text}}]})
 
     def _whole(self, text: str, out: list[Delta]) -> None:
-        """A call that was not told as it came; or what only looks like one, which is text."""
+        """A call that was not streamed; or text that only looks like one and stays text."""
         try:
             call = json.loads(text)
             name, given = call["name"], call.get("arguments", call.get("parameters"))

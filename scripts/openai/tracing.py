@@ -42,8 +42,8 @@ LAST_SECONDS = 1.0
 
 
 class Link(requests.Session):
-    """One connection for each batch, and no more of an answer than its head:
-    a collector that goes on and on costs nothing."""
+    """One connection per batch; only the head of an answer is read,
+    so a collector that never stops sending costs nothing."""
 
     def request(self, *words: Any, **more: Any) -> requests.Response:
         answer = super().request(*words, **{**more, "stream": True})
@@ -52,7 +52,7 @@ class Link(requests.Session):
 
 
 def exporter_of(endpoint: str) -> OTLPSpanExporter:
-    """Sends to the collector; the host's proxies are not asked to reach loopback."""
+    """Sends to the collector, without the host's proxies for loopback."""
     link = Link()
     link.trust_env = not is_loopback(endpoint)
     return OTLPSpanExporter(session=link)
@@ -76,7 +76,7 @@ class Traces:
         self.propagator = TraceContextTextMapPropagator()
 
     def tell(self, request: Request) -> None:
-        """The spans of a request that is over. Strangers, whose key is not known, have none."""
+        """The spans of a request that is over. Clients with an unknown key have none."""
         operation = OPERATIONS.get(request.route)
         if operation is None or request.method != "POST" or request.status == 401:
             return
@@ -134,14 +134,14 @@ class Traces:
         return found
 
     def end(self) -> None:
-        """What waits goes out, if the collector takes it in time."""
+        """Send what waits, if the collector takes it in time."""
         ending = threading.Thread(target=self.provider.shutdown, daemon=True)
         ending.start()
         ending.join(LAST_SECONDS)
 
 
 def parts_of(request: Request) -> list[tuple[str, float, float, dict[str, Any]]]:
-    """What a request's time went into: (name, beginning, end, attributes), as far as it came. For several answers: the
+    """The parts of a request's time: (name, beginning, end, attributes), as far as it came. For several answers: the
     first one that has a place, the first token of any, and the last token of all."""
     job = request.job
     streams = [choice.stream for choice in job.choices] if job is not None else []

@@ -44,7 +44,7 @@ async def beat(shares: Shares) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells what must be cut off before it cuts it off."""
+    """uvicorn's server, which tells requests that it will cut them off."""
 
     def __init__(self, endpoint: Endpoint, drain_seconds: int, **config: Any) -> None:
         super().__init__(uvicorn.Config(endpoint, timeout_graceful_shutdown=drain_seconds + FLUSH_SECONDS, **config))
