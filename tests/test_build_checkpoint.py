@@ -365,8 +365,8 @@ def test_values_too_large_for_the_type_are_counted_and_named(dtype: str, largest
     edit_tensors(hf, tensors)
     problem = refused(hf, tmp_path / "checkpoint", 2, "float16")
     assert (
-        f"3 of the 26880 values of model.layers.1.mlp.up_proj.weight are too large for float16: the largest is {largest}"
-        in problem.seen
+        "3 of the 26880 values of model.layers.1.mlp.up_proj.weight are too large for float16: the largest is "
+        f"{largest}" in problem.seen
     )
     assert "DTYPE=bfloat16" in problem.command
 

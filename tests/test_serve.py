@@ -389,10 +389,13 @@ def test_ports_must_differ_and_be_ports() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "Internal: TritonModelException: out of GPU memory: NVIDIA H100 has 85.0 GB, 13.5 GB of them weights, 2.1 GB free; a"
-        " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower MAX_NUM_TOKENS or"
+        "Internal: TritonModelException: out of GPU memory: NVIDIA H100 has 85.0 GB, 13.5 GB of them weights, 2.1 GB "
+        "free; a"
+        " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower "
+        "MAX_NUM_TOKENS or"
         " MAX_SEQ_LEN, or raise TP",
-        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may hold some:"
+        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may "
+        "hold some:"
         " raise TP, or lower MAX_BATCH_SIZE",
     ],
 )

@@ -85,7 +85,8 @@ def presets() -> list[str]:
 
 
 def preset(path: Path, name: str = "") -> dict[str, str]:
-    """The settings of a preset; a Problem for a line that is not one. name: what $(MODEL) is in a file that presets share."""
+    """The settings of a preset; a Problem for a line that is not one. name:
+    what $(MODEL) is in a file that presets share."""
     found = {}
     for line in path.read_text().splitlines():
         match, shared = LINE.fullmatch(line.strip()), INCLUDE.fullmatch(line.strip())

@@ -398,7 +398,8 @@ class Reader:
         if len(given) * (body.n or 1) > self.capacity:
             raise ApiError(
                 400,
-                f"{len(given)} prompts with n={body.n or 1}; this server takes at most {self.capacity} answers a request",
+                f"{len(given)} prompts with n={body.n or 1}; this server takes at most {self.capacity} answers a "
+                "request",
                 "prompt",
             )
         texts = [prompt for prompt in given if isinstance(prompt, str)]

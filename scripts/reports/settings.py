@@ -57,7 +57,8 @@ def no_preset(path: PathLike, line: str) -> Problem:
     return Problem(
         "a preset cannot be read",
         path,
-        f"A preset has lines of the form NAME = value, comments, and include models/shared/FILE.mk. This is another line: {line!r}.",
+        "A preset has lines of the form NAME = value, comments, and include models/shared/FILE.mk. This is another "
+        f"line: {line!r}.",
         "See the bundled one:",
         "cat models/stories.mk",
     )

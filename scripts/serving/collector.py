@@ -1,4 +1,5 @@
-"""Where traces go (TRACES=on): what OpenTelemetry's own variables say, checked before anything is loaded. The standard library only."""
+"""Where traces go (TRACES=on): what OpenTelemetry's own variables say, checked before anything is loaded.
+The standard library only."""
 
 from __future__ import annotations
 

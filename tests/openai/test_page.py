@@ -185,7 +185,8 @@ def test_a_base_model_continues_its_text_in_one_box(served: Served, browser: Bro
     assert browser.say("document.activeElement.id + document.activeElement.value") == "textOnce upon a time"
     # every state of the continuation that the page shows, as it comes
     browser.driver.execute_script(
-        "window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#mirror mark').textContent))"
+        "window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#mirror "
+        "mark').textContent))"
         ".observe(document.getElementById('mirror'), {childList: true})"
     )
     browser.click("#send")
@@ -544,7 +545,8 @@ def test_nothing_that_a_model_says_runs_or_loads_anything(play: Play, browser: B
         browser.wait(f"document.querySelectorAll('.answer').length === {number + 1} && {DONE}")
         assert browser.say(f"{ANSWER}.textContent.length") > 0, text[:60]
         browser.say(
-            f"{ANSWER}.querySelectorAll('a').forEach((one) => one.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}})))"
+            f"{ANSWER}.querySelectorAll('a').forEach((one) => one.dispatchEvent(new MouseEvent('mouseover', "
+            f"{{bubbles: true}})))"
         )
     kinds = "script, style, img, svg, iframe, object, embed, base, meta, link, form, video, audio, input"
     found = (
@@ -552,7 +554,8 @@ def test_nothing_that_a_model_says_runs_or_loads_anything(play: Play, browser: B
     )
     assert browser.say(f"{found}.filter((one) => !one.closest('button')).map((one) => one.outerHTML)") == []
     attributes = browser.say(
-        "[...new Set([...document.querySelectorAll('.answer :not(button, button *)')].flatMap((one) => one.getAttributeNames()))]"
+        "[...new Set([...document.querySelectorAll('.answer :not(button, button *)')].flatMap((one) => "
+        "one.getAttributeNames()))]"
     )
     assert set(attributes) <= {"class", "role", "aria-label", "tabindex", "href", "target", "rel", "style", "start"}
     links = browser.say("[...document.querySelectorAll('.answer a')].map((one) => one.href)")
@@ -693,8 +696,10 @@ def violations(browser: Browser, rules: Sequence[str] = ()) -> list[dict[str, An
         browser.driver.execute_script(axe())
     only = {"runOnly": list(rules)} if rules else {}
     found = browser.driver.execute_async_script(
-        "const done = arguments[1]; axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then((all) => done(all.violations"
-        ".map((one) => [one.id, one.help, one.nodes.map((node) => node.html.slice(0, 200) + ' ' + node.failureSummary)])))",
+        "const done = arguments[1]; axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then((all) => "
+        "done(all.violations"
+        ".map((one) => [one.id, one.help, one.nodes.map((node) => node.html.slice(0, 200) + ' ' + "
+        "node.failureSummary)])))",
         only,
     )
     return list(found)

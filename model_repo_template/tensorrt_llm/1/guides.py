@@ -125,7 +125,8 @@ class Guides:
         return made.deep_copy()
 
     def ahead(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> None:
-        """Begin to look for what may follow each answer's tokens; there are more of them at each call. `Guide.allowed` waits for it."""
+        """Begin to look for what may follow each answer's tokens; there are more of them at each call.
+        `Guide.allowed` waits for it."""
         news = []
         for row, (guide, tokens) in enumerate(answers):
             news.append((guide, list(tokens[guide.taken :])))
