@@ -415,7 +415,7 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
     assert "hf has no manifest.json" in refused(tmp_path / "nowhere" / "hf", room, 2).seen
     numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     edit_config(hf, rope_scaling={"rope_type": "llama3", **numbers})
-    assert "with TensorRT-LLM 0.8.0" in refused(hf, room, 2).seen
+    assert "TensorRT-LLM 0.8.0 does not have" in refused(hf, room, 2).seen
     (hf / "model.safetensors").unlink()
     assert "no such file" in refused(hf, room, 2).seen
 

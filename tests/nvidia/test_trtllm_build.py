@@ -205,7 +205,7 @@ def test_what_a_gpu_can_do_is_not_refused(gpu: str, version: str, dtype: str, qu
             "MAX_NUM_TOKENS=2048",
         ),
         (1, "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "GPU", "MAX_BATCH_SIZE=4"),
-        (-9, "", "host's memory", "TP=4"),
+        (-9, "", "memory ran out", "TP=4"),
         (1, "numpy.core._exceptions.MemoryError: Unable to allocate", "host", "TP=4"),
         (
             1,
