@@ -180,9 +180,13 @@ class Endpoint:
         longest = 8 * self.limits.max_input_len * max(text.longest_piece_bytes, 12)
         self.max_body_bytes = min(MOST_BODY_BYTES, max(LEAST_BODY_BYTES, longest))
         model = {
-            "id": name, "object": "model", "created": int(time.time()), "owned_by": "trtllm-bake",
-            "max_model_len": self.limits.max_seq_len, "has_chat_template": has_template,
-        }  # fmt: skip
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "trtllm-bake",
+            "max_model_len": self.limits.max_seq_len,
+            "has_chat_template": has_template,
+        }
         # by each name that it has
         self.model = {one: json.dumps({**model, "id": one}).encode() for one in (name, *options.aliases)}
         self.models = b'{"object": "list", "data": [' + b", ".join(self.model.values()) + b"]}"
@@ -249,10 +253,15 @@ class Endpoint:
         if requests.disabled or (request.route in UNLOGGED and request.status == 200):
             return
         line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": request.id, "key": request.key.name,
-            "method": request.method[:16], "route": request.route, "status": request.status, **request.told,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "request_id": request.id,
+            "key": request.key.name,
+            "method": request.method[:16],
+            "route": request.route,
+            "status": request.status,
+            **request.told,
             "seconds": round(time.monotonic() - request.began, 4),
-        }  # fmt: skip
+        }
         requests.info(json.dumps(line))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -341,9 +350,10 @@ class Endpoint:
     def _only(request: Request, *methods: str) -> None:
         if request.method not in methods:
             raise ApiError(
-                405, f"Not allowed to {request.method} on {request.path[:100]} (allowed: {', '.join(methods)})",
+                405,
+                f"Not allowed to {request.method} on {request.path[:100]} (allowed: {', '.join(methods)})",
                 Allow=", ".join(methods),
-            )  # fmt: skip
+            )
 
     async def _preflight(self, request: Request) -> None:
         """The answer to a browser that asks whether a page of another origin may send requests."""
@@ -431,9 +441,11 @@ class Endpoint:
             spent, seconds = self.shares.spend(bucket, 0)
             if spent >= request.key.tokens:
                 raise ApiError(
-                    429, f"this key may use {request.key.tokens} tokens a minute; try again in {seconds} s",
-                    code="rate_limit_exceeded", Retry_After=str(seconds),
-                )  # fmt: skip
+                    429,
+                    f"this key may use {request.key.tokens} tokens a minute; try again in {seconds} s",
+                    code="rate_limit_exceeded",
+                    Retry_After=str(seconds),
+                )
             self.shares.spend(bucket, asked.prompt_tokens)
         if not self.shares.take(PLACES, bucket, asked.count, self.capacity, CLIENTS * self.capacity):
             raise busy(f"{self.shares.has(PLACES, bucket)} answers of yours are in progress or waiting; try again")

@@ -252,9 +252,11 @@ class Reader:
             if message.role == "tool":
                 if message.tool_call_id not in called:
                     raise ApiError(
-                        400, f"Invalid '{place}.tool_call_id': no turn before it has a tool call with this id",
-                        f"{place}.tool_call_id", "invalid_value",
-                    )  # fmt: skip
+                        400,
+                        f"Invalid '{place}.tool_call_id': no turn before it has a tool call with this id",
+                        f"{place}.tool_call_id",
+                        "invalid_value",
+                    )
                 turn["tool_call_id"] = message.tool_call_id
                 turn.setdefault("name", called[message.tool_call_id])
             turns.append(turn)
@@ -438,9 +440,12 @@ class Reader:
         for ids in prompts:
             if len(ids) + max_tokens > self.limits.max_seq_len:
                 raise ApiError(
-                    400, f"This model's maximum context length is {self.limits.max_seq_len} tokens; the prompt has {len(ids)} and the "
-                    f"answer may have {max_tokens}.", "messages" if chat else "prompt", "context_length_exceeded",
-                )  # fmt: skip
+                    400,
+                    f"This model's maximum context length is {self.limits.max_seq_len} tokens; the prompt has {len(ids)} and the "
+                    f"answer may have {max_tokens}.",
+                    "messages" if chat else "prompt",
+                    "context_length_exceeded",
+                )
         if len(prompts) * n > self.capacity:
             raise ApiError(400, f"n is {n}; this server takes at most {self.capacity} answers a request", "n")
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
@@ -590,10 +595,16 @@ def invalid(error: ValidationError) -> ApiError:
 
 # what pydantic expects and finds, in OpenAI's words
 _KINDS = {
-    "string_type": "a string", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a decimal",
-    "bool_type": "a boolean", "list_type": "an array", "dict_type": "an object", "model_type": "an object",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a decimal",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
     "model_attributes_type": "an object",
-}  # fmt: skip
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "max_length": "at most"}
 
 
@@ -635,9 +646,11 @@ def bounded(read: Callable[[bool, bytes], Asked], chat: bool, data: bytes) -> by
 
 def too_much(what: str) -> ApiError:
     return ApiError(
-        400, f"the request takes more work than one may take ({what}; {CPU_SECONDS} s of CPU, {MEMORY_BYTES >> 20} MB): a shorter "
-        "one is answered", code="too_much_work",
-    )  # fmt: skip
+        400,
+        f"the request takes more work than one may take ({what}; {CPU_SECONDS} s of CPU, {MEMORY_BYTES >> 20} MB): a shorter "
+        "one is answered",
+        code="too_much_work",
+    )
 
 
 def serve(reader: Reader, path: str, parent: int) -> NoReturn:

@@ -92,8 +92,12 @@ class Traces:
         told = request.told
         name = f"{operation} {told['model']}" if "model" in told else operation
         span = self.tracer.start_span(
-            name, self.propagator.extract(carrier), SpanKind.SERVER, self._attributes(request, operation), start_time=at(request.began)
-        )  # fmt: skip
+            name,
+            self.propagator.extract(carrier),
+            SpanKind.SERVER,
+            self._attributes(request, operation),
+            start_time=at(request.began),
+        )
         if not span.is_recording():
             return
         if request.status >= 500 or told.get("finish_reason") == "error":
@@ -108,10 +112,13 @@ class Traces:
     def _attributes(request: Request, operation: str) -> dict[str, Any]:
         told, asked, job = request.told, request.asked, request.job
         found: dict[str, Any] = {
-            "gen_ai.operation.name": operation, "gen_ai.provider.name": SERVICE,
-            "http.request.method": request.method, "url.path": request.route, "http.route": request.route,
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": SERVICE,
+            "http.request.method": request.method,
+            "url.path": request.route,
+            "http.route": request.route,
             "http.response.header.x-request-id": [request.id],
-        }  # fmt: skip
+        }
         if request.status != 499:  # nothing was answered: the client had left
             found["http.response.status_code"] = request.status
         why = told.get("finish_reason")
@@ -121,10 +128,14 @@ class Traces:
             found["error.type"] = {"left": "client_left", "error": "answer_cut_off"}[why]
         if asked is not None and job is not None:
             found |= {
-                "gen_ai.request.model": told["model"], "gen_ai.response.model": told["model"], "gen_ai.response.id": job.id,
-                "gen_ai.request.max_tokens": asked.max_tokens, "gen_ai.request.stream": asked.stream,
-                "gen_ai.usage.input_tokens": asked.prompt_tokens, "gen_ai.usage.output_tokens": told["completion_tokens"],
-            }  # fmt: skip
+                "gen_ai.request.model": told["model"],
+                "gen_ai.response.model": told["model"],
+                "gen_ai.response.id": job.id,
+                "gen_ai.request.max_tokens": asked.max_tokens,
+                "gen_ai.request.stream": asked.stream,
+                "gen_ai.usage.input_tokens": asked.prompt_tokens,
+                "gen_ai.usage.output_tokens": told["completion_tokens"],
+            }
             if asked.n != 1:
                 found["gen_ai.request.choice.count"] = asked.n
             if reasons := [choice.finish_reason for choice in job.choices if choice.finish_reason is not None]:

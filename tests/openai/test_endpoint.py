@@ -730,10 +730,15 @@ def test_every_version_is_asked_with_what_it_declares(version: str) -> None:
     templates = {path.parent.name: path.read_text() for path in (ROOT / "model_repo_template").glob("*/config.pbtxt")}
     table = contracts.table("backend", version)
     engine_config = {
-        "build_config": {"max_batch_size": 4, "max_beam_width": 1, "max_input_len": 64, "max_seq_len": 128, "plugin_config": {
-            "gpt_attention_plugin": "float16", "remove_input_padding": True, "paged_kv_cache": True}},
+        "build_config": {
+            "max_batch_size": 4,
+            "max_beam_width": 1,
+            "max_input_len": 64,
+            "max_seq_len": 128,
+            "plugin_config": {"gpt_attention_plugin": "float16", "remove_input_padding": True, "paged_kv_cache": True},
+        },
         "pretrained_config": {"vocab_size": 100},
-    }  # fmt: skip
+    }
     kind = json.loads((ROOT / "docker/engines.json").read_text())["tensorrt"]
     config = build_model_repo.render(templates, table, engine_config, kind, version, True)["tensorrt_llm"]
     asked = engine.Engine("127.0.0.1:1", config, engine.Limits(4, 64, 128, 100), end_ids=[2])

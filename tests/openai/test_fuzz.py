@@ -159,9 +159,12 @@ NEARLY = st.dictionaries(
 ).map(lambda more: {"model": "stories", "prompt": "x", "max_tokens": 1, **more})
 BODIES = st.binary(max_size=400) | (ANY_JSON | NEARLY).map(lambda value: json.dumps(value).encode())
 HEADS = [
-    b"", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 99999999999999999999\r\n", b"X: \xff\xfe\r\n",
+    b"",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"X: \xff\xfe\r\n",
     b"Expect: 100-continue\r\n",
-]  # fmt: skip
+]
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 
 

@@ -363,9 +363,10 @@ def test_the_page_follows_the_answer_unless_the_reader_scrolled_up(play: Play, b
 def test_what_goes_wrong_has_a_line_of_its_own_and_retry(play: Play, browser: Browser) -> None:
     browser.open(play.address, "played")
     words = {
-        400: "the prompt is <b>long</b>", 429: "The server is busy. Try again in a moment.",
+        400: "the prompt is <b>long</b>",
+        429: "The server is busy. Try again in a moment.",
         503: "The server is not ready. Try again in a moment.",
-    }  # fmt: skip
+    }
     browser.ask("first")
     for status, text in words.items():
         play.next().refuse(status, "the prompt is <b>long</b>")
@@ -640,8 +641,10 @@ def test_the_keyboard_reaches_everything(play: Play, browser: Browser) -> None:
         browser.driver.switch_to.active_element.send_keys("\ue004")  # Tab
         name = "document.activeElement.id || document.activeElement.dataset.does || document.activeElement.tagName"
         seen.append(browser.say(name))
-        assert browser.say("document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle"
-                           " !== 'none' || Boolean(document.activeElement.closest('#box'))")  # fmt: skip
+        assert browser.say(
+            "document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle"
+            " !== 'none' || Boolean(document.activeElement.closest('#box'))"
+        )
     assert {"clear", "open_settings", "copy", "PRE", "again", "source", "prompt", "send"} <= set(seen), seen
     browser.driver.find_element("id", "open_settings").send_keys("\ue007")  # Enter
     assert browser.say("document.getElementById('settings').contains(document.activeElement)")

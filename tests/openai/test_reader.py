@@ -109,9 +109,12 @@ def test_an_engine_without_guides_refuses_them_by_name(folder: Path) -> None:
     without = reader_of(folder)
     without.engine.guides, without.engine.parameters = False, frozenset()
     for body, name in (
-        ({"guided_json": {}}, "guided_json"), ({"guided_choice": ["a"]}, "guided_choice"), ({"min_p": 0.5}, "min_p"),
-        ({"logprobs": 2}, "logprobs"), ({"echo": True, "logprobs": 0}, "echo with logprobs"),
-    ):  # fmt: skip
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"min_p": 0.5}, "min_p"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"echo": True, "logprobs": 0}, "echo with logprobs"),
+    ):
         asked = json.dumps({**PLAIN, **body}).encode()
         reader_of(folder).read(False, asked)
         with pytest.raises(ApiError, match=f"^{name} is not supported by this engine") as refused:

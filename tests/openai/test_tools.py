@@ -29,9 +29,12 @@ import guides
 HERMES = (ROOT / "tests/support/templates/hermes.jinja").read_text()
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CITY: dict[str, Any] = {
-    "type": "object", "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city"], "additionalProperties": False, "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}  # fmt: skip
+    "type": "object",
+    "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}
 STRICT: dict[str, Any] = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
 LOOSE: dict[str, Any] = {
     "type": "function",
