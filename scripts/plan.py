@@ -55,7 +55,7 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Choice:
-    """The user's choice. settings: every setting with its value, as the Makefile has it; refused:
+    """The user's choice. settings: every setting with its value, from the Makefile; refused:
     those that make cannot take."""
 
     settings: Mapping[str, str]

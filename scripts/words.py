@@ -84,6 +84,12 @@ PATTERNS = (
     Pattern(
         r"\b(know|need|want|fit)s? (it|them|you|us) not\b", "does not know", "It knows you not.", "It is not known."
     ),
+    Pattern(
+        r"\bas( [\w']+){1,3} (has|have) (it|them)\b",
+        "as in X",
+        "It is read as torch has it.",
+        "It has it, as torch does.",
+    ),
     Pattern(r"\b(is|are) so here\b", "defaults match X's", "What is a default there is so here.", "So it is here."),
 )
 

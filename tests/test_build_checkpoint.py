@@ -287,7 +287,7 @@ def test_rope_settings_reach_the_config(tmp_path: Path) -> None:
     assert (config["rotary_base"], config["rotary_scaling"]) == (5e5, None)
 
 
-# --- sources as Hugging Face has them ---------------------------------------------------------------------------------
+# --- sources in Hugging Face's form ----------------------------------------------------------------------------------
 
 
 def edit_config(hf: Path, **changed: Any) -> None:

@@ -187,7 +187,7 @@ def test_an_import_asks_for_nothing_that_a_grafana_may_lack() -> None:
 
 
 def page_of(metrics: list[dict[str, Any]], step: int) -> str:
-    """A metrics page as the server would have it, growing with each step."""
+    """A metrics page like the server's, growing with each step."""
     lines = []
     for metric in metrics:
         name, value = metric["name"], step if metric["type"] != "gauge" else 0.5
@@ -209,7 +209,7 @@ def page_of(metrics: list[dict[str, Any]], step: int) -> str:
 
 @contextmanager
 def served_pages() -> Iterator[dict[str, int]]:
-    """The metrics of the table on two ports, as endpoint and Triton have them: part -> port."""
+    """The metrics of the table on two ports, like those of endpoint and Triton: part -> port."""
     servers, ports = [], {}
     for part in ("endpoint", "triton"):
 

@@ -155,7 +155,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def meta(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Web:
-    """The model as Meta's server has it, and a link to it in META_URL."""
+    """The model on Meta's server, and a link to it in META_URL."""
     for name, data in model.items():
         web.files["/" + ("" if name.startswith("tokenizer") else "llama-2-7b/") + name] = data
     monkeypatch.setenv("META_URL", f"{web.url}/*?{SECRET}")
@@ -791,7 +791,7 @@ def test_another_make_that_fetched_it_meanwhile_is_enough(
         return remotes
 
     monkeypatch.setattr(meta_source.Meta, "files", files)
-    monkeypatch.setenv("ROOM_NEEDS", "")  # as the Makefile has it
+    monkeypatch.setenv("ROOM_NEEDS", "")  # as in the Makefile
     fetch("meta:llama-2-7b", tmp_path / "weights")
     assert len(meta.asked) == asked[1], "nothing was asked for a second time"
     assert files_of(tmp_path / "weights") == model and [path.name for path in tmp_path.iterdir()] == ["weights"]

@@ -360,7 +360,7 @@ def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:
     folder = tmp_path / "meta"
     shutil.copytree(ROOT / "models/stories", folder)
     params = json.loads((folder / "params.json").read_text())
-    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))  # as Meta's Llama 2 has it
+    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))  # as in Meta's Llama 2
     found = plan.model_of(choice(MODEL=str(folder), WEIGHTS=str(folder), CONTEXT=""))
     assert (found.form, found.dtype, found.context) == ("meta", "float16", 4096)
     assert found.shape == LlamaShape(256, 704, 5, 8, 4, 2048)

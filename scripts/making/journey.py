@@ -26,7 +26,7 @@ CLOUDS = ("hf:", "s3:", "gs:", "az:")
 VARIANT_ROOMS = ("checkpoint", "engines", "verified", "model_repo", "image")
 GIT_WORDS = {"image", "size", "release"}
 PERF_NEEDS_GLIBC = (2, 38)
-# as the Makefile has it; a setting that is taken holds no brace
+# as in the Makefile; an accepted setting holds no brace
 LINE_BREAK = "{newline}"
 
 

@@ -32,7 +32,7 @@ COMPILED = "compiled"
 
 
 def reached_at(host: str) -> str:
-    """The address under which this machine reaches a server that listens on HOST, as a URL has it:
+    """The address under which this machine reaches a server that listens on HOST, in a URL's form:
     `[::1]` with brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
@@ -97,7 +97,7 @@ class Settings:
 
     @property
     def reached_at(self) -> str:
-        """The address under which this machine reaches its own ports, as a URL has it."""
+        """The address under which this machine reaches its own ports, in a URL's form."""
         return reached_at(self.host)
 
     @property

@@ -223,7 +223,7 @@ def test_log_probs_and_logits(served: Served) -> None:
 
 
 def test_what_was_not_asked_for_is_zeros_of_the_smallest_shape(served: Served) -> None:
-    """As NVIDIA's backend has it at 0.8.0: clients feed them to postprocessing."""
+    """As in NVIDIA's backend at 0.8.0: clients feed them to postprocessing."""
     [whole] = ask(served, "ensemble", text_input=texts(PROMPT), max_tokens=ints(3))
     shapes = {name: value.shape for name, value in whole.items()}
     assert shapes == {

@@ -26,7 +26,7 @@ def reference(name: str) -> Any:
 
 
 def ours(name: str, **changed: Any) -> Any:
-    """The tokenizers library on our file; as the server has it, without added tokens."""
+    """The tokenizers library on our file, like the server's: without added tokens."""
     value = {**tokenizer.tokenizer_json(tokenizer.parse_model(MODELS[name])), "added_tokens": [], **changed}
     return tokenizers.Tokenizer.from_str(json.dumps(value))
 
