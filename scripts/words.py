@@ -90,6 +90,7 @@ PATTERNS = (
         "It is read as torch has it.",
         "It has it, as torch does.",
     ),
+    Pattern(r"\. [*] (?=\S)", "a list item begins its line", "Workers move tokens. * Readers read.", "It is 2 * 3."),
     Pattern(r"\b(is|are) so here\b", "defaults match X's", "What is a default there is so here.", "So it is here."),
 )
 
