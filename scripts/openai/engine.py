@@ -224,7 +224,7 @@ class Engine:
         arrived: when its request came, by time.monotonic(), for measurements; 0: we ask it ourselves, and it is not
         measured.
         name: the id of its request, which then stands in Triton's lines and the engine's too.
-        likeliest: as many tokens as it asks for beside each one (top_logprobs). of_prompt:
+        likeliest: how many other tokens are sent with each one (top_logprobs). of_prompt:
         so many log probabilities are the prompt's.
         """
         stream = Stream(self, message, changed, bucket if self.shares is not None else None, arrived, name)

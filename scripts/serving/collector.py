@@ -89,7 +89,8 @@ def check_collector(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _wrong_url(value: str) -> str:
-    """What a URL should be; empty if it is. A password belongs into the headers: URLs are printed."""
+    """What is wrong with a URL, as the form that it should have; empty if nothing is. A password belongs into the
+    headers: URLs are printed."""
     try:
         parts = urlsplit(value)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

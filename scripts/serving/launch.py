@@ -92,7 +92,7 @@ class Settings:
         return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
 
     def host_of(self, name: str) -> str:
-        """Where the port of that name is opened."""
+        """The address at which the port of that name is opened."""
         return self.operating.openai_host or self.host if name == "OPENAI_PORT" else self.host
 
     @property

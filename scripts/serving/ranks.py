@@ -92,8 +92,8 @@ class Ranks:
 
     @property
     def model_lost(self) -> bool:
-        """Whether a start failed because a model's process was lost: Triton took it for dead,
-        or waits for ever because it is."""
+        """Whether a start failed because a model's process was lost: Triton thought that it was dead,
+        or waits for ever because it is dead."""
         return self.model_given_up or (self.gone_since is not None and self.mpirun.poll() is None)
 
     def _read(self) -> None:

@@ -154,8 +154,8 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
 
 
 def guided(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Adjusted logits (rows, vocab_size) without what a row's guide does not allow,
-    and then without what is unlikely by its min_p."""
+    """Adjusted logits (rows, vocab_size) without the tokens that a row's guide forbids,
+    then without those that its min_p excludes."""
     rows = [row for row, sampling in enumerate(samplings) if sampling.guide is not None]
     if rows:
         guides = [samplings[row].guide for row in rows]
