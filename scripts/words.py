@@ -101,7 +101,7 @@ DASHBOARDS = "docker/dashboards/trtllm-bake.json"
 
 
 class Place(NamedTuple):
-    """Where a habit stands. line is counted from 1."""
+    """A habit in a file. line is counted from 1."""
 
     line: int
     words: str
@@ -205,7 +205,7 @@ def places(name: str, text: str) -> list[Place]:
 
 
 def files() -> Iterable[str]:
-    """What git knows, and new files that it does not ignore."""
+    """The files of git, and new ones that it does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], check=True, capture_output=True, text=True
     )

@@ -167,7 +167,7 @@ class Front(asyncio.Protocol):
             self.inner.pause_writing()
 
     def resume_writing(self) -> None:
-        self.unread_since = time.monotonic()  # some of it was read, also if as much is written at once
+        self.unread_since = time.monotonic()  # the client has read some of it, even if as much is written at once
         if self.counted:
             self.inner.resume_writing()
 

@@ -200,7 +200,7 @@ class Calls:
                 break
             at = found.end()
             if found[0] == "\\":
-                if at == len(text):  # what it escapes has not come
+                if at == len(text):  # the escaped character has not come yet
                     at -= 1
                     self._argue(text[:at], out)
                     self._buffer = text[at:]
@@ -245,7 +245,7 @@ class Calls:
             self._state = self._head if self._buffer[0] == "{" else self._plain
         return bool(self._buffer)
 
-    # --- what is told ---
+    # --- deltas ---
 
     def _say(self, text: str, out: list[Delta]) -> None:
         if text:

@@ -41,7 +41,7 @@ SHARE = "OTEL_TRACES_SAMPLER_ARG"
 MOST_WAITING = 1 << 16
 # the SDK's defaults of these
 QUEUE, BATCH = ("OTEL_BSP_MAX_QUEUE_SIZE", 2048), ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)
-# All that a container is given (scripts/making/container.py)
+# All variables that a container gets (scripts/making/container.py)
 NAMES = (
     BASE, OWN, *HEADERS, *WORDS, *NUMBERS, *FILES, SHARE, "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SDK_DISABLED",
 )  # fmt: skip

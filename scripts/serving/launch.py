@@ -198,7 +198,7 @@ def server_environment(
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [inherited.get("LD_LIBRARY_PATH")])])
     # A room is never written into after it is made, not even with compiled Python.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    # Everything temporary lies in one folder that goes when we go.
+    # Everything temporary lies in one folder, which is removed when we end.
     environment["TMPDIR"] = str(run_dir)
     if root is not None and (kernels := compiled_kernels(root)) is not None:
         environment["TRITON_CACHE_DIR"] = str(kernels.absolute())

@@ -22,7 +22,7 @@ STOPPED_SECONDS = 3.0
 LOG_LINES = 15
 # What the kernel calls a rank's server and the process of one of its models (the Python backend's; 15 letters are kept)
 SERVER, MODEL = "tritonserver", "triton_python_b"
-# The tables that tritonserver prints at its start tell nothing of a failure.
+# The tables that tritonserver prints at its start say nothing about a failure.
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
 ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")

@@ -93,7 +93,7 @@ class Stream:
         return answer
 
     def until_final(self) -> Iterator[Any]:
-        """The responses of the requests on their way, until one of them has ended."""
+        """The responses of the running requests, until one of the requests has ended."""
         while True:
             answer = self.next()
             if answer.get_response().outputs:

@@ -306,7 +306,7 @@ class Engine:
         """Gives waiting requests, first come first served, a slot and their blocks of the cache.
         The caller holds the lock."""
         while self._free_slots and (request := self._next_waiting()) is not None:
-            # whoever wants logits of the whole prompt has it computed
+            # a request for the logits of the whole prompt must compute the whole prompt
             computed = request.context_logits or request.prompt_log_probs
             taken = self.blocks.take(self._blocks_for(request), () if computed else request.prompt)
             if taken is None:
