@@ -1,7 +1,8 @@
 # trtllm-bake: a Llama 2 from Meta's weights to a serving Triton, one room after another.
 # A room is a directory under build/; its manifest.json is written last and is what make looks at (docs/design.md,
 # "Rooms"). This file says who reads whom and how a room is filled. What is decided (settings, presets, where
-# rooms lie, what each is asked, which container) is Python: scripts/settings.py and scripts/making, asked once below.
+# rooms lie, their questions, which container) is Python: scripts/settings.py and scripts/making, which is asked once
+# below.
 
 ## trtllm-bake: Meta's Llama 2 weights -> TensorRT-LLM checkpoint -> engines -> Triton, one room after another.
 ##
@@ -9,7 +10,7 @@
 ##   make serve MODEL=llama-2-7b   a preset of models/, or MODEL=/path/to/a/folder; stays until Ctrl-C
 ##
 
-# n or q if make is only asked (make -n, -q): it then answers without writing; B: everything is made again
+# n or q for make -n or make -q, which answer without writing; B: make everything again
 OPTIONS := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables --no-print-directory
 SHELL := bash
@@ -17,7 +18,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .DEFAULT_GOAL := help
-# these would mix other packages into PYTHON or .venv, or a room's list of ingredients into another's
+# these would mix other packages into PYTHON or .venv, or one room's list of ingredients into another one's
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 
 VENV    := .venv
@@ -37,7 +38,7 @@ help: ## this page
 # --- what was typed, and what follows from it. `make help` and `make clean` need make alone. ---
 
 GOALS   := $(or $(MAKECMDGOALS),help)
-# what was typed is taken as it is: a $ is a $, not a variable
+# the user's values are taken literally: a $ is a $, not a variable
 TYPED   := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 define NEWLINE
 
@@ -82,15 +83,15 @@ $(GROUND)/wheels/manifest.json:      $(GROUND)/base/manifest.json
 
 # --- how a room is filled ---
 
-# What reads the weights themselves; where they are is in SEEN, however it is spelled.
+# The option of rooms that read the weights themselves. SEEN has the weights' place, however it is spelled.
 weights = $(if $(filter $(READ_WEIGHTS),$1),--weights $(WEIGHTS) )
 # What a room is asked to be: its file `args`, written by room.py from ROOM_ARGS. config and hf depend on the model
 # alone, the rooms after them also on the pinned packages, or the image, that made them.
 asked   = $(if $(call weights,$1),$(SEEN)) $(if $(filter-out config hf,$1),$(MADE_IN)) $($1_ARGS)
-# STALE: rooms whose own record names a module or a table that is not as it was then (scripts/making/ingredients.py).
+# STALE: rooms whose record names a module or a table that has changed since (scripts/making/ingredients.py).
 differs = $(subst x$1,,x$2)$(subst x$2,,x$1)
 changed = $(if $(filter $1,$(STALE))$(call differs,$(file <$2/args),$(call asked,$1)),FORCE)
-# room.py asks make's own question again when it has the lock: another make may have answered it.
+# room.py asks make's question again once it has the lock, because another make may have made the room meanwhile.
 needs   = $(if $(findstring B,$(OPTIONS)),,$(or $(filter-out FORCE,$^),none))
 
 build/%/manifest.json: export ROOM_NEEDS = $(needs)
@@ -102,7 +103,7 @@ $(VARIANT)/%/manifest.json: $$(call changed,$$*,$$(@D)) | $(NEEDED)
 	@$(in_$*) -m scripts.build_$* $(call weights,$*)$($*_ARGS) --output $(@D)
 $(VARIANT)/verified/manifest.json: | $(if $(NVIDIA),,$(addsuffix verify.txt,$(HAS)))
 
-# The image's rooms run on the host. What an image stands on is made once for all models: the base, and its packages.
+# The image's rooms are filled on the host. The base of an image and its packages are made once for all models.
 $(GROUND)/%/manifest.json: export BASE := $(BASE)
 $(GROUND)/base/manifest.json: $$(call changed,base,$$(@D)) | $(if $(BASE_IMAGE),,$(filter %.iid,$(NEEDED)))
 	@$(HOST_PY) -m scripts.build_base $(base_ARGS) --output $(@D)
@@ -111,12 +112,13 @@ $(GROUND)/wheels/manifest.json: $$(call changed,wheels,$$(@D)) | $(if $(NVIDIA),
 $(VARIANT)/image/manifest.json: $$(call changed,image,$$(@D))
 	@$(HOST_PY) -m scripts.build_image $(image_ARGS) --no-cache=$(NO_CACHE) --output $(@D)
 
-# NVIDIA's image, completed if it lacks the Python wheel. --iidfile writes last, so the file is there when the image is.
+# NVIDIA's image, completed if it lacks the Python wheel. --iidfile writes last, so the file is there when the image
+# is.
 build/toolchain-%.iid: docker/Dockerfile docker/toolchains.json $(LACKS)
 	@mkdir -p $(@D) && scripts/toolchain.sh check $(NVIDIA)
 	@docker build --file docker/Dockerfile --target toolchain --build-arg BASE=$(NVIDIA) \
 	  --build-arg PACKAGES=$(notdir $(LACKS)) --tag trtllm-bake-toolchain:$* --iidfile $@ requirements
-# The same, completed with what serving needs. (By name, because BuildKit's FROM takes no id.)
+# The same, with the packages that serving needs. (By name, because BuildKit's FROM takes no id.)
 build/serving-%.iid: docker/serving.Dockerfile $(NEEDED) docker/toolchains.json $(wildcard requirements/openai*.txt)
 	@mkdir -p $(@D) && scripts/toolchain.sh check $(if $(NEEDED),"$$(cat $(NEEDED))",$(NVIDIA))
 	@docker build --file docker/serving.Dockerfile --target serving \
@@ -124,7 +126,7 @@ build/serving-%.iid: docker/serving.Dockerfile $(NEEDED) docker/toolchains.json 
 
 # --- the journey ---
 
-# a room's own question is not that of what it needs
+# a room's question does not hold for the things that it needs
 weights: export ROOM_ARGS =
 weights: export ROOM_NEEDS =
 $(VENV)/locks/%.txt build/toolchain-%.iid build/serving-%.iid: export ROOM_ARGS =
@@ -135,15 +137,15 @@ doctor: ## what this machine has and lacks for the journey
 	@exec $(THINKS) -m scripts.doctor $(if $(JSON),--json)
 plan: ## the same journey as a table: bytes, memory, commands, what fits on the GPUs; makes nothing
 	@exec $(THINKS) -m scripts.plan $(if $(JSON),--json)
-weights: | $(FETCHING_NEEDS) ## fetch them from SOURCE: resumed, checked, kept by make clean
+weights: | $(FETCHING_NEEDS) ## fetch the weights from SOURCE: resumed, checked, kept by make clean
 	@$(FETCH_PY) -m scripts.fetch_weights --source=$(SOURCE) --model $(MODEL) --output $(WEIGHTS)
-config: $(CONFIG)/manifest.json ## what the model is: config.json and tokenizer in Hugging Face's form
+config: $(CONFIG)/manifest.json ## a description of the model: config.json and tokenizer in Hugging Face's form
 hf: $(HF)/manifest.json ## weights -> one whole Hugging Face model; only verified and QUANT need it
 checkpoint: $(VARIANT)/checkpoint/manifest.json ## weights -> a TensorRT-LLM checkpoint, one file per rank
 engines: $(VARIANT)/engines/manifest.json ## -> one engine per rank
-verified: $(VARIANT)/verified/manifest.json ## the engines say what Hugging Face's model says: a report
+verified: $(VARIANT)/verified/manifest.json ## check that the engines give the answers of Hugging Face's model: a report
 model_repo: $(VARIANT)/model_repo/manifest.json ## -> Triton's model repository, every hole filled
-fsck: | $(NEEDED) ## read rooms again, byte by byte, against their manifests: make fsck [ROOM=checkpoint]
+fsck: | $(NEEDED) ## read rooms again and compare every byte with the manifests: make fsck [ROOM=checkpoint]
 	@$(in_fsck) -m scripts.fsck $(if $(JSON),--json) $(TO_CHECK)
 serve: model_repo | $(SERVING) $(ENDPOINT_NEEDS) ## serve it; Ctrl-C ends
 	@$(in_serve) -m scripts.serve --root $(VARIANT) $(LISTEN)
@@ -188,9 +190,9 @@ BENCH_NEEDS := $(call has,openai aiperf $(if $(PEERS),verify)) $(PERF)
 FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
 LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
 PYTEST  = $(PY) -m pytest -q --durations=25
-test: $(TESTED) ## every test that this machine can run, but those of the image and the fuzzers
+test: $(TESTED) ## every test that this machine can run, except those of the image and the fuzzers
 	@$(PYTEST) $(or $(TESTS),-n 2 --dist loadgroup --ignore tests/images/docker $(addprefix --ignore ,$(FUZZ)))
-test-fuzz: $(TESTED) ## requests made at random, a hundred of each kind, to a real server
+test-fuzz: $(TESTED) ## random requests to a real server, a hundred of each kind
 	@$(PYTEST) $(or $(TESTS),-n 2 --dist loadgroup $(FUZZ))
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root
 	@$(PYTEST) $(or $(TESTS),tests/images/docker)
@@ -221,9 +223,9 @@ bench-serve: model_repo ## time to ready, 8 streams against one: ratios from one
 	@$(PY) -m scripts.bench.serve --root $(VARIANT) $(ADDRESS)
 bench-text: model_repo | $(call has,verify) ## text in and out against NVIDIA's stock models: ratios from one run
 	@$(PY) -m scripts.bench.text --root $(VARIANT) $(BENCH)
-bench-openai: model_repo | $(call has,openai) ## the OpenAI-compatible endpoint against gRPC: tokens a second, CPU
+bench-openai: model_repo | $(call has,openai) ## the OpenAI-compatible endpoint against gRPC: tokens per second, CPU
 	@$(PY) -m scripts.bench.openai --root $(VARIANT) $(ADDRESS) $(ENDPOINT) $(BENCH)
-soak: model_repo | $(call has,openai) ## strangers and honest clients for half an hour, every answer checked
+soak: model_repo | $(call has,openai) ## hostile and honest clients for half an hour; every answer is checked
 	@$(PY) -m scripts.bench.soak --root $(VARIANT) $(ADDRESS) $(ENDPOINT) \
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(JSON),--json)
 bench-convert: $(call has,run) ## conversion against cp and sync: ratios from one run

@@ -1,8 +1,8 @@
-# What `make serve` runs in with ENGINE=tensorrt: the packages of the endpoint and of the text models, which NVIDIA's image lacks, in a
-# virtual environment beside its own. Nothing that the image holds is replaced: only Python started from /opt/bake sees ours, and it sees
-# the image's (numpy, tensorrt_llm) after them. base.pth says where those are if the image's own Python is a virtual environment: a new
-# one that is made from it sees the system's packages instead (26.07).
-# A separate file, because docker's classic builder runs every stage of a file, wanted or not.
+# What `make serve` runs in with ENGINE=tensorrt: the packages of the endpoint and of the text models, which NVIDIA's
+# image lacks, in a second virtual environment. Nothing in the image is replaced: only Python started from /opt/bake
+# sees our packages, and it sees the image's (numpy, tensorrt_llm) after them. base.pth says where those are if the
+# image's own Python is a virtual environment, because a new one that is made from it would see the system's packages
+# instead (26.07). This is a separate file, because docker's classic builder runs every stage of a file, wanted or not.
 ARG BASE
 # hadolint ignore=DL3006
 FROM ${BASE} AS serving

@@ -21,8 +21,8 @@ from scripts.serving.pulse import LOOPBACK
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
     """Stream the answer of the model `ensemble` to standard output; a Problem if there is none.
 
-    If the server closes the connection before the first token (gRPC's GOAWAY: a server that ends, or one after a load balancer), a second
-    connection asks again. After the first token it does not: the answer would start over.
+    If the server closes the connection before the first token (gRPC's GOAWAY: a server that ends, or one after a load
+    balancer), a second connection asks again. After the first token it does not: the answer would start over.
     """
     from tritonclient.utils import InferenceServerException
 
@@ -50,7 +50,8 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
 
 
 def _stream(address: str, prompt: str, max_tokens: int, timeout_seconds: float, show: Callable[[str], None]) -> None:
-    """Ask over one connection, and `show` each text of the answer as it comes. Raises tritonclient's InferenceServerException."""
+    """Ask over one connection, and `show` each text of the answer as it comes. Raises tritonclient's
+    InferenceServerException."""
     from scripts.serving import triton_client as triton
 
     whole = False
@@ -101,7 +102,8 @@ def ask_over_http(url: str, prompt: str, max_tokens: int, timeout_seconds: float
 
 
 def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Its lines as they come. Raises IncompleteRead where the body is cut off; iterating over it would end as over a whole one."""
+    """Its lines as they come. Raises IncompleteRead where the body is cut off;
+    iterating over it would end as over a whole one."""
     rest = b""
     while data := answer.read1():
         *lines, rest = (rest + data).split(b"\n")

@@ -31,8 +31,13 @@ SUITE = "bookworm"
 # Python with its shared library, which Triton's stub links, and the C++ library; all else is Debian's Essential set.
 INCLUDE = ("python3-minimal", "libpython3-stdlib", "libpython3.11", "libstdc++6", "ca-certificates")
 # Manuals and translations are of no use here; copyright files stay.
-DPKG = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
-        "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*")  # fmt: skip
+DPKG = (
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/info/*",
+)
 # Files that depend on the day when Debian's tools ran
 TRACES = 'rm -rf "$1"/var/log/* "$1"/var/cache/* "$1"/var/lib/apt/lists/* "$1"/etc/*- "$1"/tmp/*'
 DOWNLOAD = "50 MB"

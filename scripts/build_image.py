@@ -163,10 +163,15 @@ def build_image(settings: Settings) -> None:
         filling.write("Dockerfile", dockerfile.encode())
         filling.write("passport.json", passport.as_bytes(about))
         layers = [
-            {"digest": layer.digest, "size_bytes": layer.size_bytes, "instruction": layer.instruction, "why": layer.why,
-             "files": len(layer.files)}
+            {
+                "digest": layer.digest,
+                "size_bytes": layer.size_bytes,
+                "instruction": layer.instruction,
+                "why": layer.why,
+                "files": len(layer.files),
+            }
             for layer in image.layers
-        ]  # fmt: skip
+        ]
         filling.write_json(
             "layers.json", {"iid": image.iid, "manifest": image.manifest_digest, "tag": settings.tag, "layers": layers}
         )

@@ -52,26 +52,9 @@ def for_target(lock: str, target: str) -> str:
 
 def pip_command(python: str, folder: Path, requirements: Sequence[Path]) -> list[str]:
     """pip, for the base's interpreter, not for the one that runs pip."""
-    words = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--require-hashes",
-    ]
-    words += [
-        "--only-binary=:all:",
-        "--python-version",
-        python,
-        "--implementation",
-        "cp",
-        "--abi",
-        f"cp{python.replace('.', '')}",
-    ]
-    words += ["--abi", "abi3", "--abi", "none"]
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    words += ["--require-hashes", "--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
+    words += ["--abi", f"cp{python.replace('.', '')}", "--abi", "abi3", "--abi", "none"]
     words += [word for platform in PLATFORMS for word in ("--platform", platform)]
     words += ["--dest", str(folder)]
     return words + [word for path in requirements for word in ("--requirement", str(path))]

@@ -150,7 +150,7 @@ def values(
     as Kubernetes writes them."""
     ranks, gpu = engine.world_size, on_gpus(passport)
     shared_bytes = SHARED_BYTES_PER_GPU * (ranks if passport["engine"]["kind"] == "tensorrt" else 1)
-    # as make plan has it
+    # as in make plan
     planned_bytes = memory_model.serve_bytes(engine, gpu) + memory_model.program_bytes(ranks, gpu)
     memory = f"{math.ceil((planned_bytes + shared_bytes) / GIB)}Gi"
     cores = str(PROGRAM_CORES + ranks * RANK_CORES)

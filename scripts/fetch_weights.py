@@ -128,7 +128,8 @@ class Fetch:
             self.files[remote.name] = arriving
             self.bar.update(sum(arriving.arrived.values()))
         try:
-            # Which files are on their way is known before their first byte: the next try throws away what no note names.
+            # Which files are on their way is known before their first byte:
+            # the next try throws away what no note names.
             self._note()
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 jobs = [

@@ -21,7 +21,8 @@ lock release.in -o release.txt
 lock --no-deps gguf.in -o gguf.txt
 lock fetch.in -o fetch.txt
 lock --no-deps openai.in -o openai.txt
-# One of NVIDIA's images has Python 3.10 (docker/toolchains.json); openai.txt serves the other. Each needs a wheel of every package.
+# One of NVIDIA's images has Python 3.10 (docker/toolchains.json); openai.txt serves the other. Each needs a wheel of
+# every package.
 LOCK_PYTHON=3.10 lock --no-deps openai.in -o openai-3.10.txt
 for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
     "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$(mktemp -d)" \

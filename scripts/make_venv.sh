@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes or updates the virtual environment that the journey runs in: pinned packages, every wheel checked by its hash.
-# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. aiperf and clients, programs whose
-# needs are not ours, go into separate virtual environments: VENV/aiperf, VENV/clients.
+# make_venv.sh VENV NAME installs what requirements/NAME.txt lists, and notes it as VENV/locks/NAME.txt. aiperf and
+# clients need other versions than we do, so they go into separate virtual environments: VENV/aiperf, VENV/clients.
 # make_venv.sh --check   says whether it could, and with which interpreter; installs nothing.
 set -euo pipefail
 venv=$1 name=${2:-}
-# Names the list whose installation runs: pip, killed half-way, may leave a package that it takes for whole. The next call installs
-# that list again over what is there, and no other.
+# Names the list whose installation runs: if pip is killed half-way, it may leave a package that it takes for complete.
+# The next call installs that list again over what is there, and no other list.
 unfinished=$venv/unfinished
 
 report() { # title, what was seen, what to do, command
@@ -25,7 +25,7 @@ sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or platform.python_imple
     done
 }
 
-# Sets base, the interpreter, and version; a report where there is none that will do.
+# Sets base, the interpreter, and version; a report if no interpreter fits.
 check() {
     local system libc
     system="$(uname -s) $(uname -m)"
@@ -75,7 +75,8 @@ make_venv() {
     "$base" -m venv "$venv" || failed "Python could not make $venv; its own message stands above."
 }
 
-# A virtual environment whose pyvenv.cfg is gone is the machine's own Python under another name: nothing may be installed into it.
+# A virtual environment whose pyvenv.cfg is gone is the machine's own Python under another name: nothing may be
+# installed into it.
 is_venv() { "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
 
 failed() {
@@ -91,7 +92,7 @@ with_progress() { # what, command...
     local what=$1 began=$SECONDS watched=$BASHPID
     shift
     (
-        exec 8<> <(:) # never has a line: a sleep of the shell's own, which ends with it
+        exec 8<> <(:) # never has a line: the shell's own sleep, which ends with the shell
         while { read -rt 1 -u 8 || true; } && kill -0 "$watched" 2>/dev/null; do
             seconds=$((SECONDS - began))
             if [ -t 2 ]; then
@@ -125,8 +126,8 @@ install() {
 declare -A sizes=([run]="300 MB" [torch]="200 MB for CPUs, 900 MB for CUDA" [torch-cuda]="2.5 GB" [verify]="30 MB" [openai]="20 MB"
     [test]="40 MB" [dev]="80 MB" [aiperf]="300 MB" [clients]="150 MB")
 
-# PyTorch's CPU wheel, where one of the user's indexes or folders has it: they are there for it. Left to itself pip takes the CUDA
-# wheel, gigabytes, when only that one's link names its hash.
+# PyTorch's CPU wheel, if one of the user's indexes or folders has it, because the user added them for that. pip alone
+# would take the CUDA wheel, which has gigabytes, if only that one's link names its hash.
 cpu_torch() {
     local over=()
     [ "$interrupted" != torch ] || over=(--ignore-installed)
@@ -134,7 +135,7 @@ cpu_torch() {
     sed -n 's/^torch==[0-9.]*/&+cpu/; /^torch==/,$p' requirements/torch.txt | pip_install /dev/stdin "${over[@]}" 2>/dev/null
 }
 
-installed() { # the lock appears whole, or not at all
+installed() { # the lock appears complete, or not at all
     cp "requirements/$1.txt" "$venv/locks/$1.writing"
     mv "$venv/locks/$1.writing" "$venv/locks/$1.txt"
 }
@@ -166,7 +167,7 @@ run | torch | torch-cuda) rm -f "$venv/locks/run.txt" ;; # below
 aiperf | clients) rm -rf "${venv:?}/$interrupted" "$venv/locks/$interrupted.txt" ;;
 *)
     rm -f "$venv/locks/$interrupted.txt"
-    again=$interrupted # it is set back by its installation
+    again=$interrupted # its installation resets it
     install "$again"
     installed "$again"
     ;;
@@ -181,7 +182,7 @@ if [ "$name" = run ] || [ ! -e "$venv/locks/run.txt" ]; then
         install torch-cuda
     fi
     installed run
-    # The endpoint's, now: the next download would be in the middle of the journey.
+    # The endpoint's packages too: otherwise the next download would come in the middle of the journey.
     install openai
     installed openai
 fi

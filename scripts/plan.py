@@ -55,7 +55,7 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Choice:
-    """The user's choice. settings: every setting with its value, as the Makefile has it; refused:
+    """The user's choice. settings: every setting with its value, from the Makefile; refused:
     those that make cannot take."""
 
     settings: Mapping[str, str]
@@ -462,8 +462,14 @@ def words(journey: Journey) -> str:
         lines += ["    " + reports.make("plan", ASSUME_GPU="2x A100-80GB")]
     for room, argv in programs(journey).items():
         lines += ["", f"What {room} runs in the container:", ""]
-        lines += textwrap.wrap(shlex.join(argv), WIDTH, initial_indent="    ", subsequent_indent="        ",
-                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
+        lines += textwrap.wrap(
+            shlex.join(argv),
+            WIDTH,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ class FileRecord:
     tensors: Mapping[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """The entry for the manifest."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 

@@ -64,7 +64,7 @@ def operating_from(args: argparse.Namespace) -> Operating:
 
 def address_of(host: str) -> str:
     """The address of a name such as localhost. Triton's HTTP server knows numbers only:
-    it would listen on 255.255.255.255 and say nothing. A name that nobody knows stays, and is refused."""
+    for a name it listens on 255.255.255.255, without an error. An unknown name stays as it is, and is refused later."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

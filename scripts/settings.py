@@ -165,8 +165,8 @@ TABLE: tuple[Setting, ...] = (
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in TABLE)
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
-# Triton's three ports and the endpoint's, by default. Files that no Python reads repeat them (docker/, the chart, docs):
-# tests/test_settings.py compares them.
+# Triton's three ports and the endpoint's, by default. Files that no Python reads repeat them (docker/, the chart,
+# docs): tests/test_settings.py compares them.
 PORTS = {name: int(BY_NAME[name].default) for name in NAMES if name.endswith("_PORT")}
 # Settings that are also options with the same name; LOG's option is not --log, which names a file
 OPERATING = (

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What make asks docker with ENGINE=tensorrt, on the host. What is decided there is in scripts/making.
+# What make asks docker with ENGINE=tensorrt, on the host. scripts/making decides.
 # toolchain.sh versions                  the TensorRT-LLM versions of docker/toolchains.json
 # toolchain.sh cell VERSION NAME         one cell of the table
 # toolchain.sh image VERSION             NVIDIA's image: by digest once `make pin` has written it, before that by tag
 # toolchain.sh check IMAGE [gpu]         report what is missing before anything starts
-# toolchain.sh free HOST PORT...         report a port on which somebody listens
+# toolchain.sh free HOST PORT...         report a port on which a program listens
 # toolchain.sh pin                       ask the registry for the digest of every tag and write it into the table
 set -euo pipefail
 table=docker/toolchains.json
@@ -15,7 +15,7 @@ report() { # title, what was seen, what to do, command
     exit 1
 }
 
-# What the user typed, with changes: typed serve TP=2. As make in scripts/reports/problem.py has it; with the user's own word.
+# The user's command with changes: typed serve TP=2. Like make in scripts/reports/problem.py, with the user's own word.
 typed() {
     local goal=${BAKE_GOAL:-$1} settings=${BAKE_SETTINGS:-} line name words
     shift

@@ -48,7 +48,8 @@ def served(tree: Path) -> Iterator[Served]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With xdist: a module stays on one worker, and all that asks the shared server is one group, which begins first."""
+    """With xdist: a module stays on one worker, and all that asks the shared server is one group,
+    which begins first."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))
     items.sort(key=lambda item: not asks_the_shared_server(item))

@@ -1,4 +1,5 @@
-"""`make ask` against a server that closes its connection: before the first token it asks again, after it it says so."""
+"""`make ask` against a server that closes its connection: before the first token it asks again,
+later it reports that."""
 
 from __future__ import annotations
 

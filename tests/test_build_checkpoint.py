@@ -1,4 +1,5 @@
-"""The room checkpoint: rank files byte for byte as TensorRT-LLM v0.8.0's converter writes them, for any split that can be."""
+"""The room checkpoint: rank files byte for byte as TensorRT-LLM v0.8.0's converter writes them,
+for every possible split."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def assert_as_upstream(room: Path, hf: Path, dims: Dims, tp_size: int, dtype: st
         assert (room / f"rank{rank}.safetensors").read_bytes() == (scratch / "expected").read_bytes(), f"rank {rank}"
 
 
-# Key/value heads shared out, repeated 2 and 8 times, one per head; vocabularies padded; 11 layers: layers.10 lies before layers.2
+# Key/value heads shared out, repeated 2 and 8 times, one per head; vocabularies padded; 11 layers:
+# layers.10 lies before layers.2
 MANY_LAYERS = Dims(n_layers=11)
 SPLITS = [
     (GROUPED, 1),
@@ -112,7 +114,8 @@ def test_rank_files_are_upstreams_byte_for_byte(dims: Dims, tp_size: int, tmp_pa
 
 
 def test_pipeline_stages_hold_the_same_tensors_as_the_ranks_of_one_stage(tmp_path: Path) -> None:
-    """TP=2, PP=3: rank = stage * 2 + place; a stage counts its layers from 0, the ends of the model are on the ends of the pipe."""
+    """TP=2, PP=3: rank = stage * 2 + place; a stage counts its layers from 0,
+    the ends of the model are on the ends of the pipe."""
     hf = hf_room(tmp_path)
     whole, staged = build(hf, tmp_path / "whole", 2), tmp_path / "staged"
     build_checkpoint.build_checkpoint(build_checkpoint.Settings(hf, staged, 2, "0.8.0", pp_size=3))
@@ -175,7 +178,7 @@ def test_each_16_bit_pattern_and_the_borders_of_rounding_are_cast_as_torch_casts
     assert np.array_equal(ours.view(expected.dtype)[number], expected[number])
 
 
-# --- round trips: the ranks joined are the unsplit tensor -------------------------------------------------------------------
+# --- round trips: the ranks joined are the unsplit tensor -------------------------------------------------------------
 
 SHAPES = st.builds(
     lambda head, kv, group, layers, intermediate, vocab: LlamaShape(2 * head * kv * group, intermediate, layers, kv * group, kv, vocab),
@@ -227,7 +230,7 @@ def test_the_ranks_joined_are_the_unsplit_tensors(shape: LlamaShape, tp_size: in
     assert not head[shape.vocab_size :].any() and len(head) == -(-shape.vocab_size // tp_size) * tp_size
 
 
-# --- tables: what is known of the real models --------------------------------------------------------------------------------
+# --- tables: what is known of the real models -------------------------------------------------------------------------
 
 
 RANK_TENSORS = json.loads((contracts.DOCKER / "contracts" / "rank-tensors" / "v0.8.0.json").read_text())
@@ -284,7 +287,7 @@ def test_rope_settings_reach_the_config(tmp_path: Path) -> None:
     assert (config["rotary_base"], config["rotary_scaling"]) == (5e5, None)
 
 
-# --- sources as Hugging Face has them ----------------------------------------------------------------------------------------
+# --- sources in Hugging Face's form ----------------------------------------------------------------------------------
 
 
 def edit_config(hf: Path, **changed: Any) -> None:
@@ -326,7 +329,7 @@ def test_a_source_of_mixed_types_becomes_the_type_that_its_config_names(tmp_path
     assert_as_upstream(build(hf, tmp_path / "checkpoint", 2), hf, GROUPED, 2, "float16", tmp_path)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def refused(hf: Path, room: Path, tp_size: int, dtype: Any = None, version: str = "0.8.0") -> reports.Problem:
@@ -362,8 +365,8 @@ def test_values_too_large_for_the_type_are_counted_and_named(dtype: str, largest
     edit_tensors(hf, tensors)
     problem = refused(hf, tmp_path / "checkpoint", 2, "float16")
     assert (
-        f"3 of the 26880 values of model.layers.1.mlp.up_proj.weight are too large for float16: the largest is {largest}"
-        in problem.seen
+        "3 of the 26880 values of model.layers.1.mlp.up_proj.weight are too large for float16: the largest is "
+        f"{largest}" in problem.seen
     )
     assert "DTYPE=bfloat16" in problem.command
 
@@ -412,12 +415,12 @@ def test_other_bad_requests_get_a_report(tmp_path: Path) -> None:
     assert "hf has no manifest.json" in refused(tmp_path / "nowhere" / "hf", room, 2).seen
     numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     edit_config(hf, rope_scaling={"rope_type": "llama3", **numbers})
-    assert "with TensorRT-LLM 0.8.0" in refused(hf, room, 2).seen
+    assert "TensorRT-LLM 0.8.0 does not have" in refused(hf, room, 2).seen
     (hf / "model.safetensors").unlink()
     assert "no such file" in refused(hf, room, 2).seen
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 def run(code: str, hf: Path, room: Path) -> subprocess.CompletedProcess[str]:
@@ -536,7 +539,8 @@ def test_what_was_kept_is_not_trusted_unread(tmp_path: Path) -> None:
 
 
 def test_no_tensor_is_ever_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written at once is a block (here 3 kB at most), in both rooms, whatever is done to the rows on the way."""
+    """What is written at once is a block (here 3 kB at most), in both rooms,
+    whatever is done to the rows on the way."""
     sizes: dict[str, list[int]] = {}
     plain = safetensors_file._write_all
 

@@ -1,5 +1,6 @@
-"""The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt what trtllm-build is asked,
-what counts as done, and how each failure reads. trtllm-build and nvidia-smi are stand-ins (tests/support/stand_ins.py)."""
+"""The room engines: for the torch engine config.json key for key as each version writes it; for tensorrt trtllm-build's
+command line, what counts as done, and the report of each failure. trtllm-build and nvidia-smi are stand-ins
+(tests/support/stand_ins.py)."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def after(words: list[str], flag: str) -> str:
 
 @pytest.mark.parametrize("engine, taken", [("tensorrt", False), ("torch", True)])
 def test_a_step_holds_a_whole_prompt_while_chunked_context_is_off(engine: str, taken: bool) -> None:
-    """enable_chunked_context is false in every model repository that we fill; the torch engine cuts prompts by itself."""
+    """enable_chunked_context is false in every model repository that we fill;
+    the torch engine cuts prompts by itself."""
     asked: dict[str, Any] = {"max_batch_size": 2, "max_input_len": 24, "max_seq_len": 56, "max_num_tokens": 23}
     settings = build_engines.Settings(Path(), Path(), engine, "0.14.0", **asked)
     if taken:
@@ -240,9 +242,15 @@ def test_engines_that_could_never_start_are_not_built(checkpoints: Path, tmp_pat
     assert "has 0.5 GiB" in problem.seen and "56 tokens" in problem.seen and problem.command == "make plan"
     assert not (programs / "argv").exists()
     seventy_b = {
-        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "vocab_size": 32000, "dtype": "float16", "mapping": {"tp_size": 4, "pp_size": 1},
-    }  # fmt: skip
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "dtype": "float16",
+        "mapping": {"tp_size": 4, "pp_size": 1},
+    }
     sizes = {"max_batch_size": 8, "max_input_len": 2048, "max_seq_len": 4096, "max_num_tokens": 8192}
     # 138 GB in four: 34.7 GB a rank; as INT4 a quarter of that
     for name, rank_bytes, verdict in (

@@ -1,4 +1,5 @@
-"""The room hf: Meta's weights become a model that Hugging Face's code loads and that says the same; bad input gets a report."""
+"""The room hf: Meta's weights become a model that Hugging Face's code loads and that gives the same answers;
+bad input gets a report."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def load(room: Path) -> Tensors:
 
 
 def expected_hf(meta: Tensors, dims: Dims) -> Tensors:
-    """The documented re-naming, spelled out; q and k row by row: pair j of a head becomes row j and row j + head_size/2."""
+    """The documented re-naming, spelled out; q and k row by row:
+    pair j of a head becomes row j and row j + head_size/2."""
     names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     parts = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj"}
     parts |= {
@@ -111,7 +113,7 @@ def meta_logits(tensors: Tensors, dims: Dims, token_ids: torch.Tensor, rope_thet
     return norm(x, weights["norm.weight"]) @ weights["output.weight"].T
 
 
-# --- what comes out ----------------------------------------------------------------------------------------------------
+# --- what comes out ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 4, 8])
@@ -243,7 +245,7 @@ def test_halves_to_pairs_is_the_way_back(heads: int, half: int, columns: int) ->
     assert np.array_equal(meta_weights.halves_to_pairs(there, 2 * half), rows)
 
 
-# --- a Hugging Face folder as input ------------------------------------------------------------------------------------
+# --- a Hugging Face folder as input -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -312,7 +314,7 @@ def test_rotary_frequencies_that_old_files_carry_are_no_unknown_tensor(hf_folder
     build(hf_folder, tmp_path / "hf")
 
 
-# --- bad input: a report that names both values and ends in a command ------------------------------------------------------
+# --- bad input: a report that names both values and ends in a command -------------------------------------------------
 
 
 def edit_json(**changed: Any) -> Callable[[Path], None]:
@@ -387,7 +389,8 @@ BAD_META: dict[str, Any] = {
     "half of the shards missing": (
         4,
         lambda f: [drop(f"consolidated.0{n}.pth")(f) for n in (2, 3)],
-        "split into 4 files, consolidated.00.pth to consolidated.03.pth, judging by the size of their tensors; this folder has 2",
+        "split into 4 files, consolidated.00.pth to consolidated.03.pth, judging by the size of their tensors; this "
+        "folder has 2",
     ),
     "no shard at all": (1, drop("consolidated.00.pth"), "consolidated.00.pth is missing"),
     "an extra .pth": (1, lambda f: (f / "optimizer.pth").write_bytes(b"x"), "optimizer.pth does not belong"),
@@ -607,7 +610,7 @@ def test_a_folder_that_is_not_there_gets_a_report(tmp_path: Path) -> None:
     assert "Here is: none" in refused(tmp_path / "nowhere", tmp_path / "hf").seen
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,5 @@
-"""Every config of every version parses as Triton does it, has the tensors of NVIDIA's table, no hole, no limit above the engines'."""
+"""Every config of every version parses with Triton's protobuf, and has NVIDIA's tensors, no hole,
+and no limit above the engines'."""
 
 from __future__ import annotations
 
@@ -58,9 +59,14 @@ def engine_config(version: str, **build: Any) -> dict[str, Any]:
 
 
 def render(
-    version: str = "0.8.0", kind: str = "torch", templates: Any = TEMPLATES, streaming: bool = True, kv_reuse: bool = False,
-    plugins: Any = (), **build: Any,
-) -> dict[str, str]:  # fmt: skip
+    version: str = "0.8.0",
+    kind: str = "torch",
+    templates: Any = TEMPLATES,
+    streaming: bool = True,
+    kv_reuse: bool = False,
+    plugins: Any = (),
+    **build: Any,
+) -> dict[str, str]:
     tables, engine = contracts.table("backend", version), engine_config(version, **build)
     engine["build_config"]["plugin_config"].update(plugins)
     return build_model_repo.render(templates, tables, engine, KINDS[kind], version, streaming, kv_reuse)
@@ -163,7 +169,8 @@ def test_without_streaming_a_request_has_one_response_and_none_waits_for_another
     configs = parsed(render(version, kind, streaming=False))
     assert [model for model, config in configs.items() if config.model_transaction_policy.decoupled] == []
     for model in TEXT_MODELS:
-        # Triton of 24.02: a unary Python model answers when execute() returns, so each request of a batch needs an instance
+        # Triton of 24.02: a unary Python model answers when execute() returns,
+        # so each request of a batch needs an instance
         must_wait = (version, kind) == ("0.8.0", "tensorrt")
         assert configs[model].instance_group[0].count == (6 if must_wait else 1)
         assert configs[model].parameters["unary_response_sender"].string_value == ("false" if must_wait else "true")
@@ -238,7 +245,7 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
     assert made <= engine
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,16 +256,20 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
         ("${decoupled_mode}", "${decoupled mode}", "line 8 has a $ that opens no hole"),
         ('backend: "python"', "backend: python", "Expected string"),
         ("max_batch_size", "max_batchsize", "max_batchsize"),
-        ('name: "ensemble"', 'name: "ensembel"', "it names the model ensembel, its folder is ensemble"),
-        ("${triton_max_batch_size}", "7", "max_batch_size is 7, the engines were built for 6"),
-        ("${max_input_len}", "701", "max_input_len is 701, the engines were built for 700"),
+        ('name: "ensemble"', 'name: "ensembel"', "it names the model ensembel, but its folder is ensemble"),
+        ("${triton_max_batch_size}", "7", "max_batch_size is 7, but the engines were built for 6"),
+        ("${max_input_len}", "701", "max_input_len is 701, but the engines were built for 700"),
         ("${tokenizer_dir}", "/models/tokenizer", "tokenizer_dir is /models/tokenizer"),
         ("${decoupled_mode}", "false", "decoupled differs between models"),
         ("${tokenizer_dir}", "elsewhere", "tokenizer_dir differs between models"),
         ("${triton_max_batch_size}", "5", "max_batch_size differs between models"),
-        ("output [", 'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },', "text_output is declared twice"),
+        (
+            "output [",
+            'output [ { name: "text_output" data_type: TYPE_STRING dims: [ -1 ] },',
+            "text_output is declared twice",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_template_with_a_fault_is_refused(old: str, new: str, named: str) -> None:
     report = refused(changed("ensemble", old, new))
     assert named in " ".join(report.split())
@@ -266,7 +277,7 @@ def test_a_template_with_a_fault_is_refused(old: str, new: str, named: str) -> N
 
 
 def test_a_limit_above_the_engines_is_refused() -> None:
-    assert "max_beam_width is 4, the engines were built for 3" in refused(
+    assert "max_beam_width is 4, but the engines were built for 3" in refused(
         {
             **TEMPLATES,
             "tensorrt_llm": TEMPLATES["tensorrt_llm"]
@@ -285,7 +296,7 @@ def test_a_parameter_that_nobody_decided_about_is_refused() -> None:
     assert "new_hole" in problem.value.seen
 
 
-# --- the room ------------------------------------------------------------------------------------------------------------
+# --- the room ---------------------------------------------------------------------------------------------------------
 
 
 def rooms(folder: Path, tokenizer_config: Any, kind: str = "torch") -> build_model_repo.Settings:

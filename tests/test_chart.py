@@ -1,4 +1,5 @@
-"""docker/chart: it lints, fits the strict schemas of Kubernetes and of two operators, and refuses what contradicts itself. make chart."""
+"""docker/chart lints, fits the strict schemas of Kubernetes and of two operators, and refuses contradictions.
+make chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Dashboard and alerts: they read metrics that there are, promtool's unit tests pass, and a real Prometheus answers every panel."""
+"""Dashboard and alerts read metrics that exist, promtool's unit tests pass,
+and a real Prometheus answers every panel."""
 
 from __future__ import annotations
 
@@ -186,7 +187,7 @@ def test_an_import_asks_for_nothing_that_a_grafana_may_lack() -> None:
 
 
 def page_of(metrics: list[dict[str, Any]], step: int) -> str:
-    """A metrics page as the server would have it, growing with each step."""
+    """A metrics page like the server's, growing with each step."""
     lines = []
     for metric in metrics:
         name, value = metric["name"], step if metric["type"] != "gauge" else 0.5
@@ -208,7 +209,7 @@ def page_of(metrics: list[dict[str, Any]], step: int) -> str:
 
 @contextmanager
 def served_pages() -> Iterator[dict[str, int]]:
-    """The metrics of the table on two ports, as endpoint and Triton have them: part -> port."""
+    """The metrics of the table on two ports, like those of endpoint and Triton: part -> port."""
     servers, ports = [], {}
     for part in ("endpoint", "triton"):
 
@@ -239,7 +240,8 @@ def served_pages() -> Iterator[dict[str, int]]:
 
 
 def test_prometheus_as_compose_starts_it_answers_every_panel(tmp_path: Path) -> None:
-    """docker/prometheus.yaml with loopback in place of the container's name: both jobs, the alerts, and a number for each query."""
+    """docker/prometheus.yaml with loopback in place of the container's name: both jobs, the alerts,
+    and a number for each query."""
     if not shutil.which("prometheus"):
         pytest.skip("the program prometheus is not installed")
     config = (ROOT / "docker" / "prometheus.yaml").read_text().replace("scrape_interval: 5s", "scrape_interval: 500ms")

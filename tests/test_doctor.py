@@ -172,7 +172,8 @@ def test_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def meta_folder(folder: Path, shards: int = 1) -> Path:
-    """The bundled model's params.json and tokenizer, with `shards` files of the length that its weights take (two bytes a number)."""
+    """The bundled model's params.json and tokenizer,
+    with `shards` files of the length that its weights take (two bytes a number)."""
     folder.mkdir()
     for name in ("params.json", "tokenizer.model"):
         shutil.copy2(Path(STORIES) / name, folder / name)

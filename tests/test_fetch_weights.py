@@ -1,4 +1,5 @@
-"""make weights against a real server on loopback that breaks connections, expires links, serves wrong bytes and ignores ranges."""
+"""make weights against a real server on loopback that breaks connections, expires links,
+serves wrong bytes and ignores ranges."""
 
 from __future__ import annotations
 
@@ -154,7 +155,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def meta(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Web:
-    """The model as Meta's server has it, and a link to it in META_URL."""
+    """The model on Meta's server, and a link to it in META_URL."""
     for name, data in model.items():
         web.files["/" + ("" if name.startswith("tokenizer") else "llama-2-7b/") + name] = data
     monkeypatch.setenv("META_URL", f"{web.url}/*?{SECRET}")
@@ -186,7 +187,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-# --- Meta ------------------------------------------------------------------------------------------------------------------
+# --- Meta -------------------------------------------------------------------------------------------------------------
 
 
 def test_metas_download_arrives_whole_and_its_manifest_knows_every_file_and_no_secret(
@@ -361,7 +362,7 @@ def test_a_folder_that_make_did_not_fetch_is_not_touched(meta: Web, tmp_path: Pa
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------------
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -461,7 +462,7 @@ def test_wrong_bytes_from_the_hub_are_found(name: str, hub: Web, tmp_path: Path)
     assert f"{name} is not the file that was promised" in refused("hf:some/llama", tmp_path / "weights").title
 
 
-# --- mirrors, folders, stores ------------------------------------------------------------------------------------------------
+# --- mirrors, folders, stores -----------------------------------------------------------------------------------------
 
 
 def test_a_mirror_in_metas_form(web: Web, model: dict[str, bytes], tmp_path: Path) -> None:
@@ -538,9 +539,12 @@ class Bucket:
 @pytest.fixture
 def bucket(web: Web, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in {
-        "AWS_ENDPOINT_URL": web.url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "s3cr3t",
+        "AWS_ENDPOINT_URL": web.url,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "s3cr3t",
         "AWS_REGION": "us-east-1",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     return Bucket(web, model)
 
@@ -560,7 +564,7 @@ def test_a_key_that_no_file_can_have_is_named(bucket: Bucket, model: dict[str, b
     assert '"llama/../x"' in problem.seen and "THE LIST OF FILES IS NOT" in problem.report()
 
 
-# --- what changes at its source ---------------------------------------------------------------------------------------------
+# --- what changes at its source ---------------------------------------------------------------------------------------
 
 
 OLD = {"config.json": b'{"a": 1}', "model.safetensors": b"old" * 30_000}
@@ -692,7 +696,7 @@ def test_files_of_a_mirror_that_is_being_updated_are_of_one_release(
     assert files_of(fetch(f"{web.url}/m", tmp_path / "weights")) == new
 
 
-# --- servers that answer something else ------------------------------------------------------------------------------------------
+# --- servers that answer something else -------------------------------------------------------------------------------
 
 
 def test_other_bytes_than_those_asked_for_are_not_taken(web: Web, tmp_path: Path) -> None:
@@ -725,7 +729,7 @@ def test_a_checklist_cannot_name_what_make_writes_itself(
     assert f"it names {name}, which" in refused(f"{web.url}/m", tmp_path / "weights").seen
 
 
-# --- which files are a model ---------------------------------------------------------------------------------------------------
+# --- which files are a model ------------------------------------------------------------------------------------------
 
 
 MISTRAL = {
@@ -769,7 +773,7 @@ def test_a_folder_without_weights_is_refused(names: list[str], web: Web, tmp_pat
     assert "no weights are there" in refused(f"{tmp_path}/mounted", tmp_path / "weights").seen
 
 
-# --- several makes at once, and one name for one place -----------------------------------------------------------------------------
+# --- several makes at once, and one name for one place ----------------------------------------------------------------
 
 
 def test_another_make_that_fetched_it_meanwhile_is_enough(
@@ -787,7 +791,7 @@ def test_another_make_that_fetched_it_meanwhile_is_enough(
         return remotes
 
     monkeypatch.setattr(meta_source.Meta, "files", files)
-    monkeypatch.setenv("ROOM_NEEDS", "")  # as the Makefile has it
+    monkeypatch.setenv("ROOM_NEEDS", "")  # as in the Makefile
     fetch("meta:llama-2-7b", tmp_path / "weights")
     assert len(meta.asked) == asked[1], "nothing was asked for a second time"
     assert files_of(tmp_path / "weights") == model and [path.name for path in tmp_path.iterdir()] == ["weights"]
@@ -839,7 +843,7 @@ def test_a_source_that_is_none_is_a_report(source: str, web: Web, tmp_path: Path
     assert "NOTHING TO FETCH" in refused(source, tmp_path / "weights").report()
 
 
-# --- typed --------------------------------------------------------------------------------------------------------------------
+# --- typed ------------------------------------------------------------------------------------------------------------
 
 
 def test_make_fetches_what_is_missing_converts_it_and_clean_leaves_it(

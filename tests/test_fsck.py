@@ -1,4 +1,4 @@
-"""make fsck: a bit that flipped anywhere is found, and said by the names of room, file and tensor."""
+"""make fsck finds a flipped bit anywhere, and names room, file and tensor."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The virtual environment: when it is made, what an interrupted installation costs, and where it cannot be made at all.
+"""The virtual environment: when it is made, what an interrupted installation costs, and when it cannot be made at all.
 
-Nothing is installed: every program that the script asks is a stand-in that notes how it was called.
+Nothing is installed: every program that the script calls is a stand-in that notes its arguments.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def test_no_network_is_a_report_and_what_is_there_stays(project: Path, fails: st
 def test_a_killed_installation_repeats_that_list_alone(
     project: Path, target: str, hangs: str, number: signal.Signals
 ) -> None:
-    """pip, killed half-way, may leave a package that it takes for whole: the list is installed over what is there. PyTorch stays."""
+    """pip, killed half-way, may leave a package that it takes for whole:
+    the list is installed over what is there. PyTorch stays."""
     interrupt(project, target, hangs, number)
     assert make(project, f".venv/locks/{target}.txt").returncode == 0
     assert recorded(project) == (
@@ -303,7 +304,8 @@ def test_an_interpreter_that_will_not_do_is_a_report(
 
 
 def test_the_pinned_lists_are_complete(tmp_path: Path) -> None:
-    """They are installed without their dependencies: an interpreter that has these packages and no other makes the rooms."""
+    """They are installed without their dependencies:
+    an interpreter that has these packages and no other makes the rooms."""
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").symlink_to(os.path.realpath(sys.executable))
     home = Path(os.path.realpath(sys.executable)).parent

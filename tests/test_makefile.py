@@ -1,4 +1,5 @@
-"""The Makefile under test: what is made again after which change, what it refuses, and what kill -9, a full disk or two makes leave."""
+"""The Makefile: what is made again after which change, what it refuses, and what is left after kill -9,
+a full disk or two makes."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def own_tree(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-# --- what is made again ---------------------------------------------------------------------------------------------------
+# --- what is made again -----------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_made_again_and_nothing_is_opened_for_writing(made_tree: Path) -> None:
@@ -236,7 +237,7 @@ def test_two_trees_give_the_same_rooms(made: Path, own_tree: Path) -> None:
         assert not [name for name in names if name in content], path
 
 
-# --- what does not build --------------------------------------------------------------------------------------------------
+# --- what does not build ----------------------------------------------------------------------------------------------
 
 
 def test_make_alone_prints_the_help_page_in_the_order_of_the_journey(own_tree: Path) -> None:
@@ -281,7 +282,7 @@ def test_clean_takes_the_rooms_and_nothing_else(made_tree: Path) -> None:
     assert (made_tree / "weights/fetched").exists() and (made_tree / "models/stories/params.json").exists()
 
 
-# --- settings that cannot be right ----------------------------------------------------------------------------------------
+# --- settings that cannot be right ------------------------------------------------------------------------------------
 
 
 def the_report(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
@@ -380,7 +381,7 @@ def test_a_shorter_context_is_one_setting(made: Path) -> None:
     assert "--max-input-len= --max-seq-len=128" in make(made, "-n", "model_repo", "MAX_SEQ_LEN=128").stdout
 
 
-# --- a model in a folder --------------------------------------------------------------------------------------------------
+# --- a model in a folder ----------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_one_room_however_it_is_spelled(made_tree: Path, tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_weights_elsewhere_under_a_presets_name(made_tree: Path, tmp_path: Path)
     assert asked_for(made_tree, f"WEIGHTS={tmp_path}/elsewhere/") == ROOMS
 
 
-# --- kill -9, a full disk, two makes --------------------------------------------------------------------------------------
+# --- kill -9, a full disk, two makes ----------------------------------------------------------------------------------
 
 
 def start(tree: Path, *words: str, **options: Any) -> subprocess.Popen[str]:

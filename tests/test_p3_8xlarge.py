@@ -1,4 +1,5 @@
-"""docs/p3.8xlarge.md and README.ko.md name the same commands, and what make prints for 4x V100 is taken by every table that judges it."""
+"""docs/p3.8xlarge.md and README.ko.md name the same commands,
+and every contract table accepts what make prints for 4x V100."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def test_the_quantizers_take_what_a_v100_can_run(version: str) -> None:
 
 
 def typed(text: str) -> list[str]:
-    """Every make command of a README, without settings that name a place or a text, for instance 'make config MODEL=llama-2-7b'."""
+    """Every make command of a README, without settings that name a place or a text,
+    for instance 'make config MODEL=llama-2-7b'."""
     found = []
     for line in re.findall(r"^    (?:META_URL_FILE=\S+ )?(make .*)$", text, re.MULTILINE):
         words = shlex.split(line, comments=True)

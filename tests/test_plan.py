@@ -1,4 +1,5 @@
-"""make plan and its arithmetic: bytes held to upstream's tables and to what users measured, verdicts to arithmetic by hand."""
+"""make plan and its arithmetic: bytes agree with upstream's tables and users' measurements,
+verdicts with arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -28,9 +29,15 @@ V100S, A100S, H100S, H200S = "4x V100-SXM2-16GB", "2x A100-80GB", "2x H100-80GB"
 OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
 # as models/llama-2-*.mk and the Makefile set them
 PRESET = {
-    "ENGINE": "tensorrt", "TP": "2", "DTYPE": "float16", "CONTEXT": "4096", "MAX_SEQ_LEN": "4096", "MAX_BATCH_SIZE": "8",
-    "TOOLCHAIN": "", **{name: settings.BY_NAME[name].default for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")},
-}  # fmt: skip
+    "ENGINE": "tensorrt",
+    "TP": "2",
+    "DTYPE": "float16",
+    "CONTEXT": "4096",
+    "MAX_SEQ_LEN": "4096",
+    "MAX_BATCH_SIZE": "8",
+    "TOOLCHAIN": "",
+    **{name: settings.BY_NAME[name].default for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")},
+}
 
 
 def choice(**changed: str) -> plan.Choice:
@@ -115,7 +122,8 @@ def test_kv_cache_of_a_token() -> None:
     assert memory.kv_bytes_per_token(engine(seven, 2, pp_size=2)) == 131_072
 
 
-# --- held against what was measured: memory.md of TensorRT-LLM (Llama-2-7B in FP8, H100), its issue 1188 (Qwen2.5-0.5B, A4000) ---
+# --- held against what was measured: memory.md of TensorRT-LLM (Llama-2-7B in FP8, H100),
+# its issue 1188 (Qwen2.5-0.5B, A4000) ---
 
 QWEN = LlamaShape(hidden_size=896, intermediate_size=4864, n_layers=24, n_heads=14, n_kv_heads=2, vocab_size=151_936)
 
@@ -153,15 +161,15 @@ def test_measured_buffers_for_sampling() -> None:
 
 # --- the grid ---
 
-# GPU memory is nvidia-smi's: V100 16.94, A100 85.90, H100 85.52, H200 150.76 GB. Weights of a rank at TP 1, 2, 4, 8 in GB:
-# 7B 13.48 6.87 3.57 1.91, 13B 26.03 13.18 6.75 3.54, 70B 137.95 69.24 34.88 17.71. The rest (steps of 8192 tokens, CUDA, NCCL, sampling)
-# is 1.0 to 2.2 GB for 7B. A text of 4096 tokens takes 4096 x 524288 = 2.15 GB for 7B, 3.36 for 13B, 1.34 for 70B, over TP, and 85 % of
-# what is left holds it or not:
-#   7B  V100 TP 1: 16.94 - 13.48 - (0.49 + 0.51) = 2.47 at best, x 0.85 = 2.10 < 2.15: no. TP 2: 16.94 - 6.87 - 2.17 at worst, x 0.85 = 6.7.
-#   13B V100 TP 1: 26 > 16.9. TP 2: at best 16.94 - 13.18 - 1.00 = 2.76 x 0.85 = 2.35, at worst 16.94 - 13.18 - 2.39 = 1.38 x 0.85 = 1.17;
-#       needed 1.68: tight. TP 4: 16.94 - 6.75 - 2.13 = 8.06 x 0.85 = 6.85 against 0.84: fits.
-#   70B V100: 34.88 at TP 4 > 16.94. A100, H100 TP 1: 137.95 > 85.9. TP 2: 85.52 - 69.24 - 3.09 = 13.19 x 0.85 = 11.2 against 0.67: fits.
-#       H200 TP 1: 150.76 - 137.95 - 3.54 = 9.27 x 0.85 = 7.9 against 1.34: fits.
+# GPU memory is nvidia-smi's: V100 16.94, A100 85.90, H100 85.52, H200 150.76 GB. Weights of a rank at TP 1, 2, 4, 8 in
+# GB: 7B 13.48 6.87 3.57 1.91, 13B 26.03 13.18 6.75 3.54, 70B 137.95 69.24 34.88 17.71. The rest (steps of 8192 tokens,
+# CUDA, NCCL, sampling) is 1.0 to 2.2 GB for 7B. A text of 4096 tokens takes 4096 x 524288 = 2.15 GB for 7B, 3.36 for
+# 13B, 1.34 for 70B, over TP, and 85 % of what is left holds it or not:
+#   7B  V100 TP 1: 16.94 - 13.48 - (0.49 + 0.51) = 2.47 at best, x 0.85 = 2.10 < 2.15: no. TP 2: 16.94 - 6.87 - 2.17 at
+# worst, x 0.85 = 6.7. 13B V100 TP 1: 26 > 16.9. TP 2: at best 16.94 - 13.18 - 1.00 = 2.76 x 0.85 = 2.35, at worst 16.94
+# - 13.18 - 2.39 = 1.38 x 0.85 = 1.17; needed 1.68: tight. TP 4: 16.94 - 6.75 - 2.13 = 8.06 x 0.85 = 6.85 against 0.84:
+# fits. 70B V100: 34.88 at TP 4 > 16.94. A100, H100 TP 1: 137.95 > 85.9. TP 2: 85.52 - 69.24 - 3.09 = 13.19 x 0.85 =
+# 11.2 against 0.67: fits. H200 TP 1: 150.76 - 137.95 - 3.54 = 9.27 x 0.85 = 7.9 against 1.34: fits.
 NO, FEW = "does not fit", "more ranks than GPUs"
 GRID: dict[tuple[str, str], list[str]] = {
     ("llama-2-7b", V100S): ["no", "fits", "fits", "few"],
@@ -196,7 +204,8 @@ def test_what_fits_and_what_does_not(model: str, gpu: str, monkeypatch: pytest.M
 
 
 def assert_mended(command: str, **kept: str) -> None:
-    """The command that a refusal ends in is a plan that is not refused for the same reason: more ranks, or something that fits."""
+    """The command that a refusal ends in is a plan that is not refused for the same reason: more ranks,
+    or something that fits."""
     words = shlex.split(command)
     assert words[:2] == ["make", "plan"]
     changed = dict(word.split("=", 1) for word in words[2:])
@@ -351,7 +360,7 @@ def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:
     folder = tmp_path / "meta"
     shutil.copytree(ROOT / "models/stories", folder)
     params = json.loads((folder / "params.json").read_text())
-    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))  # as Meta's Llama 2 has it
+    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))  # as in Meta's Llama 2
     found = plan.model_of(choice(MODEL=str(folder), WEIGHTS=str(folder), CONTEXT=""))
     assert (found.form, found.dtype, found.context) == ("meta", "float16", 4096)
     assert found.shape == LlamaShape(256, 704, 5, 8, 4, 2048)

@@ -1,4 +1,4 @@
-"""What the READMEs show of curl and Python does what they say, typed as it stands but for ports and the model's name."""
+"""The READMEs' examples in curl and Python work as they stand, except for ports and the model's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""ENGINE=tensorrt from weights to streamed text for every supported version, with stand-ins for docker, GPUs and trtllm-build."""
+"""ENGINE=tensorrt from weights to streamed text for every supported version, with stand-ins for docker,
+GPUs and trtllm-build."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def docker(tmp_path: Path) -> Path:
 
 
 def docker_is_told(docker: Path, *words: str, cannot: str = "") -> list[str]:
-    """What docker is told when the Makefile says `docker run FLAGS '' words`; without --env and --volume, which come with the stand-ins."""
+    """What docker is told when the Makefile says `docker run FLAGS '' words`; without --env and --volume,
+    which come with the stand-ins."""
     (docker / "cannot").write_text(cannot)
     done = stand_in("host/docker", *FLAGS, "", *words, PATH=str(docker), REHEARSAL_DOCKER="", REHEARSAL_GPUS=GPUS)
     assert done.returncode == 0 and "in docker" in done.stdout, done.stdout + done.stderr

@@ -1,6 +1,8 @@
-"""One rehearsed server per TOOLCHAIN: what its strict stand-in answers over the wire, and what our text models and endpoint make of it.
+"""One rehearsed server per TOOLCHAIN: the answers of its strict stand-in,
+and what our text models and endpoint make of them.
 
-Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in tests/nvidia/test_backend_rules.py.
+Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in
+tests/nvidia/test_backend_rules.py.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def test_outputs_without_a_value_are_left_out_or_zeros_as_the_version_does_it(re
     assert asked["output_log_probs"].shape == (1, 1, 6) and asked["cum_log_probs"].item() < 0
     [(named, _)] = answers(served, outputs=["output_ids", "sequence_length"], **greedy(6))
     assert set(named) == {"output_ids", "sequence_length"}
-    # an index only for more than one row or sequence (but "response-batch-index" of 24.10), counts only when they are wanted
+    # an index only for more than one row or sequence (but "response-batch-index" of 24.10),
+    # counts only when they are wanted
     if backend == "v1.2.1":  # the rule "response-token-counts-1.2.1"
         [(counted, _)] = answers(served, **greedy(6, return_num_input_tokens=yes(), return_num_output_tokens=yes()))
         assert (counted["num_input_tokens"].item(), counted["num_output_tokens"].item()) == (5, 6)

@@ -1,4 +1,5 @@
-"""What a release refuses: an unpinned image, inferred tables, a rehearsal's or unverified engines, a tree that is not clean."""
+"""What a release refuses: an unpinned image, inferred tables, a rehearsal's or unverified engines,
+a tree that is not clean."""
 
 from __future__ import annotations
 

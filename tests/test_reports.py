@@ -93,7 +93,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
 
 
 def test_an_interpreter_without_packages_is_a_report_that_does_not_touch_it(own_tree: Path) -> None:
-    """PYTHON= names an interpreter that has nothing: no traceback, its name, and no advice to install into it globally."""
+    """PYTHON= names an interpreter that has nothing: no traceback, its name,
+    and no advice to install into it globally."""
     bare = own_tree / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True, timeout=120)
     command = ["make", "config", f"PYTHON={bare}/bin/python"]

@@ -1,4 +1,5 @@
-"""The supervisor: ready means ready, a fault of one rank ends all and is named, SIGTERM lets requests finish, nothing stays behind."""
+"""The supervisor: ready means ready, a fault of one rank ends all ranks and is named, SIGTERM lets requests finish,
+no process stays."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
 
 
 def test_ctrl_c_lets_grpc_streams_finish_and_goes_without_those_held_open(server: Served) -> None:
-    """Triton 2.51 does not count answers over gRPC, and a client that only holds a stream open keeps it from ever exiting."""
+    """Triton 2.51 does not count answers over gRPC,
+    and a client that only holds a stream open keeps it from ever exiting."""
     with ExitStack() as stack:
         held, *running = [stack.enter_context(closing(Stream(server))) for _ in range(17)]
         held.send("ensemble", text_input=texts("Once upon a time"), max_tokens=ints(3))
@@ -387,10 +389,13 @@ def test_ports_must_differ_and_be_ports() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "Internal: TritonModelException: out of GPU memory: NVIDIA H100 has 85.0 GB, 13.5 GB of them weights, 2.1 GB free; a"
-        " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower MAX_NUM_TOKENS or"
+        "Internal: TritonModelException: out of GPU memory: NVIDIA H100 has 85.0 GB, 13.5 GB of them weights, 2.1 GB "
+        "free; a"
+        " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower "
+        "MAX_NUM_TOKENS or"
         " MAX_SEQ_LEN, or raise TP",
-        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may hold some:"
+        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may "
+        "hold some:"
         " raise TP, or lower MAX_BATCH_SIZE",
     ],
 )
@@ -404,7 +409,8 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line: str) -> None
 
 
 def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost; the next one is answered."""
+    """A snapshot, a closed laptop: the clock is far ahead and the question under way is lost;
+    the next one is answered."""
     now, answers = [1000.0], [False, True, False, False, False]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(pulse, "http_ok", lambda *_: answers.pop(0))

@@ -1,4 +1,5 @@
-"""The table of settings: every value that it forbids is refused by a report whose command is right, and the pages say what it says."""
+"""The table of settings: a report with a right command refuses every value that it forbids,
+and the pages agree with it."""
 
 from __future__ import annotations
 
@@ -184,7 +185,8 @@ def test_the_makefile_reads_nothing_that_nobody_gives_it(monkeypatch: pytest.Mon
 
 
 def test_any_python_from_3_8_on_decides_with_its_standard_library_alone() -> None:
-    """What is loaded, reports included, is read as 3.8 reads it. No package is in reach: -S, and an empty environment."""
+    """What is loaded, reports included, is read as 3.8 reads it. No package is in reach: -S,
+    and an empty environment."""
     ask = "from scripts import reports, settings; from scripts.making import journey; from scripts.weights import shape"
     words = [sys.executable, "-ESBI", "-X", "importtime", "-c", f"import sys; sys.path.insert(0, '.'); {ask}"]
     done = subprocess.run(words, cwd=ROOT, env={}, capture_output=True, text=True, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Models of random weights: whole, and with layers that repeat each other, which a disk holds where the whole model would not fit."""
+"""Models of random weights: whole ones, and ones whose layers repeat each other, so that a smaller disk holds them."""
 
 from __future__ import annotations
 
@@ -58,5 +58,7 @@ def test_the_shapes_are_those_that_plan_knows() -> None:
     known = json.loads(plan.SHAPES.read_text())
     for name, shape in synthetic.SHAPES.items():
         assert (known[name]["dim"], known[name]["n_layers"], known[name].get("n_kv_heads", known[name]["n_heads"])) == (
-            shape.hidden_size, shape.n_layers, shape.n_kv_heads,
-        )  # fmt: skip
+            shape.hidden_size,
+            shape.n_layers,
+            shape.n_kv_heads,
+        )

@@ -1,4 +1,5 @@
-"""The check of the project's prose: each pattern finds its example, leaves good sentences alone, and reads what it should."""
+"""The check of the project's prose: each pattern finds its example, leaves good sentences alone,
+and reads what it should."""
 
 from __future__ import annotations
 

@@ -126,28 +126,12 @@ def bench_convert(settings: Settings) -> dict[str, object]:
         "cp+sync": ["cp", "-r", str(meta), str(copy)],
         "hash": [python, "-c", HASH, *(str(path) for path in sorted(meta.iterdir()))],
         "config": [python, "-m", "scripts.build_config", "--weights", str(meta), "--output", str(config)],
-        "checkpoint": [
-            python,
-            "-m",
-            "scripts.build_checkpoint",
-            "--model",
-            str(config),
-            "--weights",
-            str(meta),
-            "--tp-size",
-            "2",
-        ]
-        + ["--trtllm-version", contracts.versions()[0], "--output", str(checkpoint)],
+        "checkpoint": [python, "-m", "scripts.build_checkpoint", "--model", str(config), "--weights", str(meta)]
+        + ["--tp-size", "2", "--trtllm-version", contracts.versions()[0], "--output", str(checkpoint)],
     }
     if settings.transformers_4_47:
-        converter = [
-            "-m",
-            "transformers.models.llama.convert_llama_weights_to_hf",
-            "--model_size",
-            "7B",
-            "--llama_version",
-            "2",
-        ]
+        converter = ["-m", "transformers.models.llama.convert_llama_weights_to_hf", "--model_size", "7B"]
+        converter += ["--llama_version", "2"]
         steps[PEER] = [str(settings.transformers_4_47), *converter]
         steps[PEER] += ["--input_dir", str(meta), "--output_dir", str(theirs)]
     else:

@@ -239,24 +239,8 @@ def prompts_of(model_repo: Path, folder: Path, n_tokens: int, count: int) -> lis
     sys.path.append(str(model_repo / "tensorrt_llm_bls" / "1"))
     tokenizer = importlib.import_module("text").Text(folder)
     chance, prompts = random.Random(n_tokens), list[str]()
-    words = [
-        "the",
-        "cat",
-        "saw",
-        "a",
-        "big",
-        "red",
-        "ball",
-        "and",
-        "then",
-        "it",
-        "ran",
-        "to",
-        "her",
-        "mom",
-        "in",
-        "sun",
-    ]
+    words = ["the", "cat", "saw", "a", "big", "red", "ball", "and", "then", "it", "ran", "to", "her", "mom", "in"]
+    words += ["sun"]
     while len(prompts) < count:
         line = str(chance.randrange(10**6))
         have = len(tokenizer.encode([line])[0])

@@ -273,9 +273,13 @@ def legend(names: Names) -> str:
 # --- tables ---
 
 COLUMNS = (
-    ("tokens/s", "tokens_per_second"), ("first token p50, ms", "ttft_ms_p50"), ("p99", "ttft_ms_p99"),
-    ("between tokens p50, ms", "itl_ms_p50"), ("p99", "itl_ms_p99"), ("slowest / median", "slowest_over_median"),
-)  # fmt: skip
+    ("tokens/s", "tokens_per_second"),
+    ("first token p50, ms", "ttft_ms_p50"),
+    ("p99", "ttft_ms_p99"),
+    ("between tokens p50, ms", "itl_ms_p50"),
+    ("p99", "itl_ms_p99"),
+    ("slowest / median", "slowest_over_median"),
+)
 
 
 def numbers(rows: Sequence[Row], names: Names) -> str:

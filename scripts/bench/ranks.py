@@ -63,8 +63,11 @@ def ceilings(out: Path) -> None:
     if world.Get_size() > 1:
         folder = world.bcast(tempfile.mkdtemp() if world.Get_rank() == 0 else None)
         torch.distributed.init_process_group(
-            "nccl" if gpu else "gloo", init_method=f"file://{folder}/meet", rank=world.Get_rank(), world_size=world.Get_size()
-        )  # fmt: skip
+            "nccl" if gpu else "gloo",
+            init_method=f"file://{folder}/meet",
+            rank=world.Get_rank(),
+            world_size=world.Get_size(),
+        )
         for size in (8 << 10, 256 << 10, 8 << 20):
             numbers = torch.zeros(size // 4, device=device)
 

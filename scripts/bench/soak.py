@@ -160,9 +160,15 @@ class Clients:
 
     def invalid(self, chance: random.Random) -> None:
         cases: list[tuple[dict[str, Any], int]] = [
-            ({"n": 0}, 400), ({"model": "other"}, 404), ({"zz": 1}, 400), ({"max_tokens": 10**6}, 400), ({"prompt": [-1]}, 400),
-            ({"stop": ["x"] * 17}, 400), ({"logit_bias": {"x": 1}}, 400), ({"prompt": "x" * 2_000_000}, 413),
-        ]  # fmt: skip
+            ({"n": 0}, 400),
+            ({"model": "other"}, 404),
+            ({"zz": 1}, 400),
+            ({"max_tokens": 10**6}, 400),
+            ({"prompt": [-1]}, 400),
+            ({"stop": ["x"] * 17}, 400),
+            ({"logit_bias": {"x": 1}}, 400),
+            ({"prompt": "x" * 2_000_000}, 413),
+        ]
         wrong, status = chance.choice(cases)
         got, headers, body = self._ask("POST", "/v1/completions", {**self._body("x"), **wrong})
         self.seen.count("invalid")

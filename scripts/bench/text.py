@@ -149,9 +149,12 @@ class Server:
             http_port, self.grpc_port = first.getsockname()[1], second.getsockname()[1]
         environment["BAKE_GRPC_ADDRESS"] = f"127.0.0.1:{self.grpc_port}"
         command = launch.server_command(tools, f"{run_dir.name}-") + [
-            "--http-address=127.0.0.1", f"--http-port={http_port}", "--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}",
+            "--http-address=127.0.0.1",
+            f"--http-port={http_port}",
+            "--grpc-address=127.0.0.1",
+            f"--grpc-port={self.grpc_port}",
             "--allow-metrics=false",
-        ]  # fmt: skip
+        ]
         self.log = open(run_dir / "log", "w+")  # noqa: SIM115 (closed in end)
         self.process = subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True

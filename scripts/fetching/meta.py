@@ -18,8 +18,9 @@ def meta_url() -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("https", "http") or not parts.hostname or "*" not in parts.path:
         raise reports.fetching.no_meta_url(
-            f"what was given has {len(url)} characters, {'begins with https://' if url.startswith('https://') else 'no https:// in front'} "
-            f"and {'a' if '*' in url else 'no'} * where the file's name goes"
+            f"what was given has {len(url)} characters, "
+            f"{'begins with https://' if url.startswith('https://') else 'no https:// in front'} and "
+            f"{'a' if '*' in url else 'no'} * where the file's name goes"
         )
     return url
 

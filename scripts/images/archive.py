@@ -62,7 +62,7 @@ class Image:
     layers: Sequence[Layer]
 
 
-# --- the Dockerfile, as far as it tells which layers there are ---
+# --- the layers of the Dockerfile ---
 
 
 def for_ranks(dockerfile: str, world_size: int) -> str:

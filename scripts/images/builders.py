@@ -125,17 +125,8 @@ class Docker(Builder):
     def build(
         self, context: Path, arguments: Mapping[str, str], labels: Mapping[str, str], tag: str, no_cache: bool
     ) -> None:
-        words = [
-            "docker",
-            "build",
-            "--network",
-            "none",
-            "--target",
-            "server",
-            "--tag",
-            tag,
-            *(["--no-cache"] if no_cache else []),
-        ]
+        words = ["docker", "build", "--network", "none", "--target", "server", "--tag", tag]
+        words += ["--no-cache"] if no_cache else []
         words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         words += [f"--label={name}={value}" for name, value in labels.items()]
         self._run(*words, str(context), environment=self._buildkit())
@@ -201,19 +192,8 @@ class Buildah(Builder):
     ) -> None:
         # one layer per instruction, as docker makes them; `--isolation chroot` needs neither user namespaces nor runc,
         # and does not isolate the network (the Dockerfile uses none: pip gets --no-index)
-        words = [
-            "buildah",
-            "bud",
-            "--isolation",
-            "chroot",
-            "--network",
-            "host",
-            "--pull-never",
-            "--format",
-            "docker",
-            "--layers",
-        ]
-        words += [*(["--no-cache"] if no_cache else []), "--target", "server", "--tag", tag]
+        words = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--format", "docker"]
+        words += ["--layers", *(["--no-cache"] if no_cache else []), "--target", "server", "--tag", tag]
         words += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         words += [f"--label={name}={value}" for name, value in labels.items()]
         self._run(*words, str(context))

@@ -61,7 +61,8 @@ def notes(about: Mapping[str, Any], image: image_archive.Image, version: str, na
     engine, toolchain, base = about["engine"], about["toolchain"], about["base"]
     report = about["accuracy"]
     checks = "\n".join(
-        f"| {check['name']} | {check.get('value')} | {check.get('limit')} | {'passed' if check['passed'] else 'FAILED'} |"
+        f"| {check['name']} | {check.get('value')} | {check.get('limit')} | "
+        f"{'passed' if check['passed'] else 'FAILED'} |"
         for check in report["checks"]
     )
     run = show_image.run_command(name, dict(about))
@@ -71,15 +72,16 @@ def notes(about: Mapping[str, Any], image: image_archive.Image, version: str, na
         else "none is needed"
     )
     identical = (
-        "The engines are not bit-identical when they are built again: TensorRT chooses kernels by timing them. `timing-cache` is the "
-        "cache they were built with; building with it makes the choices the same on the same GPU, driver and TensorRT, which upstream "
-        "does not promise. The image from these engines is bit-identical."
+        "The engines are not bit-identical when they are built again: TensorRT chooses kernels by timing them. "
+        "`timing-cache` is the cache they were built with; building with it makes the choices the same on the same "
+        "GPU, driver and TensorRT, which upstream does not promise. The image from these engines is bit-identical."
         if engine["kind"] == "tensorrt"
         else "The same commit, weights and base give the same image, bit for bit."
     )
     formats = "" if engine["kind"] == "tensorrt" else " (its formats and tensors; this image has the torch engine)"
     verify = (
-        "openssl dgst -sha256 -verify cosign.pub -signature <(base64 -d image.oci.tar.sig) image.oci.tar   # or cosign verify-blob"
+        "openssl dgst -sha256 -verify cosign.pub -signature <(base64 -d image.oci.tar.sig) image.oci.tar   # or "
+        "cosign verify-blob"
         if signed
         else "it was not signed"
     )
@@ -194,7 +196,8 @@ def write_release(settings: Settings) -> None:
     size_bytes = sum(path.stat().st_size for path in dist.iterdir())
     room.say(
         "release",
-        f"-> {reports.shown(dist)}: {len(sums) + 1} files, {room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}",
+        f"-> {reports.shown(dist)}: {len(sums) + 1} files, "
+        f"{room.human_bytes(size_bytes)}{'' if settings.key else ', not signed (KEY=)'}",
     )
 
 

@@ -90,6 +90,6 @@ def bill_of_materials(
             bom_ref="model",
             components=weights,
             properties=[Property(name=f"trtllm-bake:{name}", value=value) for name, value in facts.items() if value],
-        )  # fmt: skip
+        )
     )
     return str(JsonV1Dot6(bom).output_as_string(indent=2)) + "\n"

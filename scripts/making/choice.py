@@ -85,7 +85,8 @@ def presets() -> list[str]:
 
 
 def preset(path: Path, name: str = "") -> dict[str, str]:
-    """The settings of a preset; a Problem for a line that is not one. name: what $(MODEL) is in a file that presets share."""
+    """The settings of a preset; a Problem for a line that is not one. name:
+    what $(MODEL) is in a file that presets share."""
     found = {}
     for line in path.read_text().splitlines():
         match, shared = LINE.fullmatch(line.strip()), INCLUDE.fullmatch(line.strip())
@@ -137,9 +138,11 @@ def refused(typed: Typed, values: Mapping[str, str]) -> list[str]:
         "CHAT_TEMPLATE": values["CHAT_TEMPLATE"] and not os.path.isfile(values["CHAT_TEMPLATE"]),
         "API_KEY_FILE": values["API_KEY_FILE"] and not os.path.isfile(values["API_KEY_FILE"]),
         "PYTHON": values["PYTHON"] and not runs(values["PYTHON"]),
-        "ASSUME_GPU": values["ASSUME_GPU"] and values["ENGINE"] == "tensorrt" and not typed.asked
+        "ASSUME_GPU": values["ASSUME_GPU"]
+        and values["ENGINE"] == "tensorrt"
+        and not typed.asked
         and bool(goals - WITHOUT_TOOLCHAIN),
-    }  # fmt: skip
+    }
     names = [name for name, is_missing in missing.items() if is_missing]
     if not names and not typed.asked and goals - WITHOUT_WEIGHTS and "weights" not in goals and not at_hand(values):
         names = ["WEIGHTS"]

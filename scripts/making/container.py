@@ -16,9 +16,7 @@ from scripts.nvidia import quants
 from scripts.serving import collector
 from scripts.weights import files
 
-PASSED_ON = (
-    "ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY",
-)  # fmt: skip
+PASSED_ON = ("ROOM_ARGS", "ROOM_NEEDS", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "BAKE_API_KEY")
 # as NVIDIA starts it (README of tensorrtllm_backend); shared memory: 1 GB for each of 8 ranks;
 # only what is used takes memory
 GPUS = "--gpus all --shm-size 8g --ulimit memlock=-1 --ulimit stack=67108864:1073741824"
@@ -64,9 +62,9 @@ def container_of(version: str, row: Mapping[str, object], rehearsal: bool) -> Co
     return Container(image_of(row), lacks, f"build/toolchain-{name}" if lacks else "", f"build/serving-{name}")
 
 
-def mounts(weights: str, to_fetch: bool = False, files: Sequence[str] = ()) -> list[str]:
+def mounts(weights: str, to_fetch: bool = False, single: Sequence[str] = ()) -> list[str]:
     """docker's flags for folders outside of the project. to_fetch: the weights will be there when docker runs.
-    files: others that are read, mounted one by one, since their folder may be one that the image has, like /etc.
+    single: other files that are read, mounted one by one, since their folder may be one that the image has, like /etc.
 
     Weights, the targets of their links, and a build/ that is a link may lie elsewhere. Each is mounted at its place on
     the host: a room may hold a link to the weights, which must mean the same inside and outside of the container.
@@ -85,7 +83,7 @@ def mounts(weights: str, to_fetch: bool = False, files: Sequence[str] = ()) -> l
             places.add((str(above), ":ro"))
     elif to_fetch:
         places.add((os.path.abspath(weights), ":ro"))
-    places.update((os.path.abspath(file), ":ro") for file in files)
+    places.update((os.path.abspath(file), ":ro") for file in single)
     here = os.getcwd() + "/"
     outside = [(place, mode) for place, mode in sorted(places) if not (place + "/").startswith(here)]
     return [f"--volume '{place}:{place}{mode}'" for place, mode in outside]
@@ -123,9 +121,9 @@ def runs(container: Container, values: Mapping[str, str], jobs: Sequence[str] = 
         traced = [
             name for name in collector.NAMES if values["TRACES"] == "on" and job == "serve" and name in os.environ
         ]
-        files = [os.environ[name] for name in traced if name in collector.FILES and os.environ[name]]
-        files += [values["API_KEY_FILE"]] if job == "serve" and values["API_KEY_FILE"] else []
-        outside = mounts(values["WEIGHTS"], to_fetch, files)
+        single = [os.environ[name] for name in traced if name in collector.FILES and os.environ[name]]
+        single += [values["API_KEY_FILE"]] if job == "serve" and values["API_KEY_FILE"] else []
+        outside = mounts(values["WEIGHTS"], to_fetch, single)
         here = " ".join(["--workdir '$(CURDIR)' --volume '$(CURDIR):$(CURDIR)'", *outside])
         known = " ".join(
             [

@@ -26,7 +26,7 @@ CLOUDS = ("hf:", "s3:", "gs:", "az:")
 VARIANT_ROOMS = ("checkpoint", "engines", "verified", "model_repo", "image")
 GIT_WORDS = {"image", "size", "release"}
 PERF_NEEDS_GLIBC = (2, 38)
-# as the Makefile has it; a setting that is taken holds no brace
+# as in the Makefile; an accepted setting holds no brace
 LINE_BREAK = "{newline}"
 
 
@@ -101,13 +101,16 @@ def arguments(values: Mapping[str, str], places: Mapping[str, str], revision: st
             f"--builder={values['BUILDER']}",
             f"--trtllm-version {version}" + ("" if values["BASE_IMAGE"] else " --by-table") if tensorrt else "",
         ],
-        "wheels": [f"--base {ground}/base --target {values['TARGET']}", *(f"--lock {lock}" for lock in locks_of(values))],
+        "wheels": [
+            f"--base {ground}/base --target {values['TARGET']}",
+            *(f"--lock {lock}" for lock in locks_of(values)),
+        ],
         "image": [
             f"--root {variant} --base {ground}/base --wheels {ground}/wheels --weights '{values['WEIGHTS']}'",
             f"--model {places['NAME']} --license={values['LICENSE']} --revision={revision} "
             f"--builder={values['BUILDER']}",
         ],
-    }  # fmt: skip
+    }
     return {room: " ".join(filter(None, words)) for room, words in asked.items()}
 
 
@@ -239,13 +242,17 @@ def variables(typed: choice.Typed, values: Mapping[str, str], refused: Sequence[
         row = toolchain.rows()[values["TOOLCHAIN"]]
         box = container.container_of(values["TOOLCHAIN"], row, bool(values["REHEARSAL"]))
         found.update(
-            NEEDED=box.iid, SERVING=box.serving, MADE_IN=box.made_in, NVIDIA=box.image, LACKS=box.lacks,
+            NEEDED=box.iid,
+            SERVING=box.serving,
+            MADE_IN=box.made_in,
+            NVIDIA=box.image,
+            LACKS=box.lacks,
             DEMO_ON=f"--host 127.0.0.1 {ports}",
             # OPENAI_HOST is an address of this host, where docker publishes the port
             LISTEN=f"--host 0.0.0.0 --shown-host {values['HOST']} {ports} {endpoint}{inside}",
             BASE=values["BASE_IMAGE"] or (f"$(file <{box.iid})" if box.iid else box.image),
             **{f"in_{job}": words for job, words in container.runs(box, values).items()},
-        )  # fmt: skip
+        )
     if (
         tensorrt
         and fetching_needs == ["run.txt"]

@@ -39,9 +39,9 @@ CUDA_BYTES = (500_000_000, 850_000_000)
 # measured by us.
 PEER_BYTES = (100_000_000, 400_000_000)
 
-# Host memory of programs, without the model: supervisor, endpoint, Triton, text models, and for each rank tritonserver with the engine's
-# Python and its step. Measured: 594 MiB for the bundled model's image with 2 ranks, of which 60 MiB are weights and KV cache. Twice that
-# is counted.
+# Host memory of programs, without the model: supervisor, endpoint, Triton, text models, and for each rank tritonserver
+# with the engine's Python and its step. Measured: 594 MiB for the bundled model's image with 2 ranks, of which 60 MiB
+# are weights and KV cache. Twice that is counted.
 PROGRAM_BYTES, RANK_BYTES = 512 * MIB, 384 * MIB
 # On a GPU: a rank's CUDA context on the host, and PyTorch's or TensorRT's libraries. ASSUMED, never measured by us.
 GPU_RANK_BYTES = 2048 * MIB

@@ -14,7 +14,8 @@ from scripts.nvidia.contracts import Wish
 class Quant(NamedTuple):
     """One kind of quantization.
 
-    tool: a kind of table in docker/contracts; algo: how config.json's word for it begins; flags: what the tool is asked for;
+    tool: a kind of table in docker/contracts; algo: how config.json's word for it begins; flags: what the tool is asked
+    for;
     measured: whether it measures on texts, which it fetches. Bytes: scripts/nvidia/memory.py.
     """
 

@@ -262,7 +262,8 @@ CAUSES = (
     ),
     Cause(
         r"unrecognized arguments|invalid choice|expected one argument|invalid \w+ value",
-        "It does not take a flag that docker/contracts/trtllm-build says it takes: another version is installed, or the table is wrong.",
+        "It does not take a flag that docker/contracts/trtllm-build says it takes: another version is installed, or "
+        "the table is wrong.",
         "Compare with trtllm-build --help in the container; with the version that TOOLCHAIN names:",
     ),
     Cause(

@@ -1,12 +1,13 @@
 """`python -m scripts.openai`: the endpoint, started and watched by scripts/serve.py.
 
-SIGUSR1: it says that it is ending, and goes on serving. SIGTERM: running requests finish, and no others begin.
+On SIGUSR1 it announces its end and goes on serving. On SIGTERM running requests finish, and no others begin.
 
-This process reads and checks everything, opens the port, and forks: workers, which answer (worker.py), and readers, which do the work that
-clients set the price of (reader.py). It talks to no client itself, so that it always has time to say that it lives, and to put another in
-the place of a child that has ended.
+This process reads and checks everything, opens the port, and forks workers, which answer (worker.py), and readers,
+which do the work that clients can make expensive (reader.py). It talks to no client itself, so it always has time to
+say that it lives, and to replace a child that has ended.
 
-Reads   engines/config.json and model_repo/ under --root: the tokenizer, the chat template, the text code, what tensorrt_llm declares
+Reads   engines/config.json and model_repo/ under --root: the tokenizer, the chat template, the text code, what
+        tensorrt_llm declares
 Needs   the packages of requirements/openai.txt
 """
 
@@ -52,9 +53,9 @@ GUIDES = "model_repo/tensorrt_llm/1/guides.py"
 PR_SET_PDEATHSIG = 1
 # A token takes a worker 30 to 47 microseconds (docs/endpoint.md); the engine needs cores too
 CORES_PER_WORKER, MAX_WORKERS = 4, 8
-# One client's dear request must not keep all readers of a worker
+# One client's expensive request must not occupy all readers of a worker
 READERS_PER_WORKER = 2
-# A worker whose loop has not run for so long is ended: its clients wait for nothing. A busy machine is not so busy.
+# A worker whose loop has not run for so long is ended, because its clients wait in vain. No machine is that busy.
 STUCK_SECONDS = 60.0
 # If so many workers end within a minute, another start does not help
 MAX_DEATHS = 5
@@ -63,7 +64,7 @@ BEAT_SECONDS = 1.0
 
 def text_code(root: Path) -> Any:
     """The room's own text.py: the endpoint and Triton's text models tokenize alike because they run the same file."""
-    sys.dont_write_bytecode = True  # a room is never written into
+    sys.dont_write_bytecode = True  # nothing may be written into a room
     spec = importlib.util.spec_from_file_location("text", root / TEXT)
     if spec is None or spec.loader is None:
         raise reports.rooms.room_missing(root / "model_repo")
@@ -92,7 +93,7 @@ def guide_check(root: Path) -> Callable[[str, str], str | None] | None:
 
 
 def workers_of(asked: str) -> int:
-    """How many workers: what is asked for, else by the cores that this process may use."""
+    """How many workers there are: as the setting says, else by the cores that this process may use."""
     if asked:
         return int(asked)
     return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
@@ -118,7 +119,7 @@ def listeners(host: str, port: int, count: int) -> list[socket.socket]:
 
 @dataclass
 class Child:
-    """A process that was forked. worker: the number of the worker that it is, or that it reads for."""
+    """A forked process. worker: its own number if it is a worker, else that of the worker that it reads for."""
 
     worker: int
     is_reader: bool
@@ -127,7 +128,7 @@ class Child:
 
 
 class Parent:
-    """The children, and what they are made from."""
+    """The children, and everything that they need."""
 
     def __init__(
         self, endpoint: Endpoint, reader_of: Reader, listening: list[socket.socket], folder: Path, drain: int
@@ -147,7 +148,7 @@ class Parent:
         return str(self.folder / f"desk-{number}")
 
     def fork(self, child: Child) -> None:
-        """Another child. It comes back from here in the parent only."""
+        """Fork another child. Only the parent returns from here."""
         me = os.getpid()
         pid = os.fork()
         if pid:
@@ -197,7 +198,7 @@ class Parent:
         return self.status
 
     def _end(self) -> None:
-        """No new connections; workers finish what they have."""
+        """Take no new connections; workers finish their requests."""
         self.ending = True
         self.endpoint.shares.end()
         for listener in self.listening:
@@ -247,14 +248,14 @@ WATCHED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def end_with_parent(parent: int) -> None:
-    """However the supervisor ends, we do not stay."""
+    """End with the supervisor, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
 
 
 def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
-    """Everything read and checked, then the port opened."""
+    """Read and check everything, then open the port."""
     module = text_code(args.root)
     tokenizer = args.root / TOKENIZER
     text = module.Text(tokenizer)
@@ -270,10 +271,10 @@ def parent_of(args: argparse.Namespace, folder: Path) -> Parent:
     metrics = None
     if args.metrics == "on":
         metrics = Page(Counts(workers), args.name, lambda: shares.load, slots, args.triton_metrics)
-    # never from the command line, where every user sees it
+    # never from the command line, which every user can see
     keys = Keys(args.api_key_file, os.environ.pop("BAKE_API_KEY", ""))
     if args.traces == "on":
-        # here, so that workers share what it takes; whoever does without it never loads it
+        # imported here, so that workers share its memory, and servers without it never load it
         from scripts.openai.tracing import Traces
 
         options = replace(options, traces=Traces)
@@ -318,7 +319,7 @@ def main() -> int:
     if args.parent:
         end_with_parent(args.parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-    # whoever forks must have no threads: the tokenizer would start some
+    # a process that forks must have no threads, and the tokenizer would start some
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     open_log(args.log_form == "json")
     if args.alive is not None:
@@ -328,7 +329,9 @@ def main() -> int:
         if args.alive is not None:
             try:
                 os.write(args.alive, b".")
-            except OSError:  # full, because the supervisor is stopped; or it has ended, and we end with it
+            except (
+                OSError
+            ):  # the pipe is full because the supervisor is stopped; or the supervisor has ended, and we end too
                 pass
 
     meeting = tempfile.TemporaryDirectory(prefix="bake-openai-") if args.folder is None else nullcontext(args.folder)
@@ -336,7 +339,7 @@ def main() -> int:
         parent = parent_of(args, Path(folder))
         log.info("%d workers, %d readers for each", len(parent.listening), READERS_PER_WORKER)
         gc.collect()
-        gc.freeze()  # what children share stays shared
+        gc.freeze()  # memory that children share must stay shared
         return parent.run(say_alive)
 
 

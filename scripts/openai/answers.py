@@ -1,4 +1,5 @@
-"""An answer on its way: token ids become text, cut at stop strings, with what OpenAI tells of each token; whole or as chunks."""
+"""An answer on its way: token ids become text, cut at stop strings, with OpenAI's data for each token;
+whole or as chunks."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ Entry = dict[str, Any]
 
 
 class Choice:
-    """One alternative. Knows nothing of HTTP.
+    """One alternative. It does not know HTTP.
 
-    stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops: a StopStrings of it.
+    stream: engine.Stream, or anything that has its ids, log_probs, ended and failure; text: text.py's Text; stops:
+    a StopStrings of it.
     """
 
     def __init__(
@@ -31,19 +33,19 @@ class Choice:
         self.finish_reason: str | None = None
         self.starts_with_space = False
         self.prefix = ""
-        # the prefix's tokens, where they are told of: with its text, when the engine has told how likely they are
+        # the prefix's tokens, if they are reported: with its text, once the engine has sent their log probabilities
         self.echoed: list[int] = []
         self.begins = 0
-        # where the answer may call tools
+        # if the answer may call tools
         self.calls: Calls | None = None
-        # the sum of its tokens' log probabilities, where they are asked for
+        # the sum of its tokens' log probabilities, if requested
         self.log_prob = 0.0
         # tokens whose text is not shown yet: (where it begins in the answer, token id, log probability)
         self.untold: list[Any] = []
         self.decoded = 0
 
     def take(self, most: int | None = None) -> Part:
-        """What is new, of at most so many tokens; afterwards finish_reason is set if nothing more comes."""
+        """Take what is new, at most so many tokens; afterwards finish_reason is set if the answer is over."""
         stream = self.stream
         ids, log_probs, ended = stream.ids, stream.log_probs, stream.ended
         if most is not None and len(ids) > most:
@@ -53,10 +55,10 @@ class Choice:
             stream.ids, stream.log_probs = [], []
         if self.finish_reason is not None:
             return Part("", [])
-        # an end that is a stop word comes with the answer, end_id does not; neither is part of it
+        # an end that is a stop word comes with the answer, end_id does not; neither is part of the text
         end = next((n for n, token in enumerate(ids) if token in self.end_ids), None)
         ids, log_probs, reached_end = ids[:end], log_probs[:end], end is not None
-        if not self.max_tokens:  # the engine makes one at least
+        if not self.max_tokens:  # the engine makes at least one
             ids, log_probs, reached_end = [], [], False
         self.n_tokens += len(ids)
         self.log_prob += sum(log_probs)
@@ -73,7 +75,7 @@ class Choice:
         told = [one for one in self.untold if one[0] < self.n_shown or (self.finish_reason and not stopped)]
         self.untold = [] if self.finish_reason else self.untold[len(told) :]
         if self.starts_with_space and shown:
-            # of the spaces that SentencePiece's decoder takes off again
+            # for the spaces that SentencePiece's decoder removes
             shown, self.starts_with_space = shown[1:] if shown[0] == " " else shown, False
         prefix, self.prefix = self.prefix, ""
         if self.echoed:
@@ -84,17 +86,17 @@ class Choice:
         return Part(prefix + shown, told)
 
     def _of_prompt(self, prompt: str) -> list[Any]:
-        """The prompt's tokens, as those of the answer are told; None: nothing says how likely the first one is."""
+        """The prompt's tokens, in the form of the answer's; the first one has no log probability (None)."""
         stream, told, at = self.text.stream(), [], 0
         for token, log_prob in zip(self.echoed, [None, *self.stream.prompt_log_probs]):
             told.append((at, token, log_prob))
             at += len(stream.push([token]))
-        # of a space that SentencePiece puts in front, and that the prompt has not
+        # for a space that SentencePiece puts in front and the prompt does not have
         added = max(0, at + len(stream.finish()) - len(prompt))
         return [(min(max(0, offset - added), len(prompt)), token, log_prob) for offset, token, log_prob in told]
 
     def _called(self, calls: Calls, shown: str) -> list[Entry]:
-        """The deltas of what is new; the answer is over with the last call that it may have."""
+        """The deltas of what is new. The answer is over after the last call that it may have."""
         deltas = calls.push(shown)
         if calls.over and self.finish_reason is None:
             self.finish_reason = "stop"
@@ -118,11 +120,11 @@ class Choice:
 
 @dataclass
 class Part:
-    """Text that can be shown now, and the tokens that it is made of, where they are asked for."""
+    """Text that can be sent now, and its tokens, if they are requested."""
 
     text: str
     tokens: list[Any]
-    # text and calls apart, where there may be calls
+    # separates text from calls, if there may be calls
     deltas: list[Entry] | None = None
 
 
@@ -136,7 +138,7 @@ class Job:
     prompt_tokens: int
     logprobs: bool = False
     include_usage: bool = False
-    # of so many answers a prompt, the likeliest so many are told; 0: all (best_of)
+    # how many of a prompt's answers are sent, the likeliest ones; 0: all (best_of)
     n: int = 1
     keep: int = 0
     # set when there is something to take, or when the client has left
@@ -175,7 +177,7 @@ class Job:
     # --- streamed ---
 
     def opening(self) -> bytes:
-        """Whose turn it is, before the first token: chat only."""
+        """The chunk with the role, before the first token; only in chat."""
         if not self.chat:
             return b""
         role = {"role": "assistant", "content": "", "refusal": None}
@@ -185,7 +187,7 @@ class Job:
         )
 
     def events(self) -> bytes:
-        """Server-sent events for everything that is new: whole events, so no character is ever split."""
+        """Server-sent events for everything that is new. Events are complete, so no character is ever split."""
         out: list[bytes] = []
         for choice in self.choices:
             shown = choice.prefix and not choice.echoed
@@ -202,7 +204,8 @@ class Job:
         return b"".join(out)
 
     def _plain(self, choice: Choice, out: list[bytes]) -> None:
-        """The events of tokens that are nothing but text, which nearly all are; the last one is not, it may say how the answer ends."""
+        """The events of tokens that are only text, as nearly all are. The last token is not:
+        it may say how the answer ends."""
         stream = choice.stream
         if self.logprobs or choice.prefix or choice.starts_with_space or choice.stops.stops or choice.calls:
             return
@@ -218,14 +221,14 @@ class Job:
                 )
 
     def _told_of(self, choice: Choice, part: Part, out: list[bytes]) -> None:
-        """The events of what was taken of one alternative."""
+        """The events for what was taken from one alternative."""
         if part.deltas is not None:
             tokens = part.tokens
             for delta in part.deltas or ([{"content": ""}] if tokens else []):
                 out.append(self._event(self._delta(choice, delta, tokens, None)))
                 tokens = []
         elif part.text and not part.tokens and not self.logprobs and (self.chat or choice.finish_reason is None):
-            # nearly every token's
+            # the usual case
             text = _text(part.text).encode()
             out.append(b'%s{"index":%d%s%s%s' % (self._head, choice.index, self._before, text, self._after))
         elif self.chat and (part.text or part.tokens):
@@ -253,7 +256,7 @@ class Job:
     # --- whole ---
 
     def whole(self, parts: Sequence[list[Part]]) -> dict[str, Any]:
-        """The answer in one; parts: for each choice all its parts in order."""
+        """The answer in one piece; parts: all parts of each choice, in order."""
         choices: list[dict[str, Any]] = []
         told = self._best(list(zip(self.choices, parts))) if self.keep else zip(self.choices, parts)
         for choice, own in told:
@@ -276,7 +279,8 @@ class Job:
         return {**head, "choices": choices, "usage": self.usage()}
 
     def _best(self, answers: list[Any]) -> list[Any]:
-        """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of), the best first."""
+        """The likeliest of each prompt's answers, by the log probability of a token (OpenAI's best_of),
+        the best first."""
         best = []
         for first in range(0, len(answers), self.n):
             own = sorted(answers[first : first + self.n], key=lambda one: -one[0].log_prob / max(1, one[0].n_tokens))

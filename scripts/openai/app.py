@@ -1,4 +1,5 @@
-"""The endpoint itself, an ASGI application: paths, keys, shares, answers. What its paths take and give is at /openapi.json."""
+"""The endpoint itself, an ASGI application: paths, keys, shares, answers.
+What its paths take and give is at /openapi.json."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from scripts.openai.shares import BODIES, PLACES, REQUESTS, Shares
 from scripts.openai.tools import Calls
 from scripts.openai.wrong import ApiError, busy
 
-if TYPE_CHECKING:  # with TRACES=on alone it is loaded
+if TYPE_CHECKING:  # it is loaded only with TRACES=on
     from scripts.openai.tracing import Traces
 
 log = logging.getLogger("openai")
@@ -40,31 +41,31 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 PAGE = Path(__file__).with_name("page.html")
-# the page's Markdown parser, as it is published; vendored/get.sh takes it
+# the page's Markdown parser, as published; vendored/get.sh fetches it
 MARKDOWN = PAGE.parent / "vendored" / "markdown-it.umd.min.js"
-# A body is at most what a prompt can be in JSON, where a character may take six bytes, within these
+# The largest body is the longest prompt in JSON, where a character may take six bytes, but within these limits
 LEAST_BODY_BYTES, MOST_BODY_BYTES = 256 << 10, 4 << 20
-# All that are being read, together, and those of one client
+# Bytes of all bodies that are being read, and of those of one client
 MAX_BODIES_BYTES, MAX_BODIES_BYTES_OF_ONE = 64 << 20, 16 << 20
 BODY_SECONDS = 30
-# Answers of one client that may wait for a slot of the engine, for each slot that it has; and how many clients may have as many
+# Answers of one client that may wait, per slot of the engine; and how many clients may have that many
 WAITING_PER_SLOT, CLIENTS = 8, 4
 # /health: a token younger than this, or one that comes within this
 HEALTH_SECONDS = 5.0
-# How often it is looked whether the file of keys has changed
+# How often the file of keys is checked for changes
 REFRESH_SECONDS = 1.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Routes whose good answers have no line in LOG=json: probes and scrapes
 UNLOGGED = ("/health", "/health/live", "/metrics")
-# what a page of another origin may send, where it may ask at all
+# what a page of another origin may send, if it may ask at all
 ASKED_HEADERS = re.compile(r"[A-Za-z0-9, -]{1,1024}")
 NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an operator may choose. aliases: other names of the model; origins: whose pages may ask (`any`: all); traces: what makes a
-    worker's traces, None for none."""
+    """The operator's choices. aliases: other names of the model; origins: whose pages may ask (`any`: all); traces:
+    makes a worker's traces, None for none."""
 
     aliases: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ def capacity_of(max_batch_size: int) -> int:
 
 
 def failed(error: EngineFailed) -> ApiError:
-    """An engine's failure as the client sees it; details are in the log."""
+    """The client's view of an engine's failure; details are in the log."""
     if error.unavailable:
         return ApiError(
             503, "the model server does not answer; it may be starting or ending", code="unavailable", Retry_After="2"
@@ -92,7 +93,7 @@ def ending() -> ApiError:
 
 
 class Request:
-    """One request on its way: what the application needs of its scope, and its connection's bounds."""
+    """One request on its way: the parts of its scope that the application needs, and its connection's bounds."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
@@ -103,7 +104,7 @@ class Request:
         peer = scope.get("client") or ("", 0)
         self.front: Front | None = Front.fronts.by_name.get((peer[0], peer[1]))
         self.client = self.front.client if self.front else str(peer[0])
-        # of its key, where keys are asked for
+        # the name of its key, if keys are used
         self.bucket: int | None = None
         self.has_body = self.headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.headers
         self.unread = self.has_body
@@ -132,14 +133,14 @@ class Request:
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
         own = [*headers, *self.more, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
-        # what is left of a body without end would be read for ever
+        # the rest of an endless body would be read for ever
         own += [(b"connection", b"close")] if self.unread or self.is_last else []
         await self._send({"type": "http.response.start", "status": status, "headers": own})
 
     async def write(self, data: bytes, more: bool = False) -> None:
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except RuntimeError as error:  # uvloop's, of a connection that its client has closed
+        except RuntimeError as error:  # uvloop raises it for a connection that the client has closed
             if "closed" not in str(error):
                 raise
         if not more and self.front is not None:
@@ -159,7 +160,7 @@ class Request:
 
 
 class Endpoint:
-    """What one worker answers with. Limits that hold for all workers are in `shares`.
+    """The application of one worker. Limits over all workers are in `shares`.
 
     name: the model's id; text: Text of the room's tokenizer; stops: its StopStrings; desk: where bodies are read.
     """
@@ -172,20 +173,24 @@ class Endpoint:
         self.name, self.engine, self.text, self.stops, self.shares, self.desk = name, engine, text, stops, shares, desk
         self.end_ids, self.keys = list(end_ids), keys or Keys()
         self.options, self.metrics = options, metrics
-        # made by the worker: they have a thread
+        # the worker makes them, because they have a thread
         self.traces: Traces | None = None
         self.limits = engine.limits
         self.capacity = capacity_of(self.limits.max_batch_size)
         longest = 8 * self.limits.max_input_len * max(text.longest_piece_bytes, 12)
         self.max_body_bytes = min(MOST_BODY_BYTES, max(LEAST_BODY_BYTES, longest))
         model = {
-            "id": name, "object": "model", "created": int(time.time()), "owned_by": "trtllm-bake",
-            "max_model_len": self.limits.max_seq_len, "has_chat_template": has_template,
-        }  # fmt: skip
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "trtllm-bake",
+            "max_model_len": self.limits.max_seq_len,
+            "has_chat_template": has_template,
+        }
         # by each name that it has
         self.model = {one: json.dumps({**model, "id": one}).encode() for one in (name, *options.aliases)}
         self.models = b'{"object": "list", "data": [' + b", ".join(self.model.values()) + b"]}"
-        # what runs, so that it can be told when it must be cut off
+        # running requests, so that they can be told when they are cut off
         self.jobs: dict[str, Job] = {}
         self.cut_off = False
         self.description = description
@@ -243,14 +248,20 @@ class Endpoint:
 
     @staticmethod
     def _log(request: Request) -> None:
-        """The line of LOG=json. Nothing of the prompt, nor of the answer, nor what else a client typed but its id for the request."""
+        """The line of LOG=json. It holds nothing of the prompt or the answer,
+        and of the client's words only its id for the request."""
         if requests.disabled or (request.route in UNLOGGED and request.status == 200):
             return
         line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": request.id, "key": request.key.name,
-            "method": request.method[:16], "route": request.route, "status": request.status, **request.told,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "request_id": request.id,
+            "key": request.key.name,
+            "method": request.method[:16],
+            "route": request.route,
+            "status": request.status,
+            **request.told,
             "seconds": round(time.monotonic() - request.began, 4),
-        }  # fmt: skip
+        }
         requests.info(json.dumps(line))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -279,7 +290,7 @@ class Endpoint:
             await asyncio.sleep(REFRESH_SECONDS)
 
     def cut(self) -> None:
-        """What still runs is told that it ends here."""
+        """Tell running requests that they end here."""
         self.cut_off = True
         for job in self.jobs.values():
             job.changed.set()
@@ -339,12 +350,13 @@ class Endpoint:
     def _only(request: Request, *methods: str) -> None:
         if request.method not in methods:
             raise ApiError(
-                405, f"Not allowed to {request.method} on {request.path[:100]} (allowed: {', '.join(methods)})",
+                405,
+                f"Not allowed to {request.method} on {request.path[:100]} (allowed: {', '.join(methods)})",
                 Allow=", ".join(methods),
-            )  # fmt: skip
+            )
 
     async def _preflight(self, request: Request) -> None:
-        """A browser asks whether a page of another origin may ask."""
+        """The answer to a browser that asks whether a page of another origin may send requests."""
         if not any(name == b"access-control-allow-origin" for name, _ in request.more):
             raise ApiError(403, "pages of this origin may not ask here (CORS_ORIGINS)")
         asked = request.headers.get(b"access-control-request-headers", b"").decode("latin-1")
@@ -389,7 +401,8 @@ class Endpoint:
         return b"".join(pieces)
 
     async def _discard(self, request: Request) -> None:
-        """Most clients read no answer before all is sent: of a body that is somewhat too large the rest is let run out."""
+        """Most clients read no answer before they have sent everything,
+        so the rest of a body that is a bit too large is read."""
 
         async def run_out() -> None:
             left = 4 * MOST_BODY_BYTES
@@ -428,9 +441,11 @@ class Endpoint:
             spent, seconds = self.shares.spend(bucket, 0)
             if spent >= request.key.tokens:
                 raise ApiError(
-                    429, f"this key may use {request.key.tokens} tokens a minute; try again in {seconds} s",
-                    code="rate_limit_exceeded", Retry_After=str(seconds),
-                )  # fmt: skip
+                    429,
+                    f"this key may use {request.key.tokens} tokens a minute; try again in {seconds} s",
+                    code="rate_limit_exceeded",
+                    Retry_After=str(seconds),
+                )
             self.shares.spend(bucket, asked.prompt_tokens)
         if not self.shares.take(PLACES, bucket, asked.count, self.capacity, CLIENTS * self.capacity):
             raise busy(f"{self.shares.has(PLACES, bucket)} answers of yours are in progress or waiting; try again")
@@ -440,7 +455,7 @@ class Endpoint:
             self.shares.give(PLACES, bucket, asked.count)
 
     async def _answer(self, request: Request, asked: Asked, bucket: int) -> None:
-        """Run a request to its end, or until its client has left: then nothing of it goes on running."""
+        """Run a request to its end, or until its client has left; then all its work stops."""
         job = Job(self.name, asked.chat, [], asked.prompt_tokens, asked.logprobs, asked.include_usage)
         job.n, job.keep = asked.n, asked.keep
         watching = None
@@ -462,7 +477,7 @@ class Endpoint:
             self._ended(request, job, bucket)
 
     def _ended(self, request: Request, job: Job, bucket: int) -> None:
-        """Count what was made, and what the log says of it."""
+        """Count the tokens of an answer, and note them for the log."""
         made = sum(choice.n_tokens for choice in job.choices)
         if request.key.tokens:
             self.shares.spend(bucket, made)
@@ -509,7 +524,7 @@ class Endpoint:
         job.changed.set()
 
     async def _news(self, job: Job) -> bool:
-        """Wait for some; False when the client has left. Raises ApiError when the engine fails, or the server ends."""
+        """Wait for new tokens; False if the client has left. Raises ApiError if the engine fails or the server ends."""
         await job.changed.wait()
         job.changed.clear()
         if (failure := job.failure) is not None:
@@ -531,12 +546,12 @@ class Endpoint:
         def written() -> bytes:
             return json.dumps(job.whole(parts), ensure_ascii=False).encode()
 
-        # the tokens of long prompts are much to write (MAX_ECHO_TOKENS)
+        # the tokens of long prompts make a large answer (MAX_ECHO_TOKENS)
         await request.answer(200, await asyncio.to_thread(written) if job.logprobs else written())
 
     async def _streamed(self, request: Request, job: Job) -> None:
-        """The answer as server-sent events, as it comes; what is ready goes out in one write."""
-        # The status says whether it works: it waits for the first token, or for the reason why there is none.
+        """The answer as server-sent events, while it comes; everything that is ready goes out in one write."""
+        # The status must be right, so it waits for the first token, or for the reason why there is none.
         events = job.opening()
         if not job.done and not await self._news(job):
             return
@@ -562,7 +577,8 @@ class Endpoint:
     # --- health ---
 
     async def _health(self) -> None:
-        """Healthy: a token came out of all ranks a moment ago, or comes now. One question is asked however many ask us."""
+        """Healthy means that a token came out of all ranks a moment ago, or comes now. However many clients ask, the
+        engine gets one question."""
         if self.shares.ending:
             raise ApiError(503, "the server is ending; it still answers, but send what is new elsewhere", code="ending")
         if time.monotonic() - self.engine.last_token > HEALTH_SECONDS:
@@ -587,7 +603,7 @@ class Endpoint:
 
 
 def content_security_policy(page: str) -> str:
-    """Only what stands in the page itself: its script and style by their hashes; it may ask this server, nothing else."""
+    """The page's policy: only its own script and style, by their hashes; it may ask only this server."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -597,6 +613,7 @@ def content_security_policy(page: str) -> str:
         )
 
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
+        "'script'; trusted-types 'none'"
     )

@@ -1,7 +1,7 @@
 """Chat: a conversation becomes token ids by the model's own template, rendered by Jinja in a sandbox.
 
-Only the template makes special tokens. The spelling of one in a message is plain text, also when a message and the template's own text
-would spell one together.
+Only the template makes special tokens. A special token that is spelt out in a message is plain text, also if the
+message and the template's own text spell it together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-# A template comes with a model, from outside: what it writes is bounded by what the messages say, many times over.
+# A template comes with a model, from outside: its output may be at most many times as long as the messages.
 MAX_OUTPUT_CHARACTERS = 32 << 20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_SECONDS = 2.0
@@ -53,7 +53,8 @@ class Refused(ValueError):
 def template_of(folder: Path) -> str | None:
     """The template of a tokenizer folder; None if it has none (a base model).
 
-    As transformers has it: chat_template.jinja counts before tokenizer_config.json, and of several the one called `default`.
+    As in transformers: chat_template.jinja comes before tokenizer_config.json,
+    and of several templates `default` is used.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -66,7 +67,8 @@ def template_of(folder: Path) -> str | None:
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates (utils/chat_template_utils.py), without what tools and images need."""
+    """Jinja as transformers sets it up for chat templates (utils/chat_template_utils.py),
+    without what tools and images need."""
 
     def raise_exception(message: str) -> NoReturn:
         raise Refused(str(message))
@@ -99,11 +101,11 @@ class ChatTemplate:
         described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added = [token for token in described.get("added_tokens") or [] if token.get("special")]
         self.special: dict[str, int] = {token["content"]: token["id"] for token in added}
-        # bos_token and so on, by which templates name them
+        # bos_token and so on, under the names that templates use
         self.names = {
             name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)
         }
-        # the longest first, as tokenizers finds them; lstrip and rstrip swallow the spaces beside a token
+        # the longest first, as the tokenizers package finds them; lstrip and rstrip remove the spaces beside a token
         spelt = sorted(added, key=lambda token: -len(token["content"]))
         self.swallows_before = {token["content"] for token in added if token.get("lstrip")}
         self.swallows_behind = {token["content"] for token in added if token.get("rstrip")}
@@ -112,7 +114,8 @@ class ChatTemplate:
 
     @cached_property
     def template(self) -> Template:
-        """It is compiled when it is first used, where its work is bounded: Jinja computes constants while it compiles."""
+        """It is compiled when it is first used, where its work is bounded:
+        Jinja computes constants while it compiles."""
         return environment().from_string(self.source)
 
     @cached_property
@@ -126,14 +129,14 @@ class ChatTemplate:
 
     @property
     def knows_results(self) -> bool:
-        """Whether it writes what came of a call: a turn of the role tool."""
+        """Whether the template writes results of calls: turns of the role tool."""
         return any(word in self.source for word in ("'tool'", '"tool"', "'tool_response'", '"tool_response"'))
 
     def _space_only_at_the_start(self, described: Mapping[str, Any]) -> bool:
-        """Whether text behind a special token is tokenized without the space that SentencePiece writes before a text.
+        """Whether text after a special token is tokenized without the space that SentencePiece writes before a text.
 
-        Llama 2's rule is that every stretch between special tokens gets one; that of later tokenizers (Metaspace, prepend_scheme
-        `first`) that only the start of everything does.
+        Llama 2's rule is that every stretch between special tokens gets one; that of later tokenizers (Metaspace,
+        prepend_scheme `first`) that only the start of everything does.
         """
         if not self.special:
             return False
@@ -175,8 +178,8 @@ class ChatTemplate:
     ) -> list[int]:
         """The conversation as token ids, up to where the answer begins, and what it begins with.
 
-        messages: turns as templates read them: texts, tool_calls; begun: the answer's first text, ours; more: what else the template
-        may name (tools, a client's chat_template_kwargs).
+        messages: turns in the form that templates read: texts, tool_calls; begun: the answer's first text, which we
+        give; more: other names for the template (tools, a client's chat_template_kwargs).
         """
         mark = _unused([self.source, *self.names.values(), *texts_of(list(messages)), *texts_of(dict(more))])
         # a template that writes JSON may escape the mark, as json.dumps does by default
@@ -206,7 +209,7 @@ class ChatTemplate:
         """Token ids of stretches of plain text; starts: whether the first of them is the start of everything."""
         if not self.continues:
             return list(self.text.encode(stretches, add_special_tokens=False))
-        # behind a line break there is no space either: tokenize one more and take it away again
+        # after a line break there is no space either: tokenize one line break more and remove it again
         [line] = self.text.encode(["\n"], add_special_tokens=False)
         first = [stretches[0]] if starts and stretches else []
         later = self.text.encode(["\n" + stretch for stretch in stretches[len(first) :]], add_special_tokens=False)
@@ -224,9 +227,11 @@ class ChatTemplate:
         return [self._masked_all(one, mark) for one in value] if isinstance(value, list) else value
 
     def _masked(self, value: str, mark: str) -> str:
-        """A message's text with a mark inside whatever spells a special token, or would together with text before or after it.
+        """A message's text with a mark inside everything that spells a special token,
+        alone or together with text before or after it.
 
-        Nothing else changes, so that a template which looks into a message (for `</think>`, for its end) sees what is there.
+        Nothing else changes, so that a template which looks into a message (for `</think>`,
+        for its end) sees what is there.
         """
         value = self.spelling.sub(lambda match: match[0][0] + mark + match[0][1:], value)
         end, start = value.rstrip(), len(value) - len(value.lstrip())
@@ -264,8 +269,8 @@ def _content(token: object) -> str:
 def deadline(seconds: float) -> Iterator[None]:
     """Ends Python code that uses the CPU for longer, with Refused: Jinja's loops are Python's.
 
-    One long operation in C ends only by the bound of the process that it runs in (reader.py). A timer's signal comes to the main thread
-    alone; in another thread there is no bound.
+    Only the process's own bound ends a long operation in C (reader.py). A timer's signal reaches only the main thread;
+    another thread has no bound.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

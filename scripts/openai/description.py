@@ -14,16 +14,26 @@ from scripts.openai import messages
 def description() -> dict[str, Any]:
     """OpenAPI 3.1, its schemas from messages.py."""
     kinds = [
-        (messages.CompletionRequest, "validation"), (messages.ChatRequest, "validation"), (messages.Completion, "serialization"),
-        (messages.ChatCompletion, "serialization"), (messages.Models, "serialization"), (messages.Model, "serialization"),
-        (messages.Health, "serialization"), (messages.Error, "serialization"),
-    ]  # fmt: skip
+        (messages.CompletionRequest, "validation"),
+        (messages.ChatRequest, "validation"),
+        (messages.Completion, "serialization"),
+        (messages.ChatCompletion, "serialization"),
+        (messages.Models, "serialization"),
+        (messages.Model, "serialization"),
+        (messages.Health, "serialization"),
+        (messages.Error, "serialization"),
+    ]
     names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     errors = {
-        "400": "The request is not valid, or asks for what is not supported", "401": "The API key is not known",
-        "404": "There is no such model", "408": "The body came too slowly", "413": "The body is too large",
-        "429": "Too many requests are in progress or waiting", "500": "The engine failed", "503": "The engine is not there",
-    }  # fmt: skip
+        "400": "The request is not valid, or asks for what is not supported",
+        "401": "The API key is not known",
+        "404": "There is no such model",
+        "408": "The body came too slowly",
+        "413": "The body is too large",
+        "429": "Too many requests are in progress or waiting",
+        "500": "The engine failed",
+        "503": "The engine is not there",
+    }
 
     def content(kind: type[BaseModel], mode: str = "serialization") -> dict[str, Any]:
         return {"application/json": {"schema": names[kind, mode]}}  # type: ignore[index]

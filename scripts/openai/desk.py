@@ -1,6 +1,6 @@
 """A worker's side of its readers: each client's bodies wait in their own line, and the lines are served in turn.
 
-So one client's dear requests delay that client. A line has an end, beyond which the answer is 429.
+So one client's expensive requests delay only that client. A line has a limit, beyond which the answer is 429.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from scripts.openai.wrong import ApiError, busy
 
 # How many requests of one client wait to be read in a worker, and of all
 MAX_LINE, MAX_LINES = 64, 512
-# A reader is bounded by its CPU time; this is for one that waits without using any
+# CPU time bounds a reader; this bounds one that waits without using CPU time
 WAIT_SECONDS = 60.0
 
 
 @dataclass
 class Work:
-    """A body on its way. client: whose line it waits in."""
+    """A body on its way. client: the client in whose line it waits."""
 
     client: int
     chat: bool
@@ -49,7 +49,7 @@ class Desk:
             self.server.close()
 
     async def read(self, client: int, chat: bool, data: bytes) -> Asked:
-        """What a body asks for. Raises ApiError."""
+        """Let a reader read a body. Raises ApiError."""
         line = self.lines.get(client, ())
         if len(line) >= MAX_LINE or sum(map(len, self.lines.values())) >= MAX_LINES:
             raise busy("too many requests wait to be read; try again")
@@ -59,19 +59,20 @@ class Desk:
         return await work.answer
 
     def serve(self) -> None:
-        """Give readers that are idle the first of the line whose turn it is; that line then goes behind the others."""
+        """Give idle readers the first body of the line whose turn it is;
+        that line then waits until the others have had a turn."""
         while self.idle and self.lines:
             client = next(iter(self.lines))
             line = self.lines.pop(client)
             work = line.popleft()
             if line:
                 self.lines[client] = line
-            if not work.answer.done():  # else its client has left
+            if not work.answer.done():  # otherwise the client has left
                 self.idle.pop().give(work)
 
 
 class ReaderLink(asyncio.Protocol):
-    """The connection of one reader, as long as it lives."""
+    """Serves the connection of one reader as long as it lives."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk

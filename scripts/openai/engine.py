@@ -1,4 +1,5 @@
-"""Asks the model tensorrt_llm over gRPC: token ids in, token ids out, as they come; its contract is in docker/contracts/backend."""
+"""Asks the model tensorrt_llm over gRPC: token ids in, token ids out, as they come; its contract is in
+docker/contracts/backend."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ from scripts.openai.shares import RUNNING, Shares
 log = logging.getLogger("openai")
 
 MODEL = "tensorrt_llm"
-# Whatever divides logits by less leaves no finite float32: it is greedy.
+# A smaller divisor leaves no finite float32 logits, so it means greedy.
 MIN_TEMPERATURE = 1e-5
-# Two names that versions gave to one input
+# Two names of the same input, by version
 SEED, MIN_TOKENS = ("random_seed", "seed"), ("min_length", "min_tokens")
 # Since TensorRT-LLM 0.10 a request that names outputs must name both, or its first token becomes an error.
 TOKENS = ("output_ids", "sequence_length")
@@ -38,15 +39,16 @@ GUIDE = ("guided_decoding_guide_type", "guided_decoding_guide")
 # What TensorRT-LLM says, with the code INTERNAL, when its queue is full
 BUSY = "Maximum queue size of"
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
-# A client's answers in the engine at once, for each slot that it has: enough that a slot is never empty, and few enough that another
-# client's answer waits for one of these answers, not for all
+# A client's answers in the engine at once, per slot of the engine: so many that no slot is empty, and so few that
+# another client's answer waits for one of them and not for all
 AHEAD_SHARE = 0.25
-# How often it is looked whether an answer that waits may start, when another worker may have made room
+# How often a waiting answer checks whether it may start, because another worker may have made room
 LOOK_SECONDS = 0.02
 
 
 class EngineFailed(Exception):
-    """The engine did not answer a request as it should; the server's log says more. unavailable: no engine was there to ask."""
+    """The engine did not answer a request as it should; the server's log says more. unavailable:
+    no engine was there to ask."""
 
     def __init__(self, unavailable: bool = False) -> None:
         super().__init__("the engine could not serve the request")
@@ -77,7 +79,7 @@ def read_limits(engines: Path) -> Limits:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the engine, under OpenAI's names; the defaults are OpenAI's too."""
+    """The request to the engine, under OpenAI's names and with OpenAI's defaults."""
 
     ids: Sequence[int]
     max_tokens: int
@@ -92,18 +94,18 @@ class Question:
     logprobs: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_p: float = 0.0
-    # of so many tokens besides the chosen one
+    # how many tokens besides the chosen one have log probabilities
     top_logprobs: int = 0
     # of the prompt's tokens too, from the second on
     prompt_logprobs: bool = False
     # what guides the answer: its type and text, as TensorRT-LLM names them
     guide: tuple[str, str] | None = None
-    # what ends an answer where the engine can see it only as tokens: int32 (1, 2, n)
+    # stop words, for an engine that sees only tokens: int32 (1, 2, n)
     stop_words: Any | None = None
 
 
 def is_greedy(question: Question) -> bool:
-    """Whether nothing is left to chance."""
+    """Whether the answer is not random."""
     return question.temperature < MIN_TEMPERATURE or question.top_p == 0 or question.top_k == 1
 
 
@@ -112,8 +114,8 @@ def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab
 
     end_ids: the model's ends. The engine takes one end_id; the others are stop words of one token.
 
-    Sampling is chosen by top_k and top_p alone: with neither TensorRT-LLM decodes greedily, whatever the temperature. What is at its
-    default is left out, so that versions which lack an input are not asked for it.
+    Only top_k and top_p turn sampling on: without them TensorRT-LLM decodes greedily, whatever the temperature.
+    Defaults are left out, so that a version that lacks an input does not get it.
     """
     values: dict[str, Any] = {
         "input_ids": question.ids,
@@ -164,7 +166,7 @@ def inputs_of(question: Question, end_ids: Sequence[int], streaming: bool, vocab
 class Engine:
     """The running model. config: the text of its config.pbtxt, which says what this version declares.
 
-    shares: what limits a client's answers in the engine, in all workers; None: nothing does.
+    shares: limits a client's answers in the engine, over all workers; None: no limit.
     """
 
     def __init__(
@@ -176,7 +178,8 @@ class Engine:
         # "TYPE_INT32" is "INT32" in a request
         self.types = {tensor.name: model_config_pb2.DataType.Name(tensor.data_type)[5:] for tensor in parsed.input}
         self.types = {name: "BYTES" if kind == "STRING" else kind for name, kind in self.types.items()}
-        # what the model takes as parameters of a request, because its version has no input for it (contract.py of the torch engine)
+        # what the model takes as parameters of a request,
+        # because its version has no input for it (contract.py of the torch engine)
         named = (
             parsed.parameters["request_parameters"].string_value if "request_parameters" in parsed.parameters else ""
         )
@@ -188,7 +191,7 @@ class Engine:
         )
         self.most_of_one = limits.max_batch_size + max(1, int(AHEAD_SHARE * limits.max_batch_size))
         self._link: grpc_link.Link | None = None
-        # what waits for its turn, by the bucket of its client
+        # waiting answers, by the bucket of their client
         self._waiting: dict[int, deque[Stream]] = {}
         self._looking: asyncio.TimerHandle | None = None
         # when a token last came out of the engine, by the loop's clock
@@ -216,10 +219,13 @@ class Engine:
     ) -> Stream:
         """Start a question, as `message_of` has it; `changed` is called whenever there is something to take.
 
-        bucket: the client's (shares.py): its answers start in turn, a few more at once than the engine has slots. None: at once.
-        arrived: when its request came, by time.monotonic(), for measurements; 0: we ask it ourselves, and it is not measured.
+        bucket: the client's (shares.py): its answers start in order, a few more at once than the engine has slots.
+        None: they start at once.
+        arrived: when its request came, by time.monotonic(), for measurements; 0: we ask it ourselves, and it is not
+        measured.
         name: the id of its request, which then stands in Triton's lines and the engine's too.
-        likeliest: as many tokens as it asks for beside each one (top_logprobs). of_prompt: so many log probabilities are the prompt's.
+        likeliest: how many other tokens are sent with each one (top_logprobs). of_prompt:
+        so many log probabilities are the prompt's.
         """
         stream = Stream(self, message, changed, bucket if self.shares is not None else None, arrived, name)
         stream.likeliest, stream.of_prompt = likeliest, of_prompt
@@ -231,7 +237,7 @@ class Engine:
         return stream
 
     def advance(self, bucket: int) -> None:
-        """Start what may start of a client."""
+        """Start the answers of a client that may start."""
         waiting = self._waiting.get(bucket)
         while waiting and (waiting[0].over or self._may_start(waiting[0])):
             stream = waiting.popleft()
@@ -279,8 +285,8 @@ class Engine:
         return message
 
     def message_of(self, values: Mapping[str, Any], outputs: Sequence[str] = ()) -> bytes:
-        """Some of a request's values, serialized. Protobuf's messages are joined by joining their bytes: what many requests share is made
-        once, and each adds what it has alone, its id too (`named`)."""
+        """Some of a request's values, serialized. Joining the bytes of Protobuf messages joins the messages: the common
+        part of many requests is made once, and each request adds its own part, with its id (`named`)."""
         message = self.request(values, "", outputs)
         message.ClearField("model_name")
         return bytes(message.SerializeToString())
@@ -292,7 +298,8 @@ class Engine:
         return bytes(head.SerializeToString()) + message
 
     def stop(self, request_id: str) -> None:
-        """The contract's own way to end a running request, for versions that do not see a cancelled call: one with its id and `stop`."""
+        """The contract's own way to end a running request, for versions that do not see a cancelled call:
+        one with its id and `stop`."""
         values = {"input_ids": [1], "input_lengths": [1], "request_output_len": [1], "stop": [True]}
         message = self.named(self.message_of(values, TOKENS), request_id)
         self.link().call(STREAM_INFER, message, Unheard())
@@ -309,7 +316,8 @@ class Chance(float):
 
 
 def apart(values: Sequence[float], most: int) -> list[float]:
-    """Chances, from what the torch engine gives: for each token its own, then ids and log probabilities of the likeliest in turn."""
+    """Chances from the torch engine's output: for each token its own log probability, then ids and log probabilities of
+    the likeliest, in turn."""
     chances = []
     for first in range(0, len(values), 1 + 2 * most):
         chance = Chance(values[first])
@@ -320,7 +328,7 @@ def apart(values: Sequence[float], most: int) -> list[float]:
 
 
 class Unheard:
-    """Who needs no answer: where there is none the server is gone, and the request with it."""
+    """A receiver for calls whose answer does not matter: if none comes, the server is gone, and the request too."""
 
     def message(self, data: bytes) -> None:
         pass
@@ -330,9 +338,10 @@ class Unheard:
 
 
 class Stream:
-    """One question on its way: what has come of its answer and was not taken yet.
+    """One question on its way: the part of its answer that has come and was not taken yet.
 
-    It takes what comes at once, so that a client who reads slowly never keeps a slot of the engine; at most max_tokens ids pile up.
+    It takes every response at once, so that a client that reads slowly never occupies a slot of the engine;
+    at most max_tokens ids pile up.
     """
 
     def __init__(
@@ -345,13 +354,14 @@ class Stream:
         name: str = "",
     ) -> None:
         self.engine, self.changed, self.bucket, self.arrived = engine, changed, bucket, arrived
-        # a letter first: 0.8.0 reads what begins with digits as a number, and refuses one that it is working on. So what a client
-        # calls its request comes last, and no two are alike whatever it is.
+        # a letter first: 0.8.0 reads leading digits as a number, and refuses the number of a running request. The
+        # client's id comes last, so all ids differ whatever it is.
         self.id = f"r{uuid.uuid4().hex}" + (f"-{name}" if name else "")
         self.ids: list[int] = []
         self.log_probs: list[float] = []
         self.likeliest = 0
-        # of the prompt's tokens from the second on; they come before the answer's first token, perhaps in several responses
+        # for the prompt's tokens from the second on; they come before the answer's first token,
+        # perhaps in several responses
         self.of_prompt = 0
         self.prompt_log_probs: list[float] = []
         self.ended, self.cancelled = False, False
@@ -403,7 +413,7 @@ class Stream:
     # --- of the call ---
 
     def message(self, data: bytes) -> None:
-        """One response. What differs from the last one by a token alone is not parsed."""
+        """One response. If it differs from the last one only by a token, it is not parsed."""
         if self._fast is not None and (token := self._fast.token(data)) is not None:
             self._took([token], ())
             return
@@ -462,7 +472,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class OneToken:
-    """Responses of one answer that differ in their token alone: what is before and after its four bytes."""
+    """Responses of one answer that differ only in their token: the bytes before and after its four bytes."""
 
     before: bytes
     after: bytes
@@ -475,7 +485,8 @@ class OneToken:
 
 
 def one_token(data: bytes, token: int) -> OneToken | None:
-    """Where the token stands in a response; None unless another one in its place reads as that one and nothing else changed."""
+    """The position of the token in a response; None unless replacing its bytes gives a response that differs only in
+    the token."""
     written, other = token.to_bytes(4, "little", signed=True), (token ^ 0x5A).to_bytes(4, "little", signed=True)
     at = data.find(written)
     while at >= 0:
@@ -487,7 +498,7 @@ def one_token(data: bytes, token: int) -> OneToken | None:
 
 
 def _says(changed: bytes, data: bytes, written: bytes, other: bytes) -> bool:
-    """Whether a changed response has the other token instead, and nothing else is different."""
+    """Whether a changed response has the other token, and no other difference."""
     try:
         response = service_pb2.ModelStreamInferResponse.FromString(changed)
     except DecodeError:

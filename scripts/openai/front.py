@@ -1,8 +1,9 @@
-"""What bounds a connection, in front of uvicorn's own protocol, for as long as the connection lives.
+"""Bounds a connection for as long as it lives, in front of uvicorn's own protocol.
 
-uvicorn parses HTTP; it does not bound how long a head may take, how large it is, what follows a body, how long a client may leave its
-answer unread, or how many connections one address has. A Front stands between the loop and uvicorn's protocol, looks at bytes, times and
-the ASGI scope, and parses nothing. The application says through `head_done`, `body_done` and `answered` how far a request is.
+uvicorn parses HTTP. It does not bound how long a head may take, how large it is, what follows a body, how long a client
+may leave its answer unread, or how many connections one address has. A Front stands between the loop and uvicorn's
+protocol. It looks at bytes, times and the ASGI scope, and parses nothing. The application reports the progress of a
+request through `head_done`, `body_done` and `answered`.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from scripts.openai.wrong import ApiError
 
 # How long a client may take for the head of a request, also between two requests; and how large a head may be
 HEAD_SECONDS, MAX_HEAD_BYTES = 10, 64 << 10
-# How long a client may leave unread what it was sent
+# How long a client may leave sent bytes unread
 UNREAD_SECONDS = 60
-# Bytes of a request's body that may arrive before the application has seen as many: uvicorn stops reading at 64 KB, and one piece more
+# Bytes of a request's body that may arrive ahead of the application: uvicorn stops reading at 64 KB, and one more piece
 # from the socket has at most 256 KB. A chunk of five bytes takes ten.
 AHEAD_BYTES, BYTES_PER_BODY_BYTE = 512 << 10, 4
 MAX_TRAILERS = 64
-# Until a head is whole uvicorn is given so much at once: a flood of requests in one piece is noticed before it is parsed
+# Until a head is complete uvicorn gets at most so many bytes at once,
+# so that a flood of requests in one piece is noticed in time
 HEAD_PIECE_BYTES = 4096
-# A request that is sent before the last one is answered closes the connection; so much may follow a body (an empty line of old clients)
+# A request that comes before the last answer is finished closes the connection; so many bytes may follow a body (an
+# empty line of old clients)
 AFTER_BYTES = 1024
 LOOK_SECONDS = 2.0
 
@@ -38,7 +41,7 @@ HEAD, BODY, ANSWER = range(3)
 
 
 def plain_answer(error: ApiError) -> bytes:
-    """An error as bytes, for a connection on which no application was asked."""
+    """An error as bytes, for a connection that did not reach the application."""
     body = json.dumps(error.body).encode()
     head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
     head += "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
@@ -47,7 +50,7 @@ def plain_answer(error: ApiError) -> bytes:
 
 
 class Parser(HttpToolsProtocol):
-    """uvicorn's, which says in OpenAI's shape what is not HTTP."""
+    """uvicorn's protocol, with errors about bad HTTP in OpenAI's shape."""
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is None or self.cycle.response_complete:
@@ -66,7 +69,7 @@ class Fronts:
         self.by_name: dict[Any, Front] = {}
 
     async def watch(self) -> None:
-        """Close what is too slow, for ever."""
+        """Run for ever, and close connections that are too slow."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
@@ -75,7 +78,7 @@ class Fronts:
 
 
 class Front(asyncio.Protocol):
-    """One connection. Takes what uvicorn gives its protocols, and hands everything on to one of them."""
+    """One connection. It has the interface of uvicorn's protocols, and passes everything on to one of them."""
 
     # set once in each worker
     fronts: ClassVar[Fronts]
@@ -98,7 +101,7 @@ class Front(asyncio.Protocol):
         self.client, self.name = client_of(str(peer[0])), (str(peer[0]), int(peer[1]))
         of_client = fronts.by_client.get(self.client, 0)
         if len(fronts.open) >= fronts.most or of_client >= fronts.most_of_one:
-            # nothing is read of it: it costs a descriptor for a moment only
+            # it is closed unread, so it costs a descriptor only for a moment
             self.refuse(ApiError(429, "too many connections; try again", code="rate_limit_exceeded", Retry_After="1"))
             return
         self.counted = True
@@ -142,7 +145,7 @@ class Front(asyncio.Protocol):
                 and not cycle.response_complete
                 and cycle.scope is not self.scope
             ):
-                # the head is whole: the application will be called with this scope
+                # the head is complete: the application will be called with this scope
                 self.scope = cycle.scope
                 self.headers = len(self.scope["headers"])
                 self.phase, self.bytes, self.body_bytes = BODY, 0, 0
@@ -164,20 +167,20 @@ class Front(asyncio.Protocol):
             self.inner.pause_writing()
 
     def resume_writing(self) -> None:
-        self.unread_since = time.monotonic()  # some of it was read, also if as much is written at once
+        self.unread_since = time.monotonic()  # the client has read some of it, even if as much is written at once
         if self.counted:
             self.inner.resume_writing()
 
     # --- from the application ---
 
     def body_came(self, size: int, more: bool) -> None:
-        """It has seen so many bytes of the body, and whether more follow."""
+        """The application has read so many bytes of the body; whether more follow."""
         self.body_bytes += size
         if not more and self.phase == BODY:
             self.phase, self.bytes = ANSWER, 0
 
     def answered(self) -> None:
-        """The answer is written: the next head may come."""
+        """The answer was written: the next head may come."""
         self.phase, self.since, self.bytes = HEAD, time.monotonic(), 0
 
     # --- bounds ---

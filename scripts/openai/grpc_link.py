@@ -1,8 +1,8 @@
 """gRPC calls to Triton's own port, without grpcio: HTTP/2 frames come in, whole messages go out.
 
-grpcio takes about 50 microseconds of CPU for each message that arrives, however it is used; this takes about 10 (docs/endpoint.md), and
-an answer is one message for each token. The server is our own, on this machine, and every call has the same shape: one message out, many
-in. So only that part of HTTP/2 is here. Headers are decoded by the package hpack.
+grpcio takes about 50 microseconds of CPU per received message, however it is used; this takes about 10
+(docs/endpoint.md), and an answer has one message per token. The server is our own, on this machine, and every call has
+the same shape: one message out, many in. So only that part of HTTP/2 is here. The package hpack decodes headers.
 
 Sources: RFC 9113 (HTTP/2), RFC 7541 (HPACK), gRPC's doc/PROTOCOL-HTTP2.md.
 """
@@ -38,7 +38,7 @@ FRAME = struct.Struct(">HBBBI")
 
 
 class Receiver(Protocol):
-    """Who asked: is given each message as it comes, then the end."""
+    """The receiver of a call: it gets each message as it comes, then the end."""
 
     def message(self, data: bytes) -> None: ...
 
@@ -46,12 +46,12 @@ class Receiver(Protocol):
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """One frame, its head before it (RFC 9113, 4.1)."""
+    """One frame with its header (RFC 9113, 4.1)."""
     return FRAME.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload
 
 
 class Call:
-    """One call on its way. window: how many bytes of it the server takes now; unsent: what waits for that."""
+    """One call on its way. window: how many more bytes the server takes now; unsent: bytes that wait for that."""
 
     def __init__(self, link: Link, receiver: Receiver, path: str, message: bytes) -> None:
         self.link, self.receiver, self.path = link, receiver, path
@@ -62,7 +62,7 @@ class Call:
         self.over = False
 
     def cancel(self) -> None:
-        """End it from our side; the receiver is told nothing more."""
+        """End the call from our side; the receiver gets no more messages."""
         if not self.over:
             self.over = True
             if self.connection is not None:
@@ -75,7 +75,7 @@ class Call:
 
 
 class Connection(asyncio.Protocol):
-    """One HTTP/2 connection. Messages are handed over while they are parsed."""
+    """One HTTP/2 connection. It passes messages on while it parses."""
 
     def __init__(self, authority: str) -> None:
         self.authority = authority
@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
         self.encoder, self.decoder = hpack.Encoder(), hpack.Decoder()
         self.rest = b""
         self.consumed = 0
-        self.block: tuple[int, int, bytes] | None = None  # a header block that goes on: stream, flags, what is there
+        self.block: tuple[int, int, bytes] | None = None  # an unfinished header block: stream, flags, its bytes so far
 
     # --- from the loop ---
 
@@ -155,7 +155,7 @@ class Connection(asyncio.Protocol):
             self._send(call)
 
     def _send(self, call: Call) -> None:
-        """What the windows allow; the request side closes with its last byte."""
+        """Send what the windows allow; the last byte closes our side."""
         while call.unsent and not call.over:
             size = min(len(call.unsent), call.window, self.window, self.frame_bytes)
             if size <= 0:
@@ -178,7 +178,8 @@ class Connection(asyncio.Protocol):
     # --- frames ---
 
     def _data(self, call: Call, payload: bytes) -> None:
-        """gRPC's messages: a byte that says whether it is compressed (we never allow it), four of its length, then it."""
+        """gRPC's messages: a byte that says whether the message is compressed (we never allow it), four bytes of
+        length, then the message."""
         data = call.received + payload if call.received else payload
         while len(data) >= 5:
             behind = 5 + int.from_bytes(data[1:5], "big")
@@ -219,7 +220,7 @@ class Connection(asyncio.Protocol):
             self.block = (stream, flags, block)
             return
         self.block = None
-        # decoded whoever it is for: the next block depends on it
+        # always decoded, because the next block depends on it
         fields: dict[Any, Any] = dict(self.decoder.decode(block))
         call = self.calls.get(stream)
         if call is not None and flags & END_STREAM:
@@ -244,7 +245,7 @@ class Connection(asyncio.Protocol):
 
 
 class Link:
-    """Calls to one address, on one connection that is opened when it is needed and again after it was lost."""
+    """Calls to one address, on one connection, which is opened when it is needed and opened again after it was lost."""
 
     def __init__(self, address: str) -> None:
         """address: host:port, an IPv6 host in brackets."""
@@ -256,7 +257,7 @@ class Link:
         self.waiting: list[Call] = []
 
     def call(self, path: str, message: bytes, receiver: Receiver) -> Call:
-        """Start a call; `receiver` is told of everything, also when there is no connection to be had."""
+        """Start a call. `receiver` gets everything, also the failure to connect."""
         call = Call(self, receiver, path, message)
         if self.connection is not None and self.connection.usable:
             self.connection.start(call)

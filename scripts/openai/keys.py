@@ -1,7 +1,7 @@
 """API keys of the endpoint's clients: a file that is read again when it changes.
 
-A line is a key, `name: key` or `name key`; then may come what the key may use: `requests=4` at once, `tokens=20000` a minute. The
-standard library only: the supervisor checks the file with this code before anything is loaded.
+A line is a key, `name: key` or `name key`; then may come what the key may use: `requests=4` at once, `tokens=20000` a
+minute. The standard library only: the supervisor checks the file with this code before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})")
 
 
 class Key(NamedTuple):
-    """What belongs to a key. requests: at once; tokens: a minute; 0: as many as it likes."""
+    """The limits of a key. requests: at once; tokens: per minute; 0: no limit."""
 
     name: str
     requests: int = 0
@@ -29,7 +29,7 @@ class Key(NamedTuple):
 
 
 def parsed(text: str) -> dict[str, Key]:
-    """The lines of a file: key -> what belongs to it. Raises ValueError with words that never repeat a key."""
+    """The lines of a file: key -> its limits. Raises ValueError with words that never repeat a key."""
     found: dict[str, Key] = {}
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
@@ -57,7 +57,7 @@ def parsed(text: str) -> dict[str, Key]:
 
 
 def read(path: str) -> tuple[bytes, tuple[int, ...]]:
-    """A file's bytes, and what tells this version of it from another. Raises OSError and ValueError."""
+    """A file's bytes, and what distinguishes this version from others. Raises OSError and ValueError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -86,15 +86,15 @@ def decoded(data: bytes) -> dict[str, Key]:
 
 @dataclass(frozen=True)
 class Known:
-    """A key that a client showed: what belongs to it, and a number by which it is told from others."""
+    """A key that a client showed: its limits, and a number that identifies it."""
 
     key: Key
     digest: bytes
 
 
 class Keys:
-    """All keys of a server. The parent makes it: the last good content of the file is in memory that its children share, so that a
-    worker that begins while the file is broken has what the others have.
+    """All keys of a server. The parent makes it: the last good content of the file is in memory that its children
+    share, so that a worker that begins while the file is broken has the same keys as the others.
 
     path: of the file, empty for none; alone: a key that is not in a file. Raises OSError and ValueError.
     """
@@ -117,7 +117,7 @@ class Keys:
         return bool(self.by_digest)
 
     def digest(self, key: bytes) -> bytes:
-        """Keys are looked up by a keyed hash: how long that takes tells nothing of them."""
+        """Keys are looked up by a keyed hash, so the time of a look-up says nothing about them."""
         return hashlib.blake2b(key, digest_size=16, key=self.secret).digest()
 
     def known(self, given: bytes) -> Known | None:
@@ -136,7 +136,7 @@ class Keys:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def adopt(self) -> None:
-        """In a worker that was forked: what the others last read."""
+        """In a forked worker: the keys that the others read last."""
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             data = self.shared[8 : 8 + int.from_bytes(self.shared[:8], "little")]
@@ -147,8 +147,8 @@ class Keys:
         self.seen = None
 
     def refresh(self) -> str:
-        """Read the file again if it has changed. Returns what is to be said of it, mostly nothing. A file that has vanished or is
-        broken changes nothing."""
+        """Read the file again if it has changed. Returns a line for the log, mostly an empty one. If the file has
+        vanished or is broken, the old keys stay."""
         if not self.path:
             return ""
         try:

@@ -9,7 +9,7 @@ import time
 
 # Whose request is being worked on; empty if there is none
 client_of_request: contextvars.ContextVar[str] = contextvars.ContextVar("client", default="")
-# Lines of one client, and of all, in a period; and how many clients are told apart
+# Lines of one client, and of all, in a period; and how many clients are counted separately
 LINES, ALL_LINES, SECONDS, CLIENTS = 20, 200, 60.0, 1000
 # Lines of LOG=json, one for each request: as many in a period, of one client and of all, for each worker
 REQUEST_LINES, ALL_REQUEST_LINES = 3000, 6000
@@ -18,7 +18,7 @@ MAX_LINE_BYTES = 4000
 
 
 class Bounded(logging.Handler):
-    """Writes lines to a file descriptor that is set not to block; what does not fit is left out and counted."""
+    """Writes lines to a non-blocking file descriptor; lines that do not fit are left out and counted."""
 
     def __init__(self, descriptor: int = 2, lines: int = LINES, all_lines: int = ALL_LINES) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ requests.propagate = False
 
 
 def open_log(with_requests: bool = False) -> None:
-    """For this process and what it forks. with_requests: also a line for each request."""
+    """Set up the log of this process and its children. with_requests: also a line for each request."""
     logging.raiseExceptions = False
     handler = Bounded()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

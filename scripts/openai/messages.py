@@ -1,7 +1,8 @@
 """What clients of the OpenAI API send and get, as pydantic models: they check requests and are the OpenAPI description.
 
-Names, defaults and ranges are OpenAI's (https://platform.openai.com/docs/api-reference/chat/create and /completions/create). What a
-request asks for and this server cannot do is refused by name; what changes no answer (user, metadata, ...) is taken and left alone.
+Names, defaults and ranges are OpenAI's (https://platform.openai.com/docs/api-reference/chat/create and
+/completions/create). What a request asks for and this server cannot do is refused by name; arguments that change no
+answer (user, metadata, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-# OpenAI's own limit of alternatives; how many fit is the engine's concern
+# OpenAI's own limit of alternatives; the engine may allow fewer
 MAX_CHOICES = 128
-# A stop string is looked for in every piece of text: as long as a word may be for Triton's clients (sent.py)
+# A stop string is looked for in every piece of text, so it has the limit of a word of Triton's clients (sent.py)
 MAX_STOPS, MAX_STOP_BYTES = 16, 512
-# Lists end at these lengths and at their first mistake: a body of 4 MB once made four million reports, and 38 seconds of work
+# Lists end at these lengths and at their first mistake: a body of 4 MB once made four million reports,
+# and 38 seconds of work
 MAX_PROMPTS, MAX_TOKENS, MAX_TURNS, MAX_BIASES = 1024, 1 << 17, 4096, 1024
 # OpenAI's own limit of tools, and of their names
 MAX_TOOLS, TOOL_NAME = 128, r"^[a-zA-Z0-9_-]{1,64}$"
@@ -26,7 +28,7 @@ MAX_CHOICES_OF = 1024
 NAME = re.compile(r"(?!str$)[a-z_]+")
 
 
-# JSON has one kind of number: 5.0 is as whole as 5
+# JSON has one kind of number: 5.0 is a whole number too
 Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 ]
@@ -34,7 +36,7 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class NotSupported:
-    """For an argument that is known, and that this server cannot do: null and OpenAI's defaults ask for nothing and pass.
+    """For a known argument that this server does not support: null and OpenAI's defaults pass.
 
     In an annotation: `Annotated[Any, NotSupported("medium")]`.
     """
@@ -59,7 +61,7 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fa
 
 
 class Strict(BaseModel):
-    """No key is unknown, no "5" is a number."""
+    """Strict: unknown keys are refused, and "5" is not a number."""
 
     # NaN and Infinity are not JSON, but Python's parsers take them
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -67,7 +69,8 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        """The first unknown key ends it: pydantic would report each, and a body of 2.5 MB has a quarter of a million."""
+        """The first unknown key ends the check: pydantic would report each,
+        and a body of 2.5 MB can have a quarter of a million."""
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields and name != "schema" or name == "schema_":
@@ -76,7 +79,7 @@ class Strict(BaseModel):
 
 
 def _biases(value: Any) -> Any:
-    """The first mistake ends it, as in lists: pydantic would report each."""
+    """The first mistake ends the check, as in lists: pydantic would report every mistake."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_BIASES:
@@ -93,34 +96,34 @@ def _biases(value: Any) -> Any:
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    # pads chunks against eavesdroppers who count bytes; it is asked for by newer clients and changes no text
+    # pads chunks against eavesdroppers who count bytes; newer clients ask for it, and it changes no text
     include_obfuscation: bool | None = None
 
 
 class Sampling(Strict):
-    """What both ways of asking have in common."""
+    """The arguments that completions and chat have in common."""
 
     model: str = Field(description="The id that /v1/models gives")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
-    temperature: float | None = Field(None, ge=0, le=2, description="1 where nothing is said; 0 is greedy")
+    temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy")
     top_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: Whole | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
-        None, description="None of it is in the answer"
+        None, description="The answer holds none of them"
     )
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_biases)] = Field(
         None, max_length=MAX_BIASES, description="Token id to what is added to its logit, -100 to 100"
     )
     # not OpenAI's, but TensorRT-LLM's and vLLM's
     top_k: Whole | None = Field(None, ge=0, lt=1 << 31)
-    # from what does not vanish in float32
+    # the least value that float32 can hold
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: Whole | None = Field(None, ge=0, lt=1 << 31)
-    # taken and left alone: they change no answer
+    # accepted and ignored: they change no answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -130,7 +133,9 @@ class Sampling(Strict):
     prompt_cache_retention: str | None = None
     # vLLM's
     min_p: float | None = Field(None, ge=0, le=1, description="Torch engine only")
-    ignore_eos: bool | None = Field(None, description="The answer has max_tokens, whatever the model says")
+    ignore_eos: bool | None = Field(
+        None, description="The answer has max_tokens tokens, even if the model ends earlier"
+    )
     request_id: str | None = None
     priority: Whole | None = None
     # known and not supported: OpenAI's, then vLLM's
@@ -174,11 +179,11 @@ class CompletionRequest(Sampling):
     prompt: (
         str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Whole | None = Field(None, ge=0, lt=1 << 31, description="16 where nothing is said; 0 with echo alone")
+    max_tokens: Whole | None = Field(None, ge=0, lt=1 << 31, description="Default 16; 0 only with echo")
     echo: bool | None = Field(None, description="The answer begins with the prompt; with logprobs: torch engine only")
     logprobs: Whole | None = Field(None, ge=0, le=5, description="0: of the chosen tokens; more: torch engine only")
     best_of: Whole | None = Field(
-        None, ge=1, le=MAX_CHOICES, description="So many are made, the likeliest n are the answer"
+        None, ge=1, le=MAX_CHOICES, description="How many answers are made; the likeliest n are returned"
     )
     suffix: Annotated[Any, NotSupported("")] = None
 
@@ -326,9 +331,7 @@ class ChatRequest(Sampling):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
     max_tokens: Whole | None = Field(None, ge=1, lt=1 << 31)
-    max_completion_tokens: Whole | None = Field(
-        None, ge=1, lt=1 << 31, description="As many as fit where nothing is said"
-    )
+    max_completion_tokens: Whole | None = Field(None, ge=1, lt=1 << 31, description="Default: as many as fit")
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20, description="More than 0: torch engine only")
     response_format: ResponseFormat | None = None
@@ -359,7 +362,7 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    # null: of the prompt's first token, which nothing precedes
+    # null for the prompt's first token, which has no token before it
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
@@ -403,7 +406,7 @@ class Answer(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    # only where the model called some
+    # only if the model called some
     tool_calls: list[AnswerCall] = []
 
 

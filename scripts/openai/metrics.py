@@ -1,11 +1,12 @@
 """The page /metrics: counts of all worker processes in Prometheus' text form, written by its official client.
 
-Names, units and bounds of buckets are vLLM's with another prefix (docker/dashboards/metrics.json). The counts are in memory that all
-workers share, made before they are forked: each worker adds to its own row, and whoever is scraped adds the rows up. A worker that
-dies leaves its row to the one that takes its place, so that no counter ever goes back. (The client's own multiprocess mode keeps a file
-for each process that there ever was, and takes a lock and several microseconds for each token.)
+Names, units and bounds of buckets are vLLM's with another prefix (docker/dashboards/metrics.json). The counts are in
+memory that all workers share, made before they are forked: each worker adds to its own row, and the worker that is
+scraped adds up the rows. A worker that dies leaves its row to its replacement, so that no counter ever goes back. (The
+client's own multiprocess mode keeps a file for each process that ever ran,
+and takes a lock and several microseconds per token.)
 
-What the engine says of itself comes from Triton's metrics, asked once a second at most, however many scrape us.
+The engine's own numbers come from Triton's metrics, read at most once a second, however often we are scraped.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from scripts.openai.passing import Passing
 
-# Paths as they are counted: never what a client typed
+# Paths under which requests are counted, never the text of a client
 ROUTES = (
     "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}", "/health", "/health/live", "/metrics",
     "/openapi.json", "/", "other",
 )  # fmt: skip
 STATUSES = (200, 204, 400, 401, 403, 404, 405, 408, 413, 429, 431, 499, 500, 503)
 OTHER_STATUS = len(STATUSES)
-# what is there from the start with 0: a counter that appears with its first event has no rate of it
+# labels that exist from the start with 0: a counter that appears with its first event shows no rate for it
 FROM_START = {(route, status) for route in ROUTES[:2] for status in (200, 429, 500, 503)}
 REASONS = ("stop", "length", "tool_calls", "content_filter", "other")
 _TOKEN = (
@@ -60,9 +61,7 @@ _TOKEN = (
 _FIRST = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
-_WHOLE = (
-    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
-)  # fmt: skip
+_WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 FIRST, TOKEN, WHOLE, QUEUE = range(4)
 HISTOGRAMS = (
     ("bake_time_to_first_token_seconds", "From the arrival of a request to its first token", _FIRST),
@@ -76,12 +75,12 @@ PROMPT, GENERATED, FINISHED = STARTS[-1], STARTS[-1] + 1, STARTS[-1] + 2
 ANSWERED = FINISHED + len(REASONS)
 COLUMNS = ANSWERED + len(ROUTES) * (len(STATUSES) + 1)
 
-# What Triton says, and a page, are this old at most: however many scrape, a worker spends one percent on it
+# The greatest age of Triton's numbers and of a page: however often it is scraped, a worker spends one percent on it
 FRESH_SECONDS, PAGE_SECONDS = 1.0, 0.1
-# How long Triton may take, how much it may say, and how old what it said may be
+# How long Triton may take, how many bytes it may send, and how old its numbers may be
 ENGINE_SECONDS, ENGINE_BYTES, STALE_SECONDS = 1.0, 4 << 20, 10.0
 SAMPLE = re.compile(r"(nv_trt_llm_\w+)\{([^}\n]*)\} (\S+)")
-# cells of what Triton last said: when it was asked and when it answered, then these
+# cells for Triton's last answer: the times of question and answer, then these
 ASKED, CAME, ACTIVE, WAITING, USED, MOST = range(6)
 SAID = {
     ("nv_trt_llm_request_metrics", "active"): ACTIVE,
@@ -151,10 +150,10 @@ class Counts(Passing):
 
 
 class Page:
-    """What /metrics answers in one worker.
+    """Makes the page /metrics in one worker.
 
-    model: its name; load: how many answers wait in the endpoint, and how many it has given to the engine; triton: its metrics'
-    address, host:port, empty if there is none to ask.
+    model: its name; load: how many answers wait in the endpoint, and how many it has given to the engine; triton: its
+    metrics' address, host:port, empty if there is none to ask.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class Page:
         said[CAME] = now
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry of Prometheus' client."""
+        """The metrics, for the registry of Prometheus' client."""
         counts, model = self.counts, self.model
         for (name, text, bounds), start in zip(HISTOGRAMS, STARTS):
             total, buckets = 0.0, []
@@ -231,7 +230,7 @@ class Page:
         active = said[ACTIVE] if known and not math.isnan(said[ACTIVE]) else min(given, self.slots)
         if known and not math.isnan(said[WAITING]):
             waiting += int(said[WAITING])
-        else:  # TensorRT-LLM counts those that it works on; what we gave it besides stands in its queue
+        else:  # TensorRT-LLM counts only the requests that it works on; our other requests are in its queue
             waiting += max(0, given - int(active))
         yield self._gauge("bake_num_requests_running", "Requests that have a place in the engine", active)
         yield self._gauge("bake_num_requests_waiting", "Requests that wait for a place", waiting)
@@ -262,7 +261,7 @@ async def fetched(address: str) -> str:
 
 
 def said_by(text: str) -> dict[int, float]:
-    """What the engine says of itself: cell -> value, of the model tensorrt_llm."""
+    """The engine's own numbers: cell -> value, for the model tensorrt_llm."""
     found = {}
     for name, labels, value in SAMPLE.findall(text):
         kind = re.search(r'(?:request_type|kv_cache_block_type)="(\w+)"', labels)

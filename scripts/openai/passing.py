@@ -1,7 +1,8 @@
-"""What passes by: every count and time that a measurement of the endpoint may want, at one place.
+"""The one place through which every count and time of the endpoint passes.
 
-Each worker has one Passing. Its methods are called on the loop, some once for each token, so they must cost about nothing and never wait.
-Here they do nothing (METRICS=off); metrics.py has an object of the same methods that counts, and a worker puts it in the place of `here`.
+Each worker has one Passing. Its methods are called on the loop, some once per token, so they must be very cheap and
+never wait. Here they do nothing (METRICS=off). metrics.py has an object with the same methods that counts, and a worker
+replaces `here` with it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Passing:
         """From the arrival of a request to its first token, or to the first tokens if several come at once."""
 
     def token(self, seconds: float, tokens: int) -> None:
-        """From the token before to this one, or these, of the same answer."""
+        """From the previous token to this one, or these, of the same answer."""
 
     def finished(self, reason: str) -> None:
         """An answer came to its end. reason: OpenAI's word for it."""

@@ -1,8 +1,10 @@
-"""What a request asks for: its body is read, checked, put through the chat template and tokenized, in a process that may take only so much.
+"""Reads a request: its body is parsed, checked, put through the chat template and tokenized,
+in a process with bounded time and memory.
 
-All of this is work that a client sets the price of, so none of it runs on a loop that others wait for. A reader is a child with a bound on
-memory and on the CPU time of each request; when it goes beyond either it dies, its request is refused, and the parent forks another. Its
-answer holds the engine's requests as bytes: the worker adds an id and a seed to each and sends them.
+A client can make all of this work expensive, so none of it runs on a loop that others wait for. A reader is a child
+with a bound on memory and on the CPU time of each request. If it exceeds either bound it dies, its request is refused,
+and the parent forks another. Its answer holds the engine's requests as bytes:
+the worker adds an id and a seed to each and sends them.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ from scripts.openai.wrong import ApiError
 
 # CPU seconds of one request, whole ones (setrlimit(2)), and memory beyond what the process has at its start
 CPU_SECONDS, MEMORY_BYTES = 3, 1 << 30
-# Where the engine sees stop strings as tokens (STREAMING=off): bytes of all of them, times the prompts
+# If the engine sees stop strings as tokens (STREAMING=off): bytes of all of them, times the prompts
 MAX_STOP_WORK = 16 << 10
-# Characters that echo repeats, in all answers together; with logprobs: tokens that it tells of, the likeliest ones beside each counted
+# Characters that echo repeats, in all answers together; with logprobs: tokens that it tells of,
+# the likeliest ones beside each counted
 MAX_ECHO_CHARACTERS, MAX_ECHO_TOKENS = 4 << 20, 1 << 18
 # A schema, a regular expression; what llguidance may spend on one is in guides.py
 MAX_GUIDE_BYTES = 64 << 10
@@ -50,7 +53,8 @@ Body = TypeVar("Body", bound=messages.Sampling)
 class Asked:
     """A request that can be answered.
 
-    shared: bytes of the engine's request that all answers have; own: what each prompt adds. An answer's number is prompt * n + alternative.
+    shared: bytes of the engine's request that all answers have; own: what each prompt adds. An answer's number is
+    prompt * n + alternative.
     """
 
     chat: bool = False
@@ -62,16 +66,16 @@ class Asked:
     logprobs: bool = False
     stops: list[str] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
-    # the prompts' tokens, where echo tells of them (with logprobs)
+    # the prompts' tokens, if echo reports them (with logprobs)
     told: list[list[int]] = field(default_factory=list)
-    # of the first answer, the next ones count on; None: nothing is left to chance
+    # the seed of the first answer, which the next ones count up; None: nothing is random
     seed: int | None = None
     starts_with_space: bool = False
     # whether the end of the model's answer counts
     ignore_eos: bool = False
-    # tokens that are told beside each (top_logprobs)
+    # how many likely tokens are sent with each one (top_logprobs)
     likeliest: int = 0
-    # so many of the n are told, the likeliest (best_of); 0: all
+    # how many of the n are sent, the likeliest (best_of); 0: all
     keep: int = 0
     # how calls are read (tools.Calls); None: the answer is text
     calls: dict[str, Any] | None = None
@@ -83,7 +87,7 @@ class Asked:
         return self.n * len(self.own)
 
     def packed(self) -> bytes:
-        """Its fields as JSON, then the bytes in a row."""
+        """The fields as JSON, then all bytes in a row."""
         told = {name: value for name, value in asdict(self).items() if name not in ("shared", "own")}
         told["sizes"] = [len(self.shared), *map(len, self.own)]
         head = json.dumps(told).encode()
@@ -91,7 +95,7 @@ class Asked:
 
 
 def unpacked(data: bytes) -> Asked:
-    """The other way. Raises ApiError if the reader refused."""
+    """The reverse: bytes to a request. Raises ApiError if the reader refused."""
     behind = LENGTH.size + LENGTH.unpack_from(data)[0]
     told = json.loads(data[LENGTH.size : behind])
     if (error := told.pop("error", None)) is not None:
@@ -111,8 +115,9 @@ def refused(error: ApiError) -> bytes:
 class Reader:
     """Everything that a request is checked against.
 
-    name: the model's id; text: Text of the room's tokenizer; template: None for a base model; aliases: more names of it;
-    why_not: guides.py's of the torch engine, which says why a guide cannot be used; None: the engine alone knows.
+    name: the model's id; text: Text of the room's tokenizer; template: None for a base model; aliases: more names of
+    it;
+    why_not: from the torch engine's guides.py, says why a guide cannot be used; None: only the engine knows.
     """
 
     def __init__(
@@ -170,7 +175,7 @@ class Reader:
         return asked
 
     def _check_echoed(self, body: messages.CompletionRequest, prompts: Sequence[list[int]]) -> None:
-        """Whether the prompts' log probabilities can be told. Raises ApiError."""
+        """Check that the prompts' log probabilities are available. Raises ApiError."""
         if not self.engine.takes("prompt_logprobs"):
             raise ApiError(
                 400, "echo with logprobs is not supported by this engine: it does not tell a prompt's log probabilities", "echo",
@@ -219,7 +224,8 @@ class Reader:
 
     @staticmethod
     def _turns(body: messages.ChatRequest, template: ChatTemplate) -> list[dict[str, Any]]:
-        """A conversation as templates read it (transformers, chat_templating: arguments are an object, not its text). Raises ApiError."""
+        """A conversation in the form that templates read (transformers, chat_templating: arguments are an object, not
+        its text). Raises ApiError."""
         turns: list[dict[str, Any]] = []
         called: dict[str, str] = {}
         for number, message in enumerate(body.messages):
@@ -246,9 +252,11 @@ class Reader:
             if message.role == "tool":
                 if message.tool_call_id not in called:
                     raise ApiError(
-                        400, f"Invalid '{place}.tool_call_id': no turn before it has a tool call with this id",
-                        f"{place}.tool_call_id", "invalid_value",
-                    )  # fmt: skip
+                        400,
+                        f"Invalid '{place}.tool_call_id': no turn before it has a tool call with this id",
+                        f"{place}.tool_call_id",
+                        "invalid_value",
+                    )
                 turn["tool_call_id"] = message.tool_call_id
                 turn.setdefault("name", called[message.tool_call_id])
             turns.append(turn)
@@ -285,7 +293,8 @@ class Reader:
         return {"form": form, "begun": begun, "most": most, "reason": reason}
 
     def _guide(self, body: messages.Sampling, calls: dict[str, Any] | None) -> tuple[str, str] | None:
-        """What the answer must follow: a guide's type and text (TensorRT-LLM's guided_decoding_guide_type). Raises ApiError."""
+        """What the answer must follow: a guide's type and text (TensorRT-LLM's guided_decoding_guide_type).
+        Raises ApiError."""
         found: dict[str, tuple[str, str]] = {}
         given = getattr(body, "response_format", None)
         if given is not None and given.type == "json_object":
@@ -319,14 +328,15 @@ class Reader:
     def _guide_calls(
         self, body: messages.ChatRequest, calls: dict[str, Any], found: dict[str, tuple[str, str]]
     ) -> None:
-        """Add what guides an answer's calls to what was found, or put it in its place. Raises ApiError.
+        """Add the guide of an answer's calls to the guide that was found, or replace it. Raises ApiError.
 
-        The arguments of a strict tool follow its schema. So do those of others if the engine can guide and the schema can be followed.
+        The arguments of a strict tool follow its schema.
+        So do those of others if the engine can guide and the schema can be followed.
         """
         given, free = body.tools or [], not calls["begun"]
         strict = [number for number, tool in enumerate(given) if tool.function.strict]
         if free and not strict and not found:
-            return  # it says what it likes
+            return  # the answer is free
         named = [tool for tool in given if isinstance(body.tool_choice, messages.NamedTool)
                  and tool.function.name == body.tool_choice.function.name]  # fmt: skip
         meant = named or given
@@ -366,7 +376,7 @@ class Reader:
         found["tools"] = ("ebnf_grammar", tools.grammar(calls["form"], schemas, not free, calls["most"], content))
 
     def _schema_of(self, tool: messages.Tool, number: int) -> dict[str, Any]:
-        """What a tool's arguments follow. Raises ApiError if a strict tool's schema cannot be followed."""
+        """The schema of a tool's arguments. Raises ApiError if a strict tool's schema cannot be followed."""
         schema = {**(tool.function.parameters or {}), "type": "object"}
         why = None if self.why_not is None else self.why_not("json_schema", json.dumps(schema))
         if why is None:
@@ -392,7 +402,8 @@ class Reader:
         if len(given) * (body.n or 1) > self.capacity:
             raise ApiError(
                 400,
-                f"{len(given)} prompts with n={body.n or 1}; this server takes at most {self.capacity} answers a request",
+                f"{len(given)} prompts with n={body.n or 1}; this server takes at most {self.capacity} answers a "
+                "request",
                 "prompt",
             )
         texts = [prompt for prompt in given if isinstance(prompt, str)]
@@ -415,8 +426,8 @@ class Reader:
         self, body: messages.Sampling, prompts: Sequence[list[int]], max_tokens: int, chat: bool, logprobs: bool,
         compared: bool = False, likeliest: int = 0, guide: tuple[str, str] | None = None, of_prompt: bool = False,
     ) -> Asked:  # fmt: skip
-        """The engine's requests: what all of them share, and what each prompt adds. compared: answers are, by their likelihood;
-        of_prompt: the prompts' tokens are told of too."""
+        """The engine's requests: their common part, and each prompt's own part. compared: answers are compared by their
+        likelihood; of_prompt: the prompts' tokens are reported too."""
         named = "top_logprobs" if chat else "logprobs"
         for name, asked, value in (("min_p", "min_p", body.min_p), (named, "top_logprobs", likeliest)):
             if value and not self.engine.takes(asked):
@@ -431,9 +442,12 @@ class Reader:
         for ids in prompts:
             if len(ids) + max_tokens > self.limits.max_seq_len:
                 raise ApiError(
-                    400, f"This model's maximum context length is {self.limits.max_seq_len} tokens; the prompt has {len(ids)} and the "
-                    f"answer may have {max_tokens}.", "messages" if chat else "prompt", "context_length_exceeded",
-                )  # fmt: skip
+                    400,
+                    f"This model's maximum context length is {self.limits.max_seq_len} tokens; the prompt has {len(ids)} and the "
+                    f"answer may have {max_tokens}.",
+                    "messages" if chat else "prompt",
+                    "context_length_exceeded",
+                )
         if len(prompts) * n > self.capacity:
             raise ApiError(400, f"n is {n}; this server takes at most {self.capacity} answers a request", "n")
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
@@ -443,7 +457,7 @@ class Reader:
                     400, f"logit_bias: {token} is not a token id; they go to {self.limits.vocab_size - 1}", "logit_bias"
                 )
         stops = [stop for stop in body.stops if stop]
-        # where the engine streams the worker sees a stop string itself, however it is spelt
+        # if the engine streams, the worker itself finds a stop string, however it is spelt
         spelt = bool(stops) and not self.engine.streams
         if spelt and len(prompts) * sum(len(stop.encode()) for stop in stops) > MAX_STOP_WORK:
             raise ApiError(
@@ -510,7 +524,8 @@ class Reader:
 
 
 def escaped(text: str) -> str:
-    """A text as a regular expression that is nothing else (of llguidance's and XGrammar's kind, both RE2's or like it)."""
+    """A regular expression that matches exactly this text (for llguidance and XGrammar,
+    whose syntax is RE2's or similar)."""
     return re.sub(r"[\\.+*?()|\[\]{}^$/]", lambda found: "\\" + found[0], text)
 
 
@@ -519,7 +534,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def checked(kind: type[Body], data: bytes) -> Body:
-    """A body, checked. Raises ApiError with the first thing that is wrong with it."""
+    """Check a body. Raises ApiError with its first mistake."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -527,9 +542,10 @@ def checked(kind: type[Body], data: bytes) -> Body:
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in words that never repeat what was sent at length."""
+    """The first mistake in a body, in words that never repeat long input."""
     found = error.errors(include_url=False)
-    # If a value may have several forms, the error is about the form that it has: a list with a mistake is not called "not text".
+    # If a value may have several forms, the error is about the form that it has:
+    # a list with a mistake is not called "not text".
     same = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
     told = [one for one in same if not one["type"].endswith("_type")] or same
     # the deepest mistake is in the form that was sent
@@ -583,10 +599,16 @@ def invalid(error: ValidationError) -> ApiError:
 
 # what pydantic expects and finds, in OpenAI's words
 _KINDS = {
-    "string_type": "a string", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a decimal",
-    "bool_type": "a boolean", "list_type": "an array", "dict_type": "an object", "model_type": "an object",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a decimal",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
     "model_attributes_type": "an object",
-}  # fmt: skip
+}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "max_length": "at most"}
 
 
@@ -614,32 +636,35 @@ def _place(names: Sequence[str | int]) -> str | None:
 
 
 def bounded(read: Callable[[bool, bytes], Asked], chat: bool, data: bytes) -> bytes:
-    """One request's answer, whatever happens: what cannot be read is told, never lost."""
+    """The answer to one request, whatever happens: a request that cannot be read gets an error, never silence."""
     try:
         return read(chat, data).packed()
     except ApiError as error:
         return refused(error)
     except (MemoryError, RecursionError) as error:
         return refused(too_much(type(error).__name__))
-    except Exception as error:  # ours: the log has it, the client learns that it is not at fault
+    except Exception as error:  # our bug: the log has it, and the client learns that it is not at fault
         print(f"openai: reading a request failed: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr)
         return refused(ApiError(500, "The server had an error; its log says more", code="internal_error"))
 
 
 def too_much(what: str) -> ApiError:
     return ApiError(
-        400, f"the request takes more work than one may take ({what}; {CPU_SECONDS} s of CPU, {MEMORY_BYTES >> 20} MB): a shorter "
-        "one is answered", code="too_much_work",
-    )  # fmt: skip
+        400,
+        f"the request takes more work than one may take ({what}; {CPU_SECONDS} s of CPU, {MEMORY_BYTES >> 20} MB): a shorter "
+        "one is answered",
+        code="too_much_work",
+    )
 
 
 def serve(reader: Reader, path: str, parent: int) -> NoReturn:
-    """The life of a reader: connect to its worker, answer one request after another, end with either of worker and parent."""
+    """The life of a reader: connect to its worker, answer one request after another,
+    and end when the worker or the parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the worker's end is ours: its last requests are still read
+        signal.signal(number, signal.SIG_IGN)  # a reader ends with its worker, and still reads its last requests
     # the spellings of a stop string are the same for every prompt
     reader.text.spellings = functools.lru_cache(32)(reader.text.spellings)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

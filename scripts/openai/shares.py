@@ -1,8 +1,8 @@
-"""Limits that hold across worker processes: how much each client has of what there is for all.
+"""Limits across worker processes: each client's share of what there is for all.
 
-The numbers are in memory that all workers share, made before they are forked. Each worker writes its own rows, so that what a worker had
-is known, and given back, when it dies. A client is a bucket: a keyed hash of its API key, else of its address. Two clients in one bucket
-share a share; the key is new with every start.
+The numbers are in memory that all workers share, made before they are forked. Each worker writes its own rows, so that
+what a worker had is known, and given back, when it dies. A client is a bucket: a keyed hash of its API key, else of its
+address. Two clients in one bucket have one share together; the hash's key is new at every start.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BUCKETS = 1024
-# what one worker has: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in the engine, and
-# requests of keys that may have so many at once
+# rows of one worker: bytes of bodies that are being read, answers that wait or run, turns that were taken, answers in
+# the engine, and requests of keys that may have so many at once
 BODIES, PLACES, TURNS, RUNNING, REQUESTS = range(5)
 KINDS = 5
-# rows of all workers together: turns that were given out, and those that are over; when a key's minute began, and its tokens since
+# rows of all workers together: turns that were given out, and those that are over; when a key's minute began,
+# and its tokens since
 TAKEN, OVER, SINCE, SPENT = range(4)
 ROWS = 4
 MINUTE = 60
 
 
 def client_of(address: str) -> str:
-    """Whom an address belongs to: an IPv6 customer has a /64 at least; on a socket for both, IPv4 is written as IPv6."""
+    """The client behind an address: an IPv6 customer has at least a /64; on a socket for both,
+    IPv4 is written as IPv6."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -43,7 +45,7 @@ class Shares:
 
     def __init__(self, workers: int) -> None:
         self.workers, self.worker = workers, 0
-        columns = BUCKETS + 1  # the last one: of all clients
+        columns = BUCKETS + 1  # the last one is for all clients
         self.cells = memoryview(mmap.mmap(-1, 8 * columns * (ROWS + workers * KINDS))).cast("q")
         self.columns = columns
         # how often each worker's loop has run
@@ -60,7 +62,7 @@ class Shares:
         return int.from_bytes(digest, "big") % BUCKETS
 
     def bucket_of_key(self, digest: bytes) -> int:
-        """A key has its own bucket, in all workers, as long as there are any: what it may use is told exactly."""
+        """The bucket of a key, its own in all workers as long as there are any, so that its limits are exact."""
         owner = int.from_bytes(digest[:8], "little") or 1
         first = owner % BUCKETS
         bucket: int
@@ -85,8 +87,8 @@ class Shares:
     # --- tokens of a minute ---
 
     def spend(self, bucket: int, tokens: int) -> tuple[int, int]:
-        """Count tokens of a key's minute, which begins with its first ones. Returns how many there were before, and the seconds to its
-        end."""
+        """Count tokens of a key's minute, which begins with its first ones. Returns how many there were before, and the
+        seconds to its end."""
         with self._locked():
             now, since, spent = int(time.monotonic()), SINCE * self.columns + bucket, SPENT * self.columns + bucket
             if now - self.cells[since] >= MINUTE or not self.cells[spent]:
@@ -104,8 +106,8 @@ class Shares:
         return self.has(kind, BUCKETS)
 
     def take(self, kind: int, bucket: int, count: int, most: int, most_of_all: int) -> bool:
-        """Count it if neither the client's share nor the whole is exceeded. Counted first and looked at then: two workers at once may
-        both refuse, but never both exceed."""
+        """Count it if neither the client's share nor the whole is exceeded. It counts first and checks then: two
+        workers at once may both refuse, but never both exceed."""
         self.give(kind, bucket, -count)
         if self.has(kind, bucket) <= most and self.all(kind) <= most_of_all:
             return True
@@ -117,7 +119,8 @@ class Shares:
         self.cells[self._cell(self.worker, kind, bucket)] -= count
         self.cells[self._cell(self.worker, kind, BUCKETS)] -= count
 
-    # --- turns: the answers of one client go into the engine in the order in which they were asked for, in whatever worker ---
+    # --- turns: the answers of one client go into the engine in the order in which they were asked for,
+    # in whatever worker ---
 
     def turn(self, bucket: int) -> int:
         with self._locked():
@@ -127,7 +130,8 @@ class Shares:
         return taken
 
     def may_start(self, bucket: int, turn: int, most: int) -> bool:
-        """Whether it is this turn's: fewer than `most` of the client are in the engine, and those before it were started."""
+        """Whether this turn may start: fewer than `most` answers of the client are in the engine,
+        and all earlier turns were started."""
         return turn < self.cells[OVER * self.columns + bucket] + most and self.has(RUNNING, bucket) < most
 
     def over(self, bucket: int) -> None:
@@ -143,7 +147,7 @@ class Shares:
         return max(0, self.all(TURNS) - given), given
 
     def forget(self, worker: int) -> None:
-        """A worker has died: nothing of it counts any more."""
+        """A worker has died: take back everything that it counted."""
         with self._locked():
             for bucket in range(self.columns):
                 self.cells[OVER * self.columns + bucket] += self.cells[self._cell(worker, TURNS, bucket)]

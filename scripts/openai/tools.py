@@ -1,11 +1,13 @@
-"""Calls of tools in what a model writes: found as the text comes, told as OpenAI tells them.
+"""Finds calls of tools in a model's text while it comes, and gives them OpenAI's form.
 
-How a model writes a call is its template's business, and a parser per known form reads it:
+The template decides how a model writes a call. Each known form has a parser:
 
-    hermes  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, several in a row       Hermes 2 and 3, Qwen 2.5 and 3
+    hermes  <tool_call>{"name": ..., "arguments": {...}}</tool_call>, several in a row       Hermes 2 and 3, Qwen 2.5
+            and 3
     llama3  {"name": ..., "parameters": {...}} and nothing else, several with `;` between    Llama 3.1 to 3.3
 
-A call is streamed as it is written: its name when that is known, then its arguments to the letter. What only looks like a call is text.
+A call is streamed while the model writes it: its name once that is known, then its arguments, unchanged. Text that only
+looks like a call stays text.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from typing import Any, NamedTuple
 
 Delta = dict[str, Any]
 
-# A call whose name has not come after so much text is none
+# If the name has not come after so much text, it is not a call
 MAX_HEAD_CHARACTERS = 64 << 10
-# The name comes first in what models are trained to write; any other order is read when the call has ended
+# Models are trained to write the name first; any other order is read when the call has ended
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,256})"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
-# what the head of a call begins with, and the same without spaces
+# how the head of a call begins, and the same without spaces
 CALL = '{"name": "'
 BEGINS = CALL.replace(" ", "")
 # of a grammar: any text, what begins like a call, and the spaces between an opening, a call and a closing
 ANY, GAP = r"(.|\n)*", r"/[ \n]{0,2}/"
 BEGINS_CALL = r'\s*\{\s*"name"\s*:\s*"'
-# as guides.py beside the engine has them for a schema alone
+# as in the engine's guides.py for a schema alone
 JSON_OPTIONS = {
     "whitespace_flexible": False, "whitespace_pattern": None, "item_separator": ", ", "key_separator": ": ",
     "coerce_one_of": False, "lenient": False,
@@ -37,7 +39,7 @@ STRING_END = re.compile(r'["\\]')
 
 
 class Form(NamedTuple):
-    """How a call is written: what stands around it, and what its arguments are called."""
+    """How a call is written: the text around it, and the name of its arguments."""
 
     opening: str
     closing: str
@@ -48,7 +50,7 @@ FORMS = {"hermes": Form("<tool_call>", "</tool_call>", "arguments"), "llama3": F
 
 
 def form_of(template: str) -> str | None:
-    """The form that a chat template teaches, by what stands in its source; None: no form that is known here."""
+    """The form of calls that a chat template teaches, judged by its source; None: not a known form."""
     if "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template:
         return "hermes"
     if "tool_calls" in template and '"parameters": ' in template and '{"name": ' in template:
@@ -57,20 +59,21 @@ def form_of(template: str) -> str | None:
 
 
 def beginning(form: str, name: str | None) -> str:
-    """What the answer must begin with, so that it is a call: of this tool, or of any."""
+    """The text that the answer must begin with to be a call of this tool, or of any tool."""
     return FORMS[form].opening + CALL + ("" if name is None else f'{name}", "{FORMS[form].arguments}":')
 
 
 def grammar(
     form: str, tools: list[tuple[str, dict[str, Any]]], begun: bool, most: int, content: dict[str, Any] | None = None
 ) -> str:
-    """What an answer may say that calls these tools, (name, schema of the arguments) each, in llguidance's form of Lark's grammars.
+    """A grammar for answers that call these tools, (name, schema of the arguments) each, in llguidance's form of Lark.
 
-    begun: the answer continues after `beginning(form, None)`, and calls; else it says what it likes until it opens a call. most: 1 ends it
-    with its first call, 0: any number. content: a schema of what it says instead of calling; None: any text.
+    begun: the answer continues after `beginning(form, None)`, so it calls; else its text is free until it opens a call.
+    most: 1 ends it with its first call, 0: any number. content:
+    a schema of the text that it may write instead of a call; None: any text.
     """
     opening, closing, arguments = FORMS[form]
-    # a line break may be the last it says
+    # a line break may come last
     more = "" if most == 1 else f" more* {GAP}" if opening else " more*"
     rules = [
         "body: " + " | ".join(f"tool_{number}" for number in range(len(tools))),
@@ -105,10 +108,10 @@ def _json(schema: dict[str, Any]) -> str:
 
 
 class Calls:
-    """What one answer says, apart: text, and calls.
+    """Separates the text and the calls of one answer.
 
-    begun: what the answer was made to begin with (`beginning`); most: after so many calls it is over, 0: never; reason: its
-    finish_reason where there are calls.
+    begun: the text that the answer had to begin with (`beginning`); most: after so many calls it is over, 0: never;
+    reason: its finish_reason if there are calls.
     """
 
     def __init__(self, form: str, begun: str = "", most: int = 0, reason: str = "tool_calls") -> None:
@@ -140,7 +143,7 @@ class Calls:
         self._buffer = ""
         return out
 
-    # --- states: each takes what it can off the buffer, and says whether another has something to do ---
+    # --- states: each takes what it can from the buffer, and says whether another state has work ---
 
     def _text(self, out: list[Delta]) -> bool:
         before, found, behind = self._buffer.partition(self.form.opening)
@@ -149,7 +152,7 @@ class Calls:
             self._gap = before[len(before.rstrip()) :]
             self._buffer, self._state = behind, self._head
             return True
-        # what may be the opening's beginning waits, and the spaces before a call are not the answer's
+        # text that may begin an opening waits; the spaces before a call are not part of the answer
         end = len(self._buffer) - _held(self._buffer, self.form.opening)
         end = len(self._buffer[:end].rstrip())
         self._say(self._buffer[:end] if self.count == 0 or self._buffer[:end].strip() else "", out)
@@ -186,7 +189,7 @@ class Calls:
         return False
 
     def _first(self, out: list[Delta]) -> bool:
-        """The arguments' first character: an object's, or the model was made to call and does something else."""
+        """The arguments' first character: the start of an object, or else the forced call is not one."""
         self._buffer = self._buffer.lstrip()
         if self._buffer:
             self._state = self._value if self._buffer[0] == "{" else self._raw
@@ -200,7 +203,7 @@ class Calls:
                 break
             at = found.end()
             if found[0] == "\\":
-                if at == len(text):  # what it escapes has not come
+                if at == len(text):  # the escaped character has not come yet
                     at -= 1
                     self._argue(text[:at], out)
                     self._buffer = text[at:]
@@ -232,7 +235,7 @@ class Calls:
         return False
 
     def _tail(self, out: list[Delta]) -> bool:
-        """Behind a call's arguments: its end, and perhaps another call."""
+        """After a call's arguments: its end, and perhaps another call."""
         if self.form.closing:
             _, found, behind = self._buffer.partition(self.form.closing)
             if found:
@@ -245,7 +248,7 @@ class Calls:
             self._state = self._head if self._buffer[0] == "{" else self._plain
         return bool(self._buffer)
 
-    # --- what is told ---
+    # --- deltas ---
 
     def _say(self, text: str, out: list[Delta]) -> None:
         if text:
@@ -262,11 +265,11 @@ class Calls:
             out.append({"tool_calls": [{"index": self.count - 1, "function": {"arguments": text}}]})
 
     def _whole(self, text: str, out: list[Delta]) -> None:
-        """A call that was not told as it came; or what only looks like one, which is text."""
+        """A call that was not streamed; or text that only looks like one and stays text."""
         try:
             call = json.loads(text)
             name, given = call["name"], call.get("arguments", call.get("parameters"))
-            # only what stands in tags may leave its arguments out: a JSON object alone is an answer like another
+            # only a call in tags may leave out its arguments: a JSON object alone is an ordinary answer
             given = {} if given is None and self.form.opening else given
             if not isinstance(name, str) or not isinstance(given, (dict, str)):
                 raise ValueError

@@ -1,11 +1,14 @@
-"""TRACES=on: a span for each request to the model, with queue, prompt and generation below it, sent to a collector over OTLP/HTTP.
+"""TRACES=on: a span for each request to the model, with queue, prompt and generation below it,
+sent to a collector over OTLP/HTTP.
 
-OpenTelemetry's SDK makes and sends them, and reads its own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_HEADERS,
-OTEL_TRACES_SAMPLER, OTEL_BSP_* and so on; scripts/serving/host.py has checked them. Names of attributes are those of OpenTelemetry's
-semantic conventions for generative AI and for HTTP. Nothing of a prompt or an answer is in a span, nor who asked.
+OpenTelemetry's SDK makes and sends them, and reads its own variables: OTEL_EXPORTER_OTLP_ENDPOINT,
+OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER, OTEL_BSP_* and so on; scripts/serving/host.py has checked them. Names
+of attributes are those of OpenTelemetry's semantic conventions for generative AI and for HTTP. Nothing of a prompt or
+an answer is in a span, nor who asked.
 
-A span is made when its request is over, from times that were taken anyway: a token costs nothing more. It then waits in a bounded queue
-(OTEL_BSP_MAX_QUEUE_SIZE) for a thread that sends. A collector that is gone, or hangs, costs spans and nothing else.
+A span is made when its request is over, from times that are noted anyway, so a token costs nothing more. It waits in a
+bounded queue (OTEL_BSP_MAX_QUEUE_SIZE) for the thread that sends it.
+A collector that is gone or hangs only costs spans.
 """
 
 from __future__ import annotations
@@ -31,17 +34,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("openai")
 
 SERVICE = "trtllm-bake"
-# requests that have spans, and what OpenTelemetry calls their operation
+# requests that have spans, with OpenTelemetry's name of their operation
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 HEADERS = (b"traceparent", b"tracestate")
-# What W3C's recommendation asks everybody to carry on; each span that waits keeps it
+# W3C's recommendation asks everyone to pass on this much; each span that waits keeps it
 MOST_HEADER_BYTES = 512
-# What is left in the queue when a worker ends has so long to go out
+# How long the rest of the queue may take when a worker ends
 LAST_SECONDS = 1.0
 
 
 class Link(requests.Session):
-    """One connection for each batch, and no more of an answer than its head: a collector that goes on and on costs nothing."""
+    """One connection per batch; only the head of an answer is read,
+    so a collector that never stops sending costs nothing."""
 
     def request(self, *words: Any, **more: Any) -> requests.Response:
         answer = super().request(*words, **{**more, "stream": True})
@@ -50,7 +54,7 @@ class Link(requests.Session):
 
 
 def exporter_of(endpoint: str) -> OTLPSpanExporter:
-    """Sends to the collector; the host's proxies are not asked to reach loopback."""
+    """Sends to the collector, without the host's proxies for loopback."""
     link = Link()
     link.trust_env = not is_loopback(endpoint)
     return OTLPSpanExporter(session=link)
@@ -59,7 +63,7 @@ def exporter_of(endpoint: str) -> OTLPSpanExporter:
 class Traces:
     """The spans of one worker. The worker makes it after the fork, because it starts a thread.
 
-    exporter: what sends them; None: the one that the environment describes.
+    exporter: sends the spans; None: the one that the environment describes.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -74,7 +78,7 @@ class Traces:
         self.propagator = TraceContextTextMapPropagator()
 
     def tell(self, request: Request) -> None:
-        """The spans of a request that is over. Strangers, whose key is not known, have none."""
+        """The spans of a request that is over. Clients with an unknown key have none."""
         operation = OPERATIONS.get(request.route)
         if operation is None or request.method != "POST" or request.status == 401:
             return
@@ -89,8 +93,12 @@ class Traces:
         told = request.told
         name = f"{operation} {told['model']}" if "model" in told else operation
         span = self.tracer.start_span(
-            name, self.propagator.extract(carrier), SpanKind.SERVER, self._attributes(request, operation), start_time=at(request.began)
-        )  # fmt: skip
+            name,
+            self.propagator.extract(carrier),
+            SpanKind.SERVER,
+            self._attributes(request, operation),
+            start_time=at(request.began),
+        )
         if not span.is_recording():
             return
         if request.status >= 500 or told.get("finish_reason") == "error":
@@ -105,10 +113,13 @@ class Traces:
     def _attributes(request: Request, operation: str) -> dict[str, Any]:
         told, asked, job = request.told, request.asked, request.job
         found: dict[str, Any] = {
-            "gen_ai.operation.name": operation, "gen_ai.provider.name": SERVICE,
-            "http.request.method": request.method, "url.path": request.route, "http.route": request.route,
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": SERVICE,
+            "http.request.method": request.method,
+            "url.path": request.route,
+            "http.route": request.route,
             "http.response.header.x-request-id": [request.id],
-        }  # fmt: skip
+        }
         if request.status != 499:  # nothing was answered: the client had left
             found["http.response.status_code"] = request.status
         why = told.get("finish_reason")
@@ -118,10 +129,14 @@ class Traces:
             found["error.type"] = {"left": "client_left", "error": "answer_cut_off"}[why]
         if asked is not None and job is not None:
             found |= {
-                "gen_ai.request.model": told["model"], "gen_ai.response.model": told["model"], "gen_ai.response.id": job.id,
-                "gen_ai.request.max_tokens": asked.max_tokens, "gen_ai.request.stream": asked.stream,
-                "gen_ai.usage.input_tokens": asked.prompt_tokens, "gen_ai.usage.output_tokens": told["completion_tokens"],
-            }  # fmt: skip
+                "gen_ai.request.model": told["model"],
+                "gen_ai.response.model": told["model"],
+                "gen_ai.response.id": job.id,
+                "gen_ai.request.max_tokens": asked.max_tokens,
+                "gen_ai.request.stream": asked.stream,
+                "gen_ai.usage.input_tokens": asked.prompt_tokens,
+                "gen_ai.usage.output_tokens": told["completion_tokens"],
+            }
             if asked.n != 1:
                 found["gen_ai.request.choice.count"] = asked.n
             if reasons := [choice.finish_reason for choice in job.choices if choice.finish_reason is not None]:
@@ -131,15 +146,15 @@ class Traces:
         return found
 
     def end(self) -> None:
-        """What waits goes out, if the collector takes it in time."""
+        """Send what waits, if the collector takes it in time."""
         ending = threading.Thread(target=self.provider.shutdown, daemon=True)
         ending.start()
         ending.join(LAST_SECONDS)
 
 
 def parts_of(request: Request) -> list[tuple[str, float, float, dict[str, Any]]]:
-    """What a request's time went into: (name, beginning, end, attributes), as far as it came. For several answers: the first one that
-    has a place, the first token of any, and the last token of all."""
+    """The parts of a request's time: (name, beginning, end, attributes), as far as it came. For several answers: the
+    first one that has a place, the first token of any, and the last token of all."""
     job = request.job
     streams = [choice.stream for choice in job.choices] if job is not None else []
     placed = min((stream.placed for stream in streams if stream.placed), default=0.0)

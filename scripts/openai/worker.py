@@ -1,4 +1,5 @@
-"""One worker: a loop that answers on the shared port. Several share the port, each with its own socket (SO_REUSEPORT)."""
+"""One worker: a loop that answers on the shared port. Several share the port,
+each with its own socket (SO_REUSEPORT)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ log = logging.getLogger("openai")
 KEPT_BACK = 128
 MAX_CONNECTIONS = 8192
 BEAT_SECONDS = 1.0
-# What is cut off is told so; this is for it to go out
+# Requests that are cut off are told so; this is the time for sending it
 FLUSH_SECONDS = 1
 
 
@@ -43,7 +44,7 @@ async def beat(shares: Shares) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells what must be cut off before it cuts it off."""
+    """uvicorn's server, which tells requests that it will cut them off."""
 
     def __init__(self, endpoint: Endpoint, drain_seconds: int, **config: Any) -> None:
         super().__init__(uvicorn.Config(endpoint, timeout_graceful_shutdown=drain_seconds + FLUSH_SECONDS, **config))
@@ -73,13 +74,13 @@ def serve(endpoint: Endpoint, number: int, listener: socket.socket, drain_second
     if endpoint.options.traces is not None:
         try:
             endpoint.traces = endpoint.options.traces()
-        except Exception:  # what the SDK refuses and serving/collector.py let pass: serving is worth more
+        except Exception:  # the SDK refuses settings that serving/collector.py accepted: serve without traces
             log.exception("no traces")
     server = Server(
         endpoint, drain_seconds, http=Front, loop="uvloop", ws="none", log_config=None, access_log=False, proxy_headers=False,
         server_header=False, date_header=False, backlog=1024,
     )  # fmt: skip
-    # uvicorn drains on SIGTERM and then raises it again, for whoever was there before it
+    # uvicorn drains on SIGTERM and then raises it again, for the handler that was there before
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

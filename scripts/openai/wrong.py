@@ -1,4 +1,4 @@
-"""What a client is told when it cannot be answered, in OpenAI's shape."""
+"""Errors for clients, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class ApiError(Exception):
 
 
 def busy(message: str) -> ApiError:
-    """Too much is asked for at once; a moment later there may be room."""
+    """The client asks for too much at once; a moment later there may be room."""
     return ApiError(429, message, code="rate_limit_exceeded", Retry_After="1")

@@ -36,31 +36,6 @@ from scripts.reports.problem import (
     some,
 )
 
-__all__ = [
-    "Finished",
-    "Outdated",
-    "PLANNING",
-    "PathLike",
-    "Problem",
-    "Reported",
-    "WIDTH",
-    "bench",
-    "charts",
-    "checkpoint",
-    "engines",
-    "fetching",
-    "images",
-    "make",
-    "nvidia",
-    "packages",
-    "planning",
-    "releasing",
-    "rooms",
-    "run",
-    "serving",
-    "settings",
-    "shown",
-    "some",
-    "verifying",
-    "weights",
-]
+__all__ = ["Finished", "Outdated", "PLANNING", "PathLike", "Problem", "Reported", "WIDTH", "bench", "charts"]
+__all__ += ["checkpoint", "engines", "fetching", "images", "make", "nvidia", "packages", "planning", "releasing"]
+__all__ += ["rooms", "run", "serving", "settings", "shown", "some", "verifying", "weights"]

@@ -78,7 +78,7 @@ def soak_not_clean(count: int, wrong: Sequence[str]) -> Problem:
     return Problem(
         "the soak is not clean",
         "soak",
-        f"{count} things were not as they must be; the first ones:\n\n{indented(wrong)}",
+        f"{count} checks failed. The first ones:\n\n{indented(wrong)}",
         "The figures are in build/soak.json, the server's log is serve.log beside the rooms. Run it again, shorter:",
         make("soak", SECONDS=60),
     )

@@ -29,9 +29,9 @@ def quantizer_missing(quant: str, toolchain: str, package: str, other: str) -> P
     return Problem(
         f"QUANT={quant} is not possible with TensorRT-LLM {toolchain}",
         f"TOOLCHAIN={toolchain}",
-        f"Its tool for QUANT={quant} needs the package {package}, which is not in NVIDIA's image and not on a "
-        "package index any more.",
-        "A later toolchain has what it needs:",
+        f"TensorRT-LLM's tool for QUANT={quant} needs the package {package}, which is neither in NVIDIA's image nor on "
+        "a package index any more.",
+        "A later toolchain has the package:",
         make("checkpoint", TOOLCHAIN=other),
     )
 

@@ -46,8 +46,8 @@ def no_space_to_bake(folder: PathLike, free_bytes: int, needed_bytes: int) -> Pr
     return Problem(
         "not enough space to bake",
         folder,
-        f"{free_bytes / 1e9:.1f} GB are free there; {needed_bytes / 1e9:.1f} GB are needed for a moment: the image "
-        "as built and in its canonical form. Nothing was built.",
+        f"{free_bytes / 1e9:.1f} GB are free there; baking needs {needed_bytes / 1e9:.1f} GB for a moment, for the "
+        "image as built and in its canonical form. Nothing was built.",
         "Free some space, and continue:",
         f"df -h {shlex.quote(shown(folder))}; {make('image')}",
     )
@@ -167,7 +167,7 @@ def image_gone(tag: str, iid: str, builder: str) -> Problem:
     return Problem(
         "the image is gone",
         tag,
-        f"build/ says that {tag} is {iid[:19]}; {builder} no longer has that image.",
+        f"make baked {tag} as {iid[:19]}, but {builder} no longer has that image.",
         "Bake it again (the same rooms give the same image):",
         f"rm -r build/*/*/image && {make('image')}",
     )

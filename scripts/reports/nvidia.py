@@ -84,7 +84,7 @@ def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes
         "engines do not fit this GPU",
         engines,
         f"{gpu} has {gpu_bytes / (1 << 30):.1f} GiB; the weights of one rank take {weights_bytes / (1 << 30):.1f} "
-        f"GiB. Beside them, one step and CUDA, a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN) does not fit, so "
+        f"GiB. With one step and CUDA too, there is no room for a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN), so "
         "the engines would not start.",
         "See the numbers, and what would fit:",
         make("plan"),
@@ -163,7 +163,7 @@ def several_kinds_of_gpu(seen: Sequence[str], newest: str) -> Problem:
         "GPUs of more than one kind",
         "nvidia-smi",
         f"This machine has {'; '.join(seen)}. An engine runs only on the architecture it was built for.",
-        "Name the TensorRT-LLM, and see what fits:",
+        "Name the version of TensorRT-LLM, and see what fits:",
         make("doctor", TOOLCHAIN=newest),
     )
 

@@ -22,7 +22,7 @@ def bad_setting(name: str, value: object, allowed: str, command: str) -> Problem
 def several_wrong(problems: Sequence[Problem], command: str) -> Problem:
     """Several wrong settings: what is wrong with each, and the command with all of them corrected."""
     return Problem(
-        f"{len(problems)} settings cannot be",
+        f"{len(problems)} settings have impossible values",
         "Makefile",
         "\n\n".join(problem.seen.split("\n\n")[0] for problem in problems),
         "For instance:",
@@ -58,9 +58,9 @@ def model_of_the_hub(model: str, goal: str) -> Problem:
     return Problem(
         "no such folder",
         model,
-        f"MODEL is {model}: no folder is there. A model of the Hugging Face hub has such a name; "
-        f"its weights are fetched once, into {folder}.",
-        "Fetch it, and go on:",
+        f"MODEL is {model}, but there is no such folder. It looks like the name of a model on the Hugging Face hub, "
+        f"whose weights make can fetch into {folder}.",
+        "Fetch them, and go on:",
         make(goal, MODEL=folder, SOURCE=f"hf:{model}"),
     )
 
@@ -69,7 +69,8 @@ def no_preset(path: PathLike, line: str) -> Problem:
     return Problem(
         "a preset cannot be read",
         path,
-        f"A preset has lines of the form NAME = value, comments, and include models/shared/FILE.mk. This is another line: {line!r}.",
+        "A preset has lines of the form NAME = value, comments, and include models/shared/FILE.mk. This line is "
+        f"none of these: {line!r}.",
         "See the bundled one:",
         "cat models/stories.mk",
     )
@@ -91,7 +92,7 @@ def no_such_setting(name: str, settings: Sequence[str], near: str, command: str)
     return Problem(
         f"no setting named {name}",
         "Makefile",
-        f"{name} was typed; the settings are: {', '.join(settings)}.",
+        f"{name} is not a setting; the settings are: {', '.join(settings)}.",
         f"The nearest one is {near}:",
         command,
     )

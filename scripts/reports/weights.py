@@ -175,7 +175,7 @@ def template_unbounded(path: PathLike) -> Problem:
         "the chat template takes too long",
         path,
         f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one "
-        "word; every chat request would.",
+        "word. Every chat request would take as long.",
         "Fix it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
         f"less {shlex.quote(shown(path))}",
     )
@@ -205,13 +205,13 @@ def tensor_damaged(path: PathLike, tensor: str, expected: str, actual: str) -> P
 def weights_changed(path: PathLike, before: os.stat_result, now: os.stat_result | None, room: str) -> Problem:
     def described(stat: os.stat_result) -> str:
         written = datetime.fromtimestamp(stat.st_mtime).isoformat(" ", "milliseconds")
-        return f"{stat.st_size} bytes of {written} (inode {stat.st_ino})"
+        return f"{stat.st_size} bytes, written at {written} (inode {stat.st_ino})"
 
     return Outdated(
         "weights changed while they were read",
         path,
-        f"{Path(path).name} was {described(before)}; now it is {described(now) if now else 'gone'}. The bytes that "
-        f"were read may come from both versions, so the room {room} was not made.",
+        f"{Path(path).name} had {described(before)}; now it {'has ' + described(now) if now else 'is gone'}. The "
+        f"bytes that were read may come from both versions, so the room {room} was not made.",
         "When no program writes there any more:",
         make(room),
     )

@@ -109,7 +109,8 @@ def remarks(facts: Mapping[str, Any], host: Host) -> list[str]:
     found = []
     if host.memlock_bytes is not None:
         found.append(
-            f"locked memory is limited to {room.human_bytes(host.memlock_bytes)}; NVIDIA starts its containers with --ulimit memlock=-1"
+            f"locked memory is limited to {room.human_bytes(host.memlock_bytes)}; NVIDIA starts its containers with "
+            "--ulimit memlock=-1"
         )
     names = {gpu.name for gpu in host.gpus[: facts["world_size"]]} - {facts["gpu"]["name"]}
     if names:

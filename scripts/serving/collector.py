@@ -1,4 +1,5 @@
-"""Where traces go (TRACES=on): what OpenTelemetry's own variables say, checked before anything is loaded. The standard library only."""
+"""Where traces go (TRACES=on): what OpenTelemetry's own variables say, checked before anything is loaded.
+The standard library only."""
 
 from __future__ import annotations
 
@@ -24,9 +25,13 @@ WORDS = {
                             "parentbased_traceidratio"),
 }  # fmt: skip
 NUMBERS = (
-    "OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_BSP_SCHEDULE_DELAY", "OTEL_BSP_EXPORT_TIMEOUT",
-    "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
-)  # fmt: skip
+    "OTEL_EXPORTER_OTLP_TIMEOUT",
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+)
 FILES = tuple(
     f"OTEL_EXPORTER_OTLP_{more}{name}"
     for more in ("", "TRACES_")
@@ -36,7 +41,7 @@ SHARE = "OTEL_TRACES_SAMPLER_ARG"
 MOST_WAITING = 1 << 16
 # the SDK's defaults of these
 QUEUE, BATCH = ("OTEL_BSP_MAX_QUEUE_SIZE", 2048), ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)
-# All that a container is given (scripts/making/container.py)
+# All variables that a container gets (scripts/making/container.py)
 NAMES = (
     BASE, OWN, *HEADERS, *WORDS, *NUMBERS, *FILES, SHARE, "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SDK_DISABLED",
 )  # fmt: skip
@@ -84,7 +89,8 @@ def check_collector(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def _wrong_url(value: str) -> str:
-    """What a URL should be; empty if it is. A password belongs into the headers: URLs are printed."""
+    """What is wrong with a URL, as the form that it should have; empty if nothing is. A password belongs into the
+    headers: URLs are printed."""
     try:
         parts = urlsplit(value)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -111,7 +111,7 @@ class Endpoint:
 
 
 def openai_lacks(modules: Sequence[str] | None = None) -> list[str]:
-    """Those of the endpoint's modules that this interpreter has not; modules: None for all that it always needs."""
+    """The endpoint's modules that this interpreter lacks; modules: None for all that it always needs."""
     missing = []
     for module in OPENAI_MODULES if modules is None else modules:
         try:

@@ -32,7 +32,7 @@ COMPILED = "compiled"
 
 
 def reached_at(host: str) -> str:
-    """The address under which this machine reaches a server that listens on HOST, as a URL has it:
+    """The address under which this machine reaches a server that listens on HOST, in a URL's form:
     `[::1]` with brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
@@ -92,12 +92,12 @@ class Settings:
         return ports if self.openai_port is None else {**ports, "OPENAI_PORT": self.openai_port}
 
     def host_of(self, name: str) -> str:
-        """Where the port of that name is opened."""
+        """The address at which the port of that name is opened."""
         return self.operating.openai_host or self.host if name == "OPENAI_PORT" else self.host
 
     @property
     def reached_at(self) -> str:
-        """The address under which this machine reaches its own ports, as a URL has it."""
+        """The address under which this machine reaches its own ports, in a URL's form."""
         return reached_at(self.host)
 
     @property
@@ -146,15 +146,16 @@ def mpirun_command(world_size: int, toolbox: Toolbox, settings: Settings, run: s
     leader = [
         f"--http-restricted-api={CLOSED_TO_CLIENTS}:bake-key={key}",
         f"--grpc-restricted-protocol={CLOSED_TO_CLIENTS}:bake-key={key}",
-        f"--http-address={evhtp}", f"--http-port={settings.http_port}",
-        f"--grpc-address={bracketed}", f"--grpc-port={settings.grpc_port}",
-        f"--metrics-address={evhtp}", f"--metrics-port={settings.metrics_port}",
+        f"--http-address={evhtp}",
+        f"--http-port={settings.http_port}",
+        f"--grpc-address={bracketed}",
+        f"--grpc-port={settings.grpc_port}",
+        f"--metrics-address={evhtp}",
+        f"--metrics-port={settings.metrics_port}",
         f"--exit-timeout-secs={settings.operating.drain_seconds}",
-    ]  # fmt: skip
-    follower = [
-        "--model-control-mode=explicit", "--load-model=tensorrt_llm",
-        "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false",
-    ]  # fmt: skip
+    ]
+    follower = ["--model-control-mode=explicit", "--load-model=tensorrt_llm", "--allow-http=false"]
+    follower += ["--allow-grpc=false", "--allow-metrics=false"]
     command = [*MPIRUN]
     command += ["--output", "tag"] if toolbox.open_mpi >= 5 else ["--tag-output"]
     for rank in range(world_size):
@@ -197,7 +198,7 @@ def server_environment(
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [inherited.get("LD_LIBRARY_PATH")])])
     # A room is never written into after it is made, not even with compiled Python.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    # Everything temporary lies in one folder that goes when we go.
+    # Everything temporary lies in one folder, which is removed when we end.
     environment["TMPDIR"] = str(run_dir)
     if root is not None and (kernels := compiled_kernels(root)) is not None:
         environment["TRITON_CACHE_DIR"] = str(kernels.absolute())

@@ -22,20 +22,22 @@ STOPPED_SECONDS = 3.0
 LOG_LINES = 15
 # What the kernel calls a rank's server and the process of one of its models (the Python backend's; 15 letters are kept)
 SERVER, MODEL = "tritonserver", "triton_python_b"
-# The tables that tritonserver prints at its start tell nothing of a failure.
+# The tables that tritonserver prints at its start say nothing about a failure.
 TABLE_LINE = re.compile(r"\s*[|+]")
 # How mpirun names the rank that ended first
 ENDED_FIRST = re.compile(r"Process name: \[.*@\d+,(\d+)\]|[Pp]rocess rank (\d+) with PID")
 # ... and how long it may take until it does so
 NAMED_SECONDS = 1.0
 TAG = re.compile(r"\[\d+,(\d+)\]<std(?:out|err)>: ?")
-# What Triton's core writes when it was told to end and every model is unloaded. A text model is unloaded when its last answer is said.
-# (Before that the core writes "All models are stopped", while streams over gRPC still run: it does not count them.)
+# What Triton's core writes when it was told to end and every model is unloaded. A text model is unloaded when its last
+# answer is said. (Before that the core writes "All models are stopped", while streams over gRPC still run:
+# it does not count them.)
 MODELS_DONE = "Found 0 live models"
 # From then on an answer is on its way to its client; tritonserver exits, unless a client holds a stream open
 UNLOAD_SECONDS = 3.0
-# What Triton's Python backend writes when a model's process has not said for a second that it lives. It then frees what that process
-# still reads, which ends by a signal. (Triton 2.51, StubLauncher::ReceiveMessageFromStub; seen on a machine with a load of 30)
+# What Triton's Python backend writes when a model's process has not said for a second that it lives. It then frees what
+# that process still reads, which ends by a signal. (Triton 2.51, StubLauncher::ReceiveMessageFromStub; seen on a
+# machine with a load of 30)
 GAVE_UP = re.compile(r"Stub process '[^']*' is not healthy|Failed to obtain the health mutex")
 # How long the last lines of a rank that has ended may take through mpirun
 LAST_WORDS_SECONDS = 3.0
@@ -80,7 +82,8 @@ class Ranks:
         self._start()
 
     def hear_out(self) -> None:
-        """After a failure: wait a moment for what mpirun still passes on. A server's last lines say more than its end does."""
+        """After a failure: wait a moment for what mpirun still passes on.
+        A server's last lines say more than its end does."""
         try:
             self.mpirun.wait(LAST_WORDS_SECONDS)
         except subprocess.TimeoutExpired:
@@ -89,7 +92,8 @@ class Ranks:
 
     @property
     def model_lost(self) -> bool:
-        """Whether a start failed because a model's process was lost: Triton took it for dead, or waits for ever because it is."""
+        """Whether a start failed because a model's process was lost: Triton thought that it was dead,
+        or waits for ever because it is dead."""
         return self.model_given_up or (self.gone_since is not None and self.mpirun.poll() is None)
 
     def _read(self) -> None:
@@ -131,8 +135,9 @@ class Ranks:
     def lasting(self, current: Mapping[tuple[int, int], processes.Process]) -> dict[tuple[int, int], processes.Process]:
         """The current processes that last as long as their rank: its server, and those of its models.
 
-        mpirun started each server. It is not known by its name alone: what tritonserver starts (a model's process, a look at the
-        machine) has its name until it becomes another program, and may be seen before its parent has the name itself.
+        mpirun started each server. It is not known by its name alone: what tritonserver starts (a model's process, a
+        look at the machine) has its name until it becomes another program,
+        and may be seen before its parent has the name itself.
         """
         of_ranks = {key: p for key, p in current.items() if p.rank is not None}
         servers = {key: p for key, p in of_ranks.items() if p.name == SERVER and p.parent == self.mpirun.pid}

@@ -123,7 +123,8 @@ class Supervisor:
         return 0
 
     def _opens_endpoint(self, toolbox: Toolbox) -> bool:
-        """Whether the OpenAI-compatible endpoint can be opened; NVIDIA's images may lack its packages, and are told about."""
+        """Whether the OpenAI-compatible endpoint can be opened. NVIDIA's images may lack its packages;
+        then a line says so."""
         missing = openai_lacks() if self.settings.openai_port is not None else []
         traced = self.settings.operating.traces == "on" and not missing
         if traced and (lacking := openai_lacks(TRACING_MODULES)):

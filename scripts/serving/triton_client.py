@@ -1,4 +1,5 @@
-"""One client of Triton over gRPC, for `make ask`, the benchmarks and the tests. Needs tritonclient, which NVIDIA's containers lack."""
+"""One client of Triton over gRPC, for `make ask`, the benchmarks and the tests. Needs tritonclient,
+which NVIDIA's containers lack."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def is_final(answer: Any) -> bool:
 
 
 class Stream:
-    """One gRPC stream, as NVIDIA's clients use it; many requests may be on their way in it. seconds: to wait for each response."""
+    """One gRPC stream, as NVIDIA's clients use it; many requests may be on their way in it. seconds:
+    to wait for each response."""
 
     def __init__(self, address: str, seconds: float = 60) -> None:
         self.client = triton.InferenceServerClient(address, channel_args=NO_PROXY)
@@ -91,7 +93,7 @@ class Stream:
         return answer
 
     def until_final(self) -> Iterator[Any]:
-        """The responses of the requests on their way, until one of them has ended."""
+        """The responses of the running requests, until one of the requests has ended."""
         while True:
             answer = self.next()
             if answer.get_response().outputs:

@@ -271,8 +271,8 @@ def _refuse_other_kinds(
     name = _message(normalizer.get(1, b"")).decode()
     if normalizer.get(2) or denormalizer.get(2) or switches != (True, False, True):
         raise unfit(
-            f"Its normalizer is {name!r} with add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces = {switches} "
-            "instead of Llama 2's 'identity' with (True, False, True)"
+            f"Its normalizer is {name!r} with add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces = "
+            f"{switches} instead of Llama 2's 'identity' with (True, False, True)"
         )
     check_pieces(path, pieces)
 

@@ -17,15 +17,16 @@ PRECISIONS = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 # mean: float32 on a CPU 0.00002 and 0.000002; on two H100 float16 0.04 and 0.004, bfloat16 (engine only) 0.19 and
 # 0.024. A real fault, fc and gate of one layer of one rank exchanged, gives 3.5 and 0.34 in bfloat16.
 ARITHMETIC = (
-    "The residual stream of the deepest preset (80 layers) is rounded 160 times; roundings are independent, so they grow with the "
-    "root: 12.6 units of roundoff. Logits are of a size of 16 or so: 12.6 * 16 = 200 units. float16: 200 * 2^-11 = 0.1. bfloat16: "
-    "200 * 2^-8 = 0.8. In float32 200 units are only 0.000012, and what counts is that sums of up to 28 672 products are taken in "
-    "another order (in float32 whatever the dtype): 80 times that, 0.001. The mean may be a tenth: the largest of 20 000 normal values "
-    "is 4 standard deviations or 5 mean absolute values, and twice that is room. A near tie is twice the threshold: the one token may "
-    "gain and the other lose it. Quantized weights change the model, and no rounding of sums explains by how much: rounding a normal "
-    "row of weights to 8 bits moves it by 0.8 %, to 4 bits in groups of 128 by 10 %. 8 bits may differ twice as much as bfloat16, "
-    "4 bits six times (and their texts part sooner); perplexity, which is published to change by less than 0.01 and 0.03, by 0.05 and "
-    "0.1. Those of 8 and 4 bits are estimates, held against no GPU yet."
+    "The residual stream of the deepest preset (80 layers) is rounded 160 times; roundings are independent, so they "
+    "grow with the root: 12.6 units of roundoff. Logits are of a size of 16 or so: 12.6 * 16 = 200 units. float16: "
+    "200 * 2^-11 = 0.1. bfloat16: 200 * 2^-8 = 0.8. In float32 200 units are only 0.000012, and what counts is that "
+    "sums of up to 28 672 products are taken in another order (in float32 whatever the dtype): 80 times that, 0.001. "
+    "The mean may be a tenth: the largest of 20 000 normal values is 4 standard deviations or 5 mean absolute "
+    "values, and twice that is room. A near tie is twice the threshold: the one token may gain and the other lose "
+    "it. Quantized weights change the model, and no rounding of sums explains by how much: rounding a normal row of "
+    "weights to 8 bits moves it by 0.8 %, to 4 bits in groups of 128 by 10 %. 8 bits may differ twice as much as "
+    "bfloat16, 4 bits six times (and their texts part sooner); perplexity, which is published to change by less than "
+    "0.01 and 0.03, by 0.05 and 0.1. Those of 8 and 4 bits are estimates, held against no GPU yet."
 )
 
 

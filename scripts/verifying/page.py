@@ -110,10 +110,11 @@ def page(said: Mapping[str, Any]) -> str:
             f"<title>verified: {'passed' if said['passed'] else 'failed'}</title><style>{STYLE}</style></head><body>",
             f'<h1 class="{"passed" if said["passed"] else "failed"}">{verdict}.</h1>',
             REHEARSAL if engine.get("rehearsal") else "",
-            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. They are compared at "
-            f"{said['positions']} positions: the {asked['top_k']} likeliest tokens' log probabilities. Engine: {engine['engine']}, "
-            f"{engine['world_size']} ranks, {engine['dtype']}, TensorRT-LLM {engine['trtllm_version']} checkpoint. Hugging Face's "
-            f"weights: {said['stored_dtype']}. This was computed on {where}.</p>",
+            f"<p>Asked: {asked['prompts']} prompts, {asked['answer_tokens']} tokens of greedy answer each. They are "
+            f"compared at {said['positions']} positions: the {asked['top_k']} likeliest tokens' log probabilities. "
+            f"Engine: {engine['engine']}, {engine['world_size']} ranks, {engine['dtype']}, TensorRT-LLM "
+            f"{engine['trtllm_version']} checkpoint. Hugging Face's weights: {said['stored_dtype']}. This was "
+            f"computed on {where}.</p>",
             _table(
                 ["Check", "*measured", "*limit", ""],
                 [
@@ -121,9 +122,10 @@ def page(said: Mapping[str, Any]) -> str:
                     for check in said["checks"]
                 ],
             ),
-            f"<p>Greedy tokens: {greedy['asked']} asked, {greedy['compared']} compared, {greedy['equal']} equal; {greedy['near_ties']} "
-            f"answers parted at a near tie, {greedy['turned']} where there was none. Perplexity of the prompts: Hugging Face "
-            f"{_shown(perplexity['hugging_face'])}, engine {_shown(perplexity['engine'])}.</p>",
+            f"<p>Greedy tokens: {greedy['asked']} asked, {greedy['compared']} compared, {greedy['equal']} equal; "
+            f"{greedy['near_ties']} answers parted at a near tie, {greedy['turned']} where there was none. "
+            f"Perplexity of the prompts: Hugging Face {_shown(perplexity['hugging_face'])}, engine "
+            f"{_shown(perplexity['engine'])}.</p>",
             f"<h2>The {min(WORST_PROMPTS, len(said['prompts']))} worst prompts</h2>",
             _table(
                 ["Prompt", "Hugging Face goes on", "The engine goes on", "*largest difference"],
@@ -133,13 +135,14 @@ def page(said: Mapping[str, Any]) -> str:
                 ],
             ),
             "<h2>How it was judged</h2>",
-            f"<p>Thresholds for {said['precision']}: log probabilities (natural) may differ by {limits['log_prob']:g}, on average by "
-            f"{limits['mean']:g}, the logarithm of the perplexity by {limits['perplexity']:g}. Where the engine's choice was at most "
-            f"{limits['near_tie']:g} less likely to Hugging Face's model than its own, the choice is a near tie and may turn; what follows "
-            f"is another text and is not compared. At least {limits['compared']:.0%} of all tokens must have been.</p>",
+            f"<p>Thresholds for {said['precision']}: log probabilities (natural) may differ by "
+            f"{limits['log_prob']:g}, on average by {limits['mean']:g}, the logarithm of the perplexity by "
+            f"{limits['perplexity']:g}. Where the engine's choice was at most {limits['near_tie']:g} less likely to "
+            "Hugging Face's model than its own, the choice is a near tie and may turn; what follows is another text "
+            f"and is not compared. At least {limits['compared']:.0%} of all tokens must have been.</p>",
             f"<p>{html.escape(limits['arithmetic'])}</p>",
-            "<p><small>Values are rounded up to a tenth of their limit, because rounding errors differ from run to run. All prompts: "
-            "report.json.</small></p>",
+            "<p><small>Values are rounded up to a tenth of their limit, because rounding errors differ from run to "
+            "run. All prompts: report.json.</small></p>",
             "</body></html>\n",
         ]
     )
@@ -181,6 +184,7 @@ def _worst(one: Mapping[str, Any]) -> str:
         return f"at most {_shown(one['largest_difference'])}"
     worst = one["worst"]
     return (
-        f"{_shown(one['largest_difference'])}<br><small>position {worst['position']}, <code>{html.escape(repr(worst['token']))}</code>: "
-        f"{_shown(worst['hugging_face'])} and {_shown(worst['engine'])}</small>"
+        f"{_shown(one['largest_difference'])}<br><small>position {worst['position']}, "
+        f"<code>{html.escape(repr(worst['token']))}</code>: {_shown(worst['hugging_face'])} and "
+        f"{_shown(worst['engine'])}</small>"
     )

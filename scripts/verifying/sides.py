@@ -60,8 +60,8 @@ def dtype_keyword(transformers_version: str) -> str:
 def load_model(folder: Path) -> tuple[Any, str]:
     """(transformers' model, "cuda" or "cpu").
 
-    With GPUs in the stored dtype, spread over all of them by accelerate, and on into the host's memory when they are
-    too small; without in float32, because half precision is slow and coarse on a CPU.
+    With GPUs: in the stored dtype; accelerate spreads it over all GPUs, and over the host's memory if they are too
+    small. Without: in float32, because half precision is slow and coarse on a CPU.
     """
     import torch
     import transformers

@@ -149,7 +149,7 @@ def repeated(folder: Path) -> dict[str, str]:
 
 
 def read_bin(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .bin (torch.save); only its directory is read, and nothing of it is run.
+    """The tensors of a .bin (torch.save); only its directory is read, and its pickle is not run.
     A Problem if it is anything else."""
     found = read_torch_file(path)
     for name, tensor in found.items():

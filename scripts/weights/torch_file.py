@@ -1,5 +1,5 @@
 """Reads which tensors a .pth (torch.save's zip file) holds and where their bytes lie,
-without torch and without running anything of it.
+without torch and without running its pickle.
 
 A .pth names its tensors in a pickle, which is a program for a small stack machine. torch.load(weights_only=True) runs
 that program and allows few functions. Here no function is called at all: the machine below knows the few operations

@@ -1,4 +1,5 @@
-"""`make bench`: loads, numbers, ceilings and the comparison; the page needs nothing else. The real run is on GPUs (docs/bench)."""
+"""`make bench`: loads, numbers, ceilings and the comparison; the page needs no other file.
+The real run is on GPUs (docs/bench)."""
 
 from __future__ import annotations
 
@@ -21,9 +22,14 @@ from scripts.weights.shape import LlamaShape
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"max_batch_size": 8, "max_input_len": 256, "max_seq_len": 300}
 SEVEN_B = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "vocab_size": 32000, "dtype": "bfloat16",
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "dtype": "bfloat16",
+}
 
 
 def test_loads_beyond_the_engines_limits_are_left_out() -> None:

@@ -1,4 +1,4 @@
-"""`make bench-openai` against an endpoint of the test's own: whose model it is, and that failed requests give no numbers."""
+"""`make bench-openai` against the test's own endpoint: the model's name, and no numbers from failed requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`make bench-text` measures what it says: the stand-in gives the prompt's tokens, stock breaks its text, ours does not."""
+"""`make bench-text` measures what it says: the stand-in gives the prompt's tokens, stock breaks its text,
+ours does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The canonical form of an image: what a builder stamps does not count, what the Dockerfile says does."""
+"""The canonical form of an image: traces of the builder do not count, the Dockerfile does."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ def test_everything_is_roots_readable_and_only_programs_run(tmp_path: Path) -> N
         assert archive.config["config"]["Healthcheck"] and "Hostname" not in archive.config["config"]
         assert archive.iid == image.iid
     # the folder `usr` is the base's already; a dot file keeps its name
-    assert found == {
-        "srv": (0o755, 0, 0), "srv/.keep": (0o644, 0, 0), "srv/a": (0o644, 0, 0), "srv/run": (0o755, 0, 0),
-    }  # fmt: skip
+    assert found == {"srv": (0o755, 0, 0), "srv/.keep": (0o644, 0, 0), "srv/a": (0o644, 0, 0), "srv/run": (0o755, 0, 0)}
     assert image.layers[1].files["srv/a"] == (6, hashlib.sha256(b"engine").hexdigest())
 
 

@@ -1,4 +1,4 @@
-"""What make decides before a script runs never waits for a file of the model's, whatever the file is."""
+"""make's decisions before a script runs never wait for a file of the model, whatever the file is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a room was made from: each module that a room used makes it again when its code changes, and no other room; nothing else does."""
+"""The ingredients of a room: when the code of a module changes, exactly the rooms that used it are made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a TOOLCHAIN lacks for a model is refused by plan, doctor, checkpoint and engines in the same words, and another one is named."""
+"""If a TOOLCHAIN lacks something for a model, plan, doctor,
+checkpoint and engines refuse in the same words and name another one."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ from scripts import build_checkpoint, build_config, build_engines, doctor, plan,
 from scripts.nvidia import abilities, contracts, gpus
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 # what config.json says, the engine, the version that lacks it, words of the report, words of the advice
 CASES: dict[str, Any] = {

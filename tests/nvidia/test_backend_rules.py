@@ -1,4 +1,5 @@
-"""Every rule of docker/contracts/backend-rules is broken on purpose: the rehearsal refuses, in the words of the original, per version.
+"""Tests break every rule of docker/contracts/backend-rules on purpose:
+the rehearsal refuses in the original's words, per version.
 
 A rule that nothing enforces needs a written reason; a rule without a test here fails the first test.
 """
@@ -156,9 +157,13 @@ def _(version: str) -> Texts:
 @breaks("inputs-sampling-0.14.0")
 def _(version: str) -> Texts:
     for name, value in (
-        ("runtime_top_k", -1), ("runtime_top_p", 1.1), ("temperature", -0.5), ("repetition_penalty", 0.0), ("min_length", -1),
+        ("runtime_top_k", -1),
+        ("runtime_top_p", 1.1),
+        ("temperature", -0.5),
+        ("repetition_penalty", 0.0),
+        ("min_length", -1),
         ("beam_width", 0),
-    ):  # fmt: skip
+    ):
         yield refused(version, **{name: [[value]]})
     assert served_as(version, temperature=[[0.0]])["runtime_top_k"].item() == 1
 

@@ -1,4 +1,5 @@
-"""What nvidia-smi's words become, with a stand-in on PATH that prints what real drivers print; and what ASSUME_GPU may say."""
+"""How nvidia-smi's output is read, with a stand-in on PATH that prints what real drivers print;
+and what ASSUME_GPU may be."""
 
 from __future__ import annotations
 

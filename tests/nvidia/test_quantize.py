@@ -1,5 +1,5 @@
-"""QUANT: each kind is asked of NVIDIA's tool in words that its version takes, and what the tool writes is checked. The tools are
-stand-ins at the place where they lie in TensorRT-LLM's repository; the judges of the command lines are the flag tables."""
+"""QUANT: each kind gives a command line that the version of NVIDIA's tool takes, and its output is checked. The tools
+are stand-ins at their place in TensorRT-LLM's repository; the flag tables judge the command lines."""
 
 from __future__ import annotations
 
@@ -190,26 +190,10 @@ def test_what_no_tool_does_is_refused_at_once(hf: Path, tmp_path: Path, changed:
 
 def test_the_checkpoint_script_leaves_quantizing_to_the_tools(hf: Path, tmp_path: Path) -> None:
     put_tool(tmp_path, "int8_wo", "0.8.0")
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.build_checkpoint",
-        "--model",
-        str(hf),
-        "--tp-size",
-        "2",
-        "--dtype=",
-        "--quant",
-        "int8_wo",
-    ]
-    command += [
-        "--trtllm-version",
-        "0.8.0",
-        "--examples",
-        str(tmp_path / "TensorRT-LLM"),
-        "--output",
-        str(tmp_path / "room"),
-    ]
+    command = [sys.executable, "-m", "scripts.build_checkpoint", "--model", str(hf), "--tp-size", "2", "--dtype="]
+    command += ["--quant", "int8_wo"]
+    command += ["--trtllm-version", "0.8.0", "--examples", str(tmp_path / "TensorRT-LLM"), "--output"]
+    command += [str(tmp_path / "room")]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

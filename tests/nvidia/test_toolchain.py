@@ -1,6 +1,8 @@
-"""ENGINE=tensorrt on the host: the version table, what is typed to docker, what is refused. A fake docker on PATH keeps what it was told.
+"""ENGINE=tensorrt on the host: the version table, docker's command lines, refusals.
+A fake docker on PATH notes its arguments.
 
-The host of these tests has make, bash, coreutils, grep, sed, find, docker and some python3 on its PATH, and no package of ours.
+The host of these tests has make, bash, coreutils, grep, sed, find, docker and some python3 on its PATH,
+and no package of ours.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def one(words: list[str], flag: str) -> list[str]:
 
 
 def advised(report: str) -> list[list[str]]:
-    """The commands that a report ends in, their words sorted: make does not keep the order in which settings were typed."""
+    """The commands that a report ends in, their words sorted:
+    make does not keep the order in which settings were typed."""
     return [sorted(line.split()) for line in report.splitlines() if line.startswith("    ")]
 
 
@@ -178,7 +181,8 @@ def test_the_tables_of_a_row_are_those_of_the_version_that_its_image_reports() -
 
 
 def test_image_24_10_is_a_month_older_than_the_release_whose_name_it_goes_by() -> None:
-    """What tells it from the tag v0.14.0 (backend-rules: images): a flag more, two tensors and a hole fewer, no automatic quantization."""
+    """What tells it from the tag v0.14.0 (backend-rules: images): a flag more, two tensors and a hole fewer, no
+    automatic quantization."""
     row = contracts.table("backend", LAST_FOR_VOLTA)["tensorrt_llm"]
     release = json.loads((ROOT / "docker/contracts/backend/v0.14.0.json").read_text())["tensorrt_llm"]
 
@@ -421,7 +425,8 @@ def test_an_image_without_the_wheel_is_completed_once(host: Host) -> None:
 
 @pytest.mark.parametrize("version", TABLE)
 def test_every_image_is_completed_once_with_what_serving_needs(host: Host, version: str) -> None:
-    """No image of NVIDIA's has a gRPC client and an ASGI server (images.json: packages). Rooms are made without them."""
+    """No image of NVIDIA's has a gRPC client and an ASGI server (images.json: packages).
+    Rooms are made without them."""
     nvidia_smi(host.folder, [V100 if "7.0" in TABLE[version]["architectures"] else "NVIDIA A100-SXM4-80GB, 8.0"] * 4)
     words = ["serve", "MODEL=llama-2-7b", "ENGINE=tensorrt", f"TOOLCHAIN={version}", *ports_typed(free_ports(4))]
     done = host.make(*words, BUILT="sha256:served")

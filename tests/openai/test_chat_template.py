@@ -1,4 +1,5 @@
-"""Chat templates: rendered and tokenized as transformers does it, and no text in a message ever becomes a special token."""
+"""Chat templates are rendered and tokenized as transformers does it,
+and no text in a message ever becomes a special token."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from scripts.tokenizer import sentencepiece as sentencepiece_tokenizer
 
 LLAMA_2 = (ROOT / "models/llama-2.jinja").read_text()
 CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful<|im_end|>\n' }}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe "
+    "helpful<|im_end|>\n' }}"
     "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRIMMED = (  # Llama 3's way: contents are trimmed, headers are special
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 JOINED = (  # nothing between the messages, and text beside them that completes a half
@@ -42,7 +45,8 @@ def special(token_id: int, content: str, **more: Any) -> dict[str, Any]:
 
 
 def llama_folder(folder: Path, template: str, more: list[str], metaspace: bool = False) -> Path:
-    """The bundled model's tokenizer with more special tokens; metaspace: only the start of everything has a space before it."""
+    """The bundled model's tokenizer with more special tokens; metaspace:
+    only the start of everything has a space before it."""
     described = sentencepiece_tokenizer.tokenizer_json(MODEL)
     described["added_tokens"] += [special(MODEL.vocab_size + n, content) for n, content in enumerate(more)]
     if metaspace:
@@ -215,7 +219,8 @@ def test_nothing_in_a_message_becomes_a_special_token(cases: Any, contents: list
 
 
 def test_no_half_of_a_spelling_is_completed(cases: Any) -> None:
-    """Every spelling, cut everywhere: in two turns, in a turn and the system's, and as what a template's own text could complete."""
+    """Every spelling, cut everywhere: in two turns, in a turn and the system's,
+    and as what a template's own text could complete."""
     for spelt in SPELLINGS:
         for cut in range(1, len(spelt)):
             head, tail = spelt[:cut], spelt[cut:]

@@ -1,4 +1,4 @@
-"""The clients that people use, as they are published: each streams, calls a tool, follows a schema; and what strict tools promise."""
+"""Published client packages: each streams, calls a tool and follows a schema; and what strict tools promise."""
 
 from __future__ import annotations
 
@@ -94,9 +94,12 @@ def vocabulary(tree: Path) -> dict[str, int]:
 USER: Any = {"role": "user", "content": "hi"}
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CITY: dict[str, Any] = {
-    "type": "object", "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city"], "additionalProperties": False, "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}  # fmt: skip
+    "type": "object",
+    "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}
 NOTHING: dict[str, Any] = {"type": "object", "maxProperties": 0}
 STRICT: Any = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
 LOOSE: Any = {"type": "function", "function": {"name": "any", "parameters": NOTHING}}
@@ -117,10 +120,15 @@ def made_to_say_braces(tree: Path) -> dict[str, float]:
 def test_a_call_whole_and_streamed(chatting: Served) -> None:
     client = openai.OpenAI(base_url=f"{chatting.openai}/v1", api_key="x", max_retries=0, timeout=60)
     asked: dict[str, Any] = {
-        "model": "stories", "messages": [USER], "tools": [TOOL], "temperature": 0, "max_tokens": 16,
-        "tool_choice": {"type": "function", "function": {"name": "weather"}}, "logit_bias": made_to_say_braces(chatting.tree),
+        "model": "stories",
+        "messages": [USER],
+        "tools": [TOOL],
+        "temperature": 0,
+        "max_tokens": 16,
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "logit_bias": made_to_say_braces(chatting.tree),
         "extra_body": {"repetition_penalty": 100},
-    }  # fmt: skip
+    }
     whole = client.chat.completions.create(**asked).choices[0]
     [call] = whole.message.tool_calls
     assert (call.type, call.function.name, call.function.arguments) == ("function", "weather", "{}")
@@ -139,7 +147,8 @@ def test_a_call_whole_and_streamed(chatting: Served) -> None:
 
 
 def test_strict_tools_guide_their_calls(chatting: Served) -> None:
-    """Free, required and with an answer's own schema; one call where one is asked for. The model itself knows nothing of calls."""
+    """Free, required and with an answer's own schema; one call where one is asked for.
+    The model itself knows nothing of calls."""
     client: Any = openai.OpenAI(base_url=f"{chatting.openai}/v1", api_key="x", max_retries=0, timeout=60)
     asked: dict[str, Any] = {"model": "stories", "messages": [USER], "tools": [STRICT, LOOSE], "max_tokens": 120}
 
@@ -176,9 +185,12 @@ def test_a_json_object_is_one(chatting: Served) -> None:
     client: Any = openai.OpenAI(base_url=f"{chatting.openai}/v1", api_key="x", max_retries=0, timeout=60)
     ids = vocabulary(chatting.tree)
     asked: dict[str, Any] = {
-        "model": "stories", "messages": [USER], "response_format": {"type": "json_object"}, "max_tokens": 150,
+        "model": "stories",
+        "messages": [USER],
+        "response_format": {"type": "json_object"},
+        "max_tokens": 150,
         "logit_bias": {str(ids["<0x7D>"]): 14, str(ids["<0x22>"]): 8},
-    }  # fmt: skip
+    }
     ended = 0
     for more in (
         {"temperature": 0},

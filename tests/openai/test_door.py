@@ -1,4 +1,5 @@
-"""Strangers at the endpoint of a real server with two workers: each class of attack once, and another client served all the while."""
+"""Strangers attack the endpoint of a real server with two workers: each class of attack once,
+while another client is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`echo` with `logprobs`: a prompt's tokens and how likely they are, as programs ask that measure models (lm-eval); the real server."""
+"""`echo` with `logprobs`: a prompt's tokens and how likely they are, as programs ask that measure models (lm-eval);
+the real server."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_prompts_are_told_as_transformers_has_them(
                 check(told.logprobs, own, told.text, model, tokenizer)
             assert second.logprobs.text_offset[-1] == len(text)
             for at, token in zip(second.logprobs.text_offset[1:], second.logprobs.tokens[1:]):
-                # SentencePiece's space before the first word is not the prompt's; a character of several tokens is whole with its last
+                # SentencePiece's space before the first word is not the prompt's;
+                # a character of several tokens is whole with its last
                 assert (
                     second.text[at:].startswith((token, token.lstrip())) or not token.isprintable() or "\ufffd" in token
                 )

@@ -1,4 +1,5 @@
-"""How a server ends: it says so first, serves on, lets answers finish, tells those that it cuts off; and two of them behind HAProxy."""
+"""How a server ends: it announces the end, serves on, lets answers finish, and tells the ones that it cuts off;
+also behind HAProxy."""
 
 from __future__ import annotations
 
@@ -53,9 +54,14 @@ def health(server: Served, path: str = "/health") -> tuple[int, dict[str, Any]]:
 def asked(port: int, tokens: int, stream: bool, n: int = 1) -> http.client.HTTPResponse:
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = {
-        "model": "stories", "prompt": "Once upon a time", "max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "stream": stream,
+        "model": "stories",
+        "prompt": "Once upon a time",
+        "max_tokens": tokens,
+        "min_tokens": tokens,
+        "temperature": 0,
+        "stream": stream,
         "n": n,
-    }  # fmt: skip
+    }
     link.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     return link.getresponse()
 
@@ -128,9 +134,11 @@ class Proxy:
         self.port, self.state = free_ports(2)
         text = CONFIG.read_text().replace("/etc/haproxy/certificate.pem", str(certificate))
         for before, after in (
-            ("bind :443", f"bind 127.0.0.1:{self.port}"), ("bind 127.0.0.1:8404", f"bind 127.0.0.1:{self.state}"),
-            ("10.0.0.1:9000", f"127.0.0.1:{ports[0]}"), ("10.0.0.2:9000", f"127.0.0.1:{ports[1]}"),
-        ):  # fmt: skip
+            ("bind :443", f"bind 127.0.0.1:{self.port}"),
+            ("bind 127.0.0.1:8404", f"bind 127.0.0.1:{self.state}"),
+            ("10.0.0.1:9000", f"127.0.0.1:{ports[0]}"),
+            ("10.0.0.2:9000", f"127.0.0.1:{ports[1]}"),
+        ):
             assert before in text, before
             text = text.replace(before, after)
         file = folder / "haproxy.cfg"
@@ -238,7 +246,8 @@ def test_a_rolling_restart_under_load_loses_nothing(two: list[Served], tmp_path:
 
 @needs_haproxy
 def test_a_stream_through_the_proxy_comes_as_it_is_made(tmp_path: Path, certificate: Path) -> None:
-    """The server makes its second event when the client has read the first, so a proxy that collects would deliver neither."""
+    """The server makes its second event when the client has read the first,
+    so a proxy that collects would deliver neither."""
     read_first = threading.Event()
 
     class Answer(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What the endpoint makes of tensorrt_llm's responses and errors, without a server."""
+"""What the endpoint makes of tensorrt_llm's responses and errors, tested without a server."""
 
 from __future__ import annotations
 

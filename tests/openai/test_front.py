@@ -1,4 +1,5 @@
-"""What bounds a connection, with uvicorn's own server and real sockets; bounds in seconds are made shorter, so that tests are."""
+"""The bounds of a connection, with uvicorn's own server and real sockets;
+bounds in seconds are shortened to keep the tests short."""
 
 from __future__ import annotations
 

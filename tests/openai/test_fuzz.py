@@ -1,7 +1,8 @@
-"""Whatever a hostile client sends to the endpoint: no crash, no hang, no traceback, memory bounded, other clients unaffected.
+"""Whatever a hostile client sends to the endpoint, it does not crash or hang, memory stays bounded,
+and other clients are served.
 
-Requests are made by schemathesis from the endpoint's own OpenAPI description, and by hypothesis from raw bytes. `make test-long` makes
-more of them.
+schemathesis makes requests from the endpoint's OpenAPI description, hypothesis from raw bytes.
+`make test-long` makes more of them.
 """
 
 from __future__ import annotations
@@ -168,9 +169,12 @@ NEARLY = st.dictionaries(
 ).map(lambda more: {"model": "stories", "prompt": "x", "max_tokens": 1, **more})
 BODIES = st.binary(max_size=400) | (ANY_JSON | NEARLY).map(lambda value: json.dumps(value).encode())
 HEADS = [
-    b"", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 99999999999999999999\r\n", b"X: \xff\xfe\r\n",
+    b"",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Content-Length: 99999999999999999999\r\n",
+    b"X: \xff\xfe\r\n",
     b"Expect: 100-continue\r\n",
-]  # fmt: skip
+]
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 
 

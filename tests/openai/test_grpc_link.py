@@ -1,4 +1,5 @@
-"""Our receiving half of gRPC against grpcio's own server: messages of every size, errors, cancelled calls, a server that goes away."""
+"""Our receiving half of gRPC against grpcio's own server: messages of every size, errors, cancelled calls,
+a server that goes away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Answers that follow a schema, an expression or a choice, and what else the torch engine takes as parameters, on the real server."""
+"""Answers that follow a schema, an expression or a choice, and the torch engine's other parameters,
+on the real server."""
 
 from __future__ import annotations
 
@@ -16,10 +17,14 @@ from server import Served
 ASKED: dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 120}
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
-                   "kind": {"enum": ["cat", "dog"]}},
-    "required": ["name", "age", "kind"], "additionalProperties": False,
-}  # fmt: skip
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["cat", "dog"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
 LIST = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": 2}}}
 
 

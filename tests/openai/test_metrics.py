@@ -1,4 +1,5 @@
-"""/metrics, LOG=json, traces, keys and their limits, aliases, CORS: one server with two workers, operated as an operator would."""
+"""/metrics, LOG=json, traces, keys and their limits, aliases, CORS: one server with two workers,
+operated as an operator would."""
 
 from __future__ import annotations
 
@@ -332,9 +333,15 @@ def test_a_request_is_a_trace_below_its_clients(operated: Served, collector: Col
         assert all(span.parent_span_id == root.span_id for span in spans.values())
         queue, prompt, generation = spans["queue"], spans["prompt"], spans["generation"]
         times = [
-            root.start_time_unix_nano, queue.start_time_unix_nano, queue.end_time_unix_nano, prompt.start_time_unix_nano,
-            prompt.end_time_unix_nano, generation.start_time_unix_nano, generation.end_time_unix_nano, root.end_time_unix_nano,
-        ]  # fmt: skip
+            root.start_time_unix_nano,
+            queue.start_time_unix_nano,
+            queue.end_time_unix_nano,
+            prompt.start_time_unix_nano,
+            prompt.end_time_unix_nano,
+            generation.start_time_unix_nano,
+            generation.end_time_unix_nano,
+            root.end_time_unix_nano,
+        ]
         assert times == sorted(times) and times[1] < times[2] < times[4] < times[6]
         assert times[2] == times[3] and times[4] == times[5]
         attributes = values_of(root)
@@ -367,8 +374,11 @@ def test_the_collectors_secret_is_the_endpoints_alone(operated: Served, collecto
 
 def test_lines_of_the_file() -> None:
     assert parsed(KEYS) == {
-        "old-key": Key("line 1"), "key-of-ana": Key("ana"), "key-of-bo": Key("bo", requests=1), "key-of-cy": Key("cy", tokens=30),
-    }  # fmt: skip
+        "old-key": Key("line 1"),
+        "key-of-ana": Key("ana"),
+        "key-of-bo": Key("bo", requests=1),
+        "key-of-cy": Key("cy", tokens=30),
+    }
     assert parsed("a:b\r\n\n  requests=4 \n") == {"a:b": Key("line 1"), "requests=4": Key("line 3")}
     for broken in ("", "\n \n", "a b c", "na\x00me: key", "x" * 65 + ": key", "key requests=0 more", "k" * 5000):
         with pytest.raises(ValueError) as told:

@@ -1,6 +1,8 @@
-"""The page at / of the endpoint, in a real browser: what people do with it, at two sizes, light and dark, in English and Korean.
+"""The page at / of the endpoint, in a real browser: what people do with it, at two sizes, light and dark,
+in English and Korean.
 
-Most tests talk with the real server. Where a model cannot be made to say something, or to wait, tests/support/play_answers.py answers.
+Most tests talk to the real server. If a model cannot be made to say something, or to wait,
+tests/support/play_answers.py answers.
 """
 
 from __future__ import annotations
@@ -170,7 +172,7 @@ ANSWER = "[...document.querySelectorAll('.answer')].at(-1)"
 STATE = "document.getElementById('state').textContent"
 
 
-# --- a base model --------------------------------------------------------------------------------------------------------
+# --- a base model -----------------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -183,7 +185,8 @@ def test_a_base_model_continues_its_text_in_one_box(served: Served, browser: Bro
     assert browser.say("document.activeElement.id + document.activeElement.value") == "textOnce upon a time"
     # every state of the continuation that the page shows, as it comes
     browser.driver.execute_script(
-        "window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#mirror mark').textContent))"
+        "window.seen = []; new MutationObserver(() => window.seen.push(document.querySelector('#mirror "
+        "mark').textContent))"
         ".observe(document.getElementById('mirror'), {childList: true})"
     )
     browser.click("#send")
@@ -227,7 +230,7 @@ def test_a_text_waits_with_a_caret_and_keeps_what_came_before_the_stop(base: Pla
     assert base.next().said == "One"
 
 
-# --- a conversation ------------------------------------------------------------------------------------------------------
+# --- a conversation ---------------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -360,9 +363,10 @@ def test_the_page_follows_the_answer_unless_the_reader_scrolled_up(play: Play, b
 def test_what_goes_wrong_has_a_line_of_its_own_and_retry(play: Play, browser: Browser) -> None:
     browser.open(play.address, "played")
     words = {
-        400: "the prompt is <b>long</b>", 429: "The server is busy. Try again in a moment.",
+        400: "the prompt is <b>long</b>",
+        429: "The server is busy. Try again in a moment.",
         503: "The server is not ready. Try again in a moment.",
-    }  # fmt: skip
+    }
     browser.ask("first")
     for status, text in words.items():
         play.next().refuse(status, "the prompt is <b>long</b>")
@@ -456,7 +460,7 @@ def test_a_korean_syllable_is_finished_before_enter_sends(play: Play, browser: B
     browser.wait(DONE)
 
 
-# --- what the model says -------------------------------------------------------------------------------------------------
+# --- what the model says ----------------------------------------------------------------------------------------------
 
 MARKDOWN = """### Steps
 
@@ -542,7 +546,8 @@ def test_nothing_that_a_model_says_runs_or_loads_anything(play: Play, browser: B
         browser.wait(f"document.querySelectorAll('.answer').length === {number + 1} && {DONE}")
         assert browser.say(f"{ANSWER}.textContent.length") > 0, text[:60]
         browser.say(
-            f"{ANSWER}.querySelectorAll('a').forEach((one) => one.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}})))"
+            f"{ANSWER}.querySelectorAll('a').forEach((one) => one.dispatchEvent(new MouseEvent('mouseover', "
+            f"{{bubbles: true}})))"
         )
     kinds = "script, style, img, svg, iframe, object, embed, base, meta, link, form, video, audio, input"
     found = (
@@ -550,7 +555,8 @@ def test_nothing_that_a_model_says_runs_or_loads_anything(play: Play, browser: B
     )
     assert browser.say(f"{found}.filter((one) => !one.closest('button')).map((one) => one.outerHTML)") == []
     attributes = browser.say(
-        "[...new Set([...document.querySelectorAll('.answer :not(button, button *)')].flatMap((one) => one.getAttributeNames()))]"
+        "[...new Set([...document.querySelectorAll('.answer :not(button, button *)')].flatMap((one) => "
+        "one.getAttributeNames()))]"
     )
     assert set(attributes) <= {"class", "role", "aria-label", "tabindex", "href", "target", "rel", "style", "start"}
     links = browser.say("[...document.querySelectorAll('.answer a')].map((one) => one.href)")
@@ -575,7 +581,7 @@ def test_markup_that_a_script_made_would_be_refused_too(served: Served, browser:
     browser.driver.get_log("browser")
 
 
-# --- the same request elsewhere ------------------------------------------------------------------------------------------
+# --- the same request elsewhere ---------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -606,7 +612,7 @@ def test_curl_and_python_give_the_same_answer(chatting: Served, browser: Browser
     assert shown and re.sub(r"\s", "", out) == re.sub(r"\s", "", shown)
 
 
-# --- everybody can use it ------------------------------------------------------------------------------------------------
+# --- everybody can use it ---------------------------------------------------------------------------------------------
 
 
 @in_a_browser
@@ -635,8 +641,10 @@ def test_the_keyboard_reaches_everything(play: Play, browser: Browser) -> None:
         browser.driver.switch_to.active_element.send_keys("\ue004")  # Tab
         name = "document.activeElement.id || document.activeElement.dataset.does || document.activeElement.tagName"
         seen.append(browser.say(name))
-        assert browser.say("document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle"
-                           " !== 'none' || Boolean(document.activeElement.closest('#box'))")  # fmt: skip
+        assert browser.say(
+            "document.activeElement === document.body || getComputedStyle(document.activeElement).outlineStyle"
+            " !== 'none' || Boolean(document.activeElement.closest('#box'))"
+        )
     assert {"clear", "open_settings", "copy", "PRE", "again", "source", "prompt", "send"} <= set(seen), seen
     browser.driver.find_element("id", "open_settings").send_keys("\ue007")  # Enter
     assert browser.say("document.getElementById('settings').contains(document.activeElement)")
@@ -677,20 +685,24 @@ def test_both_languages_have_every_word() -> None:
 
 
 def axe() -> str:
-    """axe-core's script, from the package that carries it; the package itself is for another driver and is not imported."""
+    """axe-core's script, from the package that carries it;
+    the package itself is for another driver and is not imported."""
     found = importlib.util.find_spec("axe_playwright_python")
     assert found is not None and found.submodule_search_locations is not None
     return (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text("utf-8")
 
 
 def violations(browser: Browser, rules: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What axe has against the page as it is: WCAG 2.2 A and AA, and its best practices; of these rules alone where some are named."""
+    """What axe has against the page as it is: WCAG 2.2 A and AA, and its best practices;
+    of these rules alone where some are named."""
     if not browser.say("window.axe !== undefined"):
         browser.driver.execute_script(axe())
     only = {"runOnly": list(rules)} if rules else {}
     found = browser.driver.execute_async_script(
-        "const done = arguments[1]; axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then((all) => done(all.violations"
-        ".map((one) => [one.id, one.help, one.nodes.map((node) => node.html.slice(0, 200) + ' ' + node.failureSummary)])))",
+        "const done = arguments[1]; axe.run(document, {resultTypes: ['violations'], ...arguments[0]}).then((all) => "
+        "done(all.violations"
+        ".map((one) => [one.id, one.help, one.nodes.map((node) => node.html.slice(0, 200) + ' ' + "
+        "node.failureSummary)])))",
         only,
     )
     return list(found)
@@ -705,8 +717,8 @@ SEEN = ["color-contrast", "link-in-text-block", "target-size", "scrollable-regio
 @in_a_browser
 @pytest.mark.parametrize("browser", ["en-US", "ko-KR"], indirect=True)
 def test_axe_finds_nothing(play: Play, base: Play, browser: Browser) -> None:
-    """Every state of the page once: all rules at first, then those that can tell sizes and colours apart; English at a desk in light,
-    in dark and on a phone, Korean on a phone in dark."""
+    """Every state of the page once: all rules at first, then those that can tell sizes and colours apart; English at a
+    desk in light, in dark and on a phone, Korean on a phone in dark."""
     english = browser.say("navigator.language") == "en-US"
     views = [(DESK, "light"), (DESK, "dark"), (PHONE, "light")] if english else [(PHONE, "dark")]
     found: dict[str, Any] = {}
@@ -753,7 +765,7 @@ def test_axe_finds_nothing(play: Play, base: Play, browser: Browser) -> None:
     assert browser.say("document.querySelectorAll('main').length") == 1
 
 
-# --- what the page is made of --------------------------------------------------------------------------------------------
+# --- what the page is made of -----------------------------------------------------------------------------------------
 
 
 def test_the_page_may_ask_its_own_server_only(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""What a request asks for, read in a bounded child: one mistake is enough, and no list is worked through before it is counted."""
+"""Requests are read in a bounded child: the first mistake ends it, and a list is counted before it is processed."""
 
 from __future__ import annotations
 
@@ -124,13 +124,17 @@ def reader_of(folder: Path, streams: bool = True, template: str = "") -> Reader:
 
 
 def test_an_engine_without_guides_refuses_them_by_name(folder: Path) -> None:
-    """NVIDIA's backend before 0.17, or one whose guided_decoding_backend is empty; the torch engine declares what it takes."""
+    """NVIDIA's backend before 0.17, or one whose guided_decoding_backend is empty;
+    the torch engine declares what it takes."""
     without = reader_of(folder)
     without.engine.guides, without.engine.parameters = False, frozenset()
     for body, name in (
-        ({"guided_json": {}}, "guided_json"), ({"guided_choice": ["a"]}, "guided_choice"), ({"min_p": 0.5}, "min_p"),
-        ({"logprobs": 2}, "logprobs"), ({"echo": True, "logprobs": 0}, "echo with logprobs"),
-    ):  # fmt: skip
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"min_p": 0.5}, "min_p"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"echo": True, "logprobs": 0}, "echo with logprobs"),
+    ):
         asked = json.dumps({**PLAIN, **body}).encode()
         reader_of(folder).read(False, asked)
         with pytest.raises(ApiError, match=f"^{name} is not supported by this engine") as refused:

@@ -1,7 +1,8 @@
 """Guides without a server: JSON Schema's own test suite, held to what llguidance publishes of itself, and tokenizers.
 
-schemas/draft2020-12.json: the suite (LICENSES.txt says where it comes from); llguidance.json: how each of its tests goes with llguidance
-by its own table; not_passing.txt: by name, what does not pass here. When llguidance can do more, this test fails and prints the new list.
+schemas/draft2020-12.json: the suite (LICENSES.txt says where it comes from); llguidance.json: how each of its tests
+goes with llguidance by its own table; not_passing.txt: by name, what does not pass here. When llguidance can do more,
+this test fails and prints the new list.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ SCHEMAS = ROOT / "tests/openai/schemas"
 
 
 def results() -> Iterator[tuple[str, str, str, str]]:
-    """(file, group, test, how it went) of each test: pass, refused: WHY, rejects (what is valid), accepts (what is not)."""
+    """(file, group, test, how it went) of each test: pass, refused: WHY, rejects (what is valid),
+    accepts (what is not)."""
     tokenizer = llguidance.LLTokenizer("byte")
     for file, groups in json.loads((SCHEMAS / "draft2020-12.json").read_text()).items():
         for group in groups:

@@ -1,4 +1,5 @@
-"""Tools: what a model writes is told as calls, piece by piece; what a client sends about tools is checked and bounded, and stays text."""
+"""Tools: the model's text becomes calls, piece by piece; what a client sends about tools is checked, bounded,
+and stays text."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ import guides
 HERMES = (ROOT / "tests/support/templates/hermes.jinja").read_text()
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CITY: dict[str, Any] = {
-    "type": "object", "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city"], "additionalProperties": False, "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}  # fmt: skip
+    "type": "object",
+    "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}
 STRICT: dict[str, Any] = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
 LOOSE: dict[str, Any] = {
     "type": "function",
@@ -265,7 +269,7 @@ def test_a_recursive_schema_is_taken_or_a_clear_400(folder: Path, schema: dict[s
 
 
 def refusal_of(reader: Reader, asked: dict[str, Any]) -> str:
-    """The 400 of a request, empty where it is taken."""
+    """The message of the 400; empty if the request is accepted."""
     try:
         reader.read(True, json.dumps(asked).encode())
     except ApiError as refused:

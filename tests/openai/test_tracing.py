@@ -51,8 +51,12 @@ def request(traceparent: str = f"00-{TRACE}-{PARENT}-01", status: int = 200, pat
         ]
         one.job = SimpleNamespace(id="cmpl-1", choices=choices)  # type: ignore[assignment]
         one.told = {
-            "model": "stories", "prompt_tokens": 5, "completion_tokens": 13, "finish_reason": "stop", "first_token_seconds": 0.4,
-        }  # fmt: skip
+            "model": "stories",
+            "prompt_tokens": 5,
+            "completion_tokens": 13,
+            "finish_reason": "stop",
+            "first_token_seconds": 0.4,
+        }
     return one
 
 

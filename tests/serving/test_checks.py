@@ -1,4 +1,4 @@
-"""Before TensorRT engines are served: each thing that would make them hang or die is found first, and named with both values."""
+"""Before TensorRT engines are served, each cause of a hang or crash is found and reported with both values."""
 
 from __future__ import annotations
 

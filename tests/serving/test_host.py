@@ -1,4 +1,5 @@
-"""What a server does on ordinary machines: proxies in the environment, IPv6, two starts at once, helpers that the kernel kills."""
+"""A server on ordinary machines: proxies in the environment, IPv6, two starts at once,
+helpers that the kernel kills."""
 
 from __future__ import annotations
 

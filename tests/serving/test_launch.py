@@ -1,4 +1,4 @@
-"""Where the engine's compiled kernels are found and kept."""
+"""The place of the engine's compiled kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output that nothing can hold or stop: a full disk, a closed pipe, a reader that reads nothing."""
+"""Output never stops the server: a full disk, a closed pipe, a reader that reads nothing."""
 
 from __future__ import annotations
 

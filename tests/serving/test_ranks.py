@@ -1,4 +1,4 @@
-"""Which processes of a rank last, and are missed when they go."""
+"""Which processes of a rank must last, and that the end of each is noticed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def process(pid: int, parent: int, name: str, rank: int | None = 0) -> Process:
 def test_what_a_server_starts_for_a_moment_is_not_taken_for_the_server(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A busy machine takes its time over a look at /proc: the server is seen before it has its name, its child after."""
+    """A busy machine takes its time over a look at /proc: the server is seen before it has its name,
+    its child after."""
     mpirun = ranks.mpirun.pid
     child = process(90_002, 90_001, "tritonserver")
     seen(monkeypatch, process(90_001, mpirun, "prterun", None), child)

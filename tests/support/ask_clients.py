@@ -1,7 +1,8 @@
-"""What real client packages do with a server: each a stream, a call of a tool, an answer that follows a schema.
+"""Real client packages against a server: each streams, calls a tool, and gets an answer that follows a schema.
 
-Runs in its own environment (requirements/clients.txt): python ask_clients.py CLIENT URL. Prints one JSON object: what came of each.
-Needs no project code. The model is a small one that cannot call tools by itself: the client makes it call (tool_choice).
+Runs in its own environment (requirements/clients.txt): python ask_clients.py CLIENT URL. Prints one JSON object: what
+came of each. Needs no project code. The model is a small one that cannot call tools by itself:
+the client makes it call (tool_choice).
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ class Pet(BaseModel):
 
 
 SCHEMA: Any = {
-    "type": "object", "additionalProperties": False, "required": ["kind", "age"],
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["kind", "age"],
     "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
-}  # fmt: skip
+}
 TOOL: Any = {"type": "function", "function": {"name": "pet", "description": "Tell of a pet", "parameters": SCHEMA}}
 CHOICE: Any = {"type": "function", "function": {"name": "pet"}}
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
@@ -52,8 +55,10 @@ def of_openai(url: str) -> dict[str, Any]:
     schema = ask(model=MODEL, messages=USER, response_format=FORMAT, **SAMPLING).choices[0].message.content
     return {
         "stream": "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
-        "call": json.loads(made.function.arguments), "after": after, "schema": json.loads(schema),
-    }  # fmt: skip
+        "call": json.loads(made.function.arguments),
+        "after": after,
+        "schema": json.loads(schema),
+    }
 
 
 def of_litellm(url: str) -> dict[str, Any]:
@@ -119,18 +124,24 @@ def of_instructor(url: str) -> dict[str, Any]:
         "stream": str([pet.model_dump() for pet in partial][-1]),
         "call": ask(instructor.Mode.TOOLS, KindOfPet),
         "schema": ask(instructor.Mode.JSON_SCHEMA, KindOfPet),
-        # JSON mode promises an object and no more: its schema stands in a system message, which a small model cannot follow
+        # JSON mode promises an object and no more: its schema stands in a system message,
+        # which a small model cannot follow
         "json": ask(instructor.Mode.JSON, Anything, logit_bias=SHORT),
     }
 
 
 def of_open_webui(url: str) -> dict[str, Any]:
-    """What Open WebUI's server sends, in its order of names (open-webui 0.6: backend/open_webui/routers/openai.py and tasks.py,
-    utils/middleware.py and tools.py): it is a program with a database and no package that a test can call."""
+    """What Open WebUI's server sends, in its order of names (open-webui 0.6: backend/open_webui/routers/openai.py and
+    tasks.py, utils/middleware.py and tools.py): it is a program with a database and no package that a test can call."""
     headers = {
-        "Authorization": "Bearer x", "Content-Type": "application/json", "X-OpenWebUI-User-Name": "Ana", "X-OpenWebUI-User-Id": "u1",
-        "X-OpenWebUI-User-Email": "ana@example.com", "X-OpenWebUI-User-Role": "user", "X-OpenWebUI-Chat-Id": "c1",
-    }  # fmt: skip
+        "Authorization": "Bearer x",
+        "Content-Type": "application/json",
+        "X-OpenWebUI-User-Name": "Ana",
+        "X-OpenWebUI-User-Id": "u1",
+        "X-OpenWebUI-User-Email": "ana@example.com",
+        "X-OpenWebUI-User-Role": "user",
+        "X-OpenWebUI-Chat-Id": "c1",
+    }
 
     def asked(path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -146,7 +157,8 @@ def of_open_webui(url: str) -> dict[str, Any]:
     streamed = {"stream": True, "model": MODEL, "stream_options": {"include_usage": True}, **SAMPLING}
     chunks = asked("/chat/completions", {**streamed, "messages": [{"role": "system", "content": "Be kind."}, *USER]})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
-    # a tool server's tools say twice that they are functions; tool_choice and response_format come from a model's custom parameters
+    # a tool server's tools say twice that they are functions;
+    # tool_choice and response_format come from a model's custom parameters
     spec = {"type": "function", **TOOL["function"]}
     tooled = {**streamed, "messages": USER, "tools": [{"type": "function", "function": spec}]}
     deltas = [
@@ -174,9 +186,13 @@ def of_open_webui(url: str) -> dict[str, Any]:
         return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
 
     return {
-        "stream": text(chunks), "call": json.loads(made["call"]["function"]["arguments"]), "after": text(after),
-        "schema": json.loads(text(schema)), "title": title, "tags": tags["choices"][0]["message"]["content"],
-    }  # fmt: skip
+        "stream": text(chunks),
+        "call": json.loads(made["call"]["function"]["arguments"]),
+        "after": text(after),
+        "schema": json.loads(text(schema)),
+        "title": title,
+        "tags": tags["choices"][0]["message"]["content"],
+    }
 
 
 class Anything(BaseModel):

@@ -1,4 +1,5 @@
-"""What tests of the image share: one image of the bundled model, baked by make in its own clone; containers that are taken away."""
+"""Helpers for tests of the image: one image of the bundled model, baked by make in a separate clone,
+and containers that are removed."""
 
 from __future__ import annotations
 
@@ -73,8 +74,11 @@ class Container:
 def committed(tree: Path) -> Path:
     """A tree as a fresh clone is: one commit, the same in every test run, and nothing else."""
     (tree / ".gitignore").write_text(IGNORED)
-    who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER") for what, value in
-           (("NAME", "a"), ("EMAIL", "a@example.org"), ("DATE", "2026-01-01T00:00:00Z"))}  # fmt: skip
+    who = {
+        f"GIT_{role}_{what}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for what, value in (("NAME", "a"), ("EMAIL", "a@example.org"), ("DATE", "2026-01-01T00:00:00Z"))
+    }
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run(["git", *words], cwd=tree, check=True, timeout=60, env={**os.environ, **who})
     return tree

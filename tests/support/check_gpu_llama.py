@@ -1,9 +1,11 @@
-"""The GPU's Llama without a GPU: its kernels in Triton's interpreter, its graphs as plain calls. Run by test_gpu_kernels.py.
+"""The GPU's Llama without a GPU: its kernels in Triton's interpreter, its graphs as plain calls.
+Run by test_gpu_kernels.py.
 
 check_gpu_llama.py RANKS    (under mpirun where there are more than one)
 
-What only a GPU can show (captures, the order of memory) is not shown here; that each request gets the tokens and logits that the plain
-network gives is, also when ranks read and write each other's memory: here a file that all of them map, each at another address.
+This cannot show what needs a GPU (captures, the order of memory). It shows that each request gets the tokens and logits
+of the plain network, also when ranks read and write each other's memory: here a file that all of them map,
+each at another address.
 """
 
 from __future__ import annotations
@@ -80,9 +82,14 @@ def without_gpu() -> None:
     nothing = lambda *_: None  # noqa: E731
     event = lambda **_: SimpleNamespace(record=nothing, synchronize=nothing)  # noqa: E731
     replaced: dict[str, Any] = {
-        "set_device": nothing, "synchronize": nothing, "Event": event, "Stream": nothing, "get_device_name": lambda *_: "none",
-        "get_device_capability": lambda *_: (8, 0), "mem_get_info": lambda *_: (1 << 30, 2 << 30),
-    }  # fmt: skip
+        "set_device": nothing,
+        "synchronize": nothing,
+        "Event": event,
+        "Stream": nothing,
+        "get_device_name": lambda *_: "none",
+        "get_device_capability": lambda *_: (8, 0),
+        "mem_get_info": lambda *_: (1 << 30, 2 << 30),
+    }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign, assignment, misc]
@@ -141,8 +148,8 @@ def random_hf() -> dict[str, np.ndarray[Any, Any]]:
 
 
 def requests(few: bool) -> list[dict[str, Any]]:
-    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few: where many ranks
-    share few cores."""
+    """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few:
+    where many ranks share few cores."""
     chance = np.random.default_rng(5)
 
     def prompt(length: int) -> list[int]:

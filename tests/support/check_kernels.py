@@ -1,4 +1,5 @@
-"""Every kernel of the torch engine in Triton's interpreter, on the CPU, against plain PyTorch. Run by test_gpu_kernels.py."""
+"""Every kernel of the torch engine in Triton's interpreter, on the CPU, against plain PyTorch.
+Run by test_gpu_kernels.py."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def check_attention(group: int, kv_heads: int, size: int, splits: int) -> None:
 
 
 def check_prompt_attention(group: int, kv_heads: int, size: int) -> None:
-    """Pieces of three sequences: a whole prompt, one that goes on inside a block, one token; what was never written is NaN."""
+    """Pieces of three sequences: a whole prompt, one that goes on inside a block, one token;
+    what was never written is NaN."""
     rows, padded, heads, per_slot = 32, 16, group * kv_heads, 6
     pieces = [(2, 0, 70), (0, 100, 33), (1, 64, 1)]  # slot, start, tokens
     keys = torch.full((4 * per_slot + 1, kv_heads, BLOCK, size), float("nan"))
@@ -131,7 +133,8 @@ def check_prompt_attention(group: int, kv_heads: int, size: int) -> None:
 
 
 def check_push(kind: torch.dtype, world: int) -> None:
-    """Each rank's kernel in turn, with what the others push laid into its memory; what it pushes itself is held against that."""
+    """Each rank's kernel in turn, with what the others push laid into its memory;
+    what it pushes itself is held against that."""
     width, rows, most, epsilon = 50, 3, 4, 1e-5
     words = width * kind.itemsize // 4
     x, gain = torch.randn(rows, width).to(kind), torch.rand(width).to(kind)

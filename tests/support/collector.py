@@ -1,4 +1,4 @@
-"""A collector of traces on loopback: what OTLP/HTTP sends is read by OpenTelemetry's own protobuf."""
+"""A collector of traces on loopback, which reads OTLP/HTTP with OpenTelemetry's own protobuf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the chart share: the real helm, and the chart's resources for a file of values."""
+"""Helpers for tests of the chart: the real helm, and the chart's resources for a file of values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A server for the page's tests: the real page and its policy, taken from a running endpoint, and answers that the test writes itself.
+"""A server for the page's tests: the real page and its policy, taken from a running endpoint,
+and answers that the test writes itself.
 
-What no model can be made to say, when no engine can be made to say it: hostile text, a stream that breaks off, a pause before a token.
+It plays what no model can be made to say at the right time: hostile text, a stream that breaks off,
+a pause before a token.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ SECONDS = 60
 
 
 class Asked:
-    """One request for an answer, held open until the test has written it. body: its JSON; key: its Authorization, or ""."""
+    """One request for an answer, held open until the test has written it. body: its JSON; key: its Authorization,
+    or ""."""
 
     def __init__(self, body: dict[str, Any], key: str) -> None:
         self.body, self.key = body, key

@@ -1,4 +1,4 @@
-"""A copy of the project to type make in."""
+"""A copy of the project in which tests run make."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def byte_tokenizer(**changed: Any) -> dict[str, Any]:
 
 
 def write_published(folder: Path, vocab_size: int = VOCABULARY, seed: int = 0, **files: Any) -> LlamaForCausalLM:
-    """The model, saved with its files. files: name -> what replaces it: a dict is merged into ours, bytes or text are taken as they are,
-    None leaves the file out."""
+    """The model, saved with its files. files: name -> what replaces it: a dict is merged into ours, bytes or text are
+    taken as they are, None leaves the file out."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -48,10 +48,12 @@ def write_published(folder: Path, vocab_size: int = VOCABULARY, seed: int = 0, *
         "generation_config.json": {"bos_token_id": 256, "eos_token_id": 257},
         "tokenizer.json": byte_tokenizer(),
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin|>",
+            "eos_token": "<|end|>",
             "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
         },
-    }  # fmt: skip
+    }
     for name, value in {**ours, **files}.items():
         (folder / name).unlink(missing_ok=True)
         if isinstance(value, dict):

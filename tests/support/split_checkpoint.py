@@ -1,7 +1,7 @@
 """A second, slow and plain opinion on how a Llama is split over ranks: numpy only, from the documented rules.
 
-Reads the tensors of a Hugging Face Llama and writes an engine directory (config.json, rankN.safetensors) for the torch
-engine's tests. Shares no code with the project's own conversion, so that the two can be held against each other.
+It reads the tensors of a Hugging Face Llama and writes an engine directory (config.json, rankN.safetensors) for the
+torch engine's tests. It shares no code with the project's own conversion, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -109,14 +109,18 @@ def meta_to_hf(meta: Arrays, heads: int, kv_heads: int) -> Arrays:
         pairs = array.reshape(heads, rows // heads // 2, 2, columns)
         return pairs.transpose(0, 2, 1, 3).reshape(rows, columns)
 
-    top = {
-        "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    }  # fmt: skip
+    top = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     inner = {
-        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
     out = {}
     for name, array in meta.items():
         key = name.removesuffix(".weight")

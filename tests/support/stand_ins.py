@@ -1,4 +1,5 @@
-"""Stand-ins for what needs a GPU, first on PATH: nvidia-smi prints what it is told, trtllm-build is the rehearsal's."""
+"""Stand-ins for programs that need a GPU, first on PATH: nvidia-smi prints given lines,
+trtllm-build is the rehearsal's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The rehearsal's strict stand-in for NVIDIA's backend, without Triton: models as we fill them, requests, and what it refuses."""
+"""The rehearsal's strict stand-in for NVIDIA's backend, without Triton: models as we fill them, requests,
+and what it refuses."""
 
 from __future__ import annotations
 
@@ -89,8 +90,12 @@ def fails(version: str, **changes: Any) -> str:
 def request(version: str, **changes: Any) -> dict[str, Any]:
     """A request's arrays; None takes one away."""
     values: dict[str, Any] = {
-        "input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len": [[4]], "end_id": [[2]], "streaming": [[True]],
-    }  # fmt: skip
+        "input_ids": [[5, 6, 7]],
+        "input_lengths": [[3]],
+        "request_output_len": [[4]],
+        "end_id": [[2]],
+        "streaming": [[True]],
+    }
     values.update(changes)
     if version == "v1.2.1":
         values = {

@@ -1,4 +1,5 @@
-"""Small random Llama models in Meta's form, made for tests: all dimensions differ, so that a swapped axis cannot pass."""
+"""Small random Llama models in Meta's form, made for tests: all dimensions differ,
+so that a swapped axis cannot pass."""
 
 from __future__ import annotations
 

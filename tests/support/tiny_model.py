@@ -1,4 +1,5 @@
-"""A Llama of a few kilobytes whose sizes all differ, with random weights; the bundled one; and what transformers says of them."""
+"""A Llama of a few kilobytes whose sizes all differ, with random weights; the bundled one;
+and what transformers says of them."""
 
 from __future__ import annotations
 

@@ -50,9 +50,13 @@ def infer(served: Served, model: str, **values: Any) -> Outputs:
 def preprocessed(served: Served, prompt: str = PROMPT, n: int = 12) -> Outputs:
     """What end_to_end_test.py sends first."""
     return infer(
-        served, "preprocessing",
-        QUERY=texts(prompt), REQUEST_OUTPUT_LEN=ints(n), BAD_WORDS_DICT=texts(""), STOP_WORDS_DICT=texts(""),
-    )  # fmt: skip
+        served,
+        "preprocessing",
+        QUERY=texts(prompt),
+        REQUEST_OUTPUT_LEN=ints(n),
+        BAD_WORDS_DICT=texts(""),
+        STOP_WORDS_DICT=texts(""),
+    )
 
 
 def core_request(ids: Any, n: int, **values: Any) -> dict[str, Any]:
@@ -79,16 +83,8 @@ def abandoned(served: Served) -> Iterator[None]:
     assert served.metric("torch_engine_steps") - before < 400
 
 
-PROMPTS = [
-    "Once upon a time",
-    "The dog",
-    "One day, Tom",
-    "She said",
-    "안녕",
-    "A cat and a bird",
-    "The sun was",
-    "😀 Lily",
-]
+PROMPTS = ["Once upon a time", "The dog", "One day, Tom", "She said", "안녕", "A cat and a bird", "The sun was"]
+PROMPTS += ["😀 Lily"]
 # What tritonserver 2.51 says on a machine without a GPU, and on every machine
 NOISE = (
     "Unable to allocate pinned system memory",

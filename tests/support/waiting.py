@@ -1,4 +1,4 @@
-"""The one way that tests wait: ask until it is so, and give the processor away in between."""
+"""The one way that tests wait: ask until the condition holds, and yield the CPU in between."""
 
 from __future__ import annotations
 

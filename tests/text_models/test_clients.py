@@ -1,5 +1,6 @@
-"""NVIDIA's client scripts, row by row of docker/contracts/clients.json: the tensors that a script sends, over the protocol that it
-uses, to a real tritonserver with the tensors of its version; and what the script assumes of the answer.
+"""NVIDIA's client scripts, row by row of docker/contracts/clients.json: the tensors that a script sends, over the
+protocol that it uses, to a real tritonserver with the tensors of its version;
+and what the script assumes of the answer.
 
 The rules "post-shape", "pre-decoder-ids" and "post-unknown-input" of docker/contracts/backend-rules hold here too.
 """
@@ -87,7 +88,8 @@ def sent_by(call: dict[str, Any], given: Tensors, options: bool = False) -> Tens
 
 @pytest.fixture(scope="module")
 def trees(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """backend -> (a tree, its TOOLCHAIN). The tag 0.14.0 is in no image: its tensors are served under the name of 24.10's."""
+    """backend -> (a tree, its TOOLCHAIN). The tag 0.14.0 is in no image:
+    its tensors are served under the name of 24.10's."""
     found = {backend: (tree, version) for backend, version in BACKENDS.items()}
     if "v0.14.0" not in found:
         tag = copy_of_project(tmp_path_factory.mktemp("tag") / "tree")
@@ -136,7 +138,8 @@ CASES: list[Any] = []
 
 
 def row(script: str, modes: Sequence[bool], **more: Sequence[Any]) -> Callable[[Check], Check]:
-    """The function is called for every row of a script, at a server that streams (True) and one that does not, with each of `more`."""
+    """The function is called for every row of a script, at a server that streams (True) and one that does not,
+    with each of `more`."""
 
     def keep(check: Check) -> Check:
         for one in ROWS:
@@ -189,11 +192,13 @@ def over_http(served: Served, model: str, tensors: Tensors, outputs: Sequence[st
 
     inputs = [
         {
-            "name": name, "shape": list(value.shape), "datatype": np_to_triton_dtype(value.dtype),
+            "name": name,
+            "shape": list(value.shape),
+            "datatype": np_to_triton_dtype(value.dtype),
             "data": [plain(item) for item in value.reshape(-1).tolist()],
         }
         for name, value in tensors.items()
-    ]  # fmt: skip
+    ]
     body: dict[str, Any] = {"id": "7", "inputs": inputs}
     if outputs is not None:
         body["outputs"] = [{"name": name} for name in outputs]
@@ -218,7 +223,8 @@ BOTH = (over_http, over_grpc)
 
 
 def streamed(served: Served, model: str, *requests: tuple[str, Tensors, Sequence[str] | None]) -> list[Response]:
-    """async_stream_infer: requests of (id, tensors, outputs) on one stream; every response until each has ended. Errors are raised."""
+    """async_stream_infer: requests of (id, tensors, outputs) on one stream; every response until each has ended.
+    Errors are raised."""
     answers: queue.Queue[Any] = queue.Queue()
     found, ended = [], 0
     with triton.InferenceServerClient(served.grpc) as client:
@@ -331,19 +337,26 @@ def end_to_end_test(served_by: Served, version: str, streaming: bool, over: Any)
     assert before["INPUT_ID"].shape == (1, len(IDS)) and before["INPUT_ID"].tolist() == [IDS]
     assert before["REQUEST_INPUT_LEN"].tolist() == [[len(IDS)]] and before["REQUEST_OUTPUT_LEN"].tolist() == [[8]]
     core_given = {
-        "input_ids": before["INPUT_ID"], "input_lengths": before["REQUEST_INPUT_LEN"], "end_id": before["OUT_END_ID"],
-        "request_output_len": before["REQUEST_OUTPUT_LEN"], "pad_id": before["OUT_PAD_ID"],
-    }  # fmt: skip
+        "input_ids": before["INPUT_ID"],
+        "input_lengths": before["REQUEST_INPUT_LEN"],
+        "end_id": before["OUT_END_ID"],
+        "request_output_len": before["REQUEST_OUTPUT_LEN"],
+        "pad_id": before["OUT_PAD_ID"],
+    }
     if "DECODER_INPUT_ID" in {spec["name"] for spec in calls["preprocessing"]["outputs"]}:
         core_given["decoder_input_ids"] = before["DECODER_INPUT_ID"]
         assert before["DECODER_INPUT_ID"].tolist() == before["OUT_PAD_ID"].tolist()
     core = over(served_by, "tensorrt_llm", sent_by(calls["tensorrt_llm"], core_given))
     check(calls["tensorrt_llm"]["outputs"], [core])
     after_given = {
-        "TOKENS_BATCH": core["output_ids"], "SEQUENCE_LENGTH": core["sequence_length"],
-        **{name.upper(): core[name] for name in ("cum_log_probs", "output_log_probs", "context_logits", "generation_logits")
-           if name in core.outputs},
-    }  # fmt: skip
+        "TOKENS_BATCH": core["output_ids"],
+        "SEQUENCE_LENGTH": core["sequence_length"],
+        **{
+            name.upper(): core[name]
+            for name in ("cum_log_probs", "output_log_probs", "context_logits", "generation_logits")
+            if name in core.outputs
+        },
+    }
     after = over(served_by, "postprocessing", sent_by(calls["postprocessing"], after_given))
     check(calls["postprocessing"]["outputs"], [after])
     assert after["OUTPUT"].shape == (1,)
@@ -441,9 +454,13 @@ def test_row(servers: Servers, case: Any) -> None:
 
 def test_every_row_has_its_test_and_those_that_fail_their_reason() -> None:
     tested = {
-        "inflight_batcher_llm_client.py", "end_to_end_grpc_client.py", "end_to_end_test.py", "benchmark_core_model.py",
-        "identity_test.py", "test_max_queue_size.py",
-    }  # fmt: skip
+        "inflight_batcher_llm_client.py",
+        "end_to_end_grpc_client.py",
+        "end_to_end_test.py",
+        "benchmark_core_model.py",
+        "identity_test.py",
+        "test_max_queue_size.py",
+    }
     assert {row["script"] for row in ROWS} == tested
     assert {PLACE.get(row["version"], row["version"]) for row in ROWS} == {*BACKENDS, "v0.14.0"}
     readme = (ROOT / "model_repo_template/README.md").read_text()

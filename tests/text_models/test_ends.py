@@ -1,4 +1,5 @@
-"""An answer ends at any of the tokens that the model names, through every door, where transformers' generate ends it."""
+"""An answer ends at any of the tokens that the model names, through every door,
+where transformers' generate ends it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def generated(model: Any, prompt: str, ends: list[int]) -> list[int]:
 
 
 def names_of_ends(model: Any) -> list[int]:
-    """Two ends: one that transformers' answers to the prompts come to, none of them at once, and one that they never do."""
+    """Two ends: one that transformers' answers to the prompts come to, none of them at once,
+    and one that they never do."""
     answers = [generated(model, prompt, []) for prompt in PROMPTS]
     firsts = {answer[0] for answer in answers}
     late = [token for answer in answers for token in answer[2:] if token not in firsts and token < 256]
@@ -122,7 +124,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_end_that_the_engine_sends_is_cut_off(folder: Path) -> None:
-    """TensorRT-LLM takes one end_id; what ends as a stop word comes with the answer, and what came with it is not shown."""
+    """TensorRT-LLM takes one end_id; what ends as a stop word comes with the answer,
+    and what came with it is not shown."""
     text = Text(folder)
     assert text.end_ids == [257, 98]
     answer = Answer(

@@ -35,9 +35,12 @@ def is_for_clients(text: str) -> bool:
 def test_the_clients_own_mistakes_are_invalid_arguments(version: str) -> None:
     long = np.full((1, loaded(version).max_input_len + 1), 5)
     for mistake in (
-        {"temperature": [[-1.0]]}, {"repetition_penalty": [[0.0]]}, {"input_ids": long}, {"runtime_top_k": [[1, 2]]},
+        {"temperature": [[-1.0]]},
+        {"repetition_penalty": [[0.0]]},
+        {"input_ids": long},
+        {"runtime_top_k": [[1, 2]]},
         {"stop_words_list": [[[5, 6], [2, 1]]]},
-    ):  # fmt: skip
+    ):
         code, text = told(refused(version, **mistake), False)
         assert code == "INVALID_ARG" and is_for_clients(text), (mistake, text)
     code, text = told(refused(version, loaded(version, decoupled=False)), False)
@@ -72,8 +75,9 @@ def test_what_the_engine_does_is_internal_and_has_no_stack_trace(version: str) -
 def test_a_code_that_says_so_is_believed() -> None:
     """Triton's own checks and the torch engine say INVALID_ARG, where there is a code."""
     assert told("temperature is -1; it must be greater than 0", True) == (
-        "INVALID_ARG", "temperature is -1; it must be greater than 0",
-    )  # fmt: skip
+        "INVALID_ARG",
+        "temperature is -1; it must be greater than 0",
+    )
     assert told("[TensorRT-LLM][ERROR] Assertion failed: (/a/b.cpp:1)\n1 0x7f", False)[1]
 
 

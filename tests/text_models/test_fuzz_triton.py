@@ -1,4 +1,4 @@
-"""What a hostile client can send to Triton's two protocols: nothing of it ends the server, hangs, shows a traceback or harms others."""
+"""Hostile clients of Triton's two protocols do not end the server, make it hang, see a traceback or harm others."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ TEXTS = st.one_of(
     st.text(max_size=40), st.sampled_from([PROMPT, "", "</s>", "\0", "안녕 👩‍👩‍👧", "a" * 5000, "\u202e"])
 )
 NUMBERS = st.one_of(
-    st.integers(-3, 20), st.sampled_from([2**31 - 1, -(2**31), 2**31, 2**63, 2**64 - 1, 2**70]), st.floats(width=32), st.booleans()
-)  # fmt: skip
+    st.integers(-3, 20),
+    st.sampled_from([2**31 - 1, -(2**31), 2**31, 2**63, 2**64 - 1, 2**70]),
+    st.floats(width=32),
+    st.booleans(),
+)
 SCALARS = st.one_of(st.none(), TEXTS, NUMBERS)
 VALUES = st.one_of(
     SCALARS,
@@ -58,7 +61,8 @@ VALUES = st.one_of(
 
 @pytest.fixture(scope="module", autouse=True)
 def unharmed(served: Served) -> Any:
-    """After all of it: the same processes, an answer as before, no request left, and no more memory than a few answers need."""
+    """After all of it: the same processes, an answer as before, no request left,
+    and no more memory than a few answers need."""
     before, memory = processes_below(served.process.pid), resident_bytes(served)
     yield
     until(
@@ -89,7 +93,8 @@ def answers(served: Served) -> bool:
 
 
 def http_exchange(served: Served, method: str, path: str, body: bytes, headers: dict[str, str]) -> list[Any]:
-    """[status, body] of one exchange; [] when the server closed the connection without an answer (a request that is not HTTP)."""
+    """[status, body] of one exchange; [] when the server closed the connection without an answer (a request that is not
+    HTTP)."""
     connection = http.client.HTTPConnection("127.0.0.1", served.http_port, timeout=ANSWER_SECONDS)
     try:
         connection.request(method, path, body=body, headers=headers)
@@ -101,14 +106,16 @@ def http_exchange(served: Served, method: str, path: str, body: bytes, headers: 
         connection.close()
 
 
-# --- HTTP --------------------------------------------------------------------------------------------------------------------
+# --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
 @FUZZ
 @given(
-    model=st.sampled_from(MODELS), how=st.sampled_from(["generate", "generate_stream"]),
-    body=st.dictionaries(NAMES, VALUES, max_size=6), asked=st.booleans(),
-)  # fmt: skip
+    model=st.sampled_from(MODELS),
+    how=st.sampled_from(["generate", "generate_stream"]),
+    body=st.dictionaries(NAMES, VALUES, max_size=6),
+    asked=st.booleans(),
+)
 def test_any_json_over_generate(served: Served, model: str, how: str, body: dict[str, Any], asked: bool) -> None:
     """asked: what makes it a whole request is there, so that the rest is what is looked at."""
     if asked and model in ("ensemble", "tensorrt_llm_bls"):
@@ -120,7 +127,8 @@ def test_any_json_over_generate(served: Served, model: str, how: str, body: dict
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_batch_of_nothing_is_refused(served: Served, model: str) -> None:
-    """Every input that has one value, in a list of none: Triton 2.51 crashes on it if an input is reshaped to have no axis."""
+    """Every input that has one value, in a list of none:
+    Triton 2.51 crashes on it if an input is reshaped to have no axis."""
     status, described = http_exchange(served, "GET", f"/v2/models/{model}", b"", {})
     assert status == 200
     single = [tensor["name"] for tensor in json.loads(described)["inputs"] if tensor["shape"] == [-1, 1]]
@@ -185,7 +193,7 @@ def test_any_path(served: Served, method: str, path: str) -> None:
     assert not answer or not LEAK.search(answer[1]), answer
 
 
-# --- gRPC --------------------------------------------------------------------------------------------------------------------
+# --- gRPC -------------------------------------------------------------------------------------------------------------
 
 WORDS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4).map(lambda words: np.array(words, np.int32).tobytes())
 RAW = st.one_of(st.binary(max_size=24), WORDS)
@@ -248,20 +256,16 @@ STREAMING = ["ensemble", "tensorrt_llm_bls", "tensorrt_llm"]
 def test_any_messages_one_after_the_other_on_a_grpc_stream(
     served: Served, several: list[dict[str, Any]], model: str
 ) -> None:
-    """To models that stream, or to all others. Both on one stream may end Triton 2.51: model_repo_template/README.md."""
+    """To models that stream, or to all others. Both on one stream may end Triton 2.51:
+    model_repo_template/README.md."""
     stream_of(served, [message_of(one) for one in several if one["model"] not in STREAMING])
     known = [{**one, "version": "1" if one["version"] == "1" else ""} for one in several]
     stream_of(served, [message_of({**one, "model": model}) for one in known])
 
 
 # What the server's owner may do and no client: a client that registers shared memory names any of this host's
-CLOSED = [
-    "SystemSharedMemoryRegister",
-    "SystemSharedMemoryStatus",
-    "CudaSharedMemoryRegister",
-    "TraceSetting",
-    "LogSettings",
-]
+CLOSED = ["SystemSharedMemoryRegister", "SystemSharedMemoryStatus", "CudaSharedMemoryRegister", "TraceSetting"]
+CLOSED += ["LogSettings"]
 METHODS = ["ModelInfer", "ModelStreamInfer", "ModelConfig", "RepositoryIndex", "ModelStatistics"]
 
 

@@ -1,4 +1,4 @@
-"""What the real server says over the wire is what transformers says on the stored weights: greedy tokens and logits."""
+"""The real server's greedy tokens and logits are those that transformers computes from the stored weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def served_answer(
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
     """(generated token ids, their logits) of one greedy request to the model tensorrt_llm."""
     values: dict[str, np.ndarray[Any, Any]] = {
-        "input_ids": np.array([ids], dtype=np.int32), "input_lengths": np.array([[len(ids)]], dtype=np.int32),
-        "request_output_len": np.array([[NEW_TOKENS]], dtype=np.int32), "end_id": np.array([[2]], dtype=np.int32),
-        "return_generation_logits": np.array([[True]]), "streaming": np.array([[False]]),
-    }  # fmt: skip
+        "input_ids": np.array([ids], dtype=np.int32),
+        "input_lengths": np.array([[len(ids)]], dtype=np.int32),
+        "request_output_len": np.array([[NEW_TOKENS]], dtype=np.int32),
+        "end_id": np.array([[2]], dtype=np.int32),
+        "return_generation_logits": np.array([[True]]),
+        "streaming": np.array([[False]]),
+    }
     inputs = []
     for name, value in values.items():
         inputs.append(triton.InferInput(name, list(value.shape), TYPES[str(value.dtype)]))

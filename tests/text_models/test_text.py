@@ -1,4 +1,4 @@
-"""Text in and out of the text models is the tokenizer's own, to the last byte, however it is cut into pieces."""
+"""Text in and out of the text models agrees with the tokenizer to the last byte, however it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Text, tokenize
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<|begin|>", "<|end|>"], show_progress=False,
+        vocab_size=420,
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     made.train_from_iterator(["the quick brown fox 안녕하세요 한국어 😀😀 naïve\n\n  indented"] * 9, trainer)
     made.add_tokens([tokenizers.AddedToken("<tool call>", special=False)])
     made.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
@@ -133,7 +135,8 @@ def test_streamed_pieces_are_sentencepieces_text_of_a_continuation(
 @example(ids=[1, 300])
 @example(ids=[1, 2, 300, 300])
 def test_a_whole_text_is_sentencepieces_text(stories: Text, ids: list[int]) -> None:
-    """SentencePiece keeps a space at the start that is spelt as a byte. We take it off, as the tokenizers library does."""
+    """SentencePiece keeps a space at the start that is spelt as a byte. We take it off,
+    as the tokenizers library does."""
     ids = [token for token in ids if token != 0]
     shown = [token for token in ids if token not in stories.special]
     assume(not shown or shown[0] != SLOW.piece_to_id("<0x20>"))
@@ -179,7 +182,7 @@ def test_the_cost_of_a_token_does_not_grow(stories: Text) -> None:
     assert len(stops.held) < len("never")
 
 
-# --- byte-level BPE ------------------------------------------------------------------------------------------------------
+# --- byte-level BPE ---------------------------------------------------------------------------------------------------
 
 
 @MANY
@@ -210,11 +213,12 @@ def test_byte_level_special_spellings_are_plain_text_and_other_added_tokens_are_
     assert library.token_to_id("<tool call>") in ours.encode(["a <tool call> b"])[0]
 
 
-# --- stop strings --------------------------------------------------------------------------------------------------------
+# --- stop strings -----------------------------------------------------------------------------------------------------
 
 
 def cut(whole: str, stops: list[str]) -> tuple[str, bool]:
-    """The independent statement: read letter by letter; the first letter that completes a stop string ends the text before it."""
+    """The independent statement: read letter by letter;
+    the first letter that completes a stop string ends the text before it."""
     for end in range(1, len(whole) + 1):
         complete = [stop for stop in stops if stop and whole[:end].endswith(stop)]
         if complete:
@@ -253,7 +257,7 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     assert machine.push("d it") == ("\n\nUsed it", False)
 
 
-# --- words for the engine ------------------------------------------------------------------------------------------------
+# --- words for the engine ---------------------------------------------------------------------------------------------
 
 
 def sequences(words: Any) -> list[list[int]]:
@@ -275,7 +279,8 @@ def test_a_word_is_listed_in_every_spelling_that_a_text_has_it_in(stories: Text,
 
 
 def every_cut(word: str) -> list[list[int]]:
-    """The independent statement: all ways to write a word with SentencePiece's pieces, by trying every piece at every place."""
+    """The independent statement: all ways to write a word with SentencePiece's pieces,
+    by trying every piece at every place."""
     if not word:
         return [[]]
     starts = [word[:n] for n in range(1, len(word) + 1)]
@@ -295,7 +300,8 @@ def test_a_word_is_listed_in_every_sequence_that_can_spell_it(stories: Text, wor
 
 
 def test_no_word_of_a_list_may_begin_in_the_prompt(stories: Text) -> None:
-    """TensorRT-LLM compares with the prompt too: an answer that goes on with `o`, `g` after `... a d` would end at the word `dog`."""
+    """TensorRT-LLM compares with the prompt too: an answer that goes on with `o`, `g` after `...
+    a d` would end at the word `dog`."""
     d, o, g = (SLOW.piece_to_id(letter) for letter in "dog")
     listed = sequences(stories.word_list(["dog"]))
     assert [d, o, g] in listed

@@ -72,9 +72,12 @@ def test_a_batch_of_prompts_gets_the_ids_that_each_gets_alone(several: Served) -
     together = infer(several, "preprocessing", QUERY=queries, REQUEST_OUTPUT_LEN=limits, STOP_WORDS_DICT=stops)
     for row in range(n):
         alone = infer(
-            several, "preprocessing",
-            QUERY=queries[row : row + 1], REQUEST_OUTPUT_LEN=limits[row : row + 1], STOP_WORDS_DICT=stops[row : row + 1],
-        )  # fmt: skip
+            several,
+            "preprocessing",
+            QUERY=queries[row : row + 1],
+            REQUEST_OUTPUT_LEN=limits[row : row + 1],
+            STOP_WORDS_DICT=stops[row : row + 1],
+        )
         for name, value in alone.items():
             ours = together[name][row]
             assert ours[..., : value.shape[-1]].tolist() == value[0].tolist(), name

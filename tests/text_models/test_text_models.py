@@ -1,4 +1,4 @@
-"""What clients of NVIDIA's backend send, well and badly, to the text models of a real Triton; and what its log says afterwards."""
+"""Good and bad requests of NVIDIA's clients to the text models of a real Triton; and what its log says afterwards."""
 
 from __future__ import annotations
 
@@ -41,9 +41,14 @@ from scripts.serving.triton_client import floats, ints, texts, yes
 def test_end_to_end_grpc_client(served: Served, model: str, streaming: bool) -> None:
     always = {"stream": yes(streaming), "beam_width": ints(1), "temperature": floats(1.0)}
     optional = {
-        "bad_words": texts(""), "stop_words": texts(""), "repetition_penalty": floats(1.0), "presence_penalty": floats(0.0),
-        "frequency_penalty": floats(0.0), "end_id": ints(2), "pad_id": ints(2),
-    }  # fmt: skip
+        "bad_words": texts(""),
+        "stop_words": texts(""),
+        "repetition_penalty": floats(1.0),
+        "presence_penalty": floats(0.0),
+        "frequency_penalty": floats(0.0),
+        "end_id": ints(2),
+        "pad_id": ints(2),
+    }
     for more in ({}, optional):
         responses = ask(served, model, text_input=texts(PROMPT), max_tokens=ints(12), **always, **more)
         assert STORY.startswith(text_of(responses)) and len(text_of(responses)) > 40
@@ -104,10 +109,15 @@ def test_end_to_end_test_has_the_same_text_in_one_step_and_in_three(served: Serv
         end_id=before["OUT_END_ID"], pad_id=before["OUT_PAD_ID"],
     )  # fmt: skip
     after = infer(
-        served, "postprocessing",
-        TOKENS_BATCH=core["output_ids"], SEQUENCE_LENGTH=core["sequence_length"], CUM_LOG_PROBS=core["cum_log_probs"],
-        OUTPUT_LOG_PROBS=core["output_log_probs"], CONTEXT_LOGITS=core["context_logits"], GENERATION_LOGITS=core["generation_logits"],
-    )  # fmt: skip
+        served,
+        "postprocessing",
+        TOKENS_BATCH=core["output_ids"],
+        SEQUENCE_LENGTH=core["sequence_length"],
+        CUM_LOG_PROBS=core["cum_log_probs"],
+        OUTPUT_LOG_PROBS=core["output_log_probs"],
+        CONTEXT_LOGITS=core["context_logits"],
+        GENERATION_LOGITS=core["generation_logits"],
+    )
     assert after["OUTPUT"].item().decode() == tell(served, bad_words=texts(""), stop_words=texts(""))
     for name in ("CUM_LOG_PROBS", "OUTPUT_LOG_PROBS", "CONTEXT_LOGITS", "GENERATION_LOGITS"):
         assert np.array_equal(after[f"OUT_{name}"], core[name.lower()])
@@ -127,20 +137,24 @@ def test_benchmark_core_model(served: Served) -> None:
 
 
 def test_the_models_over_http(served: Served) -> None:
-    body = {"inputs": [
-        {"name": "QUERY", "shape": [1, 1], "datatype": "BYTES", "data": [PROMPT]},
-        {"name": "REQUEST_OUTPUT_LEN", "shape": [1, 1], "datatype": "INT32", "data": [3]},
-    ]}  # fmt: skip
+    body = {
+        "inputs": [
+            {"name": "QUERY", "shape": [1, 1], "datatype": "BYTES", "data": [PROMPT]},
+            {"name": "REQUEST_OUTPUT_LEN", "shape": [1, 1], "datatype": "INT32", "data": [3]},
+        ]
+    }
     outputs = {output["name"]: output for output in served.post("preprocessing", "infer", **body)["outputs"]}
     ids = outputs["INPUT_ID"]["data"]
     core = served.post("tensorrt_llm", input_ids=ids, input_lengths=len(ids), request_output_len=3)
     assert len(core["output_ids"]) == 3
-    body = {"inputs": [
-        {"name": "TOKENS_BATCH", "shape": [1, 1, 3], "datatype": "INT32", "data": core["output_ids"]},
-        {"name": "SEQUENCE_LENGTH", "shape": [1, 1], "datatype": "INT32", "data": [3]},
-        {"name": "CUM_LOG_PROBS", "shape": [1, 1], "datatype": "FP32", "data": [0.0]},
-        {"name": "OUTPUT_LOG_PROBS", "shape": [1, 1, 3], "datatype": "FP32", "data": [0.0, 0.0, 0.0]},
-    ]}  # fmt: skip
+    body = {
+        "inputs": [
+            {"name": "TOKENS_BATCH", "shape": [1, 1, 3], "datatype": "INT32", "data": core["output_ids"]},
+            {"name": "SEQUENCE_LENGTH", "shape": [1, 1], "datatype": "INT32", "data": [3]},
+            {"name": "CUM_LOG_PROBS", "shape": [1, 1], "datatype": "FP32", "data": [0.0]},
+            {"name": "OUTPUT_LOG_PROBS", "shape": [1, 1, 3], "datatype": "FP32", "data": [0.0, 0.0, 0.0]},
+        ]
+    }
     outputs = {output["name"]: output for output in served.post("postprocessing", "infer", **body)["outputs"]}
     assert outputs["OUTPUT"]["data"] == [", in a"]
 
@@ -209,13 +223,16 @@ def test_log_probs_and_logits(served: Served) -> None:
 
 
 def test_what_was_not_asked_for_is_zeros_of_the_smallest_shape(served: Served) -> None:
-    """As NVIDIA's backend has it at 0.8.0: clients feed them to postprocessing."""
+    """As in NVIDIA's backend at 0.8.0: clients feed them to postprocessing."""
     [whole] = ask(served, "ensemble", text_input=texts(PROMPT), max_tokens=ints(3))
     shapes = {name: value.shape for name, value in whole.items()}
     assert shapes == {
-        "text_output": (1,), "cum_log_probs": (1, 1), "output_log_probs": (1, 1, 3), "context_logits": (1, 1, 1),
+        "text_output": (1,),
+        "cum_log_probs": (1, 1),
+        "output_log_probs": (1, 1, 3),
+        "context_logits": (1, 1, 1),
         "generation_logits": (1, 1, 1, 1),
-    }  # fmt: skip
+    }
     [only] = [
         list(r) for r in ask(served, "ensemble", outputs=["text_output"], text_input=texts(PROMPT), max_tokens=ints(3))
     ]
@@ -251,7 +268,10 @@ HTTP_REFUSALS: dict[str, Any] = {
     "empty": ({"text_input": ""}, "text_input is empty"),
     "too long": ({"text_input": "the dog " * 150}, "the prompt has 302 tokens; this engine takes at most 256"),
     "far too long": ({"text_input": "dog " * 50_000}, "text_input has 200000 bytes"),
-    "many long words": ({"bad_words": ["x" * 500] * 9}, "bad_words holds 4500 bytes; all words of a request may have 4096"),
+    "many long words": (
+        {"bad_words": ["x" * 500] * 9},
+        "bad_words holds 4500 bytes; all words of a request may have 4096",
+    ),
     "two texts": ({"text_input": [PROMPT, PROMPT]}, "text_input holds 2 texts; a request is one text"),
     "no tokens": ({"max_tokens": 0}, "max_tokens is 0; it must be greater than 0"),
     "fewer": ({"max_tokens": -3}, "max_tokens is -3; it must be greater than 0"),
@@ -264,11 +284,14 @@ HTTP_REFUSALS: dict[str, Any] = {
         {"embedding_bias_words": ["a", "b"], "embedding_bias_weights": [1.0]},
         "embedding_bias_words holds 2 words, embedding_bias_weights 1 weights",
     ),
-    "infinite bias": ({"embedding_bias_words": ["a"], "embedding_bias_weights": [float("inf")]}, "embedding_bias holds a value"),
+    "infinite bias": (
+        {"embedding_bias_words": ["a"], "embedding_bias_weights": [float("inf")]},
+        "embedding_bias holds a value",
+    ),
     "no limit": ({"max_tokens": None}, "max_tokens"),
     "no limit, Triton counts": ({"max_tokens": None, "top_k": 1}, "max_tokens is missing"),
     "no text, Triton counts": ({"text_input": None, "top_k": 1}, "text_input is missing"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HTTP_REFUSALS)
@@ -309,8 +332,11 @@ GRPC_REFUSALS: dict[str, Any] = {
     "no batch": ({"text_input": texts("a")[0]}, "unexpected shape for input 'text_input'"),
     "type": ({"max_tokens": ints(5).astype(np.int64)}, "inference input 'max_tokens' data-type is 'INT64'"),
     "unknown": ({"max_token": ints(5)}, "unexpected inference input 'max_token' for model 'ensemble'"),
-    "unsupported": ({"prompt_embedding_table": np.zeros((1, 3, 4), np.float16)}, "prompt_embedding_table is not supported"),
-}  # fmt: skip
+    "unsupported": (
+        {"prompt_embedding_table": np.zeros((1, 3, 4), np.float16)},
+        "prompt_embedding_table is not supported",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", GRPC_REFUSALS)
@@ -328,7 +354,11 @@ NO_LOG_PROBS = {"CUM_LOG_PROBS": floats(0), "OUTPUT_LOG_PROBS": floats(0)[None]}
 @pytest.mark.parametrize(
     ("model", "values", "message"),
     [
-        ("preprocessing", {"QUERY": texts(b"\xff"), "REQUEST_OUTPUT_LEN": ints(5)}, "QUERY is not UTF-8: byte 0xff at offset 0 of 1"),
+        (
+            "preprocessing",
+            {"QUERY": texts(b"\xff"), "REQUEST_OUTPUT_LEN": ints(5)},
+            "QUERY is not UTF-8: byte 0xff at offset 0 of 1",
+        ),
         ("preprocessing", {"QUERY": texts(""), "REQUEST_OUTPUT_LEN": ints(5)}, "QUERY is empty"),
         (
             "postprocessing",
@@ -341,7 +371,7 @@ NO_LOG_PROBS = {"CUM_LOG_PROBS": floats(0), "OUTPUT_LOG_PROBS": floats(0)[None]}
             "there must be one length per beam",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_request_to_the_steps(served: Served, model: str, values: Any, message: str) -> None:
     with pytest.raises(InferenceServerException) as refused:
         infer(served, model, **values)

@@ -1,4 +1,5 @@
-"""STREAMING=off: one response a request, over gRPC ModelInfer and HTTP infer, as NVIDIA's unary test tools ask for it."""
+"""STREAMING=off: one response a request, over gRPC ModelInfer and HTTP infer,
+as NVIDIA's unary test tools ask for it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ REFUSED_STREAM = "Streaming is only supported if model is deployed using decoupl
 
 @pytest.fixture(scope="module")
 def unary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The bundled model at TP=1. tensorrt_llm_bls does without a response sender, as in Triton before 24.06; ensemble has one."""
+    """The bundled model at TP=1. tensorrt_llm_bls does without a response sender, as in Triton before 24.06;
+    ensemble has one."""
     tree = copy_of_project(tmp_path_factory.mktemp("unary") / "tree")
     template = tree / "model_repo_template/tensorrt_llm_bls/config.pbtxt"
     text = template.read_text().replace("${unary_response_sender}", "false").replace("${bls_instance_count}", "4")
@@ -79,15 +81,19 @@ def over_http(served: Served, model: str, **values: Any) -> Outputs:
 BOTH = pytest.mark.parametrize("over", [infer, over_http])
 
 
-# --- NVIDIA's tools, with their exact tensors ------------------------------------------------------------------------------
+# --- NVIDIA's tools, with their exact tensors -------------------------------------------------------------------------
 
 
 @BOTH
 def test_end_to_end_test_has_the_same_text_in_one_step_and_in_three(unary: Served, over: Any) -> None:
     before = over(
-        unary, "preprocessing",
-        QUERY=texts(PROMPT), REQUEST_OUTPUT_LEN=ints(12), BAD_WORDS_DICT=texts(""), STOP_WORDS_DICT=texts(""),
-    )  # fmt: skip
+        unary,
+        "preprocessing",
+        QUERY=texts(PROMPT),
+        REQUEST_OUTPUT_LEN=ints(12),
+        BAD_WORDS_DICT=texts(""),
+        STOP_WORDS_DICT=texts(""),
+    )
     core = over(
         unary, "tensorrt_llm",
         input_ids=before["INPUT_ID"].astype(np.int32), input_lengths=before["REQUEST_INPUT_LEN"].astype(np.int32),
@@ -95,11 +101,15 @@ def test_end_to_end_test_has_the_same_text_in_one_step_and_in_three(unary: Serve
         bad_words_list=before["BAD_WORDS_IDS"].astype(np.int32), stop_words_list=before["STOP_WORDS_IDS"].astype(np.int32),
     )  # fmt: skip
     after = over(
-        unary, "postprocessing",
-        TOKENS_BATCH=core["output_ids"].astype(np.int32), SEQUENCE_LENGTH=core["sequence_length"].astype(np.int32),
-        CUM_LOG_PROBS=core["cum_log_probs"].astype(np.float32), OUTPUT_LOG_PROBS=core["output_log_probs"].astype(np.float32),
-        CONTEXT_LOGITS=core["context_logits"].astype(np.float32), GENERATION_LOGITS=core["generation_logits"].astype(np.float32),
-    )  # fmt: skip
+        unary,
+        "postprocessing",
+        TOKENS_BATCH=core["output_ids"].astype(np.int32),
+        SEQUENCE_LENGTH=core["sequence_length"].astype(np.int32),
+        CUM_LOG_PROBS=core["cum_log_probs"].astype(np.float32),
+        OUTPUT_LOG_PROBS=core["output_log_probs"].astype(np.float32),
+        CONTEXT_LOGITS=core["context_logits"].astype(np.float32),
+        GENERATION_LOGITS=core["generation_logits"].astype(np.float32),
+    )
     for model in TEXT_MODELS:
         whole = over(
             unary, model, text_input=texts(PROMPT), max_tokens=ints(12), bad_words=texts(""), stop_words=texts("")
@@ -124,7 +134,7 @@ def test_end_to_end_grpc_client_asks_over_a_stream_all_the_same(unary: Served, m
     assert STORY.startswith(text_of([only])) and len(text_of([only])) > 40
 
 
-# --- many at once ------------------------------------------------------------------------------------------------------------
+# --- many at once -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", *TEXT_MODELS])
@@ -176,7 +186,7 @@ def test_a_stop_word_ends_the_text_before_it_and_the_work_with_it(unary: Served,
     assert infer(unary, model, stop_words=texts("age surr"), **request)["text_output"].item() == b", in a small vill"
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", *TEXT_MODELS])
@@ -251,7 +261,7 @@ def test_a_request_is_stopped_by_its_id_and_still_answered(unary: Served) -> Non
     assert answers[1] is None and answers[0].as_numpy("output_ids").shape[2] < 450
 
 
-# --- our own client, and the log --------------------------------------------------------------------------------------------
+# --- our own client, and the log --------------------------------------------------------------------------------------
 
 
 def test_make_ask_sees_that_this_server_does_not_stream(unary: Served) -> None:

@@ -1,4 +1,5 @@
-"""A slow tokenizer's folder keeps its template, its end and its added tokens, and reads texts as transformers reads them from it."""
+"""A slow tokenizer's folder keeps its template, its end and its added tokens,
+and encodes texts as transformers does."""
 
 from __future__ import annotations
 
@@ -36,16 +37,10 @@ DECODER = {
     "314": {"content": "<tool>", "special": False, **FLAGS},
 }
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-TEXTS = [
-    "hello world",
-    "the quick <tool>brown",
-    "<tool>",
-    "a<tool>hello",
-    "안녕 <usr>hello <ctl>",
-    "hello<usr><usr>x",
-    "thethe the",
-]
-# What transformers makes of a folder, in its own process: its protobuf files are of a later version than the one that Triton needs
+TEXTS = ["hello world", "the quick <tool>brown", "<tool>", "a<tool>hello", "안녕 <usr>hello <ctl>", "hello<usr><usr>x"]
+TEXTS += ["thethe the"]
+# What transformers makes of a folder, in its own process:
+# its protobuf files are of a later version than the one that Triton needs
 THEIRS = """
 import json, sys
 from transformers import AutoTokenizer
@@ -102,8 +97,8 @@ def test_texts_are_read_as_transformers_reads_them(case: str, tmp_path: Path) ->
 
 
 def test_user_defined_pieces_are_read_as_sentencepiece_reads_them(tmp_path: Path) -> None:
-    """Its control pieces are plain text in a text, and so they are for the text models. (A text that begins with a user-defined piece
-    gets a space in front of it there; transformers has none, and neither have we.)"""
+    """Its control pieces are plain text in a text, and so they are for the text models. (A text that begins with a
+    user-defined piece gets a space in front of it there; transformers has none, and neither have we.)"""
     folder = write_slow(tmp_path / "slow", user_defined())
     for name, data in made(folder).items():
         (folder / name).write_bytes(data)
@@ -142,10 +137,15 @@ def test_template_end_and_added_tokens_are_the_folders(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("switches", "begin", "end"), [
-    ({}, [1], []), ({"add_bos_token": False}, [], []), ({"add_eos_token": True}, [1], [2]),
-    ({"add_bos_token": False, "add_eos_token": True}, [], [2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("switches", "begin", "end"),
+    [
+        ({}, [1], []),
+        ({"add_bos_token": False}, [], []),
+        ({"add_eos_token": True}, [1], [2]),
+        ({"add_bos_token": False, "add_eos_token": True}, [], [2]),
+    ],
+)
 def test_what_begins_and_ends_a_text(
     switches: dict[str, bool], begin: list[int], end: list[int], tmp_path: Path
 ) -> None:
@@ -180,8 +180,12 @@ BAD: dict[str, Any] = {
     "another piece's id": ({**BASE, "added_tokens_decoder": {"300": {"content": "<x>"}}}, {}, "tokenizer_config.json"),
     "an id below 0": (BASE, {"added_tokens.json": {"<x>": -1}}, "added_tokens.json"),
     "an id of text": (BASE, {"added_tokens.json": {"<x>": "312"}}, "added_tokens.json"),
-    "an end beyond the embedding": ({**BASE, "eos_token": "<x>"}, {"added_tokens.json": {"<x>": 320}}, "tokenizer_config.json"),
-}  # fmt: skip
+    "an end beyond the embedding": (
+        {**BASE, "eos_token": "<x>"},
+        {"added_tokens.json": {"<x>": 320}},
+        "tokenizer_config.json",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

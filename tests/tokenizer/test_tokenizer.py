@@ -1,4 +1,4 @@
-"""tokenizer.json says what SentencePiece says: the same ids for any text, the same text for any ids."""
+"""tokenizer.json agrees with SentencePiece: the same ids for any text, the same text for any ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reference(name: str) -> Any:
 
 
 def ours(name: str, **changed: Any) -> Any:
-    """The tokenizers library on our file; as the server has it, without added tokens."""
+    """The tokenizers library on our file, like the server's: without added tokens."""
     value = {**tokenizer.tokenizer_json(tokenizer.parse_model(MODELS[name])), "added_tokens": [], **changed}
     return tokenizers.Tokenizer.from_str(json.dumps(value))
 
@@ -35,26 +35,10 @@ PAIRS = {name: (ours(name), reference(name)) for name in MODELS}
 WITH_SPECIAL = tokenizers.Tokenizer.from_str(
     json.dumps(tokenizer.tokenizer_json(tokenizer.parse_model(MODELS["stories"])))
 )
-# Fragments that meet the rules of either side: spaces, marks, spellings of special tokens, bytes, letters outside of the vocabulary
-FRAGMENTS = [
-    "a",
-    "an",
-    "na",
-    "ab",
-    "ba",
-    " ",
-    "  ",
-    "\u2581",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<0x0A>",
-    "\n",
-    "\t",
-    "\0",
-    "\x7f",
-    "\u3000",
-]
+# Fragments that meet the rules of either side: spaces, marks, spellings of special tokens, bytes,
+# letters outside of the vocabulary
+FRAGMENTS = ["a", "an", "na", "ab", "ba", " ", "  ", "\u2581", "</s>", "<s>", "<unk>", "<0x0A>", "\n", "\t", "\0"]
+FRAGMENTS += ["\x7f", "\u3000"]
 FRAGMENTS += ["안녕", "한국어", "é", "e\u0301", "😀", "👩‍👩‍👧", "שלום", "\ufeff", "the", "hello"]
 TEXTS = st.one_of(
     st.text(max_size=40),
@@ -101,7 +85,7 @@ def test_merges_are_written_so_that_older_libraries_load_them() -> None:
     assert all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges)
 
 
-# --- what is refused, by name ------------------------------------------------------------------------------------------
+# --- what is refused, by name -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +147,8 @@ def test_a_damaged_file_is_a_report_or_still_a_whole_model(tmp_path_factory: Any
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pieces_scores_and_kinds_are_read_as_sentencepiece_reads_them(name: str) -> None:
-    """Its protobuf module cannot be the reference: it refuses to load beside the protobuf that Triton's client needs."""
+    """Its protobuf module cannot be the reference:
+    it refuses to load beside the protobuf that Triton's client needs."""
     model, slow = tokenizer.parse_model(MODELS[name]), reference(name)
     assert (model.vocab_size, model.unk_id, model.bos_id, model.eos_id) == (len(slow), 0, 1, 2)
     kinds = {tokenizer.UNKNOWN: slow.is_unknown, tokenizer.CONTROL: slow.is_control, tokenizer.BYTE: slow.is_byte}

@@ -94,9 +94,13 @@ def backend() -> Iterator[ModuleType]:
     fake = ModuleType("triton_python_backend_utils")
     vars(fake).update(
         using_decoupled_model_transaction_policy=lambda config: True,
-        Tensor=FakeTensor, InferenceResponse=fake_response, TritonError=FakeError, TritonModelException=FakeError,
-        MetricFamily=FakeFamily, TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
-    )  # fmt: skip
+        Tensor=FakeTensor,
+        InferenceResponse=fake_response,
+        TritonError=FakeError,
+        TritonModelException=FakeError,
+        MetricFamily=FakeFamily,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", fake)
         spec = importlib.util.spec_from_file_location("torch_engine_model", VERSION_DIR / "model.py")
@@ -109,8 +113,10 @@ def backend() -> Iterator[ModuleType]:
 def model_args(engine_dir: str, exclude_input: str = "true") -> dict[str, str]:
     without_value = ",".join(contracts.sent_without_value("0.8.0"))
     parameters = {
-        "gpt_model_path": engine_dir, "exclude_input_in_output": exclude_input, "sent_without_value": without_value,
-    }  # fmt: skip
+        "gpt_model_path": engine_dir,
+        "exclude_input_in_output": exclude_input,
+        "sent_without_value": without_value,
+    }
     config = {
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},
         "output": [{"name": name} for name in OUTPUTS],
@@ -174,9 +180,13 @@ def test_without_streaming_there_is_exactly_one_response_with_all_outputs(model:
     assert {name for name in vars(response) if name != "error"} == set(OUTPUTS)
     shapes = {name: getattr(response, name).shape for name in OUTPUTS}
     assert shapes == {
-        "output_ids": (1, 1, 6), "sequence_length": (1, 1), "cum_log_probs": (1, 1), "output_log_probs": (1, 1, 6),
-        "context_logits": (1, 1, 1), "generation_logits": (1, 1, 1, 1),
-    }  # fmt: skip
+        "output_ids": (1, 1, 6),
+        "sequence_length": (1, 1),
+        "cum_log_probs": (1, 1),
+        "output_log_probs": (1, 1, 6),
+        "context_logits": (1, 1, 1),
+        "generation_logits": (1, 1, 1, 1),
+    }
     assert response.output_ids.dtype == np.int32 and response.sequence_length.tolist() == [[6]]
 
 

@@ -1,4 +1,5 @@
-"""The torch engine says what Hugging Face's model says, whoever else is in the batch and however many ranks there are."""
+"""The torch engine gives the answers of Hugging Face's model,
+whatever else is in the batch and however many ranks there are."""
 
 from __future__ import annotations
 
@@ -374,7 +375,8 @@ REUSED = {**TINY_BUILD, "max_input_len": 60, "max_num_tokens": 37}
 def test_requests_that_share_their_beginning_get_the_tokens_they_get_alone(
     tiny: Arrays, tiny_oracle: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    """Long before short, together and one after the other, also when the cache is full and blocks go; whoever else is in the batch."""
+    """Long before short, together and one after the other, also when the cache is full and blocks go;
+    whoever else is in the batch."""
     written = write_engine(tmp_path / "engine", tiny, TINY, 1, **REUSED)
     shared = some_tokens(50, 1)
     prompts = [
@@ -554,10 +556,15 @@ def test_weights_that_contradict_the_config_are_named(tiny: Arrays, tmp_path: Pa
     [
         {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 24},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
     ],
-)  # fmt: skip
+)
 def test_rotary_scaling_is_that_of_transformers(scaling: dict[str, Any]) -> None:
     config = parse_config(engine_config({**TINY, "rope_scaling": scaling}, 1, **TINY_BUILD))
     hf = LlamaConfig(**{**TINY, "rope_scaling": {**scaling, "rope_theta": TINY["rope_theta"]}})

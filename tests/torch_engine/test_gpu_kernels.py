@@ -1,4 +1,4 @@
-"""The torch engine's code for GPUs gives what plain PyTorch gives; no GPU is needed to know."""
+"""The torch engine's code for GPUs gives the results of plain PyTorch; the test needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Qwen2's biases, attention_bias, mlp_bias and yarn: from the published folder to the served logits, equal to transformers'."""
+"""Qwen2's biases, attention_bias, mlp_bias and yarn: from the published folder to the served logits,
+equal to transformers'."""
 
 from __future__ import annotations
 
@@ -21,14 +22,23 @@ from scripts.weights.shape import LlamaShape
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 SIZES = {
-    "vocab_size": 312, "hidden_size": 96, "intermediate_size": 120, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+    "vocab_size": 312,
+    "hidden_size": 96,
+    "intermediate_size": 120,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
     "rope_theta": 5000.0,
-}  # fmt: skip
+}
 SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2 with yarn, tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True, "rope_parameters": YARN}),
@@ -127,7 +137,8 @@ def test_heads_of_zeros_have_biases_of_zeros(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_says_its_biases_and_others_say_nothing_new(tmp_path: Path) -> None:
-    """attn_bias and mlp_bias are read by every version, from 0.8.0 on; the config.json of a model without them is what it was."""
+    """attn_bias and mlp_bias are read by every version, from 0.8.0 on;
+    the config.json of a model without them is what it was."""
     for version, shape in zip(contracts.versions(), ("qwen2", "yarn", "mlp_bias"), strict=True):
         folder = tmp_path / version
         published(folder / "published", shape)

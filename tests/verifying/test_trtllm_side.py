@@ -1,4 +1,5 @@
-"""TensorRT-LLM's Python runtime is asked as its contract tables say, and what it says is put together as Hugging Face's side is."""
+"""TensorRT-LLM's Python runtime is called as its contract tables say,
+and its answers get the same form as Hugging Face's."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def model() -> LlamaForCausalLM:
 
 
 class Runner:
-    """ModelRunner as far as it is called: a Hugging Face model whose one buffer of logits is read after the processor was there."""
+    """ModelRunner as far as it is called: a Hugging Face model whose one buffer of logits is read after the processor
+    was there."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model

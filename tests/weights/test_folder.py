@@ -1,4 +1,4 @@
-"""config opens a model's folder as the server will, stays inside it, and refuses by the name of the file what cannot be served."""
+"""config opens a model's folder as the server will, stays inside it, and names the file that cannot be served."""
 
 from __future__ import annotations
 
@@ -34,16 +34,8 @@ def described(folder: Path) -> build_config.Described:
 
 def config(folder: Path, room: Path) -> subprocess.CompletedProcess[str]:
     """The script as make starts it."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.build_config",
-        "--weights",
-        str(folder),
-        "--max-position-embeddings=",
-        "--output",
-        str(room),
-    ]
+    command = [sys.executable, "-m", "scripts.build_config", "--weights", str(folder), "--max-position-embeddings="]
+    command += ["--output", str(room)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -240,7 +232,7 @@ def test_a_crash_of_the_reader_is_a_report(tmp_path: Path) -> None:
     assert "SIGKILL" in caught.value.seen
 
 
-# --- names from files in reports ---------------------------------------------------------------------------------------------
+# --- names from files in reports --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +251,7 @@ def test_a_tensors_name_is_shortened_and_escaped(name: str, folder: Path) -> Non
         assert len(text) < 3_000 and not any(c in text for c in "\x1b\x07\r\x9b\u202e")
 
 
-# --- what the folder says is kept --------------------------------------------------------------------------------------------
+# --- what the folder says is kept -------------------------------------------------------------------------------------
 
 
 def test_every_end_that_a_file_names_is_in_the_list(tmp_path: Path) -> None:

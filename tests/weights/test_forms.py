@@ -1,5 +1,5 @@
-"""Every form a Llama comes in becomes the same checkpoint, and says what transformers says; a model that is not a Llama
-is refused by name."""
+"""Every form of a Llama becomes the same checkpoint and gives transformers' answers; a model that is not a Llama is
+refused by name."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def joined(room: Path, source: Path) -> Any:
         ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 10}, 2, (16, 4)),
         ({"tie_word_embeddings": True}, 2, (8, 4)),
     ],
-)  # fmt: skip
+)
 def test_padded_heads_change_nothing(changed: dict[str, Any], tp_size: int, heads: Any, tmp_path: Path) -> None:
     folder = published(tmp_path / "published", **changed)
     room = checkpoint(folder, tmp_path / "room", tp_size, pad_heads=True, dtype="float32")
@@ -335,25 +335,8 @@ def test_what_is_no_llama_is_refused_by_name(name: str, tmp_path: Path) -> None:
 
 # --- Llama 3 in Meta's form -------------------------------------------------------------------------------------------
 
-WORDS = [
-    "he",
-    "ll",
-    "hell",
-    "hello",
-    " w",
-    "wor",
-    "or",
-    "ld",
-    " world",
-    "12",
-    "123",
-    "  ",
-    "ing",
-    "안",
-    "녕",
-    "'s",
-    "\n\n",
-]
+WORDS = ["he", "ll", "hell", "hello", " w", "wor", "or", "ld", " world", "12", "123", "  ", "ing", "안", "녕", "'s"]
+WORDS += ["\n\n"]
 
 
 def llama3(folder: Path, **params: Any) -> Path:
@@ -429,8 +412,12 @@ def test_llama_3_1s_positions_are_stretched_as_its_size_tells(tmp_path: Path, mo
     )
     assert config["max_position_embeddings"] == 131072
     assert config["rotary_scaling"] == {
-        "type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
 
 
 @pytest.mark.parametrize(

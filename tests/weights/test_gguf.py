@@ -1,4 +1,5 @@
-"""A GGUF file becomes the model that transformers reads from it: every weight, the tokenizer, the chat template; others are refused."""
+"""A GGUF file becomes the model that transformers reads from it: every weight, the tokenizer, the chat template;
+others are refused."""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def write_gguf(
     rope_freqs: Any = None,
     **changed: Any,
 ) -> Path:
-    """A small random Llama as llama.cpp's converter writes it. changed: metadata, name -> value, None to leave it out. norms: their
-    type, where it is not float32."""
+    """A small random Llama as llama.cpp's converter writes it. changed: metadata, name -> value, None to leave it out.
+    norms: their type, where it is not float32."""
     folder.mkdir(parents=True)
     writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
     fields: dict[str, Any] = {
@@ -320,7 +321,7 @@ def test_a_damaged_file_is_a_report_or_a_model(tmp_path: Path) -> None:
             continue
 
 
-# --- llama.cpp's defaults, parts, scaling, quantized blocks -------------------------------------------------------------------
+# --- llama.cpp's defaults, parts, scaling, quantized blocks -----------------------------------------------------------
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -421,8 +422,12 @@ def test_of_several_models_the_advice_moves_none(tmp_path: Path) -> None:
 
 
 LLAMA31 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def their_divisors(factor: float) -> Any:
@@ -430,9 +435,12 @@ def their_divisors(factor: float) -> Any:
 
     def frequencies(scaling: dict[str, Any]) -> Any:
         config = LlamaConfig(
-            hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=HEAD_SIZE, max_position_embeddings=131072,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            head_dim=HEAD_SIZE,
+            max_position_embeddings=131072,
             rope_parameters={"rope_theta": 100000.0, **scaling},
-        )  # fmt: skip
+        )
         return LlamaRotaryEmbedding(config).inv_freq
 
     return (frequencies({"rope_type": "default"}) / frequencies({**LLAMA31, "factor": factor})).numpy()
@@ -476,7 +484,8 @@ def test_heads_that_turn_in_part_are_refused(tmp_path: Path) -> None:
 def test_quantized_blocks_are_what_ggufs_own_dequantization_gives(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole rows of random blocks, read some at a time, and at once by the package; for q in Meta's order of rows too."""
+    """Whole rows of random blocks, read some at a time, and at once by the package;
+    for q in Meta's order of rows too."""
     monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 20_000)
     quantization = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[quantization]

@@ -32,7 +32,8 @@ from torch import Tensor
 
 log = logging.getLogger("torch engine")
 
-# Positions of prompts whose log probabilities one step tells: their logits are in memory together (0.5 GB at 128,256 tokens)
+# Positions of prompts whose log probabilities one step tells:
+# their logits are in memory together (0.5 GB at 128,256 tokens)
 PROMPT_ROWS = 1024
 CLOSE_SECONDS = 10.0  # how long a last step may take; Triton has drained the requests before
 
@@ -118,7 +119,8 @@ class Running:
         return Chunk(self.slot, self.cached, token_ids, len(token_ids) if everywhere else int(at_end))
 
     def prompt_log_probs(self, chunk: Chunk, logits: Tensor) -> tuple[float, ...]:
-        """The log probabilities of the prompt's tokens that follow the chunk, from its logits (n_logits, vocab_size)."""
+        """The log probabilities of the prompt's tokens that follow the chunk,
+        from its logits (n_logits, vocab_size)."""
         following = self.request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.n_logits]
         return of_prompt(logits[: len(following)], following, self.request.likeliest)
 
@@ -141,7 +143,8 @@ class Running:
         logits: Tensor | None,
         prompt_log_probs: tuple[float, ...] = (),
     ) -> Piece:
-        """What a step that has ended gave. token: the choice after the chunk; logits: the chunk's, (n_logits, vocab_size)."""
+        """What a step that has ended gave. token: the choice after the chunk; logits: the chunk's,
+        (n_logits, vocab_size)."""
         request, sampling = self.request, self.request.sampling
         context = logits if request.context_logits and chunk.start < len(request.prompt) else None
         if not self.ends_with(chunk):
@@ -300,9 +303,10 @@ class Engine:
             one.request.receive(piece)
 
     def _admit(self) -> None:
-        """Gives waiting requests, first come first served, a slot and their blocks of the cache. The caller holds the lock."""
+        """Gives waiting requests, first come first served, a slot and their blocks of the cache.
+        The caller holds the lock."""
         while self._free_slots and (request := self._next_waiting()) is not None:
-            # whoever wants logits of the whole prompt has it computed
+            # a request for the logits of the whole prompt must compute the whole prompt
             computed = request.context_logits or request.prompt_log_probs
             taken = self.blocks.take(self._blocks_for(request), () if computed else request.prompt)
             if taken is None:
@@ -482,8 +486,10 @@ def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> M
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
         raise OutOfMemory(
-            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this rank"
-            f" take {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower MAX_BATCH_SIZE"
+            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this "
+            "rank"
+            f" take {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower "
+            "MAX_BATCH_SIZE"
         ) from None
 
 

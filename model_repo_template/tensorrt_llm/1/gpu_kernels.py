@@ -314,7 +314,7 @@ def prompt_attend_kernel(
     """Causal attention of pieces of prompts to all that their sequences have in the cache, themselves included.
 
     qkv (tokens, KV_HEADS * (GROUP + 2), SIZE), rotated; out (tokens, KV_HEADS * GROUP, SIZE); keys, values and tables
-    as attend_kernel has them. work (tiles, 4): first row, rows (at most ROWS; 0: nothing to do), slot, position of the
+    as in attend_kernel. work (tiles, 4): first row, rows (at most ROWS; 0: nothing to do), slot, position of the
     first row in its sequence.
     Programs: (tiles, KV_HEADS * GROUP).
     """

@@ -228,10 +228,12 @@ class GpuLlama:
             weights = sum(tensor.nbytes for tensor in self.weights.values())
             name, one_request = torch.cuda.get_device_name(self.device), (self.tables.shape[1] + 1) * block_bytes
             raise OutOfMemory(
-                f"out of GPU memory: {name} has {total / 1e9:.1f} GB, {weights / 1e9:.1f} GB of them weights, {free / 1e9:.1f} GB free;"
+                f"out of GPU memory: {name} has {total / 1e9:.1f} GB, {weights / 1e9:.1f} GB of them weights, "
+                f"{free / 1e9:.1f} GB free;"
                 f" a step of {self.most_prompt_tokens} tokens (MAX_NUM_TOKENS={config.max_num_tokens}) takes"
                 f" {working / 1e9:.1f} GB, the cache of one request of"
-                f" MAX_SEQ_LEN={config.max_seq_len} {one_request / 1e9:.1f} GB: lower MAX_NUM_TOKENS or MAX_SEQ_LEN, or raise TP"
+                f" MAX_SEQ_LEN={config.max_seq_len} {one_request / 1e9:.1f} GB: lower MAX_NUM_TOKENS or MAX_SEQ_LEN, "
+                "or raise TP"
             )
         self.n_blocks = min(wanted, fit)
         shape = (config.num_hidden_layers, 2, self.n_blocks + 1, self.kv_heads, BLOCK_TOKENS, self.size)

@@ -137,7 +137,7 @@ class Guides:
         self._known: dict[tuple[str, str], Any] = {}
 
     def guide(self, kind: str, text: str, end_ids: Sequence[int]) -> Guide:
-        """The guide of one answer; at once, its work is done beside."""
+        """The guide of one answer. It returns at once; a thread does the work."""
         ends = [token for token in end_ids if 0 <= token < self.vocab_size]
         return Guide(self, self._starting.submit(self._start, kind, text), ends)
 
@@ -155,7 +155,8 @@ class Guides:
         return made.deep_copy()
 
     def ahead(self, answers: Sequence[tuple[Guide, Sequence[int]]]) -> None:
-        """Begin to look for what may follow each answer's tokens; there are more of them at each call. `Guide.allowed` waits for it."""
+        """Begin to look for the tokens that may follow each answer; answers have more tokens at each call.
+        `Guide.allowed` waits for it."""
         news = []
         for row, (guide, tokens) in enumerate(answers):
             news.append((guide, list(tokens[guide.taken :])))

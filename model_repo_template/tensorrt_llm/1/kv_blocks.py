@@ -97,7 +97,7 @@ class Blocks:
         return tuple(blocks), len(shared) * self.size
 
     def hold(self, blocks: Sequence[int], tokens: Sequence[int], first: int = 0) -> None:
-        """A request's blocks hold these tokens from now on; the first `first` blocks were told before.
+        """From now on a request's blocks hold these tokens; the first `first` blocks are known already.
 
         If another block has the same content already, this block is not shared.
         """

@@ -207,7 +207,8 @@ def on_gpu() -> bool:
     if not has_code_for(capability, built_for):
         raise ValueError(
             f"PyTorch {torch.__version__} has no code for {torch.cuda.get_device_name()} (compute capability"
-            f" {capability[0]}.{capability[1]}; it was built for {' '.join(built_for)}): hide the GPU with CUDA_VISIBLE_DEVICES= to"
+            f" {capability[0]}.{capability[1]}; it was built for {' '.join(built_for)}): hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= to"
             " compute on the CPU, or use ENGINE=tensorrt"
         )
     return True

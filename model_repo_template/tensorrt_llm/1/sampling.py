@@ -154,7 +154,8 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
 
 
 def guided(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Adjusted logits (rows, vocab_size) without what a row's guide does not allow, and then without what is unlikely by its min_p."""
+    """Adjusted logits (rows, vocab_size) without the tokens that a row's guide forbids,
+    then without those that its min_p excludes."""
     rows = [row for row, sampling in enumerate(samplings) if sampling.guide is not None]
     if rows:
         guides = [samplings[row].guide for row in rows]
@@ -226,7 +227,8 @@ def with_likeliest(logits: Tensor, chances: Tensor, most: int) -> Tensor:
 
 
 def of_prompt(logits: Tensor, following: Sequence[int], most: int) -> tuple[float, ...]:
-    """Log probabilities of a prompt's tokens, each out of the logits (rows, vocab_size) of the position before it, in the form of
+    """Log probabilities of a prompt's tokens, each out of the logits (rows, vocab_size) of the position before it, in
+    the form of
     `with_likeliest`: 1 + 2 * most numbers for each."""
     told: list[float] = []
     for first in range(0, len(following), ROWS_AT_ONCE):

@@ -32,10 +32,15 @@ def tensors_of(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...
         header = json.loads(file.read(length))
     begin = 8 + length
     return {
-        name: (DTYPES.get(entry["dtype"]), tuple(entry["shape"]), begin + entry["data_offsets"][0],
-               entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items() if name != "__metadata__"
-    }  # fmt: skip
+        name: (
+            DTYPES.get(entry["dtype"]),
+            tuple(entry["shape"]),
+            begin + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def read_into(path: Path, places: Mapping[int, Tensor]) -> None:

@@ -1,5 +1,4 @@
-"""Text to token ids and back, exactly as the model's own tokenizer has it, also piece by piece while an answer
-streams."""
+"""Text to token ids and back, exactly like the model's own tokenizer, also piece by piece while an answer streams."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes what the page at / carries of others: markdown-it as its authors publish it, byte for byte, and the licences of all
-# that is in its file (its package.json names what is bundled). Needs npm. To take another version, change these lines and run it.
+# Writes the foreign parts of the page at /: markdown-it as its authors publish it, byte for byte, and the licences of everything in
+# its file (its package.json names what is bundled). Needs npm. To take another version, change these lines and run it.
 set -euo pipefail
 cd "$(dirname "$0")"
 main=markdown-it@15.0.3

@@ -1,4 +1,5 @@
-"""The chart and the image are of one mind: what the chart says of a pod is what the image says of itself and what a container does."""
+"""The chart and the image agree: what the chart says about a pod is what the image's labels say and what a container
+does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A release: what it refuses, what lies in dist/, that signatures hold and a changed byte breaks them, and the push to a registry."""
+"""A release: what it refuses, what dist/ holds, that signatures fit and a changed byte breaks them,
+and the push to a registry."""
 
 from __future__ import annotations
 
@@ -142,16 +143,8 @@ def verified(key: Path, data: bytes, signature: str, tmp_path: Path) -> bool:
     """As openssl sees it, and anyone can without us."""
     (tmp_path / "data").write_bytes(data)
     (tmp_path / "sig").write_bytes(base64.b64decode(signature))
-    command = [
-        "openssl",
-        "dgst",
-        "-sha256",
-        "-verify",
-        str(key),
-        "-signature",
-        str(tmp_path / "sig"),
-        str(tmp_path / "data"),
-    ]
+    command = ["openssl", "dgst", "-sha256", "-verify", str(key), "-signature", str(tmp_path / "sig")]
+    command += [str(tmp_path / "data")]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -253,8 +246,10 @@ def test_an_archive_that_is_carried_to_another_registry_keeps_its_digest(
         pytest.skip("skopeo is not installed")
     name = f"docker://127.0.0.1:{registry}/models/stories:1.2.3"
     archive = f"oci-archive:{dist / 'image.oci.tar'}"
-    for words in (["copy", "--preserve-digests", "--dest-tls-verify=false", archive, name],
-                  ["inspect", "--tls-verify=false", "--format", "{{.Digest}}", name]):  # fmt: skip
+    for words in (
+        ["copy", "--preserve-digests", "--dest-tls-verify=false", archive, name],
+        ["inspect", "--tls-verify=false", "--format", "{{.Digest}}", name],
+    ):
         done = subprocess.run(["skopeo", *words], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
     manifest = json.loads((dist / "provenance.intoto.json").read_text())["subject"][1]["digest"]["sha256"]

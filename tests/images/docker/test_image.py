@@ -1,4 +1,5 @@
-"""The baked image through a real docker: it serves, it is the same again, it knows what it is, and it refuses in plain words."""
+"""The baked image through a real docker: it serves, a second build is equal, it knows what it is,
+and its refusals are clear."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def test_layers_are_told_with_bytes_and_reasons(baked: Baked) -> None:
 
 
 def test_nothing_is_in_it_that_a_server_does_not_need(baked: Baked, tmp_path: Path) -> None:
-    """No weights, no secret, no compiler, no pip, no test, no CUDA, no setuid program of ours, no file that others may write."""
+    """No weights, no secret, no compiler, no pip, no test, no CUDA, no setuid program of ours,
+    no file that others may write."""
     docker("save", "--output", str(tmp_path / "image.tar"), baked.tag)
     names: list[str] = []
     with image_archive.Archive(tmp_path / "image.tar") as archive:
@@ -140,7 +142,8 @@ def test_process_1_is_the_launcher_and_no_shell_is_between(baked: Baked, run: Ru
 
 
 def test_health_turns_when_ranks_are_stopped(baked: Baked, run: Run) -> None:
-    """The supervisor ends everything when a rank is stopped; here it is stopped first, so that docker alone can tell."""
+    """The supervisor ends everything when a rank is stopped; here it is stopped first,
+    so that docker alone can tell."""
     container = run("--health-interval", "1s", "--health-retries", "1", "--health-start-period", "0s")
     container.wait_until_ready()
     until(lambda: container.health == "healthy", "healthy")

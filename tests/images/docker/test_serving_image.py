@@ -1,4 +1,5 @@
-"""docker/serving.Dockerfile on stand-ins for NVIDIA's images: Python of the system (24.02, 24.10), and in a venv (26.07)."""
+"""docker/serving.Dockerfile on stand-ins for NVIDIA's images: Python of the system (24.02, 24.10),
+and in a venv (26.07)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from scripts import build_base
 pytestmark = pytest.mark.timeout(1200)
 VENV = "/opt/venv-tritonserver"
 INCLUDE = "python3-pip,python3-venv,python3-minimal,libpython3-stdlib,libstdc++6,ca-certificates"
-# What NVIDIA's images have: numpy below 2, tensorrt_llm, pip, and their own tokenizers, which transformers there needs as it is.
+# What NVIDIA's images have: numpy below 2, tensorrt_llm, pip, and their own tokenizers,
+# which transformers there needs as it is.
 STAND_IN = """FROM {base}
 COPY certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY pip.conf /etc/pip.conf
@@ -73,17 +75,8 @@ def images(
     (context / "Dockerfile").write_text(STAND_IN.format(base=debian, **KINDS[kind]))
     base, serving = f"bake-test/nvidia-{kind}:1", f"bake-test/serving-{kind}:1"
     docker("build", "--network", "host", "--tag", base, str(context), timeout=600)
-    words = [
-        "build",
-        "--network",
-        "host",
-        "--file",
-        str(ROOT / "docker/serving.Dockerfile"),
-        "--target",
-        "serving",
-        "--tag",
-        serving,
-    ]
+    words = ["build", "--network", "host", "--file", str(ROOT / "docker/serving.Dockerfile"), "--target", "serving"]
+    words += ["--tag", serving]
     docker(*words, "--build-arg", f"BASE={base}", str(ROOT / "requirements"), timeout=600)
     yield kind, base, serving
     docker("image", "rm", "--force", base, serving, check=False)

@@ -1,4 +1,5 @@
-"""ENGINE=tensorrt: the same Dockerfile on a stand-in for NVIDIA's image that has its layout; GPUs and engines are a rehearsal's."""
+"""ENGINE=tensorrt: the same Dockerfile on a stand-in with the layout of NVIDIA's image;
+GPUs and engines come from a rehearsal."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ VERSION = "0.14.0"
 REPORTED = contracts.reported(VERSION)
 VENV = "/opt/venv-tritonserver"
 WORDS = ("ENGINE=tensorrt", f"TOOLCHAIN={VERSION}", "REHEARSAL=2x A100-80GB")
-# Python in a virtual environment, as image 26.07 has it; /opt/tritonserver as in NVIDIA's container, mpirun, the Python package
-# tensorrt_llm, and an nvidia-smi for the GPUs of REHEARSAL_GPUS
+# Python in a virtual environment, as image 26.07 has it; /opt/tritonserver as in NVIDIA's container, mpirun, the Python
+# package tensorrt_llm, and an nvidia-smi for the GPUs of REHEARSAL_GPUS
 STAND_IN = f"""FROM BASE
 COPY project /rehearsal
 RUN python3 -m venv --without-pip {VENV}
@@ -80,7 +81,8 @@ def test_the_engines_are_a_layer_a_rank_and_the_base_stays_as_it_is(tree: Path, 
 
 
 def test_its_python_sees_the_bases_packages_and_its_own(tag: str) -> None:
-    """A venv made from a venv sees the system's packages, not those of the first: the base's numpy and tensorrt_llm would be missing."""
+    """A venv made from a venv sees the system's packages, not those of the first:
+    the base's numpy and tensorrt_llm would be missing."""
     code = "import numpy, tensorrt_llm, grpc, hpack; print(numpy.__file__, tensorrt_llm.__file__, grpc.__file__, hpack.__file__)"
     said = docker(
         "run", "--rm", "--network", "none", "--entrypoint", "/opt/venv/bin/python", tag, "-c", code

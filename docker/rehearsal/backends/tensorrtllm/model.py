@@ -1,8 +1,8 @@
 """The Triton backend `tensorrtllm` of a rehearsal: the torch engine in the place of TensorRT-LLM's C++ backend.
 
-Triton loads a Python file as a backend of the folder's name, so the very configs of the version are served. The rehearsal's
-rankN.engine holds the rank's checkpoint, which the torch engine wants to see as rankN.safetensors. What NVIDIA's backend of the version
-refuses is refused (strict.py), with the code that it uses for everything: INTERNAL.
+Triton loads a Python file as a backend of the folder's name, so the very configs of the version are served. The
+rehearsal's rankN.engine holds the rank's checkpoint, which the torch engine wants to see as rankN.safetensors. What
+NVIDIA's backend of the version refuses is refused (strict.py), with the code that it uses for everything: INTERNAL.
 """
 
 from __future__ import annotations

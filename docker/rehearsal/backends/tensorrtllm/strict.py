@@ -1,6 +1,7 @@
 """What NVIDIA's Triton backend refuses, rule by rule of docker/contracts/backend-rules, in the words that it uses.
 
-Pure: configs, arrays and ids in, a text out. Rules that name no words are refused in ours. Nothing here knows Triton or PyTorch.
+Pure: configs, arrays and ids in, a text out. Rules that name no words are refused in ours.
+Nothing here knows Triton or PyTorch.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def load(
     world: int,
     variables: Mapping[str, str],
 ) -> Loaded:
-    """config: Triton's ModelConfig as JSON; engine: config.json of gpt_model_path; table: the version's tensors of tensorrt_llm."""
+    """config: Triton's ModelConfig as JSON; engine: config.json of gpt_model_path; table:
+    the version's tensors of tensorrt_llm."""
     parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
     kind = parameters.get("gpt_model_type")
     if kind not in TYPES:
@@ -347,9 +349,10 @@ def _check_limits(loaded: Loaded, given: dict[str, Any], waiting: int) -> None:
         _sampling_0_14(version, given)
     if length > loaded.max_input_len:
         raise engine_said(
-            version, f"Prompt length ({length}) exceeds maximum input length ({loaded.max_input_len})."
-            " Set log level to info and check TRTLLM logs for how maximum input length is set"
-        )  # fmt: skip
+            version,
+            f"Prompt length ({length}) exceeds maximum input length ({loaded.max_input_len})."
+            " Set log level to info and check TRTLLM logs for how maximum input length is set",
+        )
     if length + asked > loaded.max_seq_len:  # cut, and only the log says so
         given["request_output_len"] = np.full((1, 1), loaded.max_seq_len - length, np.int32)
     streaming = "streaming" in given and bool(given["streaming"].any())

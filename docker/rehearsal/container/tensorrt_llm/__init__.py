@@ -1,4 +1,5 @@
-"""Stand-in for the package tensorrt_llm in a rehearsal: only its Python runtime, and of that only what the version's table has."""
+"""Stand-in for the package tensorrt_llm in a rehearsal: only its Python runtime,
+and of that only what the version's table has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Stand-in for tensorrt_llm.runtime in a rehearsal: ModelRunner takes what the version's runtime table has, and asks the torch engine.
+"""Stand-in for tensorrt_llm.runtime in a rehearsal: ModelRunner takes what the version's runtime table has,
+and asks the torch engine.
 
-As upstream's, every rank calls it with the same arguments, one step after the other, and the logits processor is handed the buffer in
-which the next step's logits will be written.
+As upstream's, every rank calls it with the same arguments, one step after the other, and the logits processor is handed
+the buffer in which the next step's logits will be written.
 """
 
 from __future__ import annotations
