@@ -17,6 +17,8 @@ from scripts import reports, settings
 from scripts.serving import launch
 from scripts.serving.pulse import LOOPBACK
 
+UNREACHED = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNIMPLEMENTED")
+
 
 def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600) -> None:
     """Stream the answer of the model `ensemble` to standard output; a Problem if there is none.
@@ -43,7 +45,8 @@ def ask(address: str, prompt: str, max_tokens: int, timeout_seconds: float = 600
                 raise reports.serving.answer_cut_off(address, error.message() or str(error)) from None
             if error.status() == "StatusCode.UNAVAILABLE" and not is_last:
                 continue
-            if error.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+            # UNIMPLEMENTED: something listens there that is not Triton
+            if error.status() in UNREACHED:
                 raise reports.serving.server_not_there(address, (error.message() or "").split("\n")[0]) from None
             raise reports.serving.request_refused(error.message() or str(error)) from None
     sys.stdout.write("\n")

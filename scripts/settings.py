@@ -106,7 +106,8 @@ TABLE: tuple[Setting, ...] = (
     _number("GRPC_PORT", "8001", "Triton's gRPC", goals=SERVING),
     _number("METRICS_PORT", "8002", "Triton's metrics", goals=SERVING),
     _number("OPENAI_PORT", "9000", "the OpenAI-compatible endpoint", goals=SERVING),
-    Setting("OPENAI_WORKERS", "", NUMBER_OR_EMPTY, f"{A_NUMBER}, or empty", "2", "processes that answer on it (docs/endpoint.md)",
+    Setting("OPENAI_WORKERS", "", r"(?:[1-9][0-9]?)?", "a whole number from 1 to 99, or empty", "2",
+            "processes that answer on it (docs/endpoint.md)",
             SERVING, shown="one for every four cores, at most eight"),
     Setting("OPENAI_HOST", "", r"[\w.:-]*", "an address of this machine, for instance 127.0.0.1, 0.0.0.0 or ::1, or empty",
             "127.0.0.1", "where the endpoint listens, apart from Triton", SERVING, holds=":", shown="`HOST`"),
@@ -281,6 +282,8 @@ def _problem(
         return reports.settings.path_not_for_make(name, value, characters(setting, value), typed)
     if name == "MODEL" and MODELS_OF_THE_HUB.fullmatch(value):
         return reports.settings.model_of_the_hub(value, typed)
+    if name == "MODEL" and not value:
+        return reports.settings.bad_setting(name, value, setting.says, reports.make(typed, MODEL=setting.default))
     if name == "MODEL":
         return reports.settings.no_such_model(value, presets, nearest(value.lower(), presets), typed)
     if name == "WEIGHTS":

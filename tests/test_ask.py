@@ -124,3 +124,13 @@ def test_an_answer_over_http_that_is_lost_in_the_middle_is_told(
             ask.ask_over_http(f"http://127.0.0.1:{server.server_port}", "Hi", 5)
         server.shutdown()
     assert capsys.readouterr().out == "Once"
+
+
+def test_what_is_no_triton_is_no_server() -> None:
+    """Something else listens at that port: it knows none of Triton's calls."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(reports.Problem, match="no server answers"):
+        ask.ask(f"127.0.0.1:{port}", "Hi", 5)
+    server.stop(None).wait()

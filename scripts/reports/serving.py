@@ -110,13 +110,15 @@ def endpoint_failed(event: str, when: str, last_lines: Sequence[str]) -> Problem
 
 
 def no_api_key(path: PathLike, reason: str) -> Problem:
+    file = Path(path) / "keys" if Path(path).is_dir() else path
     return Problem(
         "no API key in the file",
         path,
         f"API_KEY_FILE is {shown(path)}: {reason}. With API_KEY_FILE, every client of the OpenAI-compatible endpoint "
         "needs one of its keys.",
         "Write a key into it, or leave API_KEY_FILE unset to serve without keys:",
-        f"head -c 24 /dev/urandom | base64 > {shlex.quote(str(path))} && {make('serve')}",
+        f"head -c 24 /dev/urandom | base64 > {shlex.quote(str(file))} && "
+        + (make("serve") if file == path else make("serve", API_KEY_FILE=file)),
     )
 
 

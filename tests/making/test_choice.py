@@ -74,3 +74,10 @@ def test_a_setting_typed_as_a_word_is_told_how_it_is_typed(
     with pytest.raises(reports.Problem, match="is a setting") as caught:
         journey.answer(choice.Typed(goals, {}), ["demo", "model_repo", "pin", "serve"])
     assert caught.value.report().rstrip().endswith(command)
+
+
+def test_an_empty_model_is_told_to_be_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(reports.Problem, match="MODEL cannot be empty") as caught:
+        journey.answer(choice.Typed(["serve"], {"MODEL": ""}), ["serve"])
+    assert caught.value.report().rstrip().endswith("make serve MODEL=stories")
