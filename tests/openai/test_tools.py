@@ -265,7 +265,7 @@ def test_a_recursive_schema_is_taken_or_a_clear_400(folder: Path, schema: dict[s
 
 
 def refusal_of(reader: Reader, asked: dict[str, Any]) -> str:
-    """The 400 of a request, empty where it is taken."""
+    """The 400 that a request gets; empty if it is taken."""
     try:
         reader.read(True, json.dumps(asked).encode())
     except ApiError as refused:
