@@ -307,9 +307,9 @@ def test_what_the_server_does_not_give_is_a_report(spoil: Any, says: str, meta: 
 
 def test_an_error_page_is_no_checklist(meta: Web, tmp_path: Path) -> None:
     meta.files["/llama-2-7b/checklist.chk"] = b"<html>Access Denied</html>"
-    assert "no list of md5 sums" in refused("meta:llama-2-7b", tmp_path / "weights").seen
+    assert "not a list of md5 sums" in refused("meta:llama-2-7b", tmp_path / "weights").seen
     meta.files["/llama-2-7b/checklist.chk"] = b"d41d8cd98f00b204e9800998ecf8427e  ../../etc/passwd\n"
-    assert "no list of md5 sums" in refused("meta:llama-2-7b", tmp_path / "weights").seen
+    assert "not a list of md5 sums" in refused("meta:llama-2-7b", tmp_path / "weights").seen
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(
@@ -726,7 +726,7 @@ def test_a_checklist_cannot_name_what_make_writes_itself(
     evil = model["checklist.chk"] + f"{hashlib.md5(b'evil').hexdigest()}  {name}\n".encode()
     files = {**model, "checklist.chk": evil, name: b"evil"}
     web.files.update({f"/m/{name}": data for name, data in files.items()})
-    assert f"it names {name}, which" in refused(f"{web.url}/m", tmp_path / "weights").seen
+    assert f"it names {name}; make itself" in refused(f"{web.url}/m", tmp_path / "weights").seen
 
 
 # --- which files are a model ------------------------------------------------------------------------------------------
