@@ -47,6 +47,7 @@ def served(tree: Path) -> Iterator[Served]:
     assert (status, left) == (0, {}), "".join(running.lines)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With xdist: a module stays on one worker, and all that asks the shared server is one group,
     which begins first."""

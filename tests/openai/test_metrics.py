@@ -16,16 +16,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from collector import Collector, values_of
 from project import ROOT, copy_of_project
 from prometheus_client.parser import text_string_to_metric_families
 from server import Served, end_tree_of, processes_below, serve
+from triton_requests import ask as triton_ask
+from triton_requests import core_request
+from tritonclient.utils import InferenceServerException
 from waiting import until
 
 from scripts.openai.engine import Stream
 from scripts.openai.keys import Key, Keys, parsed
 from scripts.openai.metrics import PAGE_SECONDS, Counts, Page, route_of, said_by
+from scripts.serving.triton_client import ints
 
 # the endpoint alone, while Triton stays on loopback's usual address
 HOST = "127.0.0.3"
@@ -295,13 +300,14 @@ def test_tritons_id_ends_in_the_requests() -> None:
 
 
 def test_the_engines_line_about_a_request_has_its_id(operated: Served) -> None:
-    """Its guide ends it and min_tokens forbids that: no token is left, and rank 0's log says of whom."""
-    body = question(guided_choice=["yes"], min_tokens=9, max_tokens=20)
-    assert ask(operated, "/v1/completions", body, X_Request_Id="my:id-5")[0] == 500
+    """All tokens are bad words: none is left, and rank 0's log names the request."""
+    everything = np.array([[range(2048), range(1, 2049)]], dtype=np.int32)
+    with pytest.raises(InferenceServerException, match="no token is left"):
+        triton_ask(operated, "tensorrt_llm", "my:id-5", **core_request(ints(1, 5, 7), 3), bad_words_list=everything)
     log = next(operated.tree.glob("build/*/*/serve.log"))
     until(lambda: "my:id-5: no token is left" in log.read_text())
     lines = [line for line in log.read_text().splitlines() if "my:id-5: no token is left" in line]
-    assert {line.partition(":")[0] for line in lines} == {"rank 0", "openai"}
+    assert {line.partition(":")[0] for line in lines} == {"rank 0"}
     assert line_of(operated, "my:id-5")["finish_reason"] == "error"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,13 +19,20 @@ from typing import Any
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which no process listens now."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Ports on which no process listens now. They are below those that the system gives to clients (32768), and each
+    worker of pytest-xdist has its own, so that no other takes them before the server does."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = 12000 + 2000 * (worker % 8)
+    ports: list[int] = []
+    while len(ports) < count:
+        port = first + random.SystemRandom().randrange(2000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in ports:
+            ports.append(port)
     return ports
 
 
