@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from project import ROOT, copy_of_project
-from server import Served, processes_below, serve
+from server import Served, alive, processes_below, serve
 
 # `make test-long`: fifty times as many examples
 settings.register_profile("long", max_examples=5000, deadline=None)
@@ -43,7 +43,7 @@ def served(tree: Path) -> Iterator[Served]:
     below = processes_below(running.process.pid)
     yield running
     status = running.end()
-    left: dict[int, str] | None = {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()}
+    left = {pid: name for pid, name in below.items() if alive(pid)}
     assert (status, left) == (0, {}), "".join(running.lines)
 
 

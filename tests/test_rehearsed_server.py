@@ -52,7 +52,7 @@ def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[tuple[str, 
         yield request.param, running
         assert running.end() == 0, "".join(running.lines)
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def answers(served: Served, request_id: str = "", outputs: Any = None, **values: Any) -> list[Answer]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from project import make
-from server import Served, end_tree_of, free_ports, processes_below, serve
+from server import Pid, Served, alive, end_tree_of, free_ports, processes_below, serve
 from triton_requests import Stream
 from waiting import until
 
@@ -39,15 +39,15 @@ LONG: dict[str, Any] = {"text_input": "Once upon a time", "max_tokens": 400, "en
 def server(tree: Path) -> Iterator[Served]:
     """A server of the test's own, to be broken."""
     running = serve(tree)
-    below = {**processes_below(running.process.pid), running.process.pid: "make"}
+    below = processes_below(running.process.pid)
     yield running
-    end_tree_of(running.process.pid)
+    end_tree_of(running.process)
     for pid in below:
-        if Path(f"/proc/{pid}").exists() and not Path(f"/proc/{pid}/stat").read_text().split(") ")[1].startswith("Z"):
+        if alive(pid):
             os.kill(pid, signal.SIGKILL)
 
 
-def process_of(running: Served, rank: int, model: str = "") -> int:
+def process_of(running: Served, rank: int, model: str = "") -> Pid:
     """The pid of a rank's tritonserver, or of the Python process of one of its models."""
     for pid, name in processes_below(running.process.pid).items():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -88,7 +88,7 @@ def test_a_rank_that_dies_or_stops_ends_everything_and_is_named(
     assert re.search(seen, text) and f"The last lines of rank {rank}" in text, text
     assert text.rstrip().splitlines()[-2].startswith("    make serve") or "    make serve" in text
     assert seconds < 10
-    assert {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()} == {}
+    assert {pid: name for pid, name in below.items() if alive(pid)} == {}
 
 
 def _post_quietly(server: Served) -> object:
@@ -112,7 +112,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: Served) -> None:
     client.join(20)
     assert len("".join(event["text_output"] for event in events)) > 1000
     assert "error" not in events[-1]
-    assert {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()} == {}
+    assert {pid: name for pid, name in below.items() if alive(pid)} == {}
     # mpirun's and the Python backend's shared memory lies in the run's folder or carries its name
     assert [name for name in os.listdir("/dev/shm") if name.startswith(folders[0])] == []
 
@@ -139,17 +139,7 @@ def test_ctrl_c_lets_grpc_streams_finish_and_goes_without_those_held_open(server
 def test_a_killed_supervisor_takes_its_ranks_with_it(server: Served) -> None:
     below = {pid: name for pid, name in processes_below(server.process.pid).items() if name != "make"}
     os.kill(server.supervisor, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while left := {pid for pid in below if _runs(pid)}:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
-    except OSError:
-        return False
+    until(lambda: not [pid for pid in below if alive(pid)], "the end of all ranks")
 
 
 def test_an_occupied_port_is_reported_before_anything_is_loaded(tree: Path, served: Served) -> None:
@@ -196,7 +186,7 @@ def test_a_rank_that_is_killed_or_stopped_while_starting_is_named(tree: Path, se
             text = "".join(starting.lines)
             assert "RANK 1 FAILED WHILE STARTING" in text and seen in text, text
         finally:
-            end_tree_of(starting.process.pid)
+            end_tree_of(starting.process)
 
 
 def test_a_start_is_tried_again_if_triton_gave_up_on_a_model(tree: Path, served: Served) -> None:
@@ -219,7 +209,7 @@ def test_a_start_is_tried_again_if_triton_gave_up_on_a_model(tree: Path, served:
         assert starting.post("ensemble", text_input="Once", max_tokens=3)["status"] == 200
         assert starting.end() == 0
     finally:
-        end_tree_of(starting.process.pid)
+        end_tree_of(starting.process)
 
 
 def test_a_rank_that_stops_while_ending_is_no_success(server: Served) -> None:
@@ -239,8 +229,7 @@ def test_a_rank_that_ended_before_the_end_was_asked_for_is_no_success(server: Se
     """`make demo` asks for the end as soon as its stream breaks, often before the supervisor has looked again."""
     follower = process_of(server, 1)
     os.kill(follower, signal.SIGKILL)
-    while _runs(follower):
-        pass
+    until(lambda: not alive(follower))
     os.kill(server.supervisor, signal.SIGTERM)
     assert server.process.wait(30) != 0
     server.reader.join(5)
@@ -257,7 +246,7 @@ def test_a_second_server_of_the_same_rooms_has_a_log_of_its_own(tree: Path, serv
         assert f"127.0.0.1:{second.http_port}" in logs[f"serve-{second.http_port}.log"]
         assert second.end() == 0
     finally:
-        end_tree_of(second.process.pid)
+        end_tree_of(second.process)
 
 
 def test_an_address_of_another_machine_is_told_so(tree: Path, served: Served) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from project import copy_of_project
-from server import Served, end_tree_of, processes_below, serve
+from server import Pid, Served, alive, end_tree_of, processes_below, serve
 from waiting import until
 
 STRANGER = "127.0.0.2"
@@ -43,7 +43,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         assert running.end() == 0, "".join(running.lines)
         assert "Traceback" not in log_of(running)
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def log_of(server: Served) -> str:
@@ -105,7 +105,7 @@ def others_served(server: Served) -> Iterator[None]:
     assert statuses and set(statuses) == {200}
 
 
-def family(server: Served) -> dict[int, int]:
+def family(server: Served) -> dict[Pid, int]:
     """The endpoint's processes: pid -> its parent."""
     found = {}
     for pid in processes_below(server.process.pid):
@@ -230,6 +230,6 @@ def test_a_parent_that_does_not_run_ends_the_server(tmp_path: Path) -> None:
         running.reader.join(5)
         said = "".join(running.lines)
         assert "THE OPENAI ENDPOINT FAILED WHILE SERVING" in said and "has not run for 8 s" in said
-        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in found))
+        until(lambda: not any(alive(pid) for pid in found))
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)

@@ -78,7 +78,7 @@ def test_a_lame_duck_says_so_and_serves_on(small: Path) -> None:
         assert json.loads(answer.read())["usage"]["completion_tokens"] == 8
         assert server.post("ensemble", text_input="Once", max_tokens=1)["status"] == 200, "Triton serves on too"
     finally:
-        end_tree_of(server.process.pid)
+        end_tree_of(server.process)
 
 
 def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
@@ -107,7 +107,7 @@ def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
         assert (status, json.loads(body)["error"]["code"]) == (503, "server_ending")
         assert server.process.wait(40) == 0
     finally:
-        end_tree_of(server.process.pid)
+        end_tree_of(server.process)
 
 
 # --- behind HAProxy ---
@@ -170,7 +170,7 @@ def two(small: Path) -> Iterator[list[Served]]:
         assert server.ready.wait(120) and server.process.poll() is None, "".join(server.lines)
     yield servers
     for server in servers:
-        end_tree_of(server.process.pid)
+        end_tree_of(server.process)
 
 
 def again(server: Served) -> Served:

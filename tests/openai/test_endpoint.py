@@ -26,7 +26,7 @@ import openai
 import pydantic
 import pytest
 from project import ROOT, copy_of_project, make
-from server import Served, end_tree_of, free_ports, processes_below, serve
+from server import Served, alive, end_tree_of, free_ports, processes_below, serve
 from tokenizers import Tokenizer
 from waiting import until
 
@@ -484,7 +484,7 @@ def server(tree: Path) -> Iterator[Served]:
     """A server of the test's own, to be broken."""
     running = serve(tree)
     yield running
-    end_tree_of(running.process.pid)
+    end_tree_of(running.process)
 
 
 def test_when_the_endpoint_dies_everything_ends_and_says_so(server: Served) -> None:
@@ -494,7 +494,7 @@ def test_when_the_endpoint_dies_everything_ends_and_says_so(server: Served) -> N
     server.reader.join(5)
     text = "".join(server.lines)
     assert "THE OPENAI ENDPOINT FAILED WHILE SERVING" in text and "status -9" in text and "    make serve" in text
-    assert {pid: name for pid, name in below.items() if Path(f"/proc/{pid}").exists()} == {}
+    assert {pid: name for pid, name in below.items() if alive(pid)} == {}
 
 
 def test_sigterm_lets_an_answer_finish(server: Served) -> None:
@@ -693,7 +693,7 @@ def test_without_triton_streams_the_endpoint_streams_all_the_same(tmp_path: Path
         assert stopped.choices[0].text.endswith("girl named") and stopped.usage.completion_tokens < 40
         assert running.end() == 0
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def test_a_port_that_is_taken_and_a_file_without_keys_are_told_before_anything_is_loaded(

@@ -43,7 +43,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield from watched(running, tree)
         assert running.end() == 0
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def watched(running: Served, tree: Path) -> Iterator[Served]:

@@ -195,7 +195,7 @@ def test_a_base_model_continues_its_text_in_one_box(served: Served, browser: Bro
     assert browser.say("document.getElementById('text').value") == "Once upon a time" + whole
     assert browser.texts("#mirror mark") == [whole]
     seen = [text for text in browser.say("window.seen") if text]
-    assert len(set(seen)) > 5 and all(later.startswith(text) for text, later in zip(seen, seen[1:]))
+    assert len(set(seen)) > 1 and all(later.startswith(text) for text, later in zip(seen, seen[1:]))
     [stats] = browser.texts("#tools .stats")
     assert "200 tokens" in stats and "tokens/s" in stats and "first after" in stats
     assert "Ready" in browser.say(STATE) and "tokens/s" in browser.say(STATE)

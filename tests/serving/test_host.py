@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from project import make
-from server import end_tree_of, free_ports, processes_below, serve
+from server import Pid, alive, end_tree_of, free_ports, processes_below, serve
 from waiting import until
 
 from scripts import reports
@@ -106,7 +106,7 @@ def test_one_of_two_servers_that_start_at_once_serves_and_the_other_names_the_po
         assert any("ready after" in line for line in winner.stdout)
     finally:
         for one in both:
-            end_tree_of(one.pid)
+            end_tree_of(one)
             one.communicate()
 
 
@@ -125,8 +125,8 @@ def test_a_guard_that_was_killed_is_there_again_and_does_its_work(tree: Path) ->
     """The kernel kills small processes too when memory runs out."""
     running = serve(tree, "TP=1")
 
-    def guards() -> list[int]:
-        found = []
+    def guards() -> list[Pid]:
+        found: list[Pid] = []
         for pid in processes_below(running.process.pid):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -145,14 +145,7 @@ def test_a_guard_that_was_killed_is_there_again_and_does_its_work(tree: Path) ->
         ours = [pid for pid in family if pid not in (running.process.pid, running.supervisor)]
         until(lambda: not [pid for pid in ours if alive(pid)], "the end of all ranks")
     finally:
-        end_tree_of(running.process.pid)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
-    except OSError:
-        return False
+        end_tree_of(running.process)
 
 
 def test_an_ipv6_address_is_written_as_each_server_reads_it() -> None:

@@ -131,27 +131,48 @@ def serve(tree: Path, *words: str, wait: bool = True, environment: Mapping[str, 
     served.reader = threading.Thread(target=served._read, daemon=True)
     served.reader.start()
     if wait and (not served.ready.wait(120) or not any("ready after" in line for line in served.lines)):
-        end_tree_of(process.pid)
+        end_tree_of(process)
         raise AssertionError("make serve did not become ready:\n" + "".join(served.lines))
     return served
 
 
-def processes_below(pid: int) -> dict[int, str]:
+class Pid(int):
+    """A process by its number and its beginning (proc(5), in clock ticks): the kernel uses numbers again, in minutes."""
+
+    begun: str
+
+
+def stat_of(pid: int) -> tuple[str, list[str]]:
+    """The name of a process, and what follows it in /proc/PID/stat. Raises OSError if it is gone."""
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    return stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
+
+
+def alive(pid: Pid) -> bool:
+    """Whether this process, and not a later one of its number, still runs."""
+    try:
+        fields = stat_of(pid)[1]
+    except OSError:
+        return False
+    return fields[0] not in "ZX" and fields[19] == pid.begun
+
+
+def processes_below(pid: int) -> dict[Pid, str]:
     """Every descendant of a process: pid -> name."""
-    found: dict[int, str] = {}
-    parents: dict[int, list[int]] = {}
+    found: dict[Pid, str] = {}
+    parents: dict[int, list[Pid]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text()
+                name, fields = stat_of(int(entry.name))
             except OSError:
                 continue
-            name = stat[stat.index("(") + 1 : stat.rindex(")")]
-            fields = stat[stat.rindex(")") + 2 :].split()
+            one = Pid(entry.name)
+            one.begun = fields[19]
             if fields[0] != "Z":
-                parents.setdefault(int(fields[1]), []).append(int(entry.name))
-                found[int(entry.name)] = name
-    below: dict[int, str] = {}
+                parents.setdefault(int(fields[1]), []).append(one)
+                found[one] = name
+    below: dict[Pid, str] = {}
     queue = [pid]
     while queue:
         for child in parents.get(queue.pop(), []):
@@ -160,10 +181,11 @@ def processes_below(pid: int) -> dict[int, str]:
     return below
 
 
-def end_tree_of(pid: int) -> None:
-    """Kill a process that a test started, with all it started."""
-    for child in [*processes_below(pid), pid]:
-        try:
+def end_tree_of(process: subprocess.Popen[str]) -> None:
+    """Kill a process that a test started, with all it started, unless it has ended."""
+    if process.poll() is not None:
+        return
+    for child in processes_below(process.pid):
+        if alive(child):
             os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    process.kill()

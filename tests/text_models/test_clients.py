@@ -123,7 +123,7 @@ class Servers:
             try:
                 assert running.end() == 0, "".join(running.lines)
             finally:
-                end_tree_of(running.process.pid)
+                end_tree_of(running.process)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, An
     running = serve(copy_of_project(folder / "tree"), f"MODEL={folder / 'model'}", "TP=1")
     yield running, model, ends
     if running.end() != 0:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def completion(served: Served, prompt: str, **more: Any) -> dict[str, Any]:

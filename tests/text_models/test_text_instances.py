@@ -29,7 +29,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
         assert running.end() == 0, "".join(running.lines)
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])

@@ -54,7 +54,7 @@ def unary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
         assert running.end() == 0, "".join(running.lines)
     finally:
-        end_tree_of(running.process.pid)
+        end_tree_of(running.process)
 
 
 def over_http(served: Served, model: str, **values: Any) -> Outputs:

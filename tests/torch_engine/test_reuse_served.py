@@ -18,7 +18,7 @@ ENDINGS = ("One day", "Her mom", "One day", "The dog")
 def served(request: pytest.FixtureRequest, tree: Path) -> Iterator[tuple[str, Served]]:
     running = serve(tree, "TP=2", f"KV_REUSE={request.param}")
     yield request.param, running
-    end_tree_of(running.process.pid)
+    end_tree_of(running.process)
 
 
 def reused(running: Served) -> float:
