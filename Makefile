@@ -190,10 +190,11 @@ BENCH_NEEDS := $(call has,openai aiperf $(if $(PEERS),verify)) $(PERF)
 FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
 LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
 PYTEST  = $(PY) -m pytest -q --durations=25
+SPREAD := -n 3 --dist loadgroup --no-loadscope-reorder
 test: $(TESTED) ## every test that this machine can run, except those of the image and the fuzzers
-	@$(PYTEST) $(or $(TESTS),-n 3 --dist loadgroup --ignore tests/images/docker $(addprefix --ignore ,$(FUZZ)))
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) --ignore tests/images/docker $(addprefix --ignore ,$(FUZZ)))
 test-fuzz: $(TESTED) ## random requests to a real server, a hundred of each kind
-	@$(PYTEST) $(or $(TESTS),-n 2 --dist loadgroup $(FUZZ))
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(FUZZ))
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root
 	@$(PYTEST) $(or $(TESTS),tests/images/docker)
 test-long: $(TESTED) ## property tests and fuzzers, fifty times as long (about half an hour)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,12 +51,18 @@ def served(tree: Path) -> Iterator[Served]:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With xdist: a module stays on one worker, and all that asks the shared server is one group,
-    which begins first."""
+    """With xdist: a module stays on one worker, and all that asks the shared server is one group. That group begins
+    first, then modules that start servers or fill rooms, so that the short ones fill the rest of the time."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))
-    items.sort(key=lambda item: not asks_the_shared_server(item))
+    items.sort(key=lambda item: (not asks_the_shared_server(item), not is_long(item.path)))
 
 
 def asks_the_shared_server(item: pytest.Item) -> bool:
     return "served" in getattr(item, "fixturenames", ())
+
+
+@functools.cache
+def is_long(path: Path) -> bool:
+    """Whether a module starts servers, or types make."""
+    return re.search(r"\b(serve|make|begin)\(", path.read_text()) is not None

@@ -428,7 +428,7 @@ def test_the_file_is_read_again_and_one_that_is_gone_changes_nothing(operated: S
 
     def taken(key: str) -> bool:
         """By every worker."""
-        return {ask(operated, "/v1/models", key=key)[0] for _ in range(8)} == {200}
+        return {ask(operated, "/v1/models", key=key)[0] for _ in range(24)} == {200}
 
     def write(text: str) -> None:
         file.with_name("keys.new").write_text(text)

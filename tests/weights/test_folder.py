@@ -23,6 +23,7 @@ from text import Text  # noqa: E402
 
 from scripts import build_config, build_model_repo, reports
 from scripts.build_config import Settings
+from scripts.tokenizer import proof
 from scripts.weights.bounded import bounded
 
 MARK = "only-the-user-may-read-this"
@@ -47,6 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 def tokenizer(**changed: Any) -> bytes:
     return json.dumps(byte_tokenizer(**changed)).encode()
+
+
+@pytest.fixture(autouse=True)
+def templates_have_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as a good template may take on a busy machine: tests wait for those without end."""
+    monkeypatch.setattr(proof, "TEMPLATE_SECONDS", 2)
 
 
 MODEL = byte_tokenizer()["model"]
