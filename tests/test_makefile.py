@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import copy_of_project, make
+from project import ROOT, copy_of_project, make
+
+from scripts.making import journey
 
 ROOMS = ["config", "checkpoint", "engines", "model_repo"]
 CONFIG, HF = Path("build/stories/config"), Path("build/stories/hf")
@@ -571,3 +573,10 @@ def test_a_limit_on_file_sizes_is_a_report_and_the_old_room_stays(made_tree: Pat
     assert process.returncode == 2
     assert "-- DISK IS FULL" in output and "File too large" in output and "Traceback" not in output
     assert stats_below(made_tree / VARIANT / "checkpoint") == before
+
+
+def test_every_word_that_bakes_knows_the_commit() -> None:
+    """A word that makes the room image without the commit would bake the image again, as that of no commit."""
+    text = (ROOT / "Makefile").read_text()
+    baking = set(re.findall(r"^([a-z-]+):.*image/manifest\.json", text, re.MULTILINE))
+    assert {"image", "chart"} <= baking <= journey.GIT_WORDS

@@ -24,7 +24,8 @@ REHEARSAL = ROOT / "docker" / "rehearsal" / "host"
 # sources for which the package of requirements/fetch.txt is needed
 CLOUDS = ("hf:", "s3:", "gs:", "az:")
 VARIANT_ROOMS = ("checkpoint", "engines", "verified", "model_repo", "image")
-GIT_WORDS = {"image", "size", "release"}
+# words that make the room image, which asks for the commit
+GIT_WORDS = {*settings.IMAGES}
 PERF_NEEDS_GLIBC = (2, 38)
 # as in the Makefile; an accepted setting holds no brace
 LINE_BREAK = "{newline}"
