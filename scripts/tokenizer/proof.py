@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from scripts import reports
 from scripts.weights.bounded import bounded
 
@@ -92,7 +90,10 @@ def _try_template(folder: Path, text: Any, source: Callable[[str], Path]) -> Non
             made = _opened(path, lambda: (made := code.ChatTemplate(template, folder, text), made.template)[0])
         except reports.Problem as problem:
             try:  # the template's code opens the tokenizer, too
-                _opened(tokenizer, lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+                _opened(
+                    tokenizer,
+                    lambda: importlib.import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json")),
+                )
             except reports.Problem as of_tokenizer:
                 said.write_text(of_tokenizer.seen)
                 return TOKENIZER_UNREADABLE
