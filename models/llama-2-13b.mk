@@ -1,2 +1,2 @@
 # Meta's Llama 2 13B
-include models/shared/llama-2.mk
+include models/families/llama-2.mk

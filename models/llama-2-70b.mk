@@ -1,3 +1,3 @@
 # Meta's Llama 2 70B
-include models/shared/llama-2.mk
+include models/families/llama-2.mk
 TP = 8

@@ -1,2 +1,2 @@
 # Meta's Llama 2 7B
-include models/shared/llama-2.mk
+include models/families/llama-2.mk

@@ -1,2 +1,2 @@
 # `make synthetic MODEL=synthetic-13b` writes it, 26 GB
-include models/shared/synthetic.mk
+include models/families/synthetic.mk

@@ -1,2 +1,2 @@
 # `make synthetic` writes it, 13.5 GB
-include models/shared/synthetic.mk
+include models/families/synthetic.mk

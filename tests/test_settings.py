@@ -152,16 +152,16 @@ def test_a_preset_with_another_line_is_a_report(tmp_path: Path) -> None:
     with pytest.raises(reports.Problem, match="a preset cannot be read") as caught:
         choice.preset(path)
     assert "ifdef X" in caught.value.seen
-    path.write_text("include models/shared/none.mk\n")
+    path.write_text("include models/families/none.mk\n")
     with pytest.raises(reports.Problem, match="a preset cannot be read"):
         choice.preset(path)
 
 
 def test_presets_share_a_file_and_may_say_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("models/shared").mkdir(parents=True)
-    Path("models/shared/all.mk").write_text("WEIGHTS = weights/$(MODEL) # a comment\nTP = 2\nDTYPE = float16\n")
-    Path("models/one.mk").write_text("include models/shared/all.mk\nTP = 4\n")
+    Path("models/families").mkdir(parents=True)
+    Path("models/families/all.mk").write_text("WEIGHTS = weights/$(MODEL) # a comment\nTP = 2\nDTYPE = float16\n")
+    Path("models/one.mk").write_text("include models/families/all.mk\nTP = 4\n")
     assert choice.presets() == ["one"]
     assert choice.preset(Path("models/one.mk")) == {"WEIGHTS": "weights/one", "TP": "4", "DTYPE": "float16"}
 

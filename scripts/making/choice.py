@@ -57,7 +57,7 @@ SPLIT = {
 WITHOUT_TOOLCHAIN = {*PLANNING, *TESTING, "lint", "lock", "pin", "help", "clean"}
 LINE = re.compile(r"([A-Z_]+)\s*[:?]?=\s*([^#]*)(?:#.*)?")
 # what several presets share; in a folder below models/, or it would be a preset itself
-INCLUDE = re.compile(r"include\s+(models/shared/[\w.-]+\.mk)")
+INCLUDE = re.compile(r"include\s+(models/families/[\w.-]+\.mk)")
 
 
 class Typed(NamedTuple):

@@ -69,7 +69,7 @@ def no_preset(path: PathLike, line: str) -> Problem:
     return Problem(
         "a preset cannot be read",
         path,
-        "A preset has lines of the form NAME = value, comments, and include models/shared/FILE.mk. This line is "
+        "A preset has lines of the form NAME = value, comments, and include models/families/FILE.mk. This line is "
         f"none of these: {line!r}.",
         "See the bundled one:",
         "cat models/stories.mk",
