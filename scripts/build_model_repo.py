@@ -360,7 +360,7 @@ def render(
             holes["parameters"] += "\n" + parameter_line("sent_without_value", values["sent_without_value"])
             holes["parameters"] += "\n" + parameter_line("request_parameters", ",".join(REQUEST_PARAMETERS))
         # Every value of this model's table must find a hole;
-        # of the values for the whole repository a template uses only some.
+        # a template uses only some of the values for the whole repository.
         common = {**values, "trtllm_version": trtllm_version}
         used = {name: value for name, value in common.items() if "${" + name + "}" in template}
         if model == "tensorrt_llm" and engine_kind["model_code"] and len(end_ids) > 1:

@@ -43,7 +43,7 @@ ANSWER_TOKENS = 16
 TOP_K = 10
 # The longest allowed silence: as long as a server may take to load.
 SILENT_SECONDS = launch.STARTUP_SECONDS
-# of these lines mpirun's own message takes eight
+# mpirun's own message takes eight of these lines
 LAST_LINES = 20
 
 

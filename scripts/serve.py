@@ -28,7 +28,9 @@ def settings_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shown-host", default="", help="the address clients use (default: HOST)")
     for name in ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"):
         parser.add_argument(settings.flag(name), default=str(settings.PORTS[name]))
-    parser.add_argument("--openai-port", default="", help="of the OpenAI-compatible endpoint (default: none is opened)")
+    parser.add_argument(
+        "--openai-port", default="", help="port of the OpenAI-compatible endpoint (default: none is opened)"
+    )
     parser.add_argument(
         "--api-key-file", default="", help="API keys of its clients, one a line (default: none is asked for)"
     )

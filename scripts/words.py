@@ -55,7 +55,7 @@ PATTERNS = (
         "It sends one token per response, ten a second.",
     ),
     Pattern(
-        rf"\bof (its|our|their|his) own(?=\W?$|[^\w ]| ({AFTER}|and|but|each|so|between|which|that|than|under|too)\b)",
+        rf"\bof (its|our|their|his) own(?=\W?$|[^\w ]| \(| ({AFTER}|and|but|each|so|between|which|that|than|under|too)\b)",
         "its own X, a separate X",
         "A folder of its own.",
         "It has its own folder, for engines of its own version.",

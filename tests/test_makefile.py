@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import ROOT, copy_of_project, make
+from project import ROOT, copy_of_project, make, start
 
 from scripts.making import journey
 
@@ -443,19 +443,6 @@ def test_weights_elsewhere_under_a_presets_name(made_tree: Path, tmp_path: Path)
 
 
 # --- kill -9, a full disk, two makes ----------------------------------------------------------------------------------
-
-
-def start(tree: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
-    command = ["make", f"PYTHON={sys.executable}", *words]
-    return subprocess.Popen(
-        command,
-        cwd=tree,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

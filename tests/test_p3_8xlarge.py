@@ -110,7 +110,7 @@ def typed(text: str) -> list[str]:
     return found
 
 
-# of the first minutes, of the torch engine and of measuring: they are not this reader's way
+# commands of the first minutes, of the torch engine and of measuring: this reader does not need them
 ELSEWHERE = {"make serve", "make test", "make synthetic"}
 
 

@@ -169,18 +169,23 @@ def test_one_large_request_does_not_end_the_server(server: Served) -> None:
     assert server.post("ensemble", text_input="Once", max_tokens=3)["status"] == 200
 
 
+def caught(starting: Served, number: signal.Signals, model: str = "", maps: str = "") -> bool:
+    """Signal rank 1's server, or the process of one of its models once it maps this library; False if it is not there yet."""
+    try:
+        pid = process_of(starting, 1, model)
+        if maps in Path(f"/proc/{pid}/maps").read_text():
+            os.kill(pid, number)
+            return True
+    except (AssertionError, OSError):
+        pass
+    return False
+
+
 def test_a_rank_that_is_killed_or_stopped_while_starting_is_named(tree: Path, served: Served) -> None:
     for number, seen in ((signal.SIGKILL, "ended"), (signal.SIGSTOP, "is stopped")):
         starting = serve(tree, wait=False)
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                assert time.monotonic() < deadline
-                try:
-                    os.kill(process_of(starting, 1), number)
-                    break
-                except (AssertionError, OSError):
-                    continue
+            until(lambda starting=starting, number=number: caught(starting, number))  # type: ignore[misc]
             assert starting.process.wait(30) != 0
             starting.reader.join(5)
             text = "".join(starting.lines)
@@ -193,16 +198,8 @@ def test_a_start_is_tried_again_if_triton_gave_up_on_a_model(tree: Path, served:
     """What a busy machine does to a start: Triton takes a model's process for dead. Here it is dead, once."""
     starting = serve(tree, wait=False)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert time.monotonic() < deadline
-            try:
-                model = process_of(starting, 1, "tensorrt_llm")
-                if "libtorch" in Path(f"/proc/{model}/maps").read_text():  # it is at work, and was seen
-                    os.kill(model, signal.SIGSEGV)
-                    break
-            except (AssertionError, OSError):
-                continue
+        # it is at work, and was seen
+        until(lambda: caught(starting, signal.SIGSEGV, "tensorrt_llm", maps="libtorch"))
         assert starting.ready.wait(120)
         text = "".join(starting.lines)
         assert text.count("starting again") == 1 and "ready after" in text, text

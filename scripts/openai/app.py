@@ -110,7 +110,7 @@ class Request:
         self.unread = self.has_body
         self.route = route_of(self.path)
         self.key = Key("")
-        # of LOG=json and of traces
+        # what LOG=json and traces report
         self.told: dict[str, Any] = {}
         self.asked: Asked | None = None
         self.job: Job | None = None

@@ -47,7 +47,7 @@ def description() -> dict[str, Any]:
         }
 
     def question(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-        # of each event: a chunk as JSON, or [DONE]
+        # each event is a chunk as JSON, or [DONE]
         event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
         given = {"required": True, "content": content(body, "validation")}
         streamed = {**content(answer), "text/event-stream": {"schema": event}}

@@ -96,7 +96,7 @@ class Question:
     min_p: float = 0.0
     # how many tokens besides the chosen one have log probabilities
     top_logprobs: int = 0
-    # of the prompt's tokens too, from the second on
+    # whether the prompt's tokens have log probabilities too, from the second on
     prompt_logprobs: bool = False
     # what guides the answer: its type and text, as TensorRT-LLM names them
     guide: tuple[str, str] | None = None

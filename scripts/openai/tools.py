@@ -26,7 +26,7 @@ HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,256})"\s*,\s*"(?:arguments|p
 # how the head of a call begins, and the same without spaces
 CALL = '{"name": "'
 BEGINS = CALL.replace(" ", "")
-# of a grammar: any text, what begins like a call, and the spaces between an opening, a call and a closing
+# parts of a grammar: any text, what begins like a call, and the spaces between an opening, a call and a closing
 ANY, GAP = r"(.|\n)*", r"/[ \n]{0,2}/"
 BEGINS_CALL = r'\s*\{\s*"name"\s*:\s*"'
 # as in the engine's guides.py for a schema alone

@@ -39,7 +39,7 @@ def host_not_here(name: str, host: str, reason: str) -> Problem:
     return Problem(
         "not an address of this machine",
         host,
-        f"{name} is {host!r}; the system says: {reason}. A server can only listen on an address of its own machine. "
+        f"{name} is {host!r}; the system says: {reason}. A server can only listen on one of its machine's addresses. "
         "Nothing was loaded.",
         "To serve this machine only (0.0.0.0 serves every machine that can reach it):",
         make("serve", **{name: "127.0.0.1"}),

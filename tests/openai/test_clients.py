@@ -17,6 +17,7 @@ import pytest
 from ask_clients import SCHEMA
 from project import ROOT, copy_of_project
 from server import Served, serve
+from tools_of_clients import CITY, STRICT, TOOL, USER
 
 from scripts.openai.__main__ import TOKENIZER
 
@@ -91,17 +92,7 @@ def vocabulary(tree: Path) -> dict[str, int]:
 
 # --- calls, by OpenAI's client ---
 
-USER: Any = {"role": "user", "content": "hi"}
-TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-CITY: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city"],
-    "additionalProperties": False,
-    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}
 NOTHING: dict[str, Any] = {"type": "object", "maxProperties": 0}
-STRICT: Any = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
 LOOSE: Any = {"type": "function", "function": {"name": "any", "parameters": NOTHING}}
 COLOUR = {
     "type": "object",

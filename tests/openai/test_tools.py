@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from project import ROOT
 from server import Served
+from tools_of_clients import CITY, STRICT, TOOL, USER
 
 from scripts.openai.__main__ import TOKENIZER, guide_check, text_code
 from scripts.openai.chat_template import ChatTemplate
@@ -27,20 +28,10 @@ sys.path.insert(0, str(ROOT / "model_repo_template/tensorrt_llm/1"))
 import guides
 
 HERMES = (ROOT / "tests/support/templates/hermes.jinja").read_text()
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-CITY: dict[str, Any] = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Seoul", "a//b %"]}, "days": {"$ref": "#/$defs/days"}},
-    "required": ["city"],
-    "additionalProperties": False,
-    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-}
-STRICT: dict[str, Any] = {"type": "function", "function": {"name": "city", "parameters": CITY, "strict": True}}
 LOOSE: dict[str, Any] = {
     "type": "function",
     "function": {"name": "any", "parameters": {"pattern": "(?=a)b", "$ref": "x:y"}},
 }
-USER = {"role": "user", "content": "hi"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Seoul"}'}}
 
 ARGUMENTS = '{"a": "}\\"<tool_call>\\\\", "b": [1, {"c": 2}]}'

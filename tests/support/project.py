@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the project is made of; build/, .venv/ and caches stay behind.
@@ -47,4 +48,17 @@ def make(tree: Path, *words: str, timeout: float = 240, **environment: str) -> s
         timeout=timeout,
         env={**os.environ, **environment},
         check=False,
+    )
+
+
+def start(tree: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
+    """Type make, which goes on in a session of its process. options: of Popen."""
+    return subprocess.Popen(
+        ["make", f"PYTHON={sys.executable}", *words],
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
     )

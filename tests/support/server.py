@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -16,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from project import start
 
 
 def free_ports(count: int) -> list[int]:
@@ -116,17 +117,8 @@ class Served:
 def serve(tree: Path, *words: str, wait: bool = True, environment: Mapping[str, str] | None = None) -> Served:
     """`make serve` on free ports, ready unless told not to wait."""
     http_port, grpc_port, metrics_port, openai_port = free_ports(4)
-    command = ["make", f"PYTHON={sys.executable}", "serve", f"OPENAI_PORT={openai_port}", *words]
-    command += [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
-    process = subprocess.Popen(
-        command,
-        cwd=tree,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=environment,
-    )
+    ports = [f"HTTP_PORT={http_port}", f"GRPC_PORT={grpc_port}", f"METRICS_PORT={metrics_port}"]
+    process = start(tree, "serve", f"OPENAI_PORT={openai_port}", *words, *ports, env=environment)
     served = Served(tree, process, http_port, grpc_port, metrics_port, openai_port)
     served.reader = threading.Thread(target=served._read, daemon=True)
     served.reader.start()

@@ -38,7 +38,7 @@ class Runner:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
-        self.texts: list[list[list[int]]] = []  # of each call
+        self.texts: list[list[list[int]]] = []  # one entry per call
 
     def generate(self, **given: Any) -> dict[str, torch.Tensor]:
         tokens = torch.stack(given["batch_input_ids"]).long()

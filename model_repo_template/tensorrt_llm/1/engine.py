@@ -205,7 +205,7 @@ class Engine:
         self._free_slots = list(range(config.max_batch_size))  # a heap: low slots first keeps them adjacent
         self.blocks = Blocks(model.n_blocks, model.block_tokens, reuse)
         self._held: list[tuple[int, ...]] = []  # the same, for tokens that may not be chosen at first
-        self._tables: list[tuple[int, tuple[int, ...]]] = []  # of slots that the model does not know yet
+        self._tables: list[tuple[int, tuple[int, ...]]] = []  # slots whose tables the model does not have yet
         self._in_flight: deque[tuple[Batch, Outcome]] = deque()
         self._failure: str | None = None
         self._changed = threading.Condition()

@@ -176,7 +176,7 @@ class Guides:
         if running := [(matcher, row) for row, matcher in enumerate(matchers) if alive[row]]:
             try:
                 self._executor.unsafe_compute_mask_ptr(running, bits.ctypes.data, 4 * words, len(news))
-            except ValueError as problem:  # of one alone; of several each has its error
+            except ValueError as problem:  # a single matcher raises; several keep their errors
                 log.warning("a mask failed: %s", json.dumps(str(problem)[:200]))
         unpacked = np.unpackbits(bits.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
         allowed: NDArray[np.bool_] = unpacked.view(np.bool_)

@@ -60,7 +60,7 @@ class Model(Protocol):
     """One rank's share of the network, and its key/value cache."""
 
     lookahead: int  # how many steps may be launched before the first of them is waited for
-    most_prompt_tokens: int  # of prompts, in one step
+    most_prompt_tokens: int  # in one step, of all prompts together
     most_prompts: int  # pieces of prompts in one step
     n_blocks: int  # the cache
     block_tokens: int
