@@ -51,7 +51,7 @@ TEXT = "model_repo/tensorrt_llm_bls/1/text.py"
 GUIDES = "model_repo/tensorrt_llm/1/guides.py"
 # prctl(2)
 PR_SET_PDEATHSIG = 1
-# A token takes a worker 30 to 47 microseconds (docs/endpoint.md); the engine needs cores too
+# A token takes a worker 30 to 59 microseconds (docs/endpoint.md); the engine needs cores too
 CORES_PER_WORKER, MAX_WORKERS = 4, 8
 # One client's expensive request must not occupy all readers of a worker
 READERS_PER_WORKER = 2
