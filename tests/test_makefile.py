@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from project import ROOT, copy_of_project, make, start
 
-from scripts.making import journey
+from scripts.making import choice, journey
 
 ROOMS = ["config", "checkpoint", "engines", "model_repo"]
 CONFIG, HF = Path("build/stories/config"), Path("build/stories/hf")
@@ -562,8 +562,20 @@ def test_a_limit_on_file_sizes_is_a_report_and_the_old_room_stays(made_tree: Pat
     assert stats_below(made_tree / VARIANT / "checkpoint") == before
 
 
+def words_that_make(room: str) -> set[str]:
+    """Words of the Makefile that make this room of a variant, themselves or through another word."""
+    text = (ROOT / "Makefile").read_text()
+    needs = dict(re.findall(r"^([a-z_-]+):(?!=)(.*?)(?:##|$)", text, re.MULTILINE))
+    found = {word for word, wanted in needs.items() if room in wanted}
+    while more := {word for word, wanted in needs.items() if found & set(re.findall(r"[a-z_-]+", wanted))} - found:
+        found |= more
+    return found
+
+
 def test_every_word_that_bakes_knows_the_commit() -> None:
     """A word that makes the room image without the commit would bake the image again, as that of no commit."""
-    text = (ROOT / "Makefile").read_text()
-    baking = set(re.findall(r"^([a-z-]+):.*image/manifest\.json", text, re.MULTILINE))
-    assert {"image", "chart"} <= baking <= journey.GIT_WORDS
+    assert {"image", "chart"} <= words_that_make("$(VARIANT)/image/") <= journey.GIT_WORDS
+
+
+def test_every_word_that_makes_ranks_asks_whether_they_can_share_the_model() -> None:
+    assert {"checkpoint", "serve", "bench"} <= words_that_make("$(VARIANT)/") <= choice.SPLIT
