@@ -54,12 +54,13 @@ def weights_among(names: Iterable[str], ending: str) -> list[str]:
 
 
 def in_metas_form(names: Collection[str]) -> bool:
-    """Whether these are Meta's files. A params.json beside a config.json, and no shards, is in Mistral's own repositories."""
+    """Whether these are Meta's files. Mistral's repositories have a params.json beside a config.json, and no shards."""
     shards = any(name.startswith("consolidated.") and name.endswith(".pth") for name in names)
     return PARAMS in names and (shards or "config.json" not in names)
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a folder; 0 if there is none."""
+    """Bytes of the weight files of a folder; 0 if there is none. An index may give files of one form other names."""
     names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    return sum((folder / name).stat().st_size for ending in WEIGHTS for name in weights_among(names, ending))
+    usual = [name for ending in WEIGHTS for name in weights_among(names, ending)]
+    return sum((folder / name).stat().st_size for name in usual or names if Path(name).suffix in WEIGHTS)
