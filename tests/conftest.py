@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ settings.register_profile("long", max_examples=5000, deadline=None)
 # fixtures of tests/images/docker, and of the chart's tests
 pytest_plugins = ["baking", "helming"]
 sys.path.insert(0, str(ROOT))
+
+# A shell that starts this in the background makes it ignore Ctrl-C, and so would every program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from scripts.weights import files
@@ -35,3 +37,12 @@ def test_what_is_read_is_every_form_and_nothing_else() -> None:
     known = [*META, *MISTRAL, *files.HF_FILES, *files.INDEXES.values(), "a.gguf"]
     assert [name for name in known if not files.READ.fullmatch(name)] == ["checklist.chk"]
     assert not any(files.READ.fullmatch(name) for name in ("README.md", "modeling_llama.py", "config.json.bak"))
+
+
+def test_weights_are_counted_once_whatever_an_index_calls_them(tmp_path: Path) -> None:
+    for name, size in (("part-1.safetensors", 3), ("part-2.safetensors", 4), ("notes.txt", 50)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert files.weights_bytes(tmp_path) == 7
+    # Mistral's repositories have the same weights a second time, in consolidated.safetensors
+    (tmp_path / "model.safetensors").write_bytes(bytes(20))
+    assert files.weights_bytes(tmp_path) == 20

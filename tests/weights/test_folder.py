@@ -24,7 +24,6 @@ from text import Text  # noqa: E402
 from scripts import build_config, build_model_repo, reports
 from scripts.build_config import Settings
 from scripts.tokenizer import proof
-from scripts.weights import files
 from scripts.weights.bounded import bounded
 
 MARK = "only-the-user-may-read-this"
@@ -358,12 +357,3 @@ def test_added_tokens_keep_their_ids_when_special_ones_lie_between(tmp_path: Pat
     described(tmp_path / "model")
     text_model = Text(tmp_path / "model")
     assert text_model.encode(["a<|unused|>b<|end|>"])[0] == [97, 259, 98, *b"<|end|>"]
-
-
-def test_weights_are_counted_once_whatever_an_index_calls_them(tmp_path: Path) -> None:
-    for name, size in (("part-1.safetensors", 3), ("part-2.safetensors", 4), ("notes.txt", 50)):
-        (tmp_path / name).write_bytes(bytes(size))
-    assert files.weights_bytes(tmp_path) == 7
-    # Mistral's repositories have the same weights a second time, in consolidated.safetensors
-    (tmp_path / "model.safetensors").write_bytes(bytes(20))
-    assert files.weights_bytes(tmp_path) == 20
