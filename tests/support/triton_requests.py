@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from server import Served
-from waiting import until
+from waiting import until, wins_a_race
 
 from scripts.serving import triton_client
 from scripts.serving.triton_client import floats, ints, texts, yes
@@ -73,14 +73,19 @@ def is_clean(message: str) -> bool:
     return len(message) < 400 and not re.search(r"Traceback|File \"|\.py|/\w+/|Error:", message)
 
 
-@contextmanager
-def abandoned(served: Served) -> Iterator[None]:
-    """The engine works on a request inside of the block, and must stop long before its 450 tokens after it."""
+def steps_of(served: Served, work: Callable[[Callable[[], None]], object]) -> float:
+    """The steps of the engine until `work`, and all that it left behind, is over. It is called with a function that
+    waits for the first of them."""
     until(lambda: served.active == 0, "the engine is busy before")
     before = served.metric("torch_engine_steps")
-    yield
+    work(lambda: until(lambda: served.metric("torch_engine_steps") > before, "the request has not begun"))
     until(lambda: served.active == 0, "the slot is not free")
-    assert served.metric("torch_engine_steps") - before < 400
+    return served.metric("torch_engine_steps") - before
+
+
+def assert_frees_its_slot(served: Served, abandon: Callable[[Callable[[], None]], object]) -> None:
+    """The engine must stop long before the 450 tokens of the request that `abandon` sends and leaves."""
+    assert wins_a_race(lambda: steps_of(served, abandon) < 400), "the engine works on for a client that left"
 
 
 PROMPTS = ["Once upon a time", "The dog", "One day, Tom", "She said", "안녕", "A cat and a bird", "The sun was"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
 from project import copy_of_project
 from server import Served, end_tree_of, serve
-from triton_requests import PROMPT, PROMPTS, Stream, abandoned, infer, tell
-from waiting import until
+from triton_requests import PROMPT, PROMPTS, Stream, assert_frees_its_slot, infer, tell
 
 from scripts.serving.triton_client import ints, texts, yes
 
@@ -47,15 +46,18 @@ def test_every_stream_is_in_order(several: Served, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
 def test_a_stop_word_and_a_client_that_leaves_end_the_work(several: Served, model: str) -> None:
-    with abandoned(several):
-        assert (
-            tell(several, model, max_tokens=450, stop_words=texts("age surr"), end_id=ints(-1)) == ", in a small vill"
-        )
-    with abandoned(several):
+    def stop(_: object) -> None:
+        told = tell(several, model, max_tokens=450, stop_words=texts("age surr"), end_id=ints(-1))
+        assert told == ", in a small vill"
+
+    def leave(begun: Callable[[], None]) -> None:
         stream = Stream(several)
         stream.send(model, text_input=texts(PROMPT), max_tokens=ints(450), end_id=ints(-1), stream=yes())
-        until(lambda: several.active == 1, "the request has not begun")
+        begun()
         stream.close(cancel=True)
+
+    assert_frees_its_slot(several, stop)
+    assert_frees_its_slot(several, leave)
 
 
 def test_what_tensorrt_llm_refuses_is_said_by_both(several: Served) -> None:

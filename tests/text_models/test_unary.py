@@ -8,7 +8,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,16 +22,17 @@ from triton_requests import (
     PROMPT,
     STORY,
     Outputs,
-    abandoned,
     ask,
+    assert_frees_its_slot,
     core_request,
     infer,
     is_clean,
     preprocessed,
+    steps_of,
     text_of,
 )
 from tritonclient.utils import InferenceServerException
-from waiting import until
+from waiting import wins_a_race
 
 from scripts.ask import ask_over_http
 from scripts.serving.triton_client import TYPES, floats, inputs_of, ints, texts, yes
@@ -142,45 +143,54 @@ def test_eight_at_once_share_their_steps(unary: Served, model: str) -> None:
     """One after the other they would take 8 x 60 steps; no answer waits for the end of another."""
     text = {"text_input": texts(PROMPT), "max_tokens": ints(60), "end_id": ints(-1)}
     tokens = core_request(preprocessed(unary)["INPUT_ID"], 60, end_id=ints(-1))
-    before = unary.metric("torch_engine_steps")
-    with ThreadPoolExecutor(8) as clients:
-        answers = list(
-            clients.map(lambda _: infer(unary, model, **(tokens if model == "tensorrt_llm" else text)), range(8))
-        )
-    until(lambda: unary.active == 0, "the engine works on")
-    name = "output_ids" if model == "tensorrt_llm" else "text_output"
-    assert len({answer[name].tobytes() if model == "tensorrt_llm" else answer[name].item() for answer in answers}) == 1
-    assert 60 <= unary.metric("torch_engine_steps") - before < 4 * 60
+    name, request = ("output_ids", tokens) if model == "tensorrt_llm" else ("text_output", text)
+    answers = set()
+
+    def eight(_: object) -> None:
+        with ThreadPoolExecutor(8) as clients:
+            answers.update(clients.map(lambda _: str(infer(unary, model, **request)[name].tolist()), range(8)))
+
+    assert wins_a_race(lambda: 60 <= steps_of(unary, eight) < 4 * 60)
+    assert len(answers) == 1
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(unary: Served) -> None:
-    with triton.InferenceServerClient(unary.grpc) as client:
+    was_first = []
+
+    def both(begun: Callable[[], None]) -> None:
         ended = threading.Event()
-        request = {"text_input": texts(PROMPT), "max_tokens": ints(250), "end_id": ints(-1)}
+        request = {"text_input": texts(PROMPT), "max_tokens": ints(450), "end_id": ints(-1)}
         client.async_infer("ensemble", inputs_of(request), lambda result, error: ended.set())
-        until(lambda: unary.active == 1, "the long one has not begun")
+        begun()
         infer(unary, "ensemble", text_input=texts(PROMPT), max_tokens=ints(2))
-        assert not ended.is_set()
+        was_first.append(not ended.is_set())
         assert ended.wait(60)
+
+    with triton.InferenceServerClient(unary.grpc) as client:
+        assert wins_a_race(lambda: steps_of(unary, both) and was_first[-1])
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_a_client_that_cancels_frees_its_slot(unary: Served, model: str) -> None:
-    with abandoned(unary), triton.InferenceServerClient(unary.grpc) as client:
+    def leave(begun: Callable[[], None]) -> None:
         request = {"text_input": texts(PROMPT), "max_tokens": ints(450), "end_id": ints(-1)}
         running = client.async_infer(model, inputs_of(request), lambda result, error: None)
-        until(lambda: unary.active == 1, "the request has not begun")
+        begun()
         running.cancel()
+
+    with triton.InferenceServerClient(unary.grpc) as client:
+        assert_frees_its_slot(unary, leave)
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_a_stop_word_ends_the_text_before_it_and_the_work_with_it(unary: Served, model: str) -> None:
-    before = unary.metric("torch_engine_steps")
-    request = {"text_input": texts(PROMPT), "max_tokens": ints(200), "end_id": ints(-1)}
-    answer = infer(unary, model, stop_words=texts("never", "village"), **request)
-    assert answer["text_output"].item() == b", in a small "
-    until(lambda: unary.active == 0, "the engine works on")
-    assert unary.metric("torch_engine_steps") - before < 100
+    request = {"text_input": texts(PROMPT), "max_tokens": ints(450), "end_id": ints(-1)}
+
+    def stopped(_: object) -> None:
+        answer = infer(unary, model, stop_words=texts("never", "village"), **request)
+        assert answer["text_output"].item() == b", in a small "
+
+    assert wins_a_race(lambda: steps_of(unary, stopped) < 200)
     # this one does not end with a token, but the text is cut all the same
     request["max_tokens"] = ints(20)
     assert infer(unary, model, stop_words=texts("age surr"), **request)["text_output"].item() == b", in a small vill"
@@ -239,25 +249,24 @@ def test_an_error_is_one_short_sentence(unary: Served, model: str, values: Any, 
 
 
 def test_a_request_is_stopped_by_its_id_and_still_answered(unary: Served) -> None:
+    request = core_request(preprocessed(unary)["INPUT_ID"], 450, end_id=ints(-1))
+    nothing = {"input_ids": ints(), "input_lengths": ints(0), "request_output_len": ints(0), "stop": yes()}
     answers: list[Any] = []
-    with abandoned(unary), triton.InferenceServerClient(unary.grpc) as client:
+
+    def stop(begun: Callable[[], None]) -> None:
         ended = threading.Event()
 
         def heard(result: Any, error: Any) -> None:
-            answers.extend([result, error])
+            answers[:] = result, error
             ended.set()
 
-        request = core_request(preprocessed(unary)["INPUT_ID"], 450, end_id=ints(-1))
-        client.async_infer(
-            "tensorrt_llm",
-            inputs_of(request),
-            heard,
-            request_id="7",
-        )
-        until(lambda: unary.active == 1, "the request has not begun")
-        nothing = {"input_ids": ints(), "input_lengths": ints(0), "request_output_len": ints(0), "stop": yes()}
+        client.async_infer("tensorrt_llm", inputs_of(request), heard, request_id="7")
+        begun()
         assert not client.infer("tensorrt_llm", inputs_of(nothing), request_id="7").get_response().outputs
         assert ended.wait(60)
+
+    with triton.InferenceServerClient(unary.grpc) as client:
+        assert_frees_its_slot(unary, stop)
     assert answers[1] is None and answers[0].as_numpy("output_ids").shape[2] < 450
 
 
