@@ -389,8 +389,7 @@ BAD_META: dict[str, Any] = {
     "half of the shards missing": (
         4,
         lambda f: [drop(f"consolidated.0{n}.pth")(f) for n in (2, 3)],
-        "split into 4 files, consolidated.00.pth to consolidated.03.pth, judging by the size of their tensors; this "
-        "folder has 2",
+        "split into 4 files, consolidated.00.pth to consolidated.03.pth; this folder has 2 of them",
     ),
     "no shard at all": (1, drop("consolidated.00.pth"), "consolidated.00.pth is missing"),
     "an extra .pth": (1, lambda f: (f / "optimizer.pth").write_bytes(b"x"), "optimizer.pth does not belong"),

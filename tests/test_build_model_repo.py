@@ -251,8 +251,8 @@ def test_what_a_text_model_takes_the_engine_takes_too(version: str, kind: str, t
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("${inputs}", "", "Values without a hole: inputs"),
-        ("${decoupled_mode}", "${decoupled_moed}", "Holes without a value: decoupled_moed"),
+        ("${inputs}", "", "Values without a placeholder: inputs"),
+        ("${decoupled_mode}", "${decoupled_moed}", "Placeholders without a value: decoupled_moed"),
         ("${decoupled_mode}", "${decoupled mode}", "line 8 has a $ that opens no hole"),
         ('backend: "python"', "backend: python", "Expected string"),
         ("max_batch_size", "max_batchsize", "max_batchsize"),

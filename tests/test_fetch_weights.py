@@ -357,7 +357,7 @@ def test_what_a_full_disk_cut_off_is_not_counted_again(
 def test_a_folder_that_make_did_not_fetch_is_not_touched(meta: Web, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/mine").write_text("")
-    with pytest.raises(reports.Problem, match="did not fetch this folder"):
+    with pytest.raises(reports.Problem, match="not a folder that make has fetched"):
         fetch("meta:llama-2-7b", tmp_path / "weights")
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 

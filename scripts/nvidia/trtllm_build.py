@@ -252,7 +252,7 @@ CAUSES = (
     Cause(
         r"Version tag does not match|expecting library version|not compatible with this version of TensorRT",
         "Two versions of TensorRT are mixed: the Python package and the library are not of one release.",
-        "Use the toolchain's image as it is, with nothing installed over it:",
+        "Use the toolchain's image as it is, and install nothing else in it:",
     ),
     Cause(
         r"no CUDA-capable device|CUDA driver version is insufficient|Found no NVIDIA driver|libcuda\.so\.1|libnvidia-ml\.so\.1",

@@ -1,4 +1,7 @@
-"""python -m scripts.reports prints docs/troubleshooting.md: every report, with words in capitals for what differs."""
+"""python -m scripts.reports prints docs/troubleshooting.md, which has the reports.
+
+Words in capitals stand for what differs from case to case.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ Every foreseen failure ends in a report like this one. The last line is a comman
 
         make engines MODEL=llama-2-7b
 
-A traceback is a bug: please report it with the output of `make doctor JSON=1`. If nothing below fits, `make doctor`
-checks the machine and `make plan` the model. The server's log is `build/<model>/<variant>/serve.log`.
+A traceback is a bug: please report it with the output of `make doctor JSON=1`. If nothing below fits, run
+`make doctor` to check the machine and `make plan` to check the model. The server's log is
+`build/<model>/<variant>/serve.log`.
 
 `python -m scripts.reports` makes this page from the reports themselves. Words in capitals stand for what differs from
 case to case.

@@ -22,8 +22,8 @@ def text_is_wrong(model: str) -> Problem:
     return Problem(
         "wrong text",
         model,
-        f"Some answers of {model} were not the text of their tokens (the table above has the count), so its speed "
-        "means nothing.",
+        f"In some answers of {model} the text does not match the tokens that were generated. The table above counts "
+        "them. The measured speed means nothing.",
         "Run the text models' tests:",
         make("test", TESTS="tests/text_models/test_text.py tests/text_models/test_text_models.py"),
     )
@@ -32,10 +32,10 @@ def text_is_wrong(model: str) -> Problem:
 def loads_failed(failed: Mapping[str, str]) -> Problem:
     listed = indented(f"{name}: {why}" for name, why in failed.items())
     return Problem(
-        "some loads failed",
+        "some measurements failed",
         "bench",
-        f"The other numbers are written. These loads failed:\n\n{listed}",
-        "See serve.log beside the rooms. Measure again:",
+        f"These measurements failed:\n\n{listed}\n\nThe numbers of all others were written.",
+        "See serve.log, in the folder that holds engines/. Measure again:",
         make("bench"),
     )
 
@@ -44,8 +44,8 @@ def no_bench_run(path: PathLike, seen: str) -> Problem:
     return Problem(
         "not a result of make bench",
         path,
-        f"This file is not such a result: {seen}.",
-        "make bench writes such a file:",
+        f"`make bench` did not write this file: {seen}.",
+        "To write a result:",
         make("bench"),
     )
 
@@ -58,7 +58,8 @@ def slower_than_baseline(path: PathLike, lines: Sequence[Mapping[str, Any]]) -> 
     return Problem(
         "worse than the baseline",
         path,
-        f"{len(lines)} numbers are worse by more than two runs of the same code differ:\n\n{listed}",
+        f"{len(lines)} numbers are worse than the baseline. The differences are larger than those between two "
+        f"runs of the same code:\n\n{listed}",
         "Measure again on the same machine, idle:",
         make("bench"),
     )
@@ -79,6 +80,7 @@ def soak_not_clean(count: int, wrong: Sequence[str]) -> Problem:
         "the soak is not clean",
         "soak",
         f"{count} checks failed. The first ones:\n\n{indented(wrong)}",
-        "The figures are in build/soak.json, the server's log is serve.log beside the rooms. Run it again, shorter:",
+        "build/soak.json has the figures. The server's log is serve.log, in the folder that holds engines/. Run it "
+        "again, shorter:",
         make("soak", SECONDS=60),
     )

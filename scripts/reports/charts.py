@@ -1,4 +1,4 @@
-"""Reports of make chart: which image, and whether one host of the cluster can hold it."""
+"""Reports of make chart: which image it names, and whether one host of the cluster can hold the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def host_cannot_hold(model: str, host: str, reason: str, fewer_ranks: int) -> Pr
         advice, command = "With fewer ranks one host holds it:", make("chart", TP=fewer_ranks, PP=None)
     else:
         advice, command = (
-            "More hosts for one model: NVIDIA's multi-node recipe, as a LeaderWorkerSet (docs/operations.md):",
+            "To spread one model over several hosts, see NVIDIA's multi-node recipe (docs/operations.md):",
             f"less {MULTI_NODE}",
         )
     return Problem(
@@ -35,7 +35,7 @@ def engines_for_another_host(model: str, built_on: str, built_for: str, host: st
         host,
         f"The engines of {model} were built on {built_on} for compute capability {built_for}; {host} has "
         f"{capability}. TensorRT engines do not work on another GPU generation.",
-        "On a machine with such GPUs:",
+        f"Make the image on a machine with the same kind of GPUs as {host}:",
         make("image"),
     )
 
@@ -44,7 +44,8 @@ def release_not_pushed(release: PathLike, version: str) -> Problem:
     return Problem(
         "the release is not pushed",
         release,
-        "The chart names an image by the digest that the registry gave it. No push of this version is noted here.",
+        "The chart names an image by the digest that the registry gave it. The release's folder does not say that "
+        "it was pushed.",
         "Push it:",
         make("push", VERSION=version or "1.0.0", IMAGE=f"registry.example/llama:{version or '1.0.0'}"),
     )

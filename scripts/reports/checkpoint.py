@@ -1,4 +1,4 @@
-"""Reports of the room checkpoint."""
+"""Reports about the room `checkpoint`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from scripts.reports.weights import look
 
 
 def examples_missing(script: PathLike, examples: PathLike, version: str, revision: str) -> Problem:
-    """version: as the image reports it; revision:
-    the tag or commit of TensorRT-LLM's repository that it was built from."""
+    """version: as the image reports it; revision: the tag or commit of TensorRT-LLM's repository from which that
+    version was built."""
     return Problem(
         "no examples of TensorRT-LLM",
         examples,
-        f"QUANT uses TensorRT-LLM's own {Path(script).name}, which no image contains; {shown(script)} does not exist.",
+        f"QUANT uses TensorRT-LLM's own {Path(script).name}, which no image contains. Here {shown(script)} does not "
+        "exist.",
         f"Fetch the repository as it was when TensorRT-LLM {version} was built ({revision}), then type your make "
         "command again:",
         f"git init -q {shown(examples)} && cd {shown(examples)} && export GIT_LFS_SKIP_SMUDGE=1 && "
@@ -61,7 +62,8 @@ def stages_impossible(where: PathLike, pp_size: int, n_layers: int) -> Problem:
     return Problem(
         "PP does not divide the layers",
         where,
-        f"PP is {pp_size}; the model has {n_layers} layers, and every stage has the same number of layers. "
+        f"PP is {pp_size}; the model has {n_layers} layers, and every stage must have the same number of "
+        "layers. "
         f"Possible: {', '.join(map(str, possible))}.",
         "For instance:",
         make("checkpoint", PP=max(stages for stages in possible if stages <= pp_size)),
@@ -73,7 +75,7 @@ def split_impossible(
     goal: str = "checkpoint",
 ) -> Problem:  # fmt: skip
     fitting = max((tp for tp in possible if tp <= tp_size), default=1)
-    padding = " PAD_HEADS=on makes it possible: it adds heads of zeros." if by_padding else ""
+    padding = " PAD_HEADS=on makes this TP possible by adding heads of zeros." if by_padding else ""
     return Problem(
         f"{tp_size} ranks cannot share this model",
         where,

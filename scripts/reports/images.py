@@ -46,8 +46,8 @@ def no_space_to_bake(folder: PathLike, free_bytes: int, needed_bytes: int) -> Pr
     return Problem(
         "not enough space to bake",
         folder,
-        f"{free_bytes / 1e9:.1f} GB are free there; baking needs {needed_bytes / 1e9:.1f} GB for a moment, for the "
-        "image as built and in its canonical form. Nothing was built.",
+        f"{free_bytes / 1e9:.1f} GB are free there; baking needs {needed_bytes / 1e9:.1f} GB, because two copies of "
+        "the image exist for a moment. Nothing was built.",
         "Free some space, and continue:",
         f"df -h {shlex.quote(shown(folder))}; {make('image')}",
     )
@@ -58,7 +58,7 @@ def no_mmdebstrap() -> Problem:
         "no mmdebstrap",
         "PATH",
         "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. Any image "
-        "with CPython 3.11 or 3.12, its shared library and glibc 2.35 works as BASE_IMAGE instead.",
+        "that has CPython 3.11 or 3.12 with libpython, and glibc 2.35 or later, works as BASE_IMAGE instead.",
         "Install it, or name a base:",
         "sudo apt-get install mmdebstrap && "
         + make("image")
@@ -90,19 +90,22 @@ def base_changed(image: str, expected: str, actual: str) -> Problem:
     return Problem(
         "the base image changed",
         image,
-        f"When the room base was made, its last layer was {expected[:19]}; now it is {actual[:19]}. The tag was moved.",
-        "Make the base again (a digest cannot be moved):",
+        f"Its last layer was {expected[:19]} when the room `base` was made; now it is {actual[:19]}. The tag was "
+        "moved.",
+        "Name the image by its digest, which always means the same image. Or make the room again:",
         f"rm -r build/ground-* && {make('image')}",
     )
 
 
 def base_of_another_version(image: str, expected: str, actual: str) -> Problem:
+    """actual: empty if the image does not name its version."""
+    has = f"has {actual}" if actual else "does not name its version"
     return Problem(
         "the base has another TensorRT-LLM",
         image,
-        f"The engines were built by TensorRT-LLM {expected}; {image} has {actual or 'none that it names'}. An engine "
-        "runs only on the version that built it.",
-        "Leave BASE_IMAGE unset, or build the engines for its version:",
+        f"The engines were built by TensorRT-LLM {expected}; {image} {has}. An engine runs only on the version "
+        "that built it.",
+        "Leave BASE_IMAGE unset, or build the engines with that image's version:",
         make("image"),
     )
 
@@ -197,7 +200,8 @@ def image_not_what_it_says(image: str, failed: Sequence[str]) -> Problem:
     return Problem(
         "the image is not what its passport says",
         image,
-        f"{len(failed)} recomputed values differ:\n\n{indented(failed)}",
+        f"The passport in an image lists what the image was made of. {len(failed)} of its values are not those of this "
+        f"image:\n\n{indented(failed)}",
         "Do not serve it. Bake it again:",
         make("image", NO_CACHE=1),
     )
@@ -217,9 +221,9 @@ def which_license() -> Problem:
     return Problem(
         "the model's licence is not known",
         "LICENSE",
-        "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. Presets name theirs; "
-        "a folder does not.",
-        "Name it:",
+        "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. A preset names "
+        "the licence of its model; for a folder you name it.",
+        "For instance:",
         make("release", LICENSE="llama2"),
     )
 
@@ -228,8 +232,8 @@ def license_files_missing(license: str, folder: PathLike, missing: Sequence[str]
     return Problem(
         "the model's licence is not with it",
         folder,
-        f"LICENSE is {license}, which must be shipped with {' and '.join(missing)}. Neither {shown(folder)} nor its "
-        "parent folder has it.",
+        f"LICENSE is {license}. A model with this licence must be shipped with {' and '.join(missing)}. "
+        f"{shown(folder)} and its parent folder do not have {'it' if len(missing) == 1 else 'them'}.",
         "Meta's download puts them above the models' folders. Copy them, and continue:",
         f"cp LICENSE USE_POLICY.md {shlex.quote(shown(folder))}/ && {make('release')}",
     )
@@ -287,8 +291,8 @@ def push_what(image: str, dist: PathLike) -> Problem:
     return Problem(
         "nothing to push",
         dist,
-        f"IMAGE is {image!r}, and {shown(dist)} {'exists' if Path(dist).is_dir() else 'does not exist'}. "
-        "make push sends a release's archive to a name that includes a registry.",
+        f"make push sends the archive of a release, and IMAGE must include a registry. {shown(dist)} "
+        f"{'exists' if Path(dist).is_dir() else 'does not exist'}; IMAGE is {image!r}.",
         "Release first, then push:",
         "make release VERSION=1.0.0 && make push VERSION=1.0.0 IMAGE=registry.example/llama:1.0.0",
     )

@@ -37,7 +37,7 @@ def nvidia_smi_failed(command: Sequence[str], reason: str) -> Problem:
         "nvidia-smi does not answer",
         command[0],
         f"The GPUs of this machine are not known: {reason or 'nvidia-smi failed without a message'}",
-        "Run it yourself. A driver that was updated without a restart fails here too:",
+        "If the driver was updated since this machine started, restart the machine. Otherwise run it yourself:",
         shlex.join(command),
     )
 
@@ -56,9 +56,10 @@ def gpu_not_in_toolchain(
     version: str, architectures: Sequence[str], name: str, capability: str, fitting: Sequence[str]
 ) -> Problem:
     if fitting:
-        advice, command = "Use the newest version that does:", make("serve", TOOLCHAIN=fitting[-1])
+        advice, command = "Use the newest version that runs on this GPU:", make("serve", TOOLCHAIN=fitting[-1])
     else:
-        advice, command = "No version here does. The torch engine runs on any GPU:", make("serve", ENGINE="torch")
+        advice = "No version in docker/toolchains.json runs on this GPU. The torch engine runs on any:"
+        command = make("serve", ENGINE="torch")
     return Problem(
         "TensorRT-LLM does not run on this GPU",
         "docker/toolchains.json",
@@ -74,7 +75,7 @@ def gpu_cannot(what: str, needed: str, name: str, capability: str, reason: str, 
         f"{what} does not run on this GPU",
         name,
         f"{what} needs compute capability {needed} or later; {name} has {capability}. {reason}",
-        "Choose another:",
+        f"Do without {what}:",
         command,
     )
 
@@ -84,8 +85,8 @@ def engines_too_large(engines: PathLike, gpu: str, gpu_bytes: int, weights_bytes
         "engines do not fit this GPU",
         engines,
         f"{gpu} has {gpu_bytes / (1 << 30):.1f} GiB; the weights of one rank take {weights_bytes / (1 << 30):.1f} "
-        f"GiB. With one step and CUDA too, there is no room for a KV cache of {needed_tokens} tokens (MAX_SEQ_LEN), so "
-        "the engines would not start.",
+        f"GiB. CUDA and one step of the engine need memory too. What is left does not hold a KV cache of "
+        f"{needed_tokens} tokens (MAX_SEQ_LEN), so the engines would not start.",
         "See the numbers, and what would fit:",
         make("plan"),
     )
@@ -95,8 +96,8 @@ def not_in_toolchain(program: str, version: str) -> Problem:
     return Problem(
         f"no {program}",
         program,
-        f"{program} is not installed. It is part of TensorRT-LLM {version}, which comes in NVIDIA's container; only "
-        "that can build or run TensorRT engines.",
+        f"{program} is not installed. It is part of TensorRT-LLM {version}, which comes in NVIDIA's container. "
+        "TensorRT engines are built and run only there.",
         "See what this machine lacks for the container:",
         make("doctor"),
     )
@@ -107,9 +108,9 @@ def toolchain_is_another(asked: str, expected: str, found: str) -> Problem:
     return Problem(
         "another TensorRT-LLM is installed",
         sys.executable,
-        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; installed here is {found}. Its flags and "
-        "engines are those of another version.",
-        "Run this in the image of docker/toolchains.json, with nothing installed over it:",
+        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; version {found} is installed here. It has "
+        "other flags and other engines.",
+        "Run this in the image that docker/toolchains.json names, and install nothing else in it:",
         make("engines", TOOLCHAIN=asked),
     )
 
@@ -141,9 +142,9 @@ def which_gpu() -> Problem:
     return Problem(
         "which GPU?",
         "nvidia-smi",
-        "ENGINE=tensorrt without TOOLCHAIN: the GPU decides which TensorRT-LLM is used, and this machine has no "
-        "nvidia-smi to ask.",
-        "Name the GPU to see the plan (nothing is built for it here), or use the torch engine:",
+        "With ENGINE=tensorrt and without TOOLCHAIN, the GPU decides which TensorRT-LLM is used. This machine has no "
+        "nvidia-smi to ask for its GPU.",
+        "Name a GPU to see the plan for it (engines for it cannot be built here), or use the torch engine:",
         f"{make('plan', ASSUME_GPU='4x V100-SXM2-16GB')}\n{make('serve', ENGINE='torch')}",
     )
 

@@ -12,12 +12,12 @@ LISTED = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obs
 
 
 def install(lists: Sequence[str]) -> tuple[str, str]:
-    """(advice, command) to get packages: never into a Python that is not a virtual environment."""
+    """(advice, command) to install packages. The command installs only into a virtual environment."""
     if sys.prefix == sys.base_prefix:
-        return "Leave PYTHON unset, and make installs them into .venv:", make("serve", PYTHON="")
+        return "Leave PYTHON unset, and make installs the packages into .venv:", make("serve", PYTHON="")
     words = " ".join(f"-r requirements/{name}.txt" for name in lists)
     return (
-        "Install them there, or leave PYTHON unset so that make installs them into .venv:",
+        "Install the packages into that Python, or leave PYTHON unset so that make installs them into .venv:",
         f"{sys.executable} -m pip install --no-deps --require-hashes {words}",
     )
 
@@ -48,7 +48,7 @@ def verify_package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}, which `make verified` uses to ask Hugging "
+        f"The interpreter {sys.executable} lacks the module {module}. `make verified` needs it to run Hugging "
         "Face's model. requirements/verify.txt has it.",
         *install(["verify"]),
     )
@@ -58,10 +58,10 @@ def no_grpc_client() -> Problem:
     return Problem(
         "no package tritonclient",
         sys.executable,
-        f"The interpreter {sys.executable} lacks tritonclient, whose gRPC client the text models need to ask the "
+        f"The interpreter {sys.executable} lacks tritonclient. The text models use its gRPC client to reach the "
         "engine.",
-        "Install it there; or, with ENGINE=tensorrt, leave BASE_IMAGE and PYTHON unset so that make completes "
-        "NVIDIA's image:",
+        "With ENGINE=tensorrt, leave BASE_IMAGE and PYTHON unset: make then adds the package to NVIDIA's image. Or "
+        "install it yourself:",
         f"{sys.executable} -m pip install --no-deps --require-hashes -r requirements/openai.txt",
     )
 

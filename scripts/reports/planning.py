@@ -38,7 +38,7 @@ def disk_too_small(where: PathLike, free_bytes: int, needed_bytes: int, rooms: S
         where,
         f"{free_bytes / 1e9:.1f} GB are free here; the rooms that are not made yet ({', '.join(rooms)}) take "
         f"{needed_bytes / 1e9:.1f} GB.",
-        "build/ may be a link to a larger disk; see what each room takes:",
+        "You can make build/ a link to a folder on a larger disk. See what each room takes:",
         make("plan"),
     )
 
@@ -66,11 +66,12 @@ def engine_for_another_gpu(engines: PathLike, built_on: str, built_for: str, her
 
 
 def engine_needs_peer_access(engines: PathLike, peer_access: bool | None) -> Problem:
-    seen = "it is not known whether these can" if peer_access is None else "these cannot"
+    seen = "does not say whether the GPUs of this machine can" if peer_access is None else "says that these cannot"
     return Problem(
         "the GPUs do not reach each other",
         engines,
-        f"The engines use custom all-reduce, for which GPUs read each other's memory; {seen} (nvidia-smi topo -p2p r).",
+        "The engines use custom all-reduce, for which GPUs must read each other's memory. `nvidia-smi topo -p2p r` "
+        f"{seen}.",
         "Build them here, so that they use NCCL:",
         f"rm -r {shown(engines)} && {make('engines')}",
     )
@@ -82,8 +83,8 @@ def engine_of_another_version(engines: PathLike, built_by: str, found: str, tool
     return Problem(
         "engine of another TensorRT-LLM",
         engines,
-        f"The engines were built by TensorRT-LLM {built_by}; installed here is {found}. TensorRT-LLM runs only "
-        "engines of its own version.",
+        f"The engines were built by TensorRT-LLM {built_by}; version {found} is installed here. TensorRT-LLM "
+        "runs only engines of its own version.",
         "Serve them in the toolchain that built them:",
         make("serve", TOOLCHAIN=toolchain),
     )
@@ -105,7 +106,7 @@ def opal_prefix_wrong(seen: str, mpirun: PathLike) -> Problem:
         mpirun,
         f"OPAL_PREFIX is {seen}; mpirun is {mpirun}. NVIDIA's image sets OPAL_PREFIX to the folder of its Open MPI; "
         "an image that was exported and imported, or a cleaned environment, loses it.",
-        "Use NVIDIA's image itself. If you cannot, set it and serve again:",
+        "Use NVIDIA's image itself. If you cannot, set OPAL_PREFIX and serve again:",
         f"export OPAL_PREFIX={shlex.quote(str(Path(mpirun).parent.parent))}",
     )
 
@@ -115,9 +116,9 @@ def ranks_do_not_add_up(world_size: int, status: int | None, seconds: float, lin
     return Problem(
         "the ranks do not reach each other",
         "scripts/serving/all_reduce.py",
-        f"A sum over {world_size} ranks, which every token needs, {event}. Its last lines:\n\n{indented(lines)}\n\n"
-        "GPUs that hang here often cannot read each other's memory although they report that they can (virtual "
-        "machines, IOMMU, ACS), or /dev/shm is too small.",
-        "See NCCL's messages; with NCCL_P2P_DISABLE=1 the GPUs do not read each other's memory:",
+        f"Every token needs sums over all ranks. A test sum over {world_size} ranks {event}. Its last lines:\n\n"
+        f"{indented(lines)}\n\nThis has two usual causes. Either GPUs report that they can read each other's memory "
+        "although they cannot (virtual machines, IOMMU, ACS); then set NCCL_P2P_DISABLE=1. Or /dev/shm is too small.",
+        "See NCCL's messages:",
         f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.serving.all_reduce "$(mktemp -d)" 60',
     )

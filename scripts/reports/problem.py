@@ -15,11 +15,13 @@ from typing import Callable, Iterable, NoReturn, Sequence, Union
 
 PathLike = Union[str, Path]
 WIDTH = 100
-# the goals that ASSUME_GPU is for
+# the targets that take ASSUME_GPU
 PLANNING = ("plan", "doctor")
-# words of the journey: a user who typed one of them gets a corrected command with the same word
+# The targets from weights to a server or an image. A user who typed one of them gets a corrected command with the same
+# target.
 JOURNEY = ("config", "hf", "checkpoint", "engines", "verified", "model_repo", "serve", "demo", "image")
-# Limits of a report's text: one word, and all of it. A path has up to 4,096 characters, and a command may hold several.
+# How many characters of a word, and of a whole report, are shown. A path has up to 4,096, and a command may hold
+# several paths.
 WORD_MAX, TEXT_MAX = 300, 8_000
 COMMAND_WORD_MAX = 5_000
 
@@ -27,8 +29,8 @@ COMMAND_WORD_MAX = 5_000
 class Problem(Exception):
     """A foreseen failure. It is shown as a report that ends in a command, never as a traceback; the exit status is 1.
 
-    title: in a few words; where: the file or folder concerned; seen: what was found, both values; advice: the sentence
-    that introduces the command; command: what the user types next.
+    title: in a few words; where: the file or folder concerned; seen: what was found, and what was
+    expected; advice: the sentence that introduces the command; command: what the user types next.
     """
 
     def __init__(self, title: str, where: PathLike, seen: str, advice: str, command: str) -> None:
@@ -63,7 +65,7 @@ class Reported(Problem):
 
 
 class Outdated(Problem):
-    """A report that also drops the files made so far: the next try must not keep them."""
+    """A Problem for which the room's partial files are removed too: the next try must not use them."""
 
 
 class Finished(Exception):
@@ -71,11 +73,11 @@ class Finished(Exception):
 
 
 def plain(text: str, word_max: int = WORD_MAX) -> str:
-    """Text that may hold a stranger's words (names in files, answers of servers), fit for a terminal and for one
-    screen.
+    """Makes a text safe to show on a terminal, and short enough for one screen. It may hold a stranger's words: names
+    in files, answers of servers.
 
-    Control characters and marks of writing direction are written as escapes, so that a terminal obeys nothing. Words
-    longer than word_max and texts longer than TEXT_MAX are cut.
+    Control characters and marks of writing direction are written as escapes, so that the terminal does not act on
+    them. Words longer than word_max and texts longer than TEXT_MAX are cut.
     """
     short = re.sub(
         rf"\S{{{word_max + 1},}}", lambda word: f"{word[0][: word_max // 2]}... ({len(word[0]):,} characters)", text
@@ -96,11 +98,11 @@ def make(target: str, **changed: object) -> str:
     """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and
     `changed`.
 
-    With `changed` it is the user's own command, corrected: if both words are of the journey, it keeps the user's word
-    (BAKE_GOAL).
+    With `changed` it is the user's own command, corrected. If `target` and the target that the user typed (BAKE_GOAL)
+    are both in JOURNEY, the user's is kept. A setting whose new value is None is left out.
 
-    None leaves a setting out. An image has no make: if a variable helps, the command is a docker command; else it makes
-    the image again.
+    Inside an image there is no make. If environment variables can correct the failure, the command is `docker run`
+    with them; otherwise it is `make image`.
     """
     if baked := os.environ.get("BAKED_IMAGE"):
         variables = "".join(f"--env {name}={value} " for name, value in changed.items() if value is not None)

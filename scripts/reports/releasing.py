@@ -33,7 +33,8 @@ def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
     return Problem(
         f"toolchain {version} is partly inferred",
         "docker/contracts/README.md",
-        f"{len(cells)} of the tables and cells that this release would use have no primary source:\n\n{listed}",
+        f"{len(cells)} entries of the tables that this release would use were inferred, not read from NVIDIA's source:"
+        f"\n\n{listed}",
         "Confirm them on the real image, or accept them:",
         make("release", INFERRED="accept"),
     )
@@ -43,7 +44,7 @@ def engines_rehearsed(engines: PathLike) -> Problem:
     return Problem(
         "these engines come from a rehearsal",
         engines,
-        "Stand-ins made them (docker/rehearsal); they do not run on a GPU.",
+        "A stand-in for NVIDIA's programs (docker/rehearsal) made these engines. They do not run on a GPU.",
         "Build them on the real toolchain:",
         make("engines", REHEARSAL=None),
     )

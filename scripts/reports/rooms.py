@@ -20,7 +20,7 @@ def disk_full(where: PathLike, reason: str | None = None) -> Problem:
         f"Writing stopped: {reason or os.strerror(errno.ENOSPC)}. {free_bytes / 1e6:.1f} MB are free on the file "
         f"system that holds {shown(folder)}. Finished files are kept in the .partial folder. No half-written file "
         "has its final name.",
-        "Find what takes the space, free some, and type your make command again. It continues where it stopped:",
+        "Free some space and type your make command again; it continues where it stopped. To see what takes the space:",
         f"df -h {shlex.quote(shown(folder))}; ulimit -f; du -sh build/*",
     )
 
@@ -84,7 +84,7 @@ def nothing_made() -> Problem:
         "build/",
         "No room exists for this model with these settings, and its weights have neither a manifest.json nor a .pth "
         "file.",
-        "Make one:",
+        "Make a room:",
         make("checkpoint"),
     )
 
@@ -95,6 +95,6 @@ def nothing_to_check(folder: PathLike) -> Problem:
         folder,
         f"{shown(folder)} has no manifest.json, no checklist.chk and no .pth file, so there are no checksums to "
         "compare with.",
-        "Weights that make fetched have a manifest. Compare these with their source yourself:",
+        "Only weights from `make weights` have a manifest. Compare these files with their source yourself:",
         f"sha256sum {shown(folder)}/*",
     )

@@ -27,9 +27,9 @@ def port_not_free(name: str, port: int, host: str, reason: str, free_port: int) 
     return Problem(
         f"port {port} cannot be used",
         f"{host}:{port}",
-        f"{name} is {port}; the system says: {reason}. Nothing was loaded.\n\nWho listens there: ss -ltnp 'sport = "
-        f":{port}'",
-        "Stop it, or use another port (this one is free now):",
+        f"{name} is {port}; the system says: {reason}. Nothing was loaded.\n\nTo see who listens there: ss -ltnp "
+        f"'sport = :{port}'",
+        "Stop the program that listens there, or use another port (the one below is free now):",
         make("serve", **{name: free_port}),
     )
 
@@ -50,7 +50,7 @@ def log_in_use(path: PathLike) -> Problem:
     return Problem(
         "the log is in use",
         path,
-        f"Other servers of these rooms already write {shown(path)} and the log of this port.",
+        f"A server writes {shown(path)}, or the log with its port in its name. Other servers are writing both.",
         "Use other ports:",
         make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102, OPENAI_PORT=9100),
     )
@@ -125,7 +125,7 @@ def no_api_key(path: PathLike, reason: str) -> Problem:
 def bad_collector(name: str, wanted: str, value: str, example: str) -> Problem:
     """value: empty if it may hold a secret."""
     return Problem(
-        "traces have no way out",
+        "no receiver for traces",
         name,
         f"With TRACES=on, {name} must be {wanted}{f'; it is {shown(value)}' if value else ''}.",
         "Correct that variable of the environment, for instance:",
@@ -154,7 +154,7 @@ def start_too_slow(seconds: float, last_lines: Mapping[int, Sequence[str]]) -> P
         "serve",
         f"No token came through all ranks within {seconds:.0f} s. The cause may be a rank that waits for another, or a "
         f"slow disk.\n\nThe last lines of each rank:\n\n{lines}",
-        "The whole log is serve.log beside the rooms. See what this machine lacks:",
+        "The whole log is serve.log, in the folder that holds engines/. See what this machine lacks:",
         make("doctor"),
     )
 
@@ -197,8 +197,8 @@ def no_rehearsal_image(seen: str) -> Problem:
     return Problem(
         "no image for the rehearsal",
         "docker/rehearsal",
-        "A docker daemon is running, so the rehearsal uses an image that mmdebstrap makes from Debian's or Ubuntu's "
-        f"packages. {seen}",
+        "A docker daemon is running, so the rehearsal (ENGINE=tensorrt with stand-ins) uses an image. mmdebstrap makes "
+        f"it from Debian's or Ubuntu's packages. {seen}",
         "Install the package mmdebstrap, or rehearse without docker:",
         f"REHEARSAL_DOCKER=no {make('demo')}",
     )

@@ -34,32 +34,32 @@ def no_such_word(word: str, words: Sequence[str], near: str) -> Problem:
     return Problem(
         f"make does not know {word}",
         "Makefile",
-        f"{word!r} is not a word of this Makefile; the words are: {', '.join(words)}.",
+        f"{word!r} is not a target of this Makefile; the targets are: {', '.join(words)}.",
         "The nearest one:",
         make(near),
     )
 
 
 def setting_without_equals(word: str, value: str, goal: str) -> Problem:
-    """word: what was typed as a word of the Makefile and is a setting's name, as in `make serve TP 2`."""
+    """word: a setting's name that was typed where make expects a target, as in `make serve TP 2`."""
     name = word.lstrip("-").replace("-", "_").upper()
     return Problem(
         f"{name} is a setting",
         "Makefile",
-        f"{word!r} was typed as a word of this Makefile. A setting is typed as NAME=value.",
+        f"{word!r} was typed as a target. A setting is typed as NAME=value.",
         "For instance:",
         make(goal, **{name: value}),
     )
 
 
 def model_of_the_hub(model: str, goal: str) -> Problem:
-    """A name like one of the hub: no folder has that name, but the weights can be fetched."""
+    """MODEL looks like a name on the hub: no folder has that name, but the weights can be fetched."""
     folder = f"weights/{model.partition('/')[2]}"
     return Problem(
         "no such folder",
         model,
-        f"MODEL is {model}, but there is no such folder. It looks like the name of a model on the Hugging Face hub, "
-        f"whose weights make can fetch into {folder}.",
+        f"MODEL is {model}, but there is no such folder. It looks like the name of a model on the Hugging Face hub. "
+        f"Its weights can be fetched into {folder}.",
         "Fetch them, and go on:",
         make(goal, MODEL=folder, SOURCE=f"hf:{model}"),
     )
@@ -69,8 +69,8 @@ def no_preset(path: PathLike, line: str) -> Problem:
     return Problem(
         "a preset cannot be read",
         path,
-        "A preset has lines of the form NAME = value, comments, and include models/families/FILE.mk. This line is "
-        f"none of these: {line!r}.",
+        "A line of a preset is `NAME = value`, a comment, or `include models/families/FILE.mk`. This line is none of "
+        f"these: {line!r}.",
         "See the bundled one:",
         "cat models/stories.mk",
     )

@@ -1,4 +1,4 @@
-"""Reports of the room verified."""
+"""Reports about the room `verified`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def side_silent(side: str, seconds: float, last_lines: Sequence[str]) -> Problem
     return Problem(
         f"{side} does not answer",
         "verified",
-        f"No answer came within {seconds:.0f} s, which is enough to load 140 GB from a slow disk. It was ended."
-        f"\n\nIts last lines:\n\n{indented(last_lines)}",
+        f"No answer came within {seconds:.0f} s, which is enough to load 140 GB from a slow disk. The process "
+        f"was ended.\n\nIts last lines:\n\n{indented(last_lines)}",
         "See what this machine lacks:",
         make("doctor"),
     )
 
 
 def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike) -> Problem:
-    """`report`: report.json of the room verified."""
+    """report: the content of report.json in the room `verified`."""
 
     def shown_value(value: float | None) -> str:
         return "no number" if value is None else f"{value:g}"
@@ -57,9 +57,9 @@ def engine_differs(page: PathLike, report: Mapping[str, Any], engines: PathLike)
     return Problem(
         "the engine says something else",
         page,
-        f"{failed}.\n\nThe worst prompt is {one['prompt']!r}.{values} Hugging Face's model continues with "
-        f"{one['hugging_face']!r}, the engine with {one['engine']!r}.\n\nThe page named above has the whole report. "
-        "The room verified was not made.",
+        f"{failed}. So the room `verified` was not made.\n\nThe worst prompt is {one['prompt']!r}.{values} "
+        f"Hugging Face's model continues with {one['hugging_face']!r}, the engine with {one['engine']!r}.\n\n"
+        "The page named above has the whole report.",
         "Make the engines again from the weights, and verify again:",
         f"rm -r {shown(checkpoint)} {shown(engines)} && {make('verified')}",
     )

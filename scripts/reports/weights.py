@@ -12,8 +12,8 @@ from scripts.reports.problem import Outdated, PathLike, Problem, make, shown, so
 
 
 def look(path: PathLike) -> str:
-    """The command for a folder, or a file's folder, with wrong content: make one of our rooms again, check Meta's
-    download by its own list, list anything else."""
+    """The command to show when the content at `path` is wrong. It depends on the folder: a room is made again, a
+    download of Meta's is compared with its checklist, any other folder is listed."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / "manifest.json").is_file() and (folder / "args").is_file():
         return f"rm -r {shown(folder)} && {make(folder.name)}"
@@ -134,7 +134,8 @@ def link_leaves(path: PathLike, target: PathLike) -> Problem:
         "a link leaves the model's folder",
         path,
         f"{Path(path).name} is a link to {target}, which is not in the folder. The content of a model's folder goes "
-        "into rooms and images, so links may only lead to files inside it (a hub cache: to its own blobs).",
+        "into rooms and images, so its links may only lead to files inside it. The only exception: "
+        "links of a hub cache may lead to the cache's own blobs.",
         "If that file belongs to the model, make a folder that holds the files themselves:",
         f"cp -rL {shlex.quote(folder)} {shlex.quote(folder.rstrip('/') + '-copy')}",
     )
@@ -144,7 +145,8 @@ def link_dangles(path: PathLike, target: PathLike) -> Problem:
     return Problem(
         "a link leads nowhere",
         path,
-        f"{Path(path).name} is a link to {target}, which is not there. In a hub cache a download was interrupted.",
+        f"{Path(path).name} is a link to {target}, which is not there. If this is a hub cache, a download was "
+        "interrupted.",
         "Fetch the file again, or remove the link if the model has no such file:",
         f"ls -l {shlex.quote(shown(path))}",
     )
@@ -155,7 +157,7 @@ def reading_unbounded(path: PathLike, what: str) -> Problem:
         "this model cannot be read",
         path,
         f"make stopped reading {shown(path)}: {what}. No good model needs so much.",
-        "Fetch it again from where it came from, and look at what is there now:",
+        "Look at what is there now, then fetch it again from where it came from:",
         f"ls -l {shlex.quote(shown(path))}",
     )
 
@@ -165,7 +167,7 @@ def unopened(path: PathLike, said: str) -> Problem:
         "the server could not open this file",
         path,
         said,
-        "Fetch it again from where the weights came from, and look at what is there now:",
+        "Look at what is there now, then fetch it again from where the weights came from:",
         f"ls -l {shlex.quote(shown(path))}",
     )
 
@@ -176,7 +178,7 @@ def template_unbounded(path: PathLike) -> Problem:
         path,
         f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one "
         "word. Every chat request would take as long.",
-        "Fix it, or take it out of that file and give another one by CHAT_TEMPLATE. Look at it:",
+        "Fix it, or take it out of that file and name another one with CHAT_TEMPLATE. Look at it:",
         f"less {shlex.quote(shown(path))}",
     )
 
@@ -221,8 +223,8 @@ def shards_missing(folder: PathLike, found: int, expected: int) -> Problem:
     return Problem(
         "weight files are missing",
         folder,
-        f"The weights were split into {expected} files, consolidated.00.pth to consolidated.{expected - 1:02d}.pth, "
-        f"judging by the size of their tensors; this folder has {found}.",
+        f"The sizes of the tensors show that the weights were split into {expected} files, consolidated.00.pth to "
+        f"consolidated.{expected - 1:02d}.pth; this folder has {found} of them.",
         "Fetch the others, and check again:",
         look(folder),
     )
@@ -275,7 +277,7 @@ def checksum_differs(path: PathLike, expected: str, actual: str) -> Problem:
     return Problem(
         f"{Path(path).name} is damaged",
         path,
-        f"checklist.chk, which came with the weights, says that its md5 is {expected}; it is {actual}.",
+        f"The checklist.chk that came with the weights lists the md5 {expected}. The file's md5 is {actual}.",
         "Fetch the file again, and compare all of them:",
         f"cd {shlex.quote(shown(Path(path).parent))} && md5sum -c checklist.chk",
     )
