@@ -144,7 +144,7 @@ def test_eight_at_once_share_their_steps(unary: Served, model: str) -> None:
     text = {"text_input": texts(PROMPT), "max_tokens": ints(60), "end_id": ints(-1)}
     tokens = core_request(preprocessed(unary)["INPUT_ID"], 60, end_id=ints(-1))
     name, request = ("output_ids", tokens) if model == "tensorrt_llm" else ("text_output", text)
-    answers = set()
+    answers: set[str] = set()
 
     def eight(_: object) -> None:
         with ThreadPoolExecutor(8) as clients:
@@ -155,7 +155,7 @@ def test_eight_at_once_share_their_steps(unary: Served, model: str) -> None:
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(unary: Served) -> None:
-    was_first = []
+    was_first: list[bool] = []
 
     def both(begun: Callable[[], None]) -> None:
         ended = threading.Event()
