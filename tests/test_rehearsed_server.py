@@ -1,5 +1,5 @@
 """One rehearsed server per TOOLCHAIN: the answers of its strict stand-in,
-and what our text models and endpoint make of them.
+and what our text models and endpoint make of them. Its rooms, and the accuracy gate over its engines.
 
 Rules that need a served model are named here (docker/contracts/backend-rules); all others are broken in
 tests/nvidia/test_backend_rules.py.
@@ -12,16 +12,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from project import ROOT
+from project import ROOT, make
+from rehearsing import verify
 from server import Served, end_tree_of, serve
 from triton_requests import PROMPT, STORY, Stream, core_request, tell
 from tritonclient.utils import InferenceServerException
 
 from scripts.serving.triton_client import floats, ints, texts, yes
+
+pytestmark = pytest.mark.xdist_group("rehearsal")
 
 RULES = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
 TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
@@ -39,12 +43,15 @@ ZEROS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
 Answer = tuple[dict[str, Any], bool]
 
 
+def gpus_for(version: str) -> str:
+    return "2x V100-SXM2-16GB" if "7.0" in TOOLCHAINS[version]["architectures"] else "2x A100-80GB"
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def rehearsed(request: pytest.FixtureRequest, tree: Any) -> Iterator[tuple[str, Served]]:
     """(the backend's name, a server of its TOOLCHAIN)."""
     version = BACKENDS[request.param]
-    gpus = "2x V100-SXM2-16GB" if "7.0" in TOOLCHAINS[version]["architectures"] else "2x A100-80GB"
-    words = ["ENGINE=tensorrt", f"TOOLCHAIN={version}", f"REHEARSAL={gpus}"]
+    words = ["ENGINE=tensorrt", f"TOOLCHAIN={version}", f"REHEARSAL={gpus_for(version)}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REHEARSAL_DOCKER", "no")
         running = serve(tree, *words)
@@ -199,11 +206,54 @@ def test_the_endpoint_streams_and_nothing_is_refused(rehearsed: Any) -> None:
     assert STORY.startswith(tell(served, max_tokens=12))
 
 
+def variant(served: Served, backend: str) -> Path:
+    """The folder of the rooms that it serves."""
+    [engines] = served.tree.glob(f"build/stories/rehearsal-tensorrt-{BACKENDS[backend]}-*/engines/manifest.json")
+    return engines.parent.parent
+
+
+def test_the_rooms_say_which_version_and_gpu_they_are_for_and_that_it_is_a_rehearsal(rehearsed: Any) -> None:
+    backend, served = rehearsed
+    version, rooms = BACKENDS[backend], variant(served, backend)
+    told = [line for line in served.lines if line.split(" ")[0] in ("checkpoint", "engines", "model_repo", "serve")]
+    assert told and all("[rehearsal]" in line for line in told), told
+    manifest = json.loads((rooms / "engines/manifest.json").read_text())
+    assert manifest["facts"]["rehearsal"] is True
+    # the container reports the exact string of its image, and the engine carries it
+    reported = TOOLCHAINS[version]["trtllm"]
+    assert manifest["tools"]["tensorrt_llm"] == manifest["facts"]["trtllm_reported"] == reported
+    assert json.loads((rooms / "engines/config.json").read_text())["version"] == reported
+    assert manifest["facts"]["gpu"]["compute_capability"] == ("7.0" if "V100" in gpus_for(version) else "8.0")
+    assert "rehearsal: the torch engine stands in for TensorRT-LLM" in (rooms / "serve.log").read_text()
+    assert 'backend: "tensorrtllm"' in (rooms / "model_repo/tensorrt_llm/config.pbtxt").read_text()
+    assert [path.name for path in (rooms / "model_repo/tensorrt_llm/1").iterdir()] == [".keep"]
+
+
+def test_the_gate_asks_every_position_through_the_versions_own_runtime(rehearsed: Any, tmp_path: Path) -> None:
+    backend, served = rehearsed
+    version, rooms, verified = BACKENDS[backend], variant(served, backend), tmp_path / "verified"
+    if version == "0.14.0":  # with all prompts, by make; the others with three
+        words = ["ENGINE=tensorrt", f"TOOLCHAIN={version}", f"REHEARSAL={gpus_for(version)}"]
+        done, verified = make(served.tree, "verified", *words, REHEARSAL_DOCKER="no"), rooms / "verified"
+    else:
+        assert make(served.tree, "hf").returncode == 0
+        done = verify(served.tree, version, gpus_for(version), rooms / "engines", verified)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((verified / "report.json").read_text())
+    assert report["passed"] and report["engine"]["engine"] == "tensorrt" and report["engine"]["rehearsal"] is True
+    asked = 16 * report["asked"]["prompts"]
+    assert report["greedy_tokens"]["equal"] == asked
+    # the positions of the prompts' own tokens are compared too; their perplexity is that of Hugging Face's model
+    assert report["positions"] > asked and len(set(report["perplexity"].values())) == 1
+    assert "A rehearsal" in (verified / "report.html").read_text()
+    assert json.loads((verified / "manifest.json").read_text())["facts"]["rehearsal"] is True
+
+
 def test_ranks_above_0_never_finish_loading(rehearsed: Any) -> None:
     """The rule "load-workers-never-return": the server is ready, and ends in order, without them."""
     backend, served = rehearsed
     assert served.post("ensemble", text_input=PROMPT, max_tokens=1)["status"] == 200
-    [log] = served.tree.glob(f"build/stories/rehearsal-tensorrt-{BACKENDS[backend]}-*/serve.log")
+    log = variant(served, backend) / "serve.log"
     loaded = [line[:7] for line in log.read_text().splitlines() if "successfully loaded 'tensorrt_llm'" in line]
     assert loaded == ["rank 0:"]
 

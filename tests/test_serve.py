@@ -155,18 +155,18 @@ def test_an_occupied_port_is_reported_before_anything_is_loaded(tree: Path, serv
     assert done.stderr.rstrip().splitlines()[-2].strip() == "" or "make serve" in done.stderr
 
 
-def test_one_large_request_does_not_end_the_server(server: Served) -> None:
+def test_one_large_request_does_not_end_the_server(served: Served) -> None:
     """Triton 2.51 with the usual stack of 8 MB dies of a request of 5 MB (server issue 5840)."""
     for size in (5_000_000, 20_000_000):
-        answer = server.post("ensemble", text_input="x" * size, max_tokens=5)
+        answer = served.post("ensemble", text_input="x" * size, max_tokens=5)
         assert answer["status"] in (400, 500) and "error" in answer
     deep = "[" * 100_000 + "]" * 100_000
     request = urllib.request.Request(
-        f"{server.http}/v2/models/ensemble/generate", data=f'{{"text_input": {deep}, "max_tokens": 5}}'.encode()
+        f"{served.http}/v2/models/ensemble/generate", data=f'{{"text_input": {deep}, "max_tokens": 5}}'.encode()
     )
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(request, timeout=60)
-    assert server.post("ensemble", text_input="Once", max_tokens=3)["status"] == 200
+    assert served.post("ensemble", text_input="Once", max_tokens=3)["status"] == 200
 
 
 def caught(starting: Served, number: signal.Signals, model: str = "", maps: str = "") -> bool:
