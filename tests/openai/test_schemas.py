@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llguidance
+import numpy as np
 import pytest
 from project import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -98,7 +99,8 @@ def test_what_spells_a_special_token_is_text(tmp_path: Path, kind: str) -> None:
     tokens: list[int] = []
     while True:
         makes.ahead([(guide, tokens)])
-        [allowed] = guide.allowed([guide])
+        bits = guide.allowed([guide])
+        [allowed] = np.unpackbits(bits.view(np.uint8), axis=1, count=size, bitorder="little").view(bool)
         if allowed[end_id]:
             break
         assert not allowed[[token["id"] for token in described["added_tokens"]]].any()

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import drive_engine  # noqa: F401 (finds the engine's modules)
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import Sampling, adjusted, choose, ends_with, kept, log_probs, refusal, word_list
+from sampling import Sampling, adjusted, choose, ends_with, kept, limits_of, log_probs, refusal, word_list
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -174,3 +175,12 @@ def test_settings_that_mean_nothing_are_refused_with_value_and_limit(sampling: S
 def test_settings_at_their_limits_are_accepted() -> None:
     edge = Sampling(temperature=1e-3, top_k=10_000, top_p=1.0, end_id=VOCAB - 1, random_seed=2**64 - 1)
     assert refusal(edge, VOCAB) is None and refusal(Sampling(), VOCAB) is None
+
+
+@pytest.mark.parametrize("vocab_size", [8, 100, 256])
+def test_a_guides_bits_forbid_exactly_the_tokens_whose_bit_is_0(vocab_size: int) -> None:
+    bits = np.random.default_rng(vocab_size).integers(0, 1 << 32, (3, -(-vocab_size // 32)), dtype=np.uint32)
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab_size, bitorder="little").view(bool)
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
+    kept_by_bits = logits.minimum(limits_of(bits, vocab_size, logits.device))
+    assert torch.equal(kept_by_bits, logits.masked_fill(~torch.from_numpy(allowed), -math.inf))

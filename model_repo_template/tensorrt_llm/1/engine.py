@@ -174,7 +174,7 @@ def choice_of(batch: Batch, logits: Tensor) -> Choice:
     """The next token after each chunk that has logits (sum of n_logits, vocab_size), on their device."""
     choosing = [(one, chunk) for one, chunk in batch if chunk.n_logits]
     last = torch.tensor([chunk.n_logits for _, chunk in choosing]).cumsum(0) - 1
-    rows = logits[last.to(logits.device, non_blocking=True)]
+    rows = logits.index_select(0, last.to(logits.device, non_blocking=True))
     samplings = [one.request.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
     changed = [
         adjusted(rows[index], sampling, one.tokens, one.generated(chunk)) if sampling.adjusts else rows[index]

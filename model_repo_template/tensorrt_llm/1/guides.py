@@ -165,31 +165,30 @@ class Guides:
         for guide, _ in answers:
             guide.masks = masks
 
-    def _masks(self, news: Sequence[tuple[Guide, list[int]]]) -> NDArray[np.bool_]:
-        """What may follow, bool (answers, vocab_size)."""
+    def _masks(self, news: Sequence[tuple[Guide, list[int]]]) -> NDArray[np.uint32]:
+        """What may follow: a bit per token, the lowest first, (answers, vocab_size / 32 rounded up)."""
         matchers = [guide.matcher.result() for guide, _ in news]
         # what failed before stays so
         alive = [matcher.consume_tokens(new) if new else not matcher.is_error()
                  for matcher, (_, new) in zip(matchers, news)]  # fmt: skip
         words = -(-self.vocab_size // 32)
-        bits = np.zeros((len(news), words), dtype=np.int32)
+        bits = np.zeros((len(news), words), dtype=np.uint32)
         if running := [(matcher, row) for row, matcher in enumerate(matchers) if alive[row]]:
             try:
                 self._executor.unsafe_compute_mask_ptr(running, bits.ctypes.data, 4 * words, len(news))
             except ValueError as problem:  # a single matcher raises; several keep their errors
                 log.warning("a mask failed: %s", json.dumps(str(problem)[:200]))
-        unpacked = np.unpackbits(bits.view(np.uint8), axis=1, count=self.vocab_size, bitorder="little")
-        allowed: NDArray[np.bool_] = unpacked.view(np.bool_)
         for row, (matcher, (guide, _)) in enumerate(zip(matchers, news)):
             if matcher.is_error():
                 log.warning("a guide failed: %s", json.dumps(matcher.get_error()[:200]))
-                allowed[row] = False
-            else:
-                # the request says which tokens end it, whatever the tokenizer's own is
-                if self._end is not None:
-                    allowed[row, self._end] = False
-                allowed[row, guide.end_ids] = matcher.is_accepting()
-        return allowed
+                bits[row] = 0
+                continue
+            # the request says which tokens end it, whatever the tokenizer's own is
+            for token, may in [(self._end, False), *((end, matcher.is_accepting()) for end in guide.end_ids)]:
+                if token is not None:
+                    bit = np.uint32(1 << token % 32)
+                    bits[row, token // 32] = bits[row, token // 32] | bit if may else bits[row, token // 32] & ~bit
+        return bits
 
 
 class Guide:
@@ -198,7 +197,7 @@ class Guide:
     def __init__(self, guides: Guides, matcher: Future[Any], end_ids: Sequence[int]) -> None:
         self.guides, self.matcher, self.end_ids = guides, matcher, list(end_ids)
         self.taken = self.row = 0
-        self.masks: Future[NDArray[np.bool_]] | None = None
+        self.masks: Future[NDArray[np.uint32]] | None = None
 
     @property
     def ready(self) -> bool:
@@ -209,8 +208,9 @@ class Guide:
         """Call this when it is ready, from another thread, or at once."""
         self.matcher.add_done_callback(lambda _: call())
 
-    def allowed(self, guides: Sequence[Guide]) -> NDArray[np.bool_]:
-        """What may follow in answers of one step, bool (guides, vocab_size): nothing if a grammar costs too much."""
+    def allowed(self, guides: Sequence[Guide]) -> NDArray[np.uint32]:
+        """What may follow in answers of one step, a bit per token (guides, vocab_size / 32 rounded up), the lowest bit
+        first: nothing if a grammar costs too much."""
         assert self.masks is not None
         masks, rows = self.masks.result(), [guide.row for guide in guides]
         return masks if rows == list(range(len(masks))) else masks[rows]

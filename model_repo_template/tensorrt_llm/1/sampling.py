@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Words = tuple[tuple[int, ...], ...]
@@ -153,18 +156,35 @@ def adjusted(logits: Tensor, sampling: Sampling, tokens: Sequence[int], n_genera
     return logits
 
 
+@functools.cache
+def byte_limits(device: torch.device) -> Tensor:
+    """For each byte of a mask: infinity at its bits that are 1, minus infinity at the others, (256, 8)."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return torch.where(bits == 1, math.inf, -math.inf).to(device)
+
+
+def limits_of(bits: NDArray[np.uint32], vocab_size: int, device: torch.device) -> Tensor:
+    """The largest value that each logit may have, (rows, vocab_size), from a bit per token.
+
+    A table of bytes and `minimum` take a tenth of the time that masked_fill takes on CPUs.
+    """
+    of_bytes = torch.from_numpy(bits.view(np.uint8)).to(device)
+    limits = byte_limits(device).index_select(0, of_bytes.flatten().int())
+    return limits.view(len(bits), -1)[:, :vocab_size]
+
+
 def guided(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Adjusted logits (rows, vocab_size) without the tokens that a row's guide forbids,
     then without those that its min_p excludes."""
     rows = [row for row, sampling in enumerate(samplings) if sampling.guide is not None]
     if rows:
         guides = [samplings[row].guide for row in rows]
-        allowed = torch.from_numpy(guides[0].allowed(guides)).to(logits.device)
+        limits = limits_of(guides[0].allowed(guides), logits.shape[1], logits.device)
         if len(rows) == len(logits):
-            logits = logits.masked_fill(~allowed, -math.inf)
+            logits = logits.minimum(limits)
         else:
             at = torch.tensor(rows).to(logits.device)
-            logits = logits.index_copy(0, at, logits[at].masked_fill(~allowed, -math.inf))
+            logits = logits.index_copy(0, at, logits[at].minimum(limits))
     for row, sampling in enumerate(samplings):
         if sampling.min_p > 0:
             logits[row, logits[row] < logits[row].max() + math.log(sampling.min_p)] = -math.inf
