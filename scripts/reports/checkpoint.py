@@ -109,7 +109,7 @@ def weights_not_finite(path: PathLike, tensor: str, count: int, total: int) -> P
         "weights are not numbers",
         path,
         f"{count} of the {total} values of {tensor} are NaN or infinite, so the model cannot produce text.",
-        "The weights are damaged at their source. Fetch them again:",
+        "The damage is in the weights themselves. Fetch them again:",
         look(path),
     )
 

@@ -155,7 +155,7 @@ def fetched_file_differs(name: str, source: str, what: str, expected: str, actua
         f"{name} is not the file that was promised",
         source,
         f"Its {what} should be {expected}; the downloaded file has {actual}. All other files are kept.",
-        "If this happens twice, the file at the source is not the one that the source's list promises. Fetch it again:",
+        "If a second download differs too, the file and the list of files at the source do not match. Fetch it again:",
         make("weights"),
     )
 

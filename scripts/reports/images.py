@@ -57,8 +57,8 @@ def no_mmdebstrap() -> Problem:
     return Problem(
         "no mmdebstrap",
         "PATH",
-        "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. Any image "
-        "that has CPython 3.11 or 3.12 with libpython, and glibc 2.35 or later, works as BASE_IMAGE instead.",
+        "With ENGINE=torch, mmdebstrap makes the image's base from Debian packages; it is not on PATH. BASE_IMAGE "
+        "can also name any image that has CPython 3.11 or 3.12 (with libpython) and glibc 2.35 or later.",
         "Install it, or name a base:",
         "sudo apt-get install mmdebstrap && "
         + make("image")
@@ -222,7 +222,7 @@ def which_license() -> Problem:
         "the model's licence is not known",
         "LICENSE",
         "A release contains the model, so LICENSE must name its terms: llama2, or an SPDX name. A preset names "
-        "the licence of its model; for a folder you name it.",
+        "the licence of its model. If MODEL is a folder, you must name the licence yourself.",
         "For instance:",
         make("release", LICENSE="llama2"),
     )

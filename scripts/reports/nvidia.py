@@ -37,7 +37,7 @@ def nvidia_smi_failed(command: Sequence[str], reason: str) -> Problem:
         "nvidia-smi does not answer",
         command[0],
         f"The GPUs of this machine are not known: {reason or 'nvidia-smi failed without a message'}",
-        "If the driver was updated since this machine started, restart the machine. Otherwise run it yourself:",
+        "If the driver was updated since this machine started, restart the machine. Otherwise run nvidia-smi yourself:",
         shlex.join(command),
     )
 
@@ -108,8 +108,8 @@ def toolchain_is_another(asked: str, expected: str, found: str) -> Problem:
     return Problem(
         "another TensorRT-LLM is installed",
         sys.executable,
-        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; version {found} is installed here. It has "
-        "other flags and other engines.",
+        f"The image of TOOLCHAIN {asked} reports TensorRT-LLM {expected}; version {found} is installed here. "
+        "The installed version takes other flags and builds other engines.",
         "Run this in the image that docker/toolchains.json names, and install nothing else in it:",
         make("engines", TOOLCHAIN=asked),
     )
@@ -143,7 +143,7 @@ def which_gpu() -> Problem:
         "which GPU?",
         "nvidia-smi",
         "With ENGINE=tensorrt and without TOOLCHAIN, the GPU decides which TensorRT-LLM is used. This machine has no "
-        "nvidia-smi to ask for its GPU.",
+        "nvidia-smi, which would name its GPU.",
         "Name a GPU to see the plan for it (engines for it cannot be built here), or use the torch engine:",
         f"{make('plan', ASSUME_GPU='4x V100-SXM2-16GB')}\n{make('serve', ENGINE='torch')}",
     )

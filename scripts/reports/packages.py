@@ -14,7 +14,7 @@ LISTED = {"gguf": ["gguf"], "yaml": ["gguf"], "huggingface_hub": ["fetch"], "obs
 def install(lists: Sequence[str]) -> tuple[str, str]:
     """(advice, command) to install packages. The command installs only into a virtual environment."""
     if sys.prefix == sys.base_prefix:
-        return "Leave PYTHON unset, and make installs the packages into .venv:", make("serve", PYTHON="")
+        return "Leave PYTHON unset; `make` then installs the packages into .venv:", make("serve", PYTHON="")
     words = " ".join(f"-r requirements/{name}.txt" for name in lists)
     return (
         "Install the packages into that Python, or leave PYTHON unset so that make installs them into .venv:",
@@ -28,7 +28,7 @@ def package_missing(module: str) -> Problem:
     return Problem(
         f"no package {module}",
         sys.executable,
-        f"The interpreter {sys.executable} lacks the module {module}. It needs the packages of {files}.",
+        f"The interpreter {sys.executable} lacks the module {module}. The interpreter needs the packages of {files}.",
         *install(lists),
     )
 
@@ -39,7 +39,7 @@ def interpreter_missing(value: str) -> Problem:
         value,
         f"PYTHON is {value}, which does not run as Python. It must be a CPython with the packages of "
         "requirements/run.txt and torch.txt.",
-        "Leave PYTHON unset, and make installs the packages into .venv:",
+        "Leave PYTHON unset; `make` then installs the packages into .venv:",
         make("serve", PYTHON=""),
     )
 

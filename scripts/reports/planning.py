@@ -15,7 +15,7 @@ def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: 
         "Makefile",
         f"TP {tp_size} x PP {pp_size} = {tp_size * pp_size} ranks, and each rank needs its own GPU. This machine has "
         f"{count} ({found}).",
-        "See what fits with fewer:",
+        "See what fits with fewer ranks:",
         command,
     )
 
@@ -24,8 +24,8 @@ def does_not_fit(model: str, found: str, shares: str, advice: str, command: str)
     return Problem(
         f"{model} does not fit",
         found,
-        "The KV cache has no room for the tokens that it must hold, so the engine would not start. What one rank "
-        "takes of its GPU:"
+        "The KV cache has no room for the tokens that it must hold, so the engine would not start. One rank "
+        "takes this much of its GPU's memory:"
         f"\n\n{shares}",
         advice,
         command,
@@ -117,8 +117,8 @@ def ranks_do_not_add_up(world_size: int, status: int | None, seconds: float, lin
         "the ranks do not reach each other",
         "scripts/serving/all_reduce.py",
         f"Every token needs sums over all ranks. A test sum over {world_size} ranks {event}. Its last lines:\n\n"
-        f"{indented(lines)}\n\nThis has two usual causes. Either GPUs report that they can read each other's memory "
-        "although they cannot (virtual machines, IOMMU, ACS); then set NCCL_P2P_DISABLE=1. Or /dev/shm is too small.",
+        f"{indented(lines)}\n\nThis has two usual causes. First: GPUs report that they can read each other's memory "
+        "although they cannot (virtual machines, IOMMU, ACS). Then set NCCL_P2P_DISABLE=1. Second: /dev/shm is too small.",
         "See NCCL's messages:",
         f'NCCL_DEBUG=INFO mpirun --allow-run-as-root -n {world_size} python3 -m scripts.serving.all_reduce "$(mktemp -d)" 60',
     )

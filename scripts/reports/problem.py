@@ -65,7 +65,7 @@ class Reported(Problem):
 
 
 class Outdated(Problem):
-    """A Problem for which the room's partial files are removed too: the next try must not use them."""
+    """A Problem that also removes the room's partial files, because the next try must not use them."""
 
 
 class Finished(Exception):
@@ -73,8 +73,8 @@ class Finished(Exception):
 
 
 def plain(text: str, word_max: int = WORD_MAX) -> str:
-    """Makes a text safe to show on a terminal, and short enough for one screen. It may hold a stranger's words: names
-    in files, answers of servers.
+    """Makes a text safe to show on a terminal, and short enough for one screen. The text may hold a stranger's words:
+    names in files, answers of servers.
 
     Control characters and marks of writing direction are written as escapes, so that the terminal does not act on
     them. Words longer than word_max and texts longer than TEXT_MAX are cut.
@@ -98,8 +98,9 @@ def make(target: str, **changed: object) -> str:
     """The make command that the user would type for `target`: their own settings (BAKE_SETTINGS, from the Makefile) and
     `changed`.
 
-    With `changed` it is the user's own command, corrected. If `target` and the target that the user typed (BAKE_GOAL)
-    are both in JOURNEY, the user's is kept. A setting whose new value is None is left out.
+    If `changed` is given, the result is the command that the user typed, corrected. If `target` and the target that the
+    user typed (BAKE_GOAL) are both in JOURNEY, the command keeps the typed one. A setting whose new value is None is
+    left out.
 
     Inside an image there is no make. If environment variables can correct the failure, the command is `docker run`
     with them; otherwise it is `make image`.

@@ -33,7 +33,7 @@ def toolchain_inferred(version: str, cells: Mapping[str, str]) -> Problem:
     return Problem(
         f"toolchain {version} is partly inferred",
         "docker/contracts/README.md",
-        f"{len(cells)} entries of the tables that this release would use were inferred, not read from NVIDIA's source:"
+        f"This release would use tables in which {len(cells)} entries were inferred, not read from NVIDIA's source:"
         f"\n\n{listed}",
         "Confirm them on the real image, or accept them:",
         make("release", INFERRED="accept"),

@@ -50,7 +50,8 @@ def log_in_use(path: PathLike) -> Problem:
     return Problem(
         "the log is in use",
         path,
-        f"A server writes {shown(path)}, or the log with its port in its name. Other servers are writing both.",
+        f"A server writes its log to {shown(path)}, or to a log with the server's port in its name. Other servers write "
+        "to both now.",
         "Use other ports:",
         make("serve", HTTP_PORT=8100, GRPC_PORT=8101, METRICS_PORT=8102, OPENAI_PORT=9100),
     )

@@ -178,7 +178,7 @@ def template_unbounded(path: PathLike) -> Problem:
         path,
         f"The chat template in {Path(path).name} takes seconds, or gigabytes of memory, for a conversation of one "
         "word. Every chat request would take as long.",
-        "Fix it, or take it out of that file and name another one with CHAT_TEMPLATE. Look at it:",
+        "Fix the template, or take it out of that file and name another template with CHAT_TEMPLATE. To look at it:",
         f"less {shlex.quote(shown(path))}",
     )
 
