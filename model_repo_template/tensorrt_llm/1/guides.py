@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,8 @@ log = logging.getLogger("torch engine")
 
 TYPES = ("json", "json_schema", "regex", "ebnf_grammar")
 MAX_GUIDE_BYTES = 64 << 10
-# so many threads compute a step's masks; llguidance releases the interpreter's lock meanwhile
-THREADS = 2
+# so many threads compute a step's masks; llguidance releases the interpreter's lock meanwhile. Two cost more CPU together
+THREADS = 1 if len(os.sched_getaffinity(0)) < 4 else 2
 # compiled grammars and checked guides that are remembered: clients ask with the same schema again and again
 KEPT = 64
 TRIED_BYTES = 64
@@ -182,12 +183,12 @@ class Guides:
             if matcher.is_error():
                 log.warning("a guide failed: %s", json.dumps(matcher.get_error()[:200]))
                 bits[row] = 0
-                continue
             # the request says which tokens end it, whatever the tokenizer's own is
-            for token, may in [(self._end, False), *((end, matcher.is_accepting()) for end in guide.end_ids)]:
-                if token is not None:
-                    bit = np.uint32(1 << token % 32)
-                    bits[row, token // 32] = bits[row, token // 32] | bit if may else bits[row, token // 32] & ~bit
+            elif guide.end_ids != [self._end]:
+                for token, may in [(self._end, False), *((end, matcher.is_accepting()) for end in guide.end_ids)]:
+                    if token is not None:
+                        bit = np.uint32(1 << token % 32)
+                        bits[row, token // 32] = bits[row, token // 32] | bit if may else bits[row, token // 32] & ~bit
         return bits
 
 
