@@ -194,7 +194,7 @@ def test_weights_of_meta(tmp_path: Path) -> None:
     os.truncate(folder / "consolidated.01.pth", 4_000_000)
     stops("weights", asked, "4000000 bytes", "consolidated.01.pth")
     (folder / "consolidated.01.pth").unlink()
-    stops("weights", asked, "split into 2 files", "this folder has 1.")
+    stops("weights", asked, "split into 2 files", "this folder has 1 of them")
     (folder / "consolidated.00.pth").rename(folder / "consolidated.01.pth")
     stops("weights", asked, "consolidated.00.pth is missing")
     (folder / "tokenizer.model").unlink()

@@ -77,7 +77,7 @@ def test_a_host_like_the_one_they_were_built_on_passes(check: Check) -> None:
         (
             checks.check_version,
             {"trtllm_version": "0.14.0"},
-            ("0.14.0.dev2024100100", "is 0.14.0."),
+            ("0.14.0.dev2024100100", "0.14.0 is installed"),
             "TOOLCHAIN=0.14.0",
         ),
         (check_driver, {"gpus": [replace(GPU, driver="470.82.01")] * 2}, ("470.82.01", "525"), "nvidia-smi"),
