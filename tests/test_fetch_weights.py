@@ -486,7 +486,11 @@ def test_a_mirrors_login_and_query_come_from_the_environment_and_stay_there(
     (tmp_path / "link").write_text(secret + "\n")
     web.spoil = lambda path, start: None if web.asked[-1][2] else ("status", 401)
     problem = refused(f"{web.url}/m", tmp_path / "weights")
-    assert "checklist.chk was requested without a login" in problem.seen and "401" in problem.seen and "MIRROR_URL_FILE" in problem.command
+    assert (
+        "checklist.chk was requested without a login" in problem.seen
+        and "401" in problem.seen
+        and "MIRROR_URL_FILE" in problem.command
+    )
     web.asked, web.headers = [], []
     monkeypatch.setenv(how, str(tmp_path / "link") if how.endswith("FILE") else secret)
     folder = fetch(f"{web.url}/m", tmp_path / "weights")

@@ -42,8 +42,8 @@ class Process:
 
 def of_session(session: int, dead: bool = False) -> dict[tuple[int, int], Process]:
     """Every process of a session (what was started by one setsid and its children), by identity; dead: zombies too."""
-    found = (_read(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit())
-    return {p.identity: p for p in found if p is not None and p.session == session and (dead or p.state not in "ZX")}
+    found = (_read(int(name), session) for name in os.listdir(PROC) if name.isdigit())
+    return {p.identity: p for p in found if p is not None and (dead or p.state not in "ZX")}
 
 
 def end_session(session: int, timeout_seconds: float) -> set[int]:
@@ -63,7 +63,7 @@ def end_session(session: int, timeout_seconds: float) -> set[int]:
 def send(process: Process, number: signal.Signals) -> None:
     """Signal a process, if it is still the same one."""
     try:
-        if (again := _read(process.pid)) and again.identity == process.identity:
+        if (again := _read(process.pid, process.session)) and again.identity == process.identity:
             os.kill(process.pid, number)
     except (ProcessLookupError, PermissionError):
         pass
@@ -109,16 +109,21 @@ def run_logged(
             child.wait()
 
 
-def _read(pid: int) -> Process | None:
-    """/proc/PID/stat (proc(5)) and the rank that mpirun wrote into the environment."""
+def _read(pid: int, session: int) -> Process | None:
+    """/proc/PID/stat (proc(5)) and the rank that mpirun wrote into the environment. None if it is of another session:
+    the supervisor asks ten times a second, and a host may have thousands."""
     try:
-        stat = (PROC / str(pid) / "stat").read_text()
+        with open(f"{PROC}/{pid}/stat", "rb", buffering=0) as file:
+            stat = file.read().decode(errors="replace")
         name = stat[stat.index("(") + 1 : stat.rindex(")")]
         fields = stat[stat.rindex(")") + 2 :].split()
+        if int(fields[3]) != session:
+            return None
     except (OSError, ValueError):
         return None
     try:
-        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        with open(f"{PROC}/{pid}/environ", "rb") as file:
+            environment = file.read().split(b"\0")
     except OSError:  # a zombie has none any more
         environment = []
     ranks: list[bytes] = [entry[21:] for entry in environment if entry.startswith(b"OMPI_COMM_WORLD_RANK=")]
