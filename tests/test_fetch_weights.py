@@ -4,6 +4,7 @@ serves wrong bytes and ignores ranges."""
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -81,6 +82,7 @@ class Web:
                 return self.answer(206, bytes(data[start:end]), spoilt, start, len(data), self.etag(data))
 
             @staticmethod
+            @functools.lru_cache
             def etag(data: bytes) -> str:
                 return f'"{hashlib.md5(data).hexdigest()}"'
 
