@@ -24,8 +24,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-load test-image test-long pin lint lock-base lock synthetic bench bench-serve bench-text \
-           bench-openai bench-convert soak
+           test test-versions test-load test-image test-long pin lint lock-base lock synthetic bench bench-serve \
+           bench-text bench-openai bench-convert soak
 .PHONY: $(WORDS) FORCE
 
 help: ## this page
@@ -188,12 +188,15 @@ $(VENV)/locks/%.txt: requirements/%.txt
 TESTED := $(call has,run verify gguf fetch openai aiperf clients chart test release)
 BENCH_NEEDS := $(call has,openai aiperf $(if $(PEERS),verify)) $(PERF)
 FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
+VERSIONS := tests/test_rehearsed_server.py tests/text_models/test_clients.py
 LOADS  := $(FUZZ) tests/bench/test_make_bench.py tests/bench/test_text.py
 LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
 PYTEST  = $(PY) -m pytest -q --durations=25
 SPREAD := -n 3 --dist loadgroup --no-loadscope-reorder
-test: $(TESTED) ## every test that this machine can run, except those of test-load and test-image
-	@$(PYTEST) $(or $(TESTS),$(SPREAD) --ignore tests/images/docker $(addprefix --ignore ,$(LOADS)))
+test: $(TESTED) ## every test that this machine can run, except those of test-versions, test-load and test-image
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) --ignore tests/images/docker $(addprefix --ignore ,$(VERSIONS) $(LOADS)))
+test-versions: $(TESTED) ## the servers of every TOOLCHAIN, rehearsed, and NVIDIA's clients of every version
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(VERSIONS))
 test-load: $(TESTED) ## random requests, and the load generators of make bench, against real servers
 	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(LOADS))
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root

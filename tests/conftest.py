@@ -59,12 +59,10 @@ def served(tree: Path) -> Iterator[Served]:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With xdist: a module stays on one worker, with others if it names a group, and all that asks the shared server is
-    one group. That group begins first, then modules that start servers or fill rooms, so that the short ones fill the
-    rest of the time."""
+    """With xdist: a module stays on one worker, and all that asks the shared server is one group. That group begins
+    first, then modules that start servers or fill rooms, so that the short ones fill the rest of the time."""
     for item in items:
-        if asks_the_shared_server(item) or not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("served" if asks_the_shared_server(item) else str(item.path)))
     items.sort(key=lambda item: (not asks_the_shared_server(item), not is_long(item.path)))
 
 

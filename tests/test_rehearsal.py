@@ -1,5 +1,5 @@
 """ENGINE=tensorrt from weights to streamed text and the accuracy gate, with stand-ins for docker, GPUs and trtllm-build.
-What every version's server says is in tests/test_rehearsed_server.py, which shares these rooms."""
+What the servers of all versions say is in tests/test_rehearsed_server.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from rehearsing import verify
 from safetensors.torch import load_file, save_file
 from server import free_ports
 from triton_requests import STORY
-
-pytestmark = pytest.mark.xdist_group("rehearsal")
 
 GPUS = "2x V100-SXM2-16GB"
 

@@ -25,8 +25,6 @@ from tritonclient.utils import InferenceServerException
 
 from scripts.serving.triton_client import floats, ints, texts, yes
 
-pytestmark = pytest.mark.xdist_group("rehearsal")
-
 RULES = json.loads((ROOT / "docker/contracts/backend-rules/rules.json").read_text())
 TOOLCHAINS = json.loads((ROOT / "docker/toolchains.json").read_text())
 BACKENDS = {row["contract"]["backend"]: version for version, row in TOOLCHAINS.items()}
