@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts import reports, serve
+from scripts import reports, room, serve
 from scripts.serving import launch, processes
 from scripts.serving.started import started
 
@@ -293,9 +293,14 @@ def measure(settings: launch.Settings, seconds: float) -> dict[str, Any]:
         for thread in threads:
             thread.start()
         looks: list[dict[str, float]] = []
-        while time.monotonic() - began < seconds and serving.process.poll() is None:
-            time.sleep(min(LOOK_SECONDS, seconds / 10))
-            looks.append(looked(settings, endpoint))
+
+        def awaited() -> str:
+            return f"{seconds:.0f} s to pass ({sum(seen.counts.values())} visits, {seen.wrongs} wrong answers)"
+
+        with room.waiting("soak", awaited):
+            while time.monotonic() - began < seconds and serving.process.poll() is None:
+                time.sleep(min(LOOK_SECONDS, seconds / 10))
+                looks.append(looked(settings, endpoint))
         stop.set()
         for thread in threads:
             thread.join(ANSWER_SECONDS)
