@@ -24,8 +24,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH ROOM_USED
 VENV    := .venv
 ROOMS   := config hf checkpoint engines verified model_repo
 WORDS   := help doctor plan weights $(ROOMS) fsck serve image size verify-image ask demo release chart push clean \
-           test test-versions test-load test-image test-long pin lint lock-base lock synthetic bench bench-serve \
-           bench-text bench-openai bench-convert soak
+           test test-versions test-clients test-load test-image test-long pin lint lock-base lock synthetic bench \
+           bench-serve bench-text bench-openai bench-convert soak
 .PHONY: $(WORDS) FORCE
 
 help: ## this page
@@ -189,14 +189,17 @@ TESTED := $(call has,run verify gguf fetch openai aiperf clients chart test rele
 BENCH_NEEDS := $(call has,openai aiperf $(if $(PEERS),verify)) $(PERF)
 FUZZ   := tests/openai/test_fuzz.py tests/text_models/test_fuzz_triton.py
 VERSIONS := tests/test_rehearsed_server.py tests/text_models/test_clients.py
+CLIENTS := tests/openai/test_clients.py tests/openai/test_page.py
 LOADS  := $(FUZZ) tests/bench/test_make_bench.py tests/bench/test_text.py
 LONG   := $(FUZZ) tests/text_models/test_text.py tests/tokenizer/test_tokenizer.py tests/openai/test_chat_template.py
 PYTEST  = $(PY) -m pytest -q --durations=25
 SPREAD := -n 3 --dist loadgroup --no-loadscope-reorder
-test: $(TESTED) ## every test that this machine can run, except those of test-versions, test-load and test-image
-	@$(PYTEST) $(or $(TESTS),$(SPREAD) --ignore tests/images/docker $(addprefix --ignore ,$(VERSIONS) $(LOADS)))
+test: $(TESTED) ## every test that this machine can run, except those of the targets test-...
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(addprefix --ignore ,tests/images/docker $(VERSIONS) $(CLIENTS) $(LOADS)))
 test-versions: $(TESTED) ## the servers of every TOOLCHAIN, rehearsed, and NVIDIA's clients of every version
 	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(VERSIONS))
+test-clients: $(TESTED) ## packages of OpenAI's clients, and the endpoint's page in a browser
+	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(CLIENTS))
 test-load: $(TESTED) ## random requests, and the load generators of make bench, against real servers
 	@$(PYTEST) $(or $(TESTS),$(SPREAD) $(LOADS))
 test-image: $(TESTED) ## the tests of the image: they need docker, buildah, mmdebstrap and root

@@ -153,7 +153,7 @@ TABLE: tuple[Setting, ...] = (
     _free("IMAGE", "", "an image, or a file of `dist/`", "verify-image", "push", "chart"),
     _free("NODE", "", "one host of the cluster, for instance `8x H100-80GB`", "chart"),
     _free("KEY", "", "a file with the key to sign with", "release"),
-    _free("TESTS", "", "for instance `tests/test_room.py`", "test", "test-versions", "test-load", "test-image",
+    _free("TESTS", "", "which tests to run", "test", "test-versions", "test-clients", "test-load", "test-image",
           "test-long"),
     Setting("BENCH", "", r"[\w ./:,=-]*", "options of the benchmark", "", "options of a benchmark", ("bench",), holds=" :"),
     Setting("POINTS", "", r"[0-9: ]*", "loads as input:output:streams", "512:128:8", "loads to measure", ("bench",), holds=" :"),

@@ -16,7 +16,7 @@ from scripts import reports, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANNING = {"plan", "doctor"}
-TESTING = {"test", "test-versions", "test-load", "test-image", "test-long"}
+TESTING = {"test", "test-versions", "test-clients", "test-load", "test-image", "test-long"}
 # fields of a config.json that say how many heads the model has; the room config reads all fields
 SMALL_BYTES = 1 << 20
 # words for the development of this project, and words that use no weights
