@@ -62,8 +62,10 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_bytes())
         run["rows"][0]["side"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise reports.bench.no_bench_run(path, f"{type(error).__name__}: {error}") from None
+    except OSError as error:
+        raise reports.bench.no_bench_run(path, str(error.strerror)) from None
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise reports.bench.no_bench_run(path, "it has no measurements in JSON") from None
     return dict(run)
 
 

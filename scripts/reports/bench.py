@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any, Mapping, Sequence
 
-from scripts.reports.problem import PathLike, Problem, indented, make
+from scripts.reports.problem import PathLike, Problem, indented, make, shown
 
 
 def bench_server_failed(what: str, last_lines: Sequence[str]) -> Problem:
@@ -44,9 +44,9 @@ def no_bench_run(path: PathLike, seen: str) -> Problem:
     return Problem(
         "not a result of make bench",
         path,
-        f"`make bench` did not write this file: {seen}.",
-        "To write a result:",
-        make("bench"),
+        f"{shown(path)} is not a file that `make bench` wrote: {seen}.",
+        "To write such a file, build/bench/NAME-tpN.json:",
+        make("bench", BASELINE=None, WITH=None),
     )
 
 
