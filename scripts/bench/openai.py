@@ -88,8 +88,8 @@ def served_name(settings: launch.Settings) -> str:
     return str(json.loads(said)["data"][0]["id"])
 
 
-# With a bias the end token is never chosen: every stream has all its tokens.
-ALL_TOKENS: Mapping[str, Any] = {"logit_bias": {"2": -100}}
+# Every stream has all its tokens.
+ALL_TOKENS: Mapping[str, Any] = {"ignore_eos": True}
 
 
 def over_openai(
@@ -142,7 +142,7 @@ def guided(
 ) -> dict[str, float]:
     """The cost of following a schema: `count` answers at once with one and without, in turn. Other programs may use the
     machine, so the ratio of each round counts; the result is their median. server: the process that started all of the server's."""
-    ways: dict[str, Mapping[str, Any]] = {"plain": {"ignore_eos": True}, "guided": {"guided_json": GUIDE}}
+    ways: dict[str, Mapping[str, Any]] = {"plain": ALL_TOKENS, "guided": {"guided_json": GUIDE}}
     ask = {way: functools.partial(over_openai, model=model, more=more) for way, more in ways.items()}
     together(ask["guided"], settings, ids, tokens, count)  # warm
     runs: dict[str, list[float]] = {way: [] for way in ways}

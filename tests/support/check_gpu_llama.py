@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +147,30 @@ def random_hf() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+class Multiples:
+    """A guide whose every mask depends on all tokens before it: their sum grows by multiples of a number."""
+
+    ready = True
+
+    def __init__(self, step: int) -> None:
+        self.step, self.guides, self.tokens = step, self, list[int]()
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        call()
+
+    @staticmethod
+    def ahead(answers: Sequence[tuple[Any, Sequence[int]]]) -> None:
+        for guide, tokens in answers:
+            guide.tokens = list(tokens)
+
+    @staticmethod
+    def allowed(guides: Sequence[Any]) -> np.ndarray[Any, Any]:
+        bits = np.zeros((len(guides), 128), dtype=np.uint8)
+        for row, guide in zip(bits, guides, strict=True):
+            row[(len(guide.tokens) + sum(guide.tokens)) % guide.step : NETWORK["vocab_size"] : guide.step] = 1
+        return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+
+
 def requests(few: bool) -> list[dict[str, Any]]:
     """Long and short prompts, greedy and drawn, with and without what needs history; more than there are slots. few:
     where many ranks share few cores."""
@@ -165,6 +189,10 @@ def requests(few: bool) -> list[dict[str, Any]]:
         {"prompt": prompt(90), "max_new_tokens": 3},
         {"prompt": prompt(7), "max_new_tokens": 4, "top_p": 0.9, "repetition_penalty": 1.3},
         {"prompt": prompt(3), "max_new_tokens": 1},
+        {"prompt": prompt(4), "max_new_tokens": 6, "guide": Multiples(3)},
+        {"prompt": prompt(6), "max_new_tokens": 5, "guide": Multiples(7), "min_p": 0.01, "top_k": 9, "random_seed": 4},
+        {"prompt": prompt(8), "max_new_tokens": 5, "bad_words": tuple((token,) for token in range(0, 101, 2))},
+        {"prompt": prompt(2), "max_new_tokens": 4, "embedding_bias": torch.linspace(-9, 9, NETWORK["vocab_size"])},
     ]
 
 

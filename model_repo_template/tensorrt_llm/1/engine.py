@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +26,7 @@ from engine_config import EngineConfig, read_config
 from kv_blocks import Blocks
 from llama import Llama, load_weights
 from ranks import FollowerLink, GpuRanks, LeaderLink, Ranks, meet, this_rank, use_own_cores, world_size
-from sampling import Sampling, adjusted, choose, ends_with, guided, log_probs, of_prompt, refusal, with_likeliest
+from sampling import Sampling, adjusted, choose, ends_with, guided, log_probs, of_prompt, on, refusal, with_likeliest
 from step import HELD_IDS, ON_DEVICE, Choice, Chunk, Model, Outcome, Step, decode, encode
 from torch import Tensor
 
@@ -78,8 +78,13 @@ class Running:
     """A request in the batch: its slot, its blocks of the cache, its tokens so far, and how far it has been
     launched."""
 
-    def __init__(self, request: Request, slot: int, blocks: Sequence[int], cached: int, on_device: bool) -> None:
+    def __init__(
+        self, request: Request, slot: int, blocks: Sequence[int], cached: int, on_device: bool, device: torch.device
+    ) -> None:
         self.request, self.slot, self.blocks = request, slot, tuple(blocks)
+        self.sampling, bias = request.sampling, request.sampling.embedding_bias
+        if bias is not None:  # once, not in every step
+            self.sampling = replace(self.sampling, embedding_bias=on(device, bias))
         self.tokens = list(request.prompt)
         self.cached = cached  # tokens that are in the cache: those it shares, and those of the steps launched so far
         self._on_device = on_device
@@ -173,9 +178,9 @@ Batch = list[tuple[Running, Chunk]]
 def choice_of(batch: Batch, logits: Tensor) -> Choice:
     """The next token after each chunk that has logits (sum of n_logits, vocab_size), on their device."""
     choosing = [(one, chunk) for one, chunk in batch if chunk.n_logits]
-    last = torch.tensor([chunk.n_logits for _, chunk in choosing]).cumsum(0) - 1
-    rows = logits.index_select(0, last.to(logits.device, non_blocking=True))
-    samplings = [one.request.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
+    last = on(logits.device, torch.tensor([chunk.n_logits for _, chunk in choosing]).cumsum(0) - 1)
+    rows = logits.index_select(0, last)
+    samplings = [one.sampling if one.ends_with(chunk) else Sampling() for one, chunk in choosing]
     changed = [
         adjusted(rows[index], sampling, one.tokens, one.generated(chunk)) if sampling.adjusts else rows[index]
         for index, (sampling, (one, chunk)) in enumerate(zip(samplings, choosing, strict=True))
@@ -313,7 +318,8 @@ class Engine:
                 return
             slot, (blocks, shared) = heapq.heappop(self._free_slots), taken
             self._waiting.remove(request)
-            self._running.append(Running(request, slot, blocks, shared, on_device=self._model.lookahead > 0))
+            on_device, device = self._model.lookahead > 0, self._ranks.device
+            self._running.append(Running(request, slot, blocks, shared, on_device, device))
             self._tables.append((slot, blocks))
             sampling = request.sampling
             ends = sampling.end_ids[:HELD_IDS] if sampling.held else ()
@@ -343,8 +349,6 @@ class Engine:
                 )
             if self._failure is not None:
                 return None
-            if self._in_flight and any(one.request.sampling.from_history for one in self._running):
-                return []  # their next choice depends on tokens that are not known yet
             self._admit()
             ready = [one for one in self._running if not (one.generating and one.launched)]
             streams = [one for one in ready if one.generating]
@@ -376,6 +380,10 @@ class Engine:
                 while len(self._in_flight) > (self._model.lookahead if batch else 0):
                     lost = [*self._in_flight[0][0], *batch]
                     self._deliver(*self._in_flight.popleft())
+                if self._in_flight and batch:
+                    lost = batch
+                    self._look_ahead(batch)
+                    self._in_flight[-1][1].choose()
             except Exception:
                 log.exception("a step failed")
                 self._in_flight.clear()
@@ -391,12 +399,16 @@ class Engine:
                     failed = Piece(final=True, error="a step of the engine failed; the server's log says why")
                     self._end([one.request for one, _ in lost], failed)
 
-    def _launch(self, batch: Batch) -> None:
-        # what may follow guided answers is computed while the step runs
+    def _look_ahead(self, batch: Batch) -> None:
+        """Begins to compute what may follow guided answers, while the step runs. All their tokens so far are known."""
         ahead = [(guide, one.tokens[len(one.request.prompt) :]) for one, chunk in batch
                  if (guide := one.request.sampling.guide) is not None and one.ends_with(chunk)]  # fmt: skip
         if ahead:
             ahead[0][0].guides.ahead(ahead)
+
+    def _launch(self, batch: Batch) -> None:
+        if not self._model.lookahead:
+            self._look_ahead(batch)
         tables, self._tables = tuple(self._tables), []
         held, self._held = tuple(self._held), []
         step = Step(tuple(chunk for _, chunk in batch), tables, held, any(one.with_logits for one, _ in batch))

@@ -58,19 +58,31 @@ class OutOfMemory(ValueError):
 
 
 class Started:
-    """A launched step: its tokens are on their way to the CPU."""
+    """A launched step: its tokens are on their way to the CPU, or `later` chooses them."""
 
-    def __init__(self, choice: Choice | None, logits: Tensor | None) -> None:
-        self.logits = logits
-        self._choice = None
+    def __init__(
+        self, choice: Choice | None, logits: Tensor | None = None, later: Callable[[], Choice] | None = None
+    ) -> None:
+        self.logits, self._later = logits, later
+        self._choice: Choice | None = None
+        self._done = torch.cuda.Event(blocking=True)
+        if later is None:
+            self._send(choice)
+
+    def _send(self, choice: Choice | None) -> None:
         if choice is not None:
             tokens, log_probs = choice
             self._choice = Choice(
                 tokens.to("cpu", non_blocking=True),
                 None if log_probs is None else log_probs.to("cpu", non_blocking=True),
             )
-        self._done = torch.cuda.Event(blocking=True)
         self._done.record()
+
+    def choose(self) -> None:
+        later, self._later = self._later, None
+        if later is not None:
+            with torch.inference_mode():
+                self._send(later())
 
     def wait(self) -> Choice:
         self._done.synchronize()
@@ -124,27 +136,36 @@ class GpuLlama:
                 logits.append(self._prompts(prompts))
                 chosen.append(self.chosen_ends[: sum(chunk.n_logits > 0 for chunk in prompts)])
             if not step.with_logits:
-                return Started(Choice(torch.cat(chosen)), None)
+                return Started(Choice(torch.cat(chosen)))
             return self._chosen_by_leader(
                 [chunk.slot for chunk in (*decode, *prompts) if chunk.n_logits], torch.cat(logits), choose
             )
 
     def _chosen_by_leader(self, choosing: list[int], rows: Tensor, choose: Chooser | None) -> Started:
-        """Rank 0 chooses from all ranks' logits and sends its choice to the others."""
+        """Rank 0 chooses from all ranks' logits and sends its choice to the others.
+
+        It chooses in `Started.choose`. The network is launched before that, so the GPU is busy while rank 0 reads the
+        tokens of the step before and computes what may follow them.
+        """
         if not len(rows):
-            return Started(Choice(self.chosen[:0]), None)
-        whole = self.ranks.gather(rows)
-        choice = None
-        if whole is not None:
-            whole = whole[:, : self.config.vocab_size]
-            choice = choose(whole) if choose else Choice(whole.argmax(-1))
-        slots = self._upload(choosing)
-        tokens = (
-            torch.zeros(len(slots), dtype=torch.int32, device=self.device) if choice is None else choice.tokens.int()
-        )
+            return Started(Choice(self.chosen[:0]))
+        slots, whole = self._upload(choosing), self.ranks.gather(rows)
+        if whole is None:
+            self._spread(slots, torch.zeros(len(slots), dtype=torch.int32, device=self.device))
+            return Started(None)
+        logits = whole[:, : self.config.vocab_size]
+
+        def later() -> Choice:
+            choice = choose(logits) if choose else Choice(logits.argmax(-1))
+            self._spread(slots, choice.tokens.int())
+            return choice
+
+        return Started(None, logits, later)
+
+    def _spread(self, slots: Tensor, tokens: Tensor) -> None:
+        """Rank 0's tokens, int32, become the slots' tokens on every rank."""
         self.ranks.broadcast(tokens)
         self.tokens[slots] = tokens.clamp(min=0)
-        return Started(choice, whole)
 
     # --- memory ---
 

@@ -182,6 +182,9 @@ class Done:
     choice: Choice
     logits: Tensor | None
 
+    def choose(self) -> None:
+        """`launch` has chosen."""
+
     def wait(self) -> Choice:
         return self.choice
 

@@ -49,6 +49,10 @@ class Outcome(Protocol):
     def logits(self) -> Tensor | None:
         """float32 (sum of n_logits, vocab_size) on rank 0, if requested."""
 
+    def choose(self) -> None:
+        """Rank 0 chooses, if `launch` left that open. It comes after the tokens of every earlier step are known, and
+        before the next launch."""
+
     def wait(self) -> Choice:
         """Returns when the step has ended, with tensors on the CPU."""
 
@@ -69,7 +73,8 @@ class Model(Protocol):
         """How many prompt tokens a step takes while streams wait for it and `waiting` prompt tokens wait."""
 
     def launch(self, step: Step, choose: Chooser | None = None) -> Outcome:
-        """Runs a step, or starts to. All ranks launch the same steps; rank 0 brings `choose` for those with logits."""
+        """Runs a step, or starts to. All ranks launch the same steps; rank 0 brings `choose` for those with logits.
+        With lookahead it is called by `Outcome.choose`: the choice may depend on a step that still runs."""
 
 
 def encode(step: Step) -> list[int]:
