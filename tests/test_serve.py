@@ -28,7 +28,7 @@ from waiting import until
 from scripts import reports
 from scripts.serving import pulse
 from scripts.serving.launch import Settings, mpirun_command, server_environment
-from scripts.serving.ranks import OUT_OF_MEMORY
+from scripts.serving.ranks import NO_OWN_GPU, OUT_OF_MEMORY
 from scripts.serving.toolbox import Toolbox, find_toolbox, open_mpi_major
 from scripts.serving.triton_client import ints, is_final, texts, yes
 
@@ -380,18 +380,27 @@ def test_ports_must_differ_and_be_ports() -> None:
         " step of MAX_NUM_TOKENS=8192 takes 3.2 GB, the cache of one request of MAX_SEQ_LEN=4096 2.2 GB: lower "
         "MAX_NUM_TOKENS or"
         " MAX_SEQ_LEN, or raise TP",
-        "out of GPU memory: NVIDIA H100 has 85.0 GB; the weights of this rank take 137.9 GB, and other processes may "
-        "hold some:"
-        " raise TP, or lower MAX_BATCH_SIZE",
+        "out of GPU memory: NVIDIA H100 has 85.0 GB, 14.2 GB of them free at the start; the weights of this rank take "
+        "137.9 GB: raise TP, or lower MAX_BATCH_SIZE",
     ],
 )
 def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line: str) -> None:
     """The lines are those of gpu_llama.py and engine.py."""
     found = OUT_OF_MEMORY.search(f"rank 0: error: {line}\n    At: ...")
     assert found
-    report = reports.serving.gpu_memory_too_small(0, found[1]).report()
+    report = reports.serving.gpu_memory_too_small(0, found[1], ["pid 41 (python3): 71.3 GB"]).report()
+    assert "pid 41 (python3): 71.3 GB" in report
     assert "OUT OF GPU MEMORY" in report and "85.0 GB" in report and "raise TP" in " ".join(report.split())
     assert report.rstrip().splitlines()[-1].strip().startswith("make serve MAX_NUM_TOKENS=2048")
+
+
+def test_a_hidden_gpu_is_a_report_with_both_numbers() -> None:
+    """The line is that of ranks.py in the torch engine."""
+    found = NO_OWN_GPU.search("TritonModelException: rank 1 needs its own GPU; this host has 1\n    At: ...")
+    assert found and found[2] == "1"
+    report = reports.serving.ranks_without_gpu(2, int(found[2]), "0").report()
+    assert "has 2 ranks" in report and "PyTorch sees 1, and CUDA_VISIBLE_DEVICES is 0." in report
+    assert report.rstrip().splitlines()[-1].strip().startswith("make serve TP=1")
 
 
 def test_a_machine_that_was_frozen_has_no_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from scripts import reports
 TABLE = Path(__file__).parents[2] / "docker" / "gpus.json"
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+HOLDERS = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"]
 # A driver that hangs on a lost GPU never answers; a good one takes seconds if it has to wake eight GPUs.
 SECONDS = 60
 
@@ -86,6 +87,13 @@ def parse_query(text: str) -> list[Gpu]:
     return found
 
 
+def parse_holders(text: str) -> list[str]:
+    """The answer to HOLDERS as lines for a reader, the largest first; lines that are not of its form are left out."""
+    found = [re.fullmatch(r"\s*(\d+), (.*), (\d+)\s*", line) for line in text.splitlines()]
+    sizes = [(int(one[3]) * MIB, f"pid {one[1]} ({one[2].strip()[-60:]})") for one in found if one]
+    return [f"{who}: {size / 1e9:.1f} GB" for size, who in sorted(sizes, reverse=True)]
+
+
 def parse_matrix(text: str, count: int) -> list[list[str]]:
     """The first `count` GPUs of a matrix that `nvidia-smi topo` prints, row by row; [] if it shows fewer.
 
@@ -131,6 +139,15 @@ def here() -> list[Gpu]:
         return parse_query(done.stdout)
     except ValueError as error:
         raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is not a GPU: {error}") from None
+
+
+def holders() -> list[str]:
+    """The processes that hold GPU memory, a line each; [] if nvidia-smi is missing, fails, or names none."""
+    try:
+        done = subprocess.run(HOLDERS, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return parse_holders(done.stdout) if done.returncode == 0 else []
 
 
 def links_here(count: int) -> Links:

@@ -134,14 +134,32 @@ def bad_collector(name: str, wanted: str, value: str, example: str) -> Problem:
     )
 
 
-def gpu_memory_too_small(rank: int, seen: str) -> Problem:
-    """seen: the engine's own line, with the numbers and the settings that would help."""
+def gpu_memory_too_small(rank: int, seen: str, holders: Sequence[str]) -> Problem:
+    """seen: the engine's own line, with the numbers and the settings that would help. holders: the other processes that
+    have GPU memory, a line each."""
+    others = (
+        f"These processes hold GPU memory:\n\n{indented(holders)}"
+        if holders
+        else "nvidia-smi names no other process that holds GPU memory. (In a container it does not see those outside.)"
+    )
     return Problem(
         "out of GPU memory",
         f"rank {rank}",
-        f"Rank {rank} is {seen}.",
-        "For instance:",
+        f"Rank {rank} is {seen}.\n\n{others}",
+        "End a process that you do not need, or follow the advice above, for instance:" if holders else "For instance:",
         make("serve", MAX_NUM_TOKENS=2048),
+    )
+
+
+def ranks_without_gpu(needed: int, seen: int, visible: str | None) -> Problem:
+    """seen: GPUs that PyTorch sees. visible: CUDA_VISIBLE_DEVICES, if it is set."""
+    hidden = f", and CUDA_VISIBLE_DEVICES is {shown(visible)}" if visible is not None else ""
+    return Problem(
+        "not enough GPUs",
+        "serve",
+        f"The engine has {needed} ranks, and each needs its own GPU. PyTorch sees {seen}{hidden}.",
+        "Let it see more, or split the model for as many as there are:",
+        make("serve", TP=seen),
     )
 
 

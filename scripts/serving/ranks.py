@@ -45,6 +45,8 @@ LAST_WORDS_SECONDS = 3.0
 LOST_RANK = re.compile(r"rank (\d+) (?:is silent|has ended)")
 # It writes this when its GPU cannot hold the engine (gpu_llama.py beside it)
 OUT_OF_MEMORY = re.compile(r"(out of GPU memory: .*?or raise TP|out of GPU memory: .*?or lower MAX_BATCH_SIZE)")
+# and this when there are fewer GPUs than ranks, or CUDA_VISIBLE_DEVICES hides some (ranks.py beside it)
+NO_OWN_GPU = re.compile(r"rank (\d+) needs its own GPU; this host has (\d+)")
 
 
 class Ranks:
@@ -66,6 +68,7 @@ class Ranks:
         self.last_lines: dict[int, deque[str]] = {}
         self.lost_rank: int | None = None
         self.out_of_memory: tuple[int, str] | None = None
+        self.gpus_seen: int | None = None
         self.model_given_up = False
         self.ended_first: int | None = None
         self.gone_since: float | None = None
@@ -109,6 +112,8 @@ class Ranks:
                     self.last_lines.setdefault(rank, deque(maxlen=LOG_LINES)).append(text)
                 if short := OUT_OF_MEMORY.search(text):
                     self.out_of_memory = (rank, short[1])
+                if fewer := NO_OWN_GPU.search(text):
+                    self.gpus_seen = int(fewer[2])
                 if lost := LOST_RANK.search(text):
                     self.lost_rank = int(lost[1])
                 if rank < 0 and self.ended_first is None and (first := ENDED_FIRST.search(text)):

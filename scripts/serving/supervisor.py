@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scripts import reports, room
+from scripts.nvidia import gpus
 from scripts.serving import checks, collector, processes
 from scripts.serving.endpoint import TRACING_MODULES, Endpoint, openai_lacks
 from scripts.serving.flag import Flag
@@ -95,7 +96,7 @@ class Supervisor:
                     if opens:
                         self.endpoint = Endpoint(self.settings, os.environ, Path(folder), log)
                     with room.waiting("serve", self._awaited):
-                        self._wait_until_ready(ranks, started)
+                        self._wait_until_ready(ranks, world_size, started)
                     if not self.asked_to_end.is_set():
                         seconds = time.monotonic() - started
                         self._announce(world_size, seconds)
@@ -172,7 +173,7 @@ class Supervisor:
             return "all ranks to load their engines and the text models"
         return "the first token through all ranks"
 
-    def _wait_until_ready(self, ranks: Ranks, started: float) -> None:
+    def _wait_until_ready(self, ranks: Ranks, world_size: int, started: float) -> None:
         """Ready: a token came out of all ranks."""
         tries = 1
         threading.Thread(target=self._ask_until_answered, daemon=True).start()
@@ -183,7 +184,10 @@ class Supervisor:
                 if "stopped" not in failure[1]:
                     ranks.hear_out()
                 if ranks.out_of_memory:
-                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory)
+                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory, gpus.holders())
+                if ranks.gpus_seen is not None:
+                    hidden = ranks.environment.get("CUDA_VISIBLE_DEVICES")
+                    raise reports.serving.ranks_without_gpu(world_size, ranks.gpus_seen, hidden)
                 if ranks.model_lost and tries < START_TRIES:
                     room.say("serve", "a model's process was lost; starting again (is this machine busy?)")
                     tries += 1

@@ -95,6 +95,11 @@ def test_this_machines_gpus_are_what_nvidia_smi_says(on_path: Path) -> None:
     assert gpus.here() == [gpus.Gpu("Tesla V100-SXM2-16GB", 16160 << 20, "7.0", "535.104.05")] * 2
 
 
+def test_who_holds_memory_is_told_with_sizes_the_largest_first() -> None:
+    said = "41, /usr/bin/python3, 812\n977, tritonserver, 68000\n12, [Not Found], [N/A]\nNo running processes found\n"
+    assert gpus.parse_holders(said) == ["pid 977 (tritonserver): 71.3 GB", "pid 41 (/usr/bin/python3): 0.9 GB"]
+
+
 def test_no_nvidia_smi_means_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.here() == []

@@ -493,15 +493,14 @@ def open_model(path: Path, config: EngineConfig, ranks: Ranks, reuse: bool) -> M
         return Llama(config, load_weights(path, config, ranks.device, dtype), ranks, reuse)
     from gpu_llama import GpuLlama, OutOfMemory
 
+    free, total = torch.cuda.mem_get_info(ranks.device)
     try:
         return GpuLlama(config, load_weights(path, config, ranks.device, dtype, together=True), cast(GpuRanks, ranks))
     except torch.OutOfMemoryError:
-        total = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
         raise OutOfMemory(
-            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total:.1f} GB; the weights of this "
-            "rank"
-            f" take {path.stat().st_size / 1e9:.1f} GB, and other processes may hold some: raise TP, or lower "
-            "MAX_BATCH_SIZE"
+            f"out of GPU memory: {torch.cuda.get_device_name(ranks.device)} has {total / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB of them free at the start; the weights of this rank take "
+            f"{path.stat().st_size / 1e9:.1f} GB: raise TP, or lower MAX_BATCH_SIZE"
         ) from None
 
 
