@@ -1,9 +1,9 @@
 """`make synthetic`: a model of a Llama 2's shape with seeded random weights, in Hugging Face's form,
 for measuring speed.
 
-Writes  weights/synthetic-7b (or -13b, -70b, as MODEL says): config.json, model-*.safetensors, tokenizer.model; for 70B
-        repeated.json, because only its first four layers have their own numbers: it takes 7.9 GB, so that a disk need
-        hold little more than the ranks' files
+Writes  weights/synthetic-7b (or another name of SHAPES, as MODEL says): config.json, model-*.safetensors,
+        tokenizer.model. For 80 layers also repeated.json: only the first four layers have their own numbers, so it
+        takes 7.9 GB, and the disk needs room for little more than the ranks' files
 Needs   PyTorch; a GPU makes the numbers in seconds, a CPU in minutes (and different ones)
 
 Its text has no meaning. Its tokenizer is the bundled model's, filled up with invented words to 32000, so that every
@@ -29,6 +29,7 @@ SHAPES = {
     "synthetic-7b": LlamaShape(4096, 11008, 32, 32, 32, 32000),
     "synthetic-13b": LlamaShape(5120, 13824, 40, 40, 40, 32000),
     "synthetic-70b": LlamaShape(8192, 28672, 80, 64, 8, 32000),
+    "synthetic-70b-4-layers": LlamaShape(8192, 28672, 4, 64, 8, 32000),
 }
 # How many layers have their own numbers; the others repeat them in turn
 OWN_LAYERS = {"synthetic-70b": 4}

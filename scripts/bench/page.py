@@ -1,7 +1,7 @@
 """bench.html: one page that needs no other file, with plots as inline SVG, from the dictionary of bench.json.
 
-The colour stands for the server, the dash for the load; heights are logarithmic, with plain numbers. It works light and
-dark, wide and narrow.
+The colour stands for the server, the dash for the load. Each TP has plots of its own, with the same scale. Heights are
+logarithmic, with plain numbers. It works light and dark, wide and narrow.
 """
 
 from __future__ import annotations
@@ -99,12 +99,20 @@ class Names:
     """The names of the rows on this page, with TP only if there are several."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.several = len({row["tp_size"] for row in rows}) > 1
+        self.tps: list[int] = sorted({row["tp_size"] for row in rows})
         self.loads = list(dict.fromkeys(load_of(row) for row in rows))
-        self.sides = sorted(dict.fromkeys(map(self.side, rows)), key=lambda side: list(COLOURS).index(kind_of(side)))
+        self.sides = sorted(
+            dict.fromkeys(str(row["side"]) for row in rows), key=lambda side: list(COLOURS).index(kind_of(side))
+        )
 
-    def side(self, row: Row) -> str:
-        return f"{row['side']}, TP={row['tp_size']}" if self.several else str(row["side"])
+    def tp(self, number: int) -> str:
+        return f", TP={number}" if len(self.tps) > 1 else ""
+
+    def in_table(self, row: Row) -> str:
+        return f"{row['side']}{self.tp(row['tp_size'])}"
+
+    def order(self, row: Row) -> tuple[int, int]:
+        return self.sides.index(str(row["side"])), row["tp_size"]
 
     def dash(self, row: Row) -> str:
         return DASHES[self.loads.index(load_of(row)) % len(DASHES)]
@@ -127,9 +135,10 @@ def against(rows: Sequence[Row], side: str, other: str) -> dict[tuple[Any, ...],
 def reached(run: Mapping[str, Any]) -> list[str]:
     """Sentences that say what was reached and what was not."""
     rows, said = run["rows"], []
+    names = Names(rows)
 
     def shown(key: tuple[Any, ...], ratio: float) -> str:
-        return f"{key[3]} x {key[1]}+{key[2]} ({ratio:.2f})"
+        return f"{key[3]} x {key[1]}+{key[2]}{names.tp(key[0])} ({ratio:.2f})"
 
     for side, how in (("OpenAI's API", "through the same API"), ("Triton", "over gRPC, vLLM over its API")):
         ratios = against(rows, side, "vLLM")
@@ -148,13 +157,19 @@ def reached(run: Mapping[str, Any]) -> list[str]:
     if one := [(key, ratio) for key, ratio in share.items() if key[3] == 1]:
         said.append(
             "One stream reaches "
-            + ", ".join(f"{100 * ratio:.0f} % of what memory allows at {key[1]}+{key[2]}" for key, ratio in one)
+            + ", ".join(
+                f"{100 * ratio:.0f} % of what memory allows at {key[1]}+{key[2]}{names.tp(key[0])}"
+                for key, ratio in one
+            )
             + "."
         )
     triton = [row for row in rows if row["side"].startswith("Triton")]
     unfair = [row for row in triton if (row.get("slowest_over_median") or 0) > 1.3]
     if triton:
-        where = ", ".join(f"{row['concurrency']} x {load_of(row)} ({row['slowest_over_median']:.2f})" for row in unfair)
+        where = ", ".join(
+            f"{row['concurrency']} x {load_of(row)}{names.tp(row['tp_size'])} ({row['slowest_over_median']:.2f})"
+            for row in unfair
+        )
         said.append(
             "The slowest stream takes at most 1.3 times the median" + (f", but not at {where}" if where else "") + "."
         )
@@ -182,12 +197,28 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
-def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, ends: tuple[str, str]) -> str:
-    """Lines of `middle` over the streams, each point labelled, with a whisker between the values named `ends`."""
+def plots(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, ends: tuple[str, str]) -> list[str]:
+    """One figure per TP: lines of `middle` over the streams, each point labelled, with a whisker between the values
+    named `ends`."""
     drawn = [row for row in rows if row.get(middle)]
-    if not drawn:
-        return ""
     values = [row[name] for row in drawn for name in (middle, *ends) if row.get(name)]
+    return [
+        plot(title + names.tp(number), unit, some, names, middle, ends, values)
+        for number in names.tps
+        if (some := [row for row in drawn if row["tp_size"] == number])
+    ]
+
+
+def plot(
+    title: str,
+    unit: str,
+    drawn: Sequence[Row],
+    names: Names,
+    middle: str,
+    ends: tuple[str, str],
+    values: Sequence[float],
+) -> str:
+    """One figure, with room for all `values`."""
     low, high = 10 ** (math.log10(min(values)) - 0.08), 10 ** (math.log10(max(values)) + 0.12)
     streams = sorted({row["concurrency"] for row in drawn})
     ahead, behind = (LABEL_WIDTH if len(names.loads) > 1 else 12), LABEL_WIDTH
@@ -212,7 +243,7 @@ def plot(title: str, unit: str, rows: Sequence[Row], names: Names, middle: str, 
     )
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(drawn, key=lambda row: row["concurrency"]):
-        lines.setdefault((names.side(row), load_of(row)), []).append(row)
+        lines.setdefault((row["side"], load_of(row)), []).append(row)
     # labels by place and anchor: height, colour, text. Those of the first load are right of their points,
     # the others left
     columns: dict[tuple[float, str], list[tuple[float, str, str]]] = {}
@@ -294,7 +325,7 @@ def numbers(rows: Sequence[Row], names: Names) -> str:
     for (given, wanted, streams), members in sorted(groups.items()):
         word = "stream" if streams == 1 else "streams"
         body.append(f'<tr><th colspan="{len(COLUMNS) + 4}">{streams} {word} of {given} + {wanted} tokens</th></tr>')
-        for row in sorted(members, key=lambda row: names.sides.index(names.side(row))):
+        for row in sorted(members, key=names.order):
             found = [significant(None if row.get(key) is None else float(row[key])) for _, key in COLUMNS]
             low, high = row.get("rounds_low"), row.get("rounds_high")
             found.insert(1, f"{significant(float(low))} to {significant(float(high))}" if low and high else "")
@@ -306,7 +337,7 @@ def numbers(rows: Sequence[Row], names: Names) -> str:
                 found.append("" if not base or row["side"] == other else f"{row['tokens_per_second'] / base:.2f}")
             cells = "".join(f"<td>{cell}</td>" for cell in found)
             body.append(
-                f'<tr><td><span style="color:{colour(row["side"])}">&#9632;</span> {html.escape(names.side(row))}</td>{cells}</tr>'
+                f'<tr><td><span style="color:{colour(row["side"])}">&#9632;</span> {html.escape(names.in_table(row))}</td>{cells}</tr>'
             )
     head = head.replace("</th>", "</th><th>rounds</th>", 1)
     head = f"<tr><th></th>{head}<th>of ceiling</th><th>of vLLM</th></tr>"
@@ -333,7 +364,7 @@ def page(run: Mapping[str, Any], source: str | None = None) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>bench: {text(model['name'])}</title>",
             f"<style>{STYLE.replace('LIGHT', palette[0]).replace('DARK', palette[1])}</style></head><body>",
-            f"<h1>{text(model['name'])}, {text(model['dtype'])}, TP={model['tp_size']}</h1>",
+            f"<h1>{text(model['name'])}, {text(model['dtype'])}, TP={' and '.join(map(str, names.tps))}</h1>",
             *(f'<p class="lead">{text(sentence)}</p>' for sentence in reached(run)),
             f'<p class="soft">{text(", ".join(host["gpus"]) or "no GPU")}; {text(host["machine"])}; {text(host["system"])}; '
             + f"driver {text(str(host['driver']))}; "
@@ -344,8 +375,8 @@ def page(run: Mapping[str, Any], source: str | None = None) -> str:
             + ".</p>",
             legend(names),
             '<div class="plots">',
-            plot("Throughput", "tokens/s", rows, names, "tokens_per_second", ("rounds_low", "rounds_high")),
-            plot(
+            *plots("Throughput", "tokens/s", rows, names, "tokens_per_second", ("rounds_low", "rounds_high")),
+            *plots(
                 "First token, median and 99th percentile",
                 "ms",
                 streams,
@@ -353,7 +384,7 @@ def page(run: Mapping[str, Any], source: str | None = None) -> str:
                 "ttft_ms_p50",
                 ("ttft_ms_p50", "ttft_ms_p99"),
             ),
-            plot(
+            *plots(
                 "Between tokens, median and 99th percentile",
                 "ms",
                 streams,

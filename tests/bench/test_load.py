@@ -146,6 +146,15 @@ def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
 
 
+def test_each_tp_has_plots_of_its_own_and_sentences_name_it() -> None:
+    run = two_sides(50.0, 100.0)
+    run["rows"] += [{**row, "tp_size": 1, "tokens_per_second": 40.0} for row in run["rows"]]
+    page = bench_page.page(run)
+    assert "TP=1 and 2</h1>" in page
+    assert "Throughput, TP=1" in page and "Throughput, TP=2" in page
+    assert "8 x 128+128, TP=2 (0.50)" in page and ", TP=1 (" not in page
+
+
 def test_numbers_have_three_digits_and_labels_do_not_lie_on_each_other() -> None:
     values = {13565.0: "13,600", 342.1: "342", 14.811: "14.8", 0.5064: "0.506", 1.0: "1.00"}
     assert {value: bench_page.significant(value) for value in values} == values
