@@ -82,7 +82,7 @@ def _link_weights(room: Filling, folder: Path, weights: Weights) -> None:
     with progress(sum(path.stat().st_size for path in weights.files), "hf") as bar:
         for path in weights.files:
             room.link(path.name, path, safetensors.fingerprint(path, bar.update))
-    if len(weights.files) > 1:
+    if (folder / INDEX).is_file():  # also a single file may have a name that only the index says
         room.write(INDEX, (folder / INDEX).read_bytes())
 
 

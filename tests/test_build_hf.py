@@ -277,6 +277,17 @@ def test_a_hugging_face_folder_passes_through_without_copying_its_weights(hf_fol
     assert torch.equal(AutoModelForCausalLM.from_pretrained(room).lm_head.weight, meta_tensors()["output.weight"])
 
 
+def test_a_single_file_that_only_the_index_names_passes_through_too(tmp_path: Path) -> None:
+    folder, only = build(write_model(tmp_path / "meta"), tmp_path / "published"), "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / only)
+    (folder / "manifest.json").unlink()
+    tensors = safetensors.torch.load_file(folder / only)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, only)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    room = build(folder, tmp_path / "hf")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(room).lm_head.weight, meta_tensors()["output.weight"])
+
+
 def test_weights_that_are_replaced_while_they_are_hashed_make_no_room(
     hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
