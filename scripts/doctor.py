@@ -82,6 +82,8 @@ def checked(name: str, check: Check, case: Case) -> Finding:
     """Run one check. A Problem is a finding; so is a check that crashes: it never ends the doctor."""
     try:
         text = check(case)
+    except reports.NotYet as problem:
+        return Finding(name, "note", f"{problem.title}; {problem.command} makes it known")
     except reports.Problem as problem:
         title = problem.title.lower() if problem.title.isupper() else problem.title
         return Finding(name, "stop", title, problem.report())
@@ -129,7 +131,7 @@ def check_weights(case: Case) -> str:
     elif any(name.endswith(".gguf") for name in names):
         form, seen = "a GGUF file", "read when it is converted"
     else:
-        raise reports.weights.weights_unknown_form(folder, names)
+        raise plan.no_model(folder)
     return f"fine {form}, {human_bytes(files.weights_bytes(folder))}, in {reports.shown(folder)}: {seen}"
 
 

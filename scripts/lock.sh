@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Writes requirements/*.txt again from requirements/*.in, with the hash of every wheel.
 set -euo pipefail
-python=$1
+# An absolute path, since the next line changes the folder. -s: .venv/bin/python stays a link, or it would be another
+# interpreter's environment.
+python=$(realpath -s "$(command -v "$1")")
 cd requirements
+nowhere=$(mktemp -d)
+trap 'rm -rf "$nowhere"' EXIT
 lock() { "$python" -m uv pip compile --quiet --generate-hashes --no-annotate --no-header \
     --python-version "${LOCK_PYTHON:-3.11}" --python-platform x86_64-manylinux_2_35 "$@"; }
 
@@ -25,7 +29,7 @@ lock --no-deps openai.in -o openai.txt
 # every package.
 LOCK_PYTHON=3.10 lock --no-deps openai.in -o openai-3.10.txt
 for lock in 3.10:openai-3.10.txt 3.12:openai.txt; do
-    "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$(mktemp -d)" \
+    "$python" -m uv pip install --quiet --dry-run --require-hashes --no-deps --only-binary :all: --target "$nowhere" \
         --python-version "${lock%%:*}" --python-platform x86_64-manylinux_2_35 --requirement "${lock#*:}"
 done
 lock --no-emit-package playwright --no-emit-package pyee --no-emit-package greenlet test.in -o test.txt

@@ -23,7 +23,7 @@ from scripts import build_engines, reports, settings
 from scripts.making import toolchain
 from scripts.nvidia import abilities, contracts, gpus, quants, trtllm_build
 from scripts.nvidia import memory as memory_model
-from scripts.room import human_bytes, human_gpu_bytes
+from scripts.room import human_bytes, human_gpu_bytes, is_room
 from scripts.serving import launch, toolbox
 from scripts.tokenizer import byte_bpe, sentencepiece
 from scripts.weights import files
@@ -85,7 +85,7 @@ class Model:
     shape: LlamaShape
     dtype: str
     context: int
-    form: str  # meta, hf, or table: from models/shapes.json
+    form: str  # meta, hf, gguf, or table: from models/shapes.json
     stored_bytes: int | None
     rope: str = "default"  # the kind of rope scaling
 
@@ -148,7 +148,7 @@ def toolchain_for(gpu: gpus.Gpu) -> str | None:
 
 
 def model_of(choice: Choice) -> Model:
-    """The model from its folder, or, if there is no folder, a preset from models/shapes.json."""
+    """The model from its folder; for a GGUF file from the room config; else a preset from models/shapes.json."""
     name, folder = choice["MODEL"], choice.weights
     asked = choice.number("CONTEXT")
     check_folder(folder)
@@ -159,21 +159,16 @@ def model_of(choice: Choice) -> Model:
         rope = rope_kind(params.rope_scaling or {})
         return Model(name, shape, dtype_of(folder, shape), context, "meta", files.weights_bytes(folder), rope)
     if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        shape = shape_of_config(config, folder / "config.json")
-        dtype = config.get("torch_dtype") or config.get("dtype")
-        context = asked or config.get("max_position_embeddings") or 2048  # transformers' default (LlamaConfig)
-        return Model(
-            name,
-            shape,
-            dtype if dtype in memory_model.ITEM_BYTES else dtype_of(folder, shape),
-            int(context),
-            "hf",
-            files.weights_bytes(folder),
-            rope_kind(rope_of(config)),
-        )
+        return model_of_config(choice, folder / "config.json", "hf")
+    ggufs = files.weights_among((path.name for path in folder.iterdir()), ".gguf") if folder.is_dir() else []
+    if ggufs and choice["CONFIG"] and is_room(Path(choice["CONFIG"])):
+        return model_of_config(choice, Path(choice["CONFIG"]) / "config.json", "gguf")
     shapes = json.loads(SHAPES.read_text())
     if name not in shapes:
+        if ggufs:
+            raise reports.planning.shape_in_gguf(folder, ggufs, files.weights_bytes(folder), config_command(choice))
+        if folder.is_dir():
+            raise no_model(folder)
         raise reports.settings.weights_not_there("MODEL" if "/" in name else "WEIGHTS", choice["WEIGHTS"])
     params = params_of(shapes[name], SHAPES)
     return Model(
@@ -185,6 +180,37 @@ def model_of(choice: Choice) -> Model:
         files.weights_bytes(folder) or None,
         rope_kind(params.rope_scaling or {}),
     )
+
+
+def model_of_config(choice: Choice, path: Path, form: str) -> Model:
+    """The model that a config.json describes: the folder's own, or that of the room config, which reads the others."""
+    folder, config = choice.weights, read_json(path)
+    shape = shape_of_config(config, path)
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    # 2048: transformers' default (LlamaConfig)
+    context = choice.number("CONTEXT") or config.get("max_position_embeddings") or 2048
+    return Model(
+        choice["MODEL"],
+        shape,
+        dtype if dtype in memory_model.ITEM_BYTES else dtype_of(folder, shape),
+        int(context),
+        form,
+        files.weights_bytes(folder),
+        rope_kind(rope_of(config)),
+    )
+
+
+def config_command(choice: Choice) -> str:
+    """The command that makes the room config. If GPUs are only assumed, without the settings that need them: the room
+    depends on the model alone."""
+    left_out = [name for name in settings.NAMES if name not in ("MODEL", "WEIGHTS", "CONTEXT", "PYTHON")]
+    return reports.make("config", **dict.fromkeys(left_out if choice["ASSUME_GPU"] else ()))
+
+
+def no_model(folder: Path) -> reports.Problem:
+    """A folder without a model, in the words of the command that was typed."""
+    names = sorted(path.name for path in folder.iterdir())
+    return reports.weights.weights_unknown_form(folder, names, os.environ.get("BAKE_GOAL") or "plan")
 
 
 def tokens_of(path: Path) -> int:

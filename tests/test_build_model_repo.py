@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2
 from scripts import build_model_repo, reports, room
 from scripts.nvidia import contracts
 
-VERSIONS = ["0.8.0", "0.14.0", "1.2.1"]
+VERSIONS = contracts.versions()
 KINDS = json.loads((contracts.DOCKER / "engines.json").read_text())
 TEMPLATES = {path.parent.name: path.read_text() for path in build_model_repo.TEMPLATES.glob("*/config.pbtxt")}
 TEXT_MODELS = {"ensemble", "tensorrt_llm_bls"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -14,7 +15,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from project import ROOT
+from project import ROOT, make
 from server import free_ports
 from stand_ins import nvidia_smi, on_path
 
@@ -22,7 +23,7 @@ from scripts import build_engines, doctor, plan, reports
 from scripts.nvidia import contracts, gpus
 from scripts.serving import host, toolbox
 
-OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
+OLDEST, LAST_FOR_VOLTA, *_, NEWEST = contracts.versions()
 V100S, A100S = "4x V100-SXM2-16GB", "2x A100-80GB"
 STORIES = str(ROOT / "models/stories")
 
@@ -234,6 +235,28 @@ def test_weights_of_hugging_face(tmp_path: Path) -> None:
     stops("weights", asked, "no header of safetensors")
 
 
+def test_weights_in_a_gguf_file_are_noted_until_the_room_config_knows_their_shape(tmp_path: Path) -> None:
+    folder, room = tmp_path / "model", tmp_path / "config"
+    folder.mkdir()
+    asked = case(MODEL=str(folder), WEIGHTS=str(folder), CONFIG=str(room), CONTEXT="")
+    for name in ("weights", "memory", "fit"):
+        stops(name, asked, "NO MODEL IN THIS FOLDER", "Here is: none")
+    assert len({found(name, asked).problem for name in ("weights", "memory", "fit")}) == 1  # it is printed once
+    (folder / "model.gguf").write_bytes(bytes(1_000_000))
+    is_fine("weights", asked, "a GGUF file", "1.0 MB")
+    for name in ("memory", "disk", "fit"):
+        is_noted(name, asked, "the model's shape is not known yet; make config", "makes it known")
+    room.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "vocab_size": 77, "max_position_embeddings": 512, "torch_dtype": "float32",
+    }  # fmt: skip
+    for file, content in {"config.json": config, "manifest.json": {}, "args": {}}.items():
+        (room / file).write_text(json.dumps(content))
+    for name in ("memory", "fit"):
+        assert "not known yet" not in found(name, asked).text and found(name, asked).mark == "fine"
+
+
 # --- ENGINE=torch ---
 
 
@@ -421,6 +444,15 @@ def test_a_setting_that_cannot_be_ends_the_doctor_with_one_report(
     status, out, err = run(capsys, monkeypatch, asked)
     assert status == 1 and out.splitlines() == ["[✗] settings       TP cannot be two", "", "Not ready: settings."]
     assert err.count("-- TP CANNOT BE TWO -") == 1
+
+
+def test_doctor_as_a_user_types_it_for_a_gguf_file(own_tree: Path) -> None:
+    folder = own_tree / "weights/small"
+    folder.mkdir(parents=True)
+    (folder / "small.gguf").write_bytes(bytes(1_000_000))
+    done = make(own_tree, "doctor", f"MODEL={folder}", f"ASSUME_GPU={A100S}")
+    assert re.search(rf"^\[!\] fit .* not known yet; make config .*MODEL={folder} .*known$", done.stdout, re.MULTILINE)
+    assert "NO SUCH FOLDER" not in done.stderr and "itself failed" not in done.stdout
 
 
 def test_doctor_as_a_user_types_it(own_tree: Path, programs: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,13 +21,14 @@ from project import ROOT, make
 from stand_ins import nvidia_smi, on_path
 
 from scripts import plan, reports, settings
+from scripts.making.journey import name_of
 from scripts.nvidia import contracts, gpus, memory, trtllm_build
 from scripts.weights import split
 from scripts.weights.shape import LlamaShape, params_of
 
 GB, MIB = 10**9, 1 << 20
 V100S, A100S, H100S, H200S = "4x V100-SXM2-16GB", "2x A100-80GB", "2x H100-80GB", "8x H200-141GB"
-OLDEST, LAST_FOR_VOLTA, NEWEST = contracts.versions()
+OLDEST, LAST_FOR_VOLTA, *_, NEWEST = contracts.versions()
 # as models/llama-2-*.mk and the Makefile set them
 PRESET = {
     "ENGINE": "tensorrt",
@@ -378,6 +380,40 @@ def test_a_folder_says_its_own_shape(tmp_path: Path) -> None:
         plan.model_of(choice(MODEL="/nowhere/model", WEIGHTS="/nowhere/model"))
 
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 77, "max_position_embeddings": 123,
+    "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def config_room(folder: Path) -> Path:
+    """The room config of a GGUF file, as make leaves it."""
+    folder.mkdir(parents=True)
+    for name, content in {"config.json": CONFIG, "manifest.json": {}, "args": {}}.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_gguf_file_has_the_shape_that_the_room_config_says(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "small.gguf").write_bytes(bytes(2_500_000))
+    asked = choice(MODEL=str(folder), WEIGHTS=str(folder), CONTEXT="", CONFIG=str(tmp_path / "config"))
+    with pytest.raises(reports.NotYet, match="shape is not known yet") as raised:
+        plan.model_of(asked)
+    assert "small.gguf, 2.5 MB" in raised.value.seen and raised.value.command.startswith("make config")
+    config_room(tmp_path / "config")
+    found = plan.model_of(asked)
+    assert (found.form, found.dtype, found.context, found.stored_bytes) == ("gguf", "float32", 123, 2_500_000)
+    assert found.shape == LlamaShape(64, 96, 3, 4, 2, 77)
+    preset = choice(MODEL="smollm2-135m", WEIGHTS=str(folder), CONFIG=str(tmp_path / "none"))
+    assert plan.model_of(preset).form == "table"  # a preset's shape is known
+    (folder / "small.gguf").unlink()  # the room of a model that is gone
+    with pytest.raises(reports.Problem, match="no model in this folder"):
+        plan.model_of(asked)
+
+
 # --- as it is typed ---
 
 
@@ -402,6 +438,11 @@ def type_make(tree: Path, path: Path, *words: str) -> subprocess.CompletedProces
     )
 
 
+def advised(refused: subprocess.CompletedProcess[str]) -> list[str]:
+    """The words of the command that a report ends in."""
+    return shlex.split(re.findall(r"^    (make .*)$", refused.stderr, re.MULTILINE)[-1])
+
+
 def test_a_laptop_plans_and_nothing_is_written(own_tree: Path, laptop: Path) -> None:
     # isolated and without site-packages: nothing but the standard library
     on_path(laptop, "python3", f'exec "{sys.executable}" -S "$@"\n')
@@ -422,6 +463,26 @@ def test_a_laptop_plans_and_nothing_is_written(own_tree: Path, laptop: Path) -> 
     slip = type_make(own_tree, laptop, "plan", "MODEL=llama-2-8b")
     assert slip.returncode != 0 and "-- NO MODEL NAMED LLAMA-2-8B -" in slip.stderr
     assert files_below(own_tree) == before
+
+
+def test_a_folder_with_a_gguf_file_or_nothing_says_what_to_type_next(own_tree: Path, laptop: Path) -> None:
+    on_path(laptop, "python3", f'exec "{sys.executable}" -S "$@"\n')
+    folder = own_tree / "weights/small"
+    folder.mkdir(parents=True)
+    words = ["plan", f"MODEL={folder}", "ENGINE=tensorrt", "TP=2", f"ASSUME_GPU={A100S}"]
+    empty = type_make(own_tree, laptop, *words)
+    assert "-- NO MODEL IN THIS FOLDER -" in empty.stderr and "Here is: none" in empty.stderr
+    assert set(advised(empty)) == {"make", "plan", "MODEL=/path/to/folder", *words[2:]}
+    (folder / "small.gguf").write_bytes(bytes(2_500_000))
+    before = files_below(own_tree)
+    unknown = type_make(own_tree, laptop, *words)
+    assert unknown.returncode != 0 and "-- THE MODEL'S SHAPE IS NOT KNOWN YET -" in unknown.stderr
+    # GPUs that are only assumed make no room, and this one needs none
+    assert advised(unknown) == ["make", "config", f"MODEL={folder}"]
+    assert files_below(own_tree) == before
+    config_room(own_tree / "build" / name_of(str(folder)) / "config")
+    done = json.loads(type_make(own_tree, laptop, *words, "JSON=1").stdout)
+    assert done["asked"]["shape"]["vocab_size"] == 77 and done["fit"]["verdict"] == "fits"
 
 
 def test_here_means_what_nvidia_smi_says(own_tree: Path, laptop: Path) -> None:

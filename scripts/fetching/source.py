@@ -142,7 +142,7 @@ def _first_line(error: Exception) -> str:
 
 def _of_listing(source: str, names: Mapping[str, int], versions: Mapping[str, str], small: Any) -> list[Remote]:
     """The files of a model among those of a folder, name -> bytes: Meta's, Hugging Face's, or one GGUF file
-    (llama_weights.form_of)."""
+    (scripts.weights.forms.form_of)."""
     found = {ending: files.weights_among(names, ending) for ending in files.WEIGHTS}
     if files.in_metas_form(names):
         kinds, besides = [".pth"], [files.PARAMS, "tokenizer.model", *files.CHECKLISTS]

@@ -54,8 +54,12 @@ def table(kind: str, trtllm_version: str) -> dict[str, Any]:
 
 def sent_without_value(trtllm_version: str) -> list[str]:
     """The outputs of tensorrt_llm that this version sends, as zeros, even if no input asks for their value."""
-    rules = json.loads((DOCKER / "contracts" / "backend-rules" / "rules.json").read_text())
-    return cast("list[str]", rules["without_value"][toolchain(trtllm_version)["contract"]["backend"]])
+    path = DOCKER / "contracts" / "backend-rules" / "rules.json"
+    without_value = json.loads(path.read_text())["without_value"]
+    backend = toolchain(trtllm_version)["contract"]["backend"]
+    if backend not in without_value:
+        raise reports.nvidia.no_contract_table(trtllm_version, "backend-rules", path)
+    return cast("list[str]", without_value[backend])
 
 
 def flags(kind: str, trtllm_version: str) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from scripts.reports.problem import (
     PLANNING,
     WIDTH,
     Finished,
+    NotYet,
     Outdated,
     PathLike,
     Problem,
@@ -36,6 +37,6 @@ from scripts.reports.problem import (
     some,
 )
 
-__all__ = ["Finished", "Outdated", "PLANNING", "PathLike", "Problem", "Reported", "WIDTH", "bench", "charts"]
-__all__ += ["checkpoint", "engines", "fetching", "images", "make", "nvidia", "packages", "planning", "releasing"]
-__all__ += ["rooms", "run", "serving", "settings", "shown", "some", "verifying", "weights"]
+__all__ = ["Finished", "NotYet", "Outdated", "PLANNING", "PathLike", "Problem", "Reported", "WIDTH", "bench"]
+__all__ += ["charts", "checkpoint", "engines", "fetching", "images", "make", "nvidia", "packages", "planning"]
+__all__ += ["releasing", "rooms", "run", "serving", "settings", "shown", "some", "verifying", "weights"]

@@ -14,8 +14,8 @@ def no_contract_table(trtllm_version: str, kind: str, path: PathLike) -> Problem
     return Problem(
         f"no {kind} table for TensorRT-LLM {trtllm_version}",
         path,
-        f"TOOLCHAIN is {trtllm_version}, but the table {shown(path)} does not exist, so the flags and files of that "
-        "version are not known.",
+        f"TOOLCHAIN is {trtllm_version}, but {shown(path)} has no table for it, so the flags and files of that version "
+        "are not known.",
         "Use a version whose tables are complete:",
         make("serve", TOOLCHAIN=""),
     )

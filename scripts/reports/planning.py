@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Sequence
 
-from scripts.reports.problem import PathLike, Problem, indented, make, shown
+from scripts.reports.problem import NotYet, PathLike, Problem, indented, make, shown, some
 
 
 def too_many_ranks(tp_size: int, pp_size: int, count: int, found: str, command: str) -> Problem:
@@ -28,6 +28,17 @@ def does_not_fit(model: str, found: str, shares: str, advice: str, command: str)
         "takes this much of its GPU's memory:"
         f"\n\n{shares}",
         advice,
+        command,
+    )
+
+
+def shape_in_gguf(folder: PathLike, names: Sequence[str], size_bytes: int, command: str) -> Problem:
+    return NotYet(
+        "the model's shape is not known yet",
+        folder,
+        f"The folder has {some(names)}, {size_bytes / 1e6:,.1f} MB. The shape of the model is in the metadata of the "
+        "GGUF file. The room config reads it, and the plan reads the room; the room is not made yet.",
+        "Make it, which reads no weights, and ask again:",
         command,
     )
 

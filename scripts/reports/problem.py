@@ -68,6 +68,10 @@ class Outdated(Problem):
     """A Problem that also removes the room's partial files, because the next try must not use them."""
 
 
+class NotYet(Problem):
+    """A Problem for the plan alone: a room that is not made yet will know what is missing. The journey goes on."""
+
+
 class Finished(Exception):
     """Nothing is left to do: what the user wants is already there. Not a failure."""
 

@@ -52,14 +52,14 @@ def tokenizer_unfit(path: PathLike, seen: str) -> Problem:
     )
 
 
-def weights_unknown_form(folder: PathLike, found: Sequence[str]) -> Problem:
+def weights_unknown_form(folder: PathLike, found: Sequence[str], goal: str = "hf") -> Problem:
     return Problem(
         "no model in this folder",
         folder,
         "A model in Meta's form has params.json and consolidated.NN.pth, one in Hugging Face's form has config.json "
-        f"and .safetensors. Here is: {some(found, 12)}.",
+        f"and .safetensors or .bin, one in GGUF form has a .gguf file. Here is: {some(found, 12)}.",
         "Give the folder of the model:",
-        make("hf", MODEL="/path/to/folder"),
+        make(goal, MODEL="/path/to/folder"),
     )
 
 

@@ -33,7 +33,7 @@ from scripts.nvidia import contracts, gpus
 from scripts.serving import supervisor
 
 TABLE: dict[str, dict[str, Any]] = json.loads((ROOT / "docker/toolchains.json").read_text())
-OLDEST, LAST_FOR_VOLTA, NEWEST = TABLE
+OLDEST, LAST_FOR_VOLTA, *_, NEWEST = TABLE
 DIGEST = "sha256:" + "5f" * 32
 V100 = "Tesla V100-SXM2-16GB, 7.0"
 PROGRAMS = (
@@ -163,6 +163,20 @@ def test_every_row_has_every_cell_and_says_what_is_inferred() -> None:
         assert row["wheel_in_image"] == (row["packages"] is None)
         for kind in ("backend", "checkpoint-config", "engine-config", "trtllm-build", "convert", "quantize", "runtime"):
             assert contracts.table(kind, version)
+
+
+def test_a_version_without_a_table_is_named_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "docker/contracts", tmp_path / "contracts")
+    row = {**TABLE[NEWEST], "contract": {**TABLE[NEWEST]["contract"], "backend": "v9.9.9"}}
+    (tmp_path / "toolchains.json").write_text(json.dumps({**TABLE, "9.9.9": row}))
+    monkeypatch.setattr(contracts, "DOCKER", tmp_path)
+    with pytest.raises(reports.Problem, match="no backend table for TensorRT-LLM 9.9.9") as of_table:
+        contracts.table("backend", "9.9.9")
+    assert of_table.value.where == str(tmp_path / "contracts/backend/v9.9.9.json")
+    with pytest.raises(reports.Problem, match="no backend-rules table for TensorRT-LLM 9.9.9") as of_rules:
+        contracts.sent_without_value("9.9.9")
+    assert of_rules.value.where == str(tmp_path / "contracts/backend-rules/rules.json")
+    assert contracts.sent_without_value(NEWEST) == []
 
 
 def test_the_tables_of_a_row_are_those_of_the_version_that_its_image_reports() -> None:
@@ -619,7 +633,7 @@ def test_a_tag_that_is_gone_is_named_and_the_others_are_pinned(host: Host) -> No
     assert "NOT EVERY TAG COULD BE PINNED" in done.stderr
     assert f"    docker buildx imagetools inspect {gone}\n" in done.stderr
     table = json.loads((host.tree / "docker/toolchains.json").read_text())
-    assert [row["digest"] for row in table.values()] == [None, DIGEST, DIGEST]
+    assert [row["digest"] for row in table.values()] == [None, *[DIGEST] * (len(TABLE) - 1)]
 
 
 def test_pin_without_docker(host: Host) -> None:

@@ -16,7 +16,7 @@ from scripts.nvidia.trtllm_build import Intent
 
 VERSIONS = contracts.versions()
 AMPERE = Intent("float16", 2, 1, 8.0, 8, 1024, 3072, 4096, timing_cache="model.cache")
-OLD, VOLTA_LAST, NEW = "0.8.0", "0.14.0", "1.2.1"
+OLD, VOLTA_LAST, NEW = "0.8.0", "0.14.0", VERSIONS[-1]
 
 
 FLAGS = {version: contracts.flags("trtllm-build", version) for version in VERSIONS}

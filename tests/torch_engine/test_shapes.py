@@ -3,6 +3,7 @@ equal to transformers'."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -139,7 +140,8 @@ def test_heads_of_zeros_have_biases_of_zeros(tmp_path: Path) -> None:
 def test_the_checkpoint_says_its_biases_and_others_say_nothing_new(tmp_path: Path) -> None:
     """attn_bias and mlp_bias are read by every version, from 0.8.0 on;
     the config.json of a model without them is what it was."""
-    for version, shape in zip(contracts.versions(), ("qwen2", "yarn", "mlp_bias"), strict=True):
+    shapes = itertools.cycle(("qwen2", "yarn", "mlp_bias"))
+    for version, shape in zip(contracts.versions(), shapes, strict=False):
         folder = tmp_path / version
         published(folder / "published", shape)
         engine = engine_of(folder / "published", folder, 1, version)

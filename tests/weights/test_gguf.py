@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from scripts import build_checkpoint, build_config, build_hf, reports
+from scripts import build_checkpoint, build_config, build_hf, plan, reports
 from scripts.room import read_manifest
 from scripts.tokenizer import sentencepiece
 from scripts.weights import gguf as gguf_file
@@ -166,6 +166,14 @@ def test_the_checkpoint_needs_no_hugging_face_model(tmp_path: Path) -> None:
         build_checkpoint.build_checkpoint(settings)
     for file in ("config.json", "rank0.safetensors", "rank1.safetensors"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "detour" / file).read_bytes()
+
+
+def test_a_plan_knows_the_shape_from_the_room_config(tmp_path: Path) -> None:
+    folder = write_gguf(tmp_path / "weights")
+    build_config.build_config(build_config.Settings(folder, tmp_path / "config"))
+    found = plan.model_of(plan.Choice({"MODEL": "./m", "WEIGHTS": str(folder), "CONFIG": str(tmp_path / "config")}))
+    assert found.shape == LlamaShape(HIDDEN, WIDE, LAYERS, HEADS, KV_HEADS, len(TOKENS), head_dim=HEAD_SIZE)
+    assert (found.form, found.dtype, found.context) == ("gguf", "float32", 128)
 
 
 def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
