@@ -388,8 +388,8 @@ def test_a_gpu_that_is_too_small_is_a_report_with_its_numbers(line: str) -> None
     """The lines are those of gpu_llama.py and engine.py."""
     found = OUT_OF_MEMORY.search(f"rank 0: error: {line}\n    At: ...")
     assert found
-    report = reports.serving.gpu_memory_too_small(0, found[1], ["pid 41 (python3): 71.3 GB"]).report()
-    assert "pid 41 (python3): 71.3 GB" in report
+    report = reports.serving.gpu_memory_too_small(0, found[1], ["pid 41 (python3) on GPU 1: 71.3 GB"]).report()
+    assert "pid 41 (python3) on GPU 1: 71.3 GB" in report
     assert "OUT OF GPU MEMORY" in report and "85.0 GB" in report and "raise TP" in " ".join(report.split())
     assert report.rstrip().splitlines()[-1].strip().startswith("make serve MAX_NUM_TOKENS=2048")
 

@@ -10,9 +10,11 @@ list, developer.nvidia.com/cuda-gpus. nvlink: four such GPUs on one host are lin
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from scripts import reports
 TABLE = Path(__file__).parents[2] / "docker" / "gpus.json"
 MIB = 1 << 20
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
-HOLDERS = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"]
+HOLDERS = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits"]
+INDEXES = ["nvidia-smi", "--query-gpu=uuid,index", "--format=csv,noheader"]
 # A driver that hangs on a lost GPU never answers; a good one takes seconds if it has to wake eight GPUs.
 SECONDS = 60
 
@@ -87,10 +90,16 @@ def parse_query(text: str) -> list[Gpu]:
     return found
 
 
-def parse_holders(text: str) -> list[str]:
-    """The answer to HOLDERS as lines for a reader, the largest first; lines that are not of its form are left out."""
-    found = [re.fullmatch(r"\s*(\d+), (.*), (\d+)\s*", line) for line in text.splitlines()]
-    sizes = [(int(one[3]) * MIB, f"pid {one[1]} ({one[2].strip()[-60:]})") for one in found if one]
+def parse_holders(text: str, indexes: str, ours: Callable[[int], bool]) -> list[str]:
+    """The answers to HOLDERS and INDEXES as lines for a reader, the largest first. Lines of another form are left out,
+    and so are processes for which `ours` is true."""
+    gpu = dict(re.findall(r"^\s*(\S+), (\d+)\s*$", indexes, re.MULTILINE))
+    found = [re.fullmatch(r"\s*(\S+), (\d+), (.*), (\d+)\s*", line) for line in text.splitlines()]
+    sizes = [
+        (int(one[4]) * MIB, f"pid {one[2]} ({one[3].strip()[-60:]}) on GPU {gpu.get(one[1], one[1])}")
+        for one in found
+        if one and not ours(int(one[2]))
+    ]
     return [f"{who}: {size / 1e9:.1f} GB" for size, who in sorted(sizes, reverse=True)]
 
 
@@ -141,13 +150,24 @@ def here() -> list[Gpu]:
         raise reports.nvidia.nvidia_smi_failed(QUERY, f"a line that is not a GPU: {error}") from None
 
 
-def holders() -> list[str]:
-    """The processes that hold GPU memory, a line each; [] if nvidia-smi is missing, fails, or names none."""
+def holders(session: int) -> list[str]:
+    """The processes outside a session that hold GPU memory, a line each; [] if nvidia-smi is missing, fails, or names
+    none."""
+
+    def ours(pid: int) -> bool:
+        try:
+            return os.getsid(pid) == session
+        except OSError:
+            return False
+
     try:
-        done = subprocess.run(HOLDERS, capture_output=True, text=True, timeout=SECONDS, check=False)
+        said, indexes = (
+            subprocess.run(query, capture_output=True, text=True, timeout=SECONDS, check=False)
+            for query in (HOLDERS, INDEXES)
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return parse_holders(done.stdout) if done.returncode == 0 else []
+    return parse_holders(said.stdout, indexes.stdout, ours) if said.returncode == 0 else []
 
 
 def links_here(count: int) -> Links:

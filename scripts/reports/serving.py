@@ -138,7 +138,7 @@ def gpu_memory_too_small(rank: int, seen: str, holders: Sequence[str]) -> Proble
     """seen: the engine's own line, with the numbers and the settings that would help. holders: the other processes that
     have GPU memory, a line each."""
     others = (
-        f"These processes hold GPU memory:\n\n{indented(holders)}"
+        f"Other processes hold GPU memory:\n\n{indented(holders)}"
         if holders
         else "nvidia-smi names no other process that holds GPU memory. (In a container it does not see those outside.)"
     )

@@ -184,7 +184,7 @@ class Supervisor:
                 if "stopped" not in failure[1]:
                     ranks.hear_out()
                 if ranks.out_of_memory:
-                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory, gpus.holders())
+                    raise reports.serving.gpu_memory_too_small(*ranks.out_of_memory, gpus.holders(ranks.session))
                 if ranks.gpus_seen is not None:
                     hidden = ranks.environment.get("CUDA_VISIBLE_DEVICES")
                     raise reports.serving.ranks_without_gpu(world_size, ranks.gpus_seen, hidden)

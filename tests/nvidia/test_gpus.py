@@ -95,9 +95,15 @@ def test_this_machines_gpus_are_what_nvidia_smi_says(on_path: Path) -> None:
     assert gpus.here() == [gpus.Gpu("Tesla V100-SXM2-16GB", 16160 << 20, "7.0", "535.104.05")] * 2
 
 
-def test_who_holds_memory_is_told_with_sizes_the_largest_first() -> None:
-    said = "41, /usr/bin/python3, 812\n977, tritonserver, 68000\n12, [Not Found], [N/A]\nNo running processes found\n"
-    assert gpus.parse_holders(said) == ["pid 977 (tritonserver): 71.3 GB", "pid 41 (/usr/bin/python3): 0.9 GB"]
+def test_who_else_holds_memory_is_told_with_sizes_the_largest_first(on_path: Path) -> None:
+    ours, other = os.getpid(), os.getppid()
+    apps = f"GPU-b, {other}, /usr/bin/python3, 812\nGPU-a, {other}, tritonserver, 68000\nGPU-a, {ours}, python3, 9000\n"
+    apps += "GPU-a, 12, [Not Found], [N/A]\nNo running processes found\n"
+    stand_in(on_path, f"case $1 in *apps*) printf '{apps}';; *) printf 'GPU-a, 0\nGPU-b, 1\n';; esac")
+    expected = [f"pid {other} (tritonserver) on GPU 0: 71.3 GB", f"pid {other} (/usr/bin/python3) on GPU 1: 0.9 GB"]
+    mine = f"pid {ours} (python3) on GPU 0: 9.4 GB"
+    assert gpus.holders(session=-1) == [expected[0], mine, expected[1]]
+    assert mine not in gpus.holders(session=os.getsid(ours))
 
 
 def test_no_nvidia_smi_means_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
