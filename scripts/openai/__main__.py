@@ -228,8 +228,12 @@ class Parent:
                 self.deaths = [at for at in self.deaths if time.monotonic() - at < 60] + [time.monotonic()]
             elif code:
                 log.warning("a reader (pid %d) was ended by the work of one request, status %d", pid, code)
-            if not self.ending or child.is_reader:
+            # at the end a reader is replaced only while its worker is there: without one it ends at once, for ever
+            if not self.ending or self._has_worker(child.worker):
                 self.fork(Child(child.worker, child.is_reader))
+
+    def _has_worker(self, number: int) -> bool:
+        return any(child.worker == number and not child.is_reader for child in self.children.values())
 
     def _look(self) -> None:
         """End a worker whose loop does not run."""

@@ -81,6 +81,17 @@ def test_a_lame_duck_says_so_and_serves_on(small: Path) -> None:
         end_tree_of(server.process)
 
 
+def test_many_workers_end_without_waiting(small: Path) -> None:
+    server = begin(small, "OPENAI_WORKERS=8")
+    try:
+        assert asked(server.openai_port, 8, stream=False).status == 200
+        assert server.end() == 0
+        said = "".join(server.lines)
+        assert "ended" in said and "cut off" not in said
+    finally:
+        end_tree_of(server.process)
+
+
 def test_what_must_be_cut_off_is_told_so(small: Path) -> None:
     """Answers in one piece and streamed, which take much longer than the second that they have."""
     server = begin(small, "DRAIN_SECONDS=1", "METRICS=off")
