@@ -30,7 +30,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).resolve().parent), os.environ["PATH"]])
 
 # What `make test` tells its children about itself is not for the makes that tests type, nor for the reports they read.
-for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT"):
+# And tests start hundreds of Pythons: without bytecode each would compile the same modules again.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "BAKE_SETTINGS", "BAKE_GOAL", "PROMPT", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 
 
