@@ -572,7 +572,7 @@ def main() -> int:
             "host": about,
             "commit": os.environ.get("BENCH_COMMIT") or commit(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "command": os.environ.get("BENCH_COMMAND", "make bench"),
+            "command": reports.make("bench"),
             **{name: value for name, value in measured.items() if name != "generators"},
             "rows": [row for run in others for row in run["rows"]] + measured["rows"],
         }

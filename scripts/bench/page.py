@@ -156,11 +156,8 @@ def reached(run: Mapping[str, Any]) -> list[str]:
     share = against(rows, "Triton", "ceiling")
     if one := [(key, ratio) for key, ratio in share.items() if key[3] == 1]:
         said.append(
-            "One stream reaches "
-            + ", ".join(
-                f"{100 * ratio:.0f} % of what memory allows at {key[1]}+{key[2]}{names.tp(key[0])}"
-                for key, ratio in one
-            )
+            "One stream's share of what memory allows: "
+            + "; ".join(f"{100 * ratio:.0f} % at {key[1]}+{key[2]}{names.tp(key[0])}" for key, ratio in one)
             + "."
         )
     triton = [row for row in rows if row["side"].startswith("Triton")]

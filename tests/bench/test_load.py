@@ -119,9 +119,9 @@ def test_a_file_that_is_no_run_is_a_report(tmp_path: Path) -> None:
 
 
 def test_the_documented_run_is_one_and_its_page_needs_nothing_else() -> None:
-    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
+    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h200-7b.json")
     assert documented["host"]["gpus"] and not documented["failed"]
-    page = (ROOT / "docs" / "bench" / "2x-h100-tp2.html").read_text()
+    page = (ROOT / "docs" / "bench" / "2x-h200-7b.html").read_text()
     assert page.count("<svg") >= 4
     assert not re.search(r"<(script|link|img)|url\(http|src=", page)
     for row in documented["rows"]:
@@ -129,7 +129,7 @@ def test_the_documented_run_is_one_and_its_page_needs_nothing_else() -> None:
 
 
 def two_sides(ours: float, theirs: float) -> dict[str, Any]:
-    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h100-tp2.json")
+    documented = bench_page.read_run(ROOT / "docs" / "bench" / "2x-h200-7b.json")
     row = {"tp_size": 2, "input_tokens": 128, "output_tokens": 128, "concurrency": 8, "requests": 24}
     rows = [
         {**row, "side": "OpenAI's API", "tokens_per_second": ours},
