@@ -104,8 +104,9 @@ def value(server: Served, name: str, **labels: str) -> float:
 
 
 def lines_of(server: Served) -> list[dict[str, Any]]:
-    log = next(server.tree.glob("build/*/*/serve.log")).read_text().splitlines()
-    return [json.loads(line) for line in log if line.startswith("{")]
+    """Those that are whole: the last one may be half written."""
+    log = next(server.tree.glob("build/*/*/serve.log")).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in log if line.startswith("{") and line.endswith("\n")]
 
 
 def line_of(server: Served, request_id: str) -> dict[str, Any]:
