@@ -55,6 +55,7 @@ def table(kind: str, trtllm_version: str) -> dict[str, Any]:
 def sent_without_value(trtllm_version: str) -> list[str]:
     """The outputs of tensorrt_llm that this version sends, as zeros, even if no input asks for their value."""
     path = DOCKER / "contracts" / "backend-rules" / "rules.json"
+    ingredients.note_path(path)
     without_value = json.loads(path.read_text())["without_value"]
     backend = toolchain(trtllm_version)["contract"]["backend"]
     if backend not in without_value:

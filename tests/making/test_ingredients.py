@@ -118,6 +118,7 @@ def test_rewording_costs_no_room(here: Path, path: str, old: bytes, new: bytes) 
         ("docker/contracts/checkpoint-config/v0.14.0.json", []),
         ("docker/contracts/engine-config/v0.8.0.json", ["engines"]),
         ("docker/contracts/backend/v0.8.0.json", ["model_repo"]),
+        ("docker/contracts/backend-rules/rules.json", ["model_repo"]),
         ("model_repo_template/ensemble/config.pbtxt", ["model_repo"]),
         ("models/prompts.txt", ["verified"]),
         ("docker/gpus.json", []),
