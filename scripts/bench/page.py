@@ -1,6 +1,6 @@
 """bench.html: one page that needs no other file, with plots as inline SVG, from the dictionary of bench.json.
 
-The colour stands for the server, the dash for the load. Each TP has plots of its own, with the same scale. Heights are
+The colour stands for the server, the dash for the load. Each TP has its own plots, with the same scale. Heights are
 logarithmic, with plain numbers. It works light and dark, wide and narrow.
 """
 

@@ -146,7 +146,7 @@ def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert said.replace("'", "&#x27;") in page and 'href="run.json"' in page and "prefers-color-scheme: dark" in page
 
 
-def test_each_tp_has_plots_of_its_own_and_sentences_name_it() -> None:
+def test_each_tp_has_its_own_plots_and_sentences_name_it() -> None:
     run = two_sides(50.0, 100.0)
     run["rows"] += [{**row, "tp_size": 1, "tokens_per_second": 40.0} for row in run["rows"]]
     page = bench_page.page(run)
